@@ -1,0 +1,382 @@
+"""What the tests share: real servers, and the program run as its users run it.
+
+A test takes `archive` and calls it; `box` is the SFTP server behind it, `bucket`
+the empty S3 bucket:
+
+    def test_file_is_archived_under_its_own_name(archive, box):
+        (box.root / "a.txt").write_bytes(b"content")
+        result = archive()
+        assert result.status == 0
+        assert archive.objects() == {"a.txt": (7, crc32(b"content"), "DEEP_ARCHIVE")}
+
+`box` makes such a test run once on OpenSSH and once on ProFTPD. A test module for
+which the server does not matter says so by overriding it:
+
+    @pytest.fixture
+    def box(asyncssh_box):
+        return asyncssh_box
+
+`archive_of(box, **settings)` makes further Archives with a state of their own.
+"""
+
+import base64
+import contextlib
+import os
+import random
+import re
+import sqlite3
+import stat
+import subprocess
+import sys
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from zlib import crc32
+
+import pytest
+from servers import AsyncSSHBox, Moto, OpenSSH, ProFTPD
+
+PROGRAM = Path(__file__).resolve().parent.parent / "archive.py"
+SNAPSHOT = ".archive_state.db"
+LABELS = {"Uploaded files", "Skipped files", "Failed files", "Bytes uploaded", "Duration (sec)"}
+MIB = 2**20
+OLD = 1_600_000_000  # a time of modification that is not "just now"
+
+TIMEOUT = 120  # s for a test, far more than any should need
+
+# Runs the program with things changed beforehand: constants of the module, or more.
+CHANGED = """
+import sys
+sys.path.insert(0, {folder!r})
+import archive
+for name, value in {constants!r}.items():
+    getattr(archive, name)
+    setattr(archive, name, value)
+{before}
+sys.exit(archive.main())
+"""
+
+os.umask(0o022)  # the servers' user must be able to read what tests create
+
+
+@dataclass
+class Result:
+    """How one run of the program ended and what it said."""
+
+    status: int
+    stdout: str
+    stderr: str
+    log: str  # everything that LOG_FILE holds, earlier runs included
+
+    @property
+    def output(self):
+        return self.stdout + self.stderr
+
+    @property
+    def summary(self):
+        """The summary's numbers by label, empty if there is no summary."""
+        _, _, block = self.stdout.partition("==== SUMMARY ====\n")
+        lines = re.findall(r"^(\w[^:\n]*?) *: ([\d,]+)$", block, re.MULTILINE)
+        return {
+            label: int(number.replace(",", "")) for label, number in lines if label in LABELS
+        }
+
+    @property
+    def counts(self):
+        """(uploaded, skipped, failed) of the summary."""
+        labels = ("Uploaded files", "Skipped files", "Failed files")
+        return tuple(self.summary[label] for label in labels)
+
+    @property
+    def failures(self):
+        """The lines that begin with FAIL, without that word."""
+        return re.findall(r"FAIL (.*)", self.stderr)
+
+
+class Running:
+    """A run in the background; `wait` for its Result."""
+
+    def __init__(self, archive, process):
+        self.archive = archive
+        self.process = process
+
+    def wait(self, timeout=60):
+        stdout, stderr = self.process.communicate(timeout=timeout)
+        return self.archive.result(self.process.returncode, stdout, stderr)
+
+
+class Archive:
+    """archive.py with its settings, its state and its bucket, for one test."""
+
+    def __init__(self, box, bucket, folder, **settings):
+        self.box = box
+        self.bucket = bucket
+        self.folder = folder
+        self.state_db = folder / "state.db"
+        self.log_file = folder / "archive.log"
+        self.env_file = folder / "empty.env"
+        self.settings = {**box.settings(), **bucket.settings(), **settings}
+        self.secrets = [*box.secrets, *bucket.secrets]
+        self.running = []
+        (folder / "home").mkdir(parents=True)
+        self.env_file.touch(mode=0o600)
+
+    def __call__(self, *args, timeout=60, constants=None, **settings):
+        """Run to the end. A setting of None is left out of the environment."""
+        return self.start(*args, constants=constants, **settings).wait(timeout)
+
+    def start(self, *args, constants=None, before="", **settings):
+        """Start a run in the background; the end of the test ends it too.
+
+        `constants` are set in the module and the code `before` is executed in the
+        process before the program's main function.
+        """
+        command = [sys.executable, str(PROGRAM)]
+        if constants or before:
+            code = CHANGED.format(
+                folder=str(PROGRAM.parent), constants=constants or {}, before=before
+            )
+            command = [sys.executable, "-c", code]
+        if "--env-file" not in args:
+            # Never the .env that a developer may have beside archive.py.
+            command += ["--env-file", str(self.env_file)]
+        process = subprocess.Popen(
+            [*command, *map(str, args)],
+            env=self.environment(**settings),
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="surrogateescape",
+        )
+        self.running.append(process)
+        return Running(self, process)
+
+    def environment(self, **settings):
+        """A whole environment, made from nothing."""
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.folder / "home"),
+            "LANG": "C.UTF-8",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "STATE_DB": str(self.state_db),
+            "LOG_FILE": str(self.log_file),
+            **self.settings,
+            **settings,
+        }
+        return {name: str(value) for name, value in environment.items() if value is not None}
+
+    def result(self, status, stdout, stderr):
+        """A Result, after a look at what must hold for the output of every run."""
+        log = ""
+        with contextlib.suppress(FileNotFoundError):
+            log = self.log_file.read_text("utf-8", "surrogateescape")
+        for text in (stdout or "", stderr, log):
+            assert not [secret for secret in self.secrets if secret in text]
+            assert "Traceback" not in text, text
+            assert not re.search("[\x00-\x08\x0b-\x1f\x7f\x80-\x9f\udc80-\udcff]", text)
+        return Result(status, stdout, stderr, log)
+
+    def objects(self):
+        """{key: (size, crc32, storage class)} of the bucket, without the snapshot.
+
+        The CRC-32 is that of the bytes which S3 holds, not one that S3 was told.
+        """
+        prefix = self.settings.get("S3_PREFIX", "")
+        return {
+            entry["Key"]: (
+                entry["Size"],
+                crc32(self.bucket.content(entry["Key"])),
+                entry["StorageClass"],
+            )
+            for entry in self.bucket.list()
+            if entry["Key"] != prefix + SNAPSHOT
+        }
+
+    def contents(self):
+        """{key: bytes} of the bucket, without the snapshot."""
+        return {key: self.bucket.content(key) for key in self.objects()}
+
+    def query(self, sql, *values):
+        """Rows of the state database, which is only read."""
+        with contextlib.closing(
+            sqlite3.connect(f"file:{self.state_db}?mode=ro", uri=True)
+        ) as db:
+            return db.execute(sql, values).fetchall()
+
+    def execute(self, sql, *values):
+        """Change the state database, as nobody but a test should."""
+        with contextlib.closing(sqlite3.connect(self.state_db)) as db, db:
+            db.execute(sql, values)
+
+    def rows(self):
+        """{path: (size, mtime)} of the state, empty if there is none."""
+        if not self.state_db.exists():
+            return {}
+        return {
+            path: (size, mtime)
+            for path, size, mtime in self.query("SELECT path, size, mtime FROM files")
+        }
+
+    def assert_invariant(self):
+        """Each row has an object of that size and CRC-32; no upload is left over.
+
+        Multipart uploads outside of our prefix are other people's.
+        """
+        objects = self.objects()
+        recorded = {}
+        if self.state_db.exists():
+            assert self.query("PRAGMA integrity_check") == [("ok",)]
+            recorded = {
+                path: (size, key, crc)
+                for path, size, key, crc in self.query(
+                    "SELECT path, size, key, crc32 FROM files LEFT JOIN objects USING (path)"
+                )
+            }
+        for path, (size, key, crc) in recorded.items():
+            assert key in objects, f"{path} is recorded, but S3 has no {key}"
+            held_size, held_crc, _ = objects[key]
+            assert (held_size, held_crc) == (size, crc), path
+            assert self.bucket.checksum(key) == crc, path
+        keys = [key for _, key, _ in recorded.values()]
+        assert len(set(keys)) == len(keys)
+        prefix = self.settings.get("S3_PREFIX", "")
+        assert [key for key in self.bucket.uploads() if key.startswith(prefix)] == []
+
+
+class Bucket:
+    """One bucket on moto."""
+
+    secrets = Moto.secrets
+
+    def __init__(self, moto, name):
+        self.moto = moto
+        self.name = name
+        self.client = moto.client()
+        self.client.create_bucket(Bucket=name)
+
+    def settings(self):
+        return self.moto.settings(self.name)
+
+    def list(self):
+        """All entries of ListObjectsV2."""
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name)
+        return [entry for page in pages for entry in page.get("Contents", [])]
+
+    def content(self, key):
+        return self.moto.content(self.name, key)
+
+    def checksum(self, key):
+        """The CRC-32 of the whole object that S3 stores beside it; None if none."""
+        head = self.client.head_object(Bucket=self.name, Key=key, ChecksumMode="ENABLED")
+        value = head.get("ChecksumCRC32")
+        return value and int.from_bytes(base64.b64decode(value), "big")
+
+    def uploads(self):
+        """The keys of multipart uploads that were begun, but not ended or aborted."""
+        listing = self.client.list_multipart_uploads(Bucket=self.name)
+        return [upload["Key"] for upload in listing.get("Uploads", [])]
+
+    def writes(self):
+        """The requests that could change the bucket, as (method, path, query)."""
+        return [request for request in self.moto.requests if request[0] not in "GET HEAD"]
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TIMEOUT))
+
+
+def real(server):
+    """A server of that class; asyncssh's where it is not installed.
+
+    Under CI nothing takes its place: a missing server is a failure.
+    """
+    if server.program is None:
+        assert "CI" not in os.environ, f"{server.__name__} is not installed"
+        return AsyncSSHBox()
+    return server()
+
+
+@pytest.fixture(params=[OpenSSH, ProFTPD], ids=["openssh", "proftpd"])
+def box(request):
+    """Each real SFTP server in turn."""
+    with real(request.param) as running:
+        yield running
+
+
+@pytest.fixture
+def asyncssh_box():
+    """A server in this process, which starts faster and knows all login methods."""
+    with AsyncSSHBox() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def moto():
+    with Moto() as running:
+        yield running
+
+
+@pytest.fixture
+def bucket(moto):
+    """A fresh, empty bucket."""
+    bucket = Bucket(moto, f"archive-{uuid.uuid4().hex[:12]}")
+    moto.requests.clear()
+    yield bucket
+    moto.reset()
+
+
+@pytest.fixture
+def archive_of(bucket, tmp_path):
+    """Makes an Archive of a given box, each with a folder and state of its own."""
+    made = []
+
+    def make(box, **settings):
+        folder = tmp_path / f"archive{len(made) or ''}"
+        made.append(Archive(box, bucket, folder, **settings))
+        return made[-1]
+
+    yield make
+    for archive in made:
+        for process in archive.running:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def archive(archive_of, box):
+    return archive_of(box)
+
+
+def fill(root, files, mtime=OLD):
+    """Write {path: content} below a folder; an int stands for that many random bytes.
+
+    Paths may be bytes. All files get the same `mtime`, long ago if not told.
+    """
+    for name, content in files.items():
+        path = os.path.join(os.fsencode(root), os.fsencode(name))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            if isinstance(content, int):
+                file.write(random.Random(str((name, content))).randbytes(content))
+            else:
+                file.write(content)
+        os.utime(path, (mtime, mtime))
+
+
+def tree(root):
+    """{path: (size, crc32)} of the regular files below a folder, links not followed."""
+    found = {}
+    for folder, _, names in os.walk(os.fsencode(root)):
+        for name in names:
+            path = os.path.join(folder, name)
+            if stat.S_ISREG(os.lstat(path).st_mode):
+                with open(path, "rb") as file:
+                    content = file.read()
+                relative = os.path.relpath(path, os.fsencode(root))
+                found[relative] = (len(content), crc32(content))
+    return found

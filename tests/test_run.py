@@ -1,0 +1,608 @@
+"""The ordinary job: what is on the box gets into the bucket, once, bit for bit."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from zlib import crc32
+
+import asyncssh
+import pytest
+from conftest import MIB, OLD, fill, tree
+from relay import Relay
+from scripted_s3 import ScriptedS3, error
+from servers import AsyncSSHBox, OpenSSH
+
+# The smallest parts that S3 allows, so that a large file can be a small one here.
+SMALL_PARTS = {"SMALL_FILE": 5 * MIB, "PART_SIZE": 5 * MIB}
+
+COLD = "DEEP_ARCHIVE"
+
+
+def as_objects(root):
+    """What the bucket must hold for a folder whose names need no escaping."""
+    return {os.fsdecode(path): (size, crc, COLD) for path, (size, crc) in tree(root).items()}
+
+
+def once(action):
+    """A function that calls `action` the first time only."""
+    pending = [action]
+    return lambda: pending.pop()() if pending else None
+
+
+def box_that(on_listing=lambda: None, on_open=lambda: None, on_read=lambda: None):
+    """A box on which something happens before a listing or open, or after a read."""
+
+    class Server(asyncssh.SFTPServer):
+        async def scandir(self, path):
+            on_listing()
+            async for entry in super().scandir(path):
+                yield entry
+
+        def open(self, path, pflags, attrs):
+            on_open()
+            return super().open(path, pflags, attrs)
+
+        def read(self, file_obj, offset, size):
+            data = super().read(file_obj, offset, size)
+            on_read()
+            return data
+
+    box = AsyncSSHBox(sftp_server=Server)
+    box.unprivileged = False  # or it could not change what the test has made
+    return box
+
+
+# --- Everything arrives, once ---
+
+
+def test_a_tree_arrives_bit_for_bit_and_a_second_run_writes_nothing(archive, box):
+    sizes = [0, 1, 5 * MIB - 1, 5 * MIB, 5 * MIB + 1, 10 * MIB, 10 * MIB + 1]
+    fill(box.root, {f"sizes/{size}": size for size in sizes})
+    fill(box.root, {f"many/{n % 7}/{n}.txt": n for n in range(60)})
+    fill(box.root, {"deep/a/b/c/d/e/f/g/file": 1000, "top": 1000})
+
+    first = archive(constants=SMALL_PARTS)
+
+    assert first.status == 0, first.stderr
+    expected = as_objects(box.root)
+    assert archive.objects() == expected
+    assert archive.rows() == {f"./{key}": (size, OLD) for key, (size, *_) in expected.items()}
+    assert first.counts == (len(expected), 0, 0)
+    assert first.summary["Bytes uploaded"] == sum(s for s, *_ in expected.values())
+    archive.assert_invariant()
+
+    before = len(archive.bucket.writes())
+    second = archive(constants=SMALL_PARTS)
+
+    assert second.status == 0
+    assert second.counts == (0, len(expected), 0)
+    assert second.summary["Bytes uploaded"] == 0
+    assert archive.bucket.writes()[before:] == []
+
+
+def test_files_of_the_default_limits_arrive_bit_for_bit(archive, box):
+    limit = 16 * MIB
+    sizes = [limit - 1, limit, limit + 1, 2 * limit]
+    fill(box.root, {str(size): size for size in sizes})
+
+    result = archive()
+
+    assert result.status == 0, result.stderr
+    assert archive.objects() == as_objects(box.root)
+    archive.assert_invariant()
+
+
+def test_new_and_changed_files_are_archived_and_nothing_else(archive, box):
+    names = ["same", "grown", "touched", "rewritten", "folder/same"]
+    fill(box.root, dict.fromkeys(names, b"first"))
+    assert archive().counts == (5, 0, 0)
+    before = len(archive.bucket.writes())
+
+    fill(box.root, {"grown": b"first and more", "new": b"new"})
+    fill(box.root, {"touched": b"first", "rewritten": b"other"}, mtime=OLD + 1)
+    result = archive()
+
+    assert result.counts == (4, 2, 0)
+    written = {path for _, path, _ in archive.bucket.writes()[before:]}
+    name = archive.bucket.name
+    assert {f"/{name}/{key}" for key in ("grown", "new", "touched", "rewritten")} == {
+        path for path in written if not path.endswith(".db")
+    }
+    assert archive.objects() == as_objects(box.root)
+    assert archive.rows()["./touched"] == (5, OLD + 1)
+    archive.assert_invariant()
+
+
+def test_what_vanished_from_the_box_stays_in_the_bucket(archive, box):
+    fill(box.root, {"kept": b"kept", "gone": b"gone"})
+    archive()
+    os.unlink(box.root / "gone")
+
+    result = archive()
+
+    assert (result.status, result.counts) == (0, (0, 1, 0))
+    assert set(archive.objects()) == {"kept", "gone"}
+    archive.assert_invariant()
+
+
+def test_an_empty_box_is_archived_with_status_0(archive):
+    result = archive()
+
+    assert result.status == 0
+    assert result.counts == (0, 0, 0)
+    assert archive.objects() == {}
+
+
+def test_objects_carry_the_time_of_modification_as_rclone_writes_it(archive, box):
+    fill(box.root, {"small": b"small", "large": 6 * MIB})
+
+    archive(constants=SMALL_PARTS)
+
+    for key in ("small", "large"):
+        head = archive.bucket.client.head_object(Bucket=archive.bucket.name, Key=key)
+        assert float(head["Metadata"]["mtime"]) == OLD
+
+
+def test_a_small_file_costs_one_request_and_a_large_one_its_parts_and_three(archive, box):
+    fill(box.root, {"small": 100, "large": 11 * MIB})
+
+    archive(constants=SMALL_PARTS)
+
+    def requests_for(key):
+        path = f"/{archive.bucket.name}/{key}"
+        return [method for method, at, _ in archive.bucket.moto.requests if at == path]
+
+    assert requests_for("small") == ["PUT"]
+    assert sorted(requests_for("large")) == ["HEAD", *["POST"] * 2, *["PUT"] * 3]
+
+
+def test_all_files_come_over_one_connection(archive_of, asyncssh_box):
+    fill(asyncssh_box.root, {f"{n}/{n}": n for n in range(40)})
+
+    result = archive_of(asyncssh_box)()
+
+    assert result.counts == (40, 0, 0)
+    assert asyncssh_box.connections == 1
+
+
+def test_the_summary_is_the_end_of_the_output_with_its_five_labels(archive, box):
+    fill(box.root, {str(n): 1000 for n in range(1, 4)})
+
+    lines = archive().stdout.splitlines()
+
+    start = lines.index("==== SUMMARY ====")
+    assert lines[start + 1 : start + 5] == [
+        "Uploaded files : 3",
+        "Skipped files  : 0",
+        "Failed files   : 0",
+        "Bytes uploaded : 3,000",
+    ]
+    assert re.fullmatch(r"Duration \(sec\) : \d+", lines[start + 5])
+
+
+def test_bytes_that_had_to_be_sent_twice_are_counted_once(archive_of, asyncssh_box):
+    fill(asyncssh_box.root, {"small": 1000, "large": 6 * MIB})
+    archive = archive_of(asyncssh_box)
+    with ScriptedS3(archive.bucket.moto.url) as s3:
+        for operation in ("PutObject", "UploadPart"):
+            s3.on(operation, error(503, "SlowDown"))
+
+        result = archive(constants=SMALL_PARTS, AWS_ENDPOINT_URL=s3.url)
+
+    assert result.counts == (2, 0, 0)
+    assert result.summary["Bytes uploaded"] == 1000 + 6 * MIB
+    assert archive.objects() == as_objects(asyncssh_box.root)
+    archive.assert_invariant()
+
+
+def test_bytes_are_those_of_the_files_not_of_the_wire(archive, box):
+    content = b"\0" * 300_000 + b"\r\n\x1a" * 1000
+    fill(box.root, {"binary": content})
+
+    result = archive()
+
+    assert archive.contents() == {"binary": content}
+    assert result.summary["Bytes uploaded"] == len(content)
+    assert archive.objects()["binary"][1] == crc32(content)
+
+
+# --- What is left out ---
+
+
+def test_hidden_entries_are_skipped_counted_and_reported(archive, box):
+    fill(box.root, {"seen": b"seen", ".hidden": b"x", "folder/.hidden": b"x"})
+    fill(box.root, {".folder/inside": b"x"})
+
+    result = archive()
+
+    assert result.status == 0
+    assert set(archive.objects()) == {"seen"}
+    assert re.search(r"(?i)hidden\D*\b3\b|\b3\b\D*hidden", result.output)
+
+
+def test_include_hidden_archives_them(archive, box):
+    fill(box.root, {"seen": b"seen", ".hidden": b"x", ".folder/inside": b"x"})
+
+    assert archive(INCLUDE_HIDDEN="true").status == 0
+
+    assert set(archive.objects()) == {"seen", ".hidden", ".folder/inside"}
+
+
+@pytest.mark.parametrize("setting", ["EXCLUDE_PATHS", "EXCLUDE_DIRS"])
+def test_exclusions_hold_for_files_and_folders_and_for_nothing_like_them(archive, box, setting):
+    fill(
+        box.root,
+        {
+            "cache/a": b"x",
+            "cache/deep/b": b"x",
+            "cache2/a": b"kept",
+            "www/cache/a": b"kept",
+            "www/skip.iso": b"x",
+            "www/skip.iso.txt": b"kept",
+            "kept": b"kept",
+        },
+    )
+
+    result = archive(**{setting: "cache, www/skip.iso"})
+
+    assert result.status == 0
+    assert set(archive.objects()) == {"cache2/a", "www/cache/a", "www/skip.iso.txt", "kept"}
+
+
+def test_exclusions_may_be_written_with_the_remote_path_before_them(archive, box):
+    fill(box.root, {"base/cache/a": b"x", "base/file": b"x", "base/kept": b"kept"})
+
+    archive(REMOTE_PATH="base", EXCLUDE_PATHS="base/cache,base/file")
+
+    assert set(archive.objects()) == {"kept"}
+
+
+def test_exclusions_may_be_globs(archive, box):
+    fill(box.root, {"a.tmp": b"x", "b/c.tmp": b"x", "b/kept": b"kept", "d1/e": b"x"})
+
+    archive(EXCLUDE_PATHS="*.tmp,b/*.tmp,d?")
+
+    assert set(archive.objects()) == {"b/kept"}
+
+
+def test_links_and_special_files_are_never_opened_and_do_no_harm(archive, box):
+    fill(box.root, {"file": b"content", "folder/inside": b"content"})
+    os.mkfifo(box.root / "fifo")
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(box.root / "socket"))
+    for name, target in {
+        "to-file": "file",
+        "to-folder": "folder",
+        "to-itself": "to-itself",
+        "dangling": "nowhere",
+        "folder/up": "..",
+    }.items():
+        os.symlink(target, box.root / name)
+
+    result = archive()
+
+    assert result.status == 0, result.stderr
+    assert result.counts == (2, 0, 0)
+    assert archive.objects() == as_objects(box.root)
+    assert set(archive.rows()) == {"./file", "./folder/inside"}
+    assert re.search(
+        r"(?i)(link|special)\D*\b[257]\b|\b[257]\b\D*(link|special)", result.output
+    )
+
+
+# --- Trouble with single files ---
+
+
+def test_unreadable_files_and_folders_fail_and_the_rest_is_archived(archive, box):
+    fill(box.root, {"good": b"x", "secret": b"x", "closed/file": b"x", "z/good": b"x"})
+    os.chmod(box.root / "secret", 0)
+    os.chmod(box.root / "closed", 0)
+
+    result = archive()
+
+    assert result.status == 3
+    assert set(archive.objects()) == {"good", "z/good"}
+    assert set(archive.rows()) == {"./good", "./z/good"}
+    failed = sorted(line.partition(":")[0] for line in result.failures)
+    assert failed == ["./closed", "./secret"]
+    assert all("permission" in line for line in result.failures)
+    assert result.counts == (2, 0, 2)
+    archive.assert_invariant()
+
+    os.chmod(box.root / "secret", 0o644)
+    os.chmod(box.root / "closed", 0o755)
+    again = archive()
+
+    assert (again.status, again.counts) == (0, (2, 2, 0))
+    archive.assert_invariant()
+
+
+def test_a_file_that_vanishes_after_it_was_listed_is_no_failure(archive_of):
+    with box_that(on_open=lambda: gone.unlink(missing_ok=True)) as box:
+        gone = box.root / "gone"
+        fill(box.root, {"gone": b"x", "kept": b"x"})
+        archive = archive_of(box)
+
+        result = archive()
+
+        assert result.status == 0, result.stderr
+        assert result.counts == (1, 0, 0)
+        assert re.search("(?i)vanished", result.output)
+        assert set(archive.objects()) == {"kept"}
+        assert set(archive.rows()) == {"./kept"}
+
+
+def test_a_folder_that_vanishes_after_it_was_listed_is_no_failure(archive_of):
+    listings = []
+
+    def on_listing():
+        listings.append(True)
+        if len(listings) == 2:
+            gone.rmdir()
+
+    with box_that(on_listing=on_listing) as box:
+        gone = box.root / "a"
+        gone.mkdir()
+        fill(box.root, {"kept": b"x"})
+        archive = archive_of(box)
+
+        result = archive()
+
+        assert not gone.exists()
+        assert result.status == 0, result.stderr
+        assert set(archive.objects()) == {"kept"}
+
+
+CHANGES = {
+    "grows": lambda path: path.open("ab").write(b"more"),
+    "is touched": lambda path: os.utime(path, (OLD + 9, OLD + 9)),
+    "shrinks": lambda path: os.truncate(path, 10),
+}
+
+
+@pytest.mark.parametrize("size", [1000, 6 * MIB], ids=["small", "large"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changes_while_it_is_read_is_not_recorded(archive_of, change, size):
+    with box_that(on_read=once(lambda: CHANGES[change](box.root / "file"))) as box:
+        fill(box.root, {"file": size})
+        archive = archive_of(box)
+
+        result = archive(constants=SMALL_PARTS)
+
+        assert result.status == 3
+        [failure] = result.failures
+        assert failure.startswith("./file: ")
+        if change != "shrinks":
+            assert "changed while it was read" in failure
+        assert archive.rows() == {}
+        archive.assert_invariant()
+
+        again = archive(constants=SMALL_PARTS)
+
+        assert (again.status, again.counts) == (0, (1, 0, 0))
+        assert archive.objects() == as_objects(box.root)
+        archive.assert_invariant()
+
+
+@pytest.mark.parametrize("size", [1000, 6 * MIB], ids=["small", "large"])
+def test_a_file_replaced_by_another_while_it_is_read_is_not_recorded(archive_of, size):
+    def replace():
+        fill(box.root, {".new": size + 1}, mtime=OLD + 9)
+        os.replace(box.root / ".new", box.root / "file")
+
+    with box_that(on_read=once(replace)) as box:
+        fill(box.root, {"file": size})
+        archive = archive_of(box)
+
+        result = archive(constants=SMALL_PARTS)
+
+        assert result.status == 3
+        assert "changed while it was read" in result.failures[0]
+        assert archive.rows() == {}
+        archive.assert_invariant()
+
+        again = archive(constants=SMALL_PARTS)
+
+        assert (again.status, again.counts) == (0, (1, 0, 0))
+        assert archive.objects() == as_objects(box.root)
+
+
+def test_the_earlier_object_stays_when_a_new_version_cannot_be_read(archive, box):
+    fill(box.root, {"file": b"first"})
+    archive()
+    rows = archive.rows()
+    fill(box.root, {"file": b"second"})
+    os.chmod(box.root / "file", 0)
+
+    result = archive()
+
+    assert (result.status, result.counts) == (3, (0, 0, 1))
+    assert archive.rows() == rows
+    assert archive.contents() == {"file": b"first"}
+
+
+def test_a_file_rewritten_within_the_same_second_is_archived_again(archive_of):
+    # The listing says that the file was written just now, whenever that is.
+    with box_that(on_listing=once(lambda: os.utime(box.root / "file"))) as box:
+        fill(box.root, {"file": b"first"})
+        archive = archive_of(box)
+        assert archive().counts == (1, 0, 0)
+        [(_, mtime)] = archive.rows().values()
+
+        fill(box.root, {"file": b"other"}, mtime=mtime)
+        result = archive()
+
+        assert (result.status, result.counts) == (0, (1, 0, 0))
+        assert archive.contents() == {"file": b"other"}
+        archive.assert_invariant()
+
+
+def test_a_file_written_just_now_is_looked_at_again_but_not_paid_twice(archive_of):
+    with box_that(on_listing=once(lambda: os.utime(box.root / "file"))) as box:
+        fill(box.root, {"file": b"first"})
+        archive = archive_of(box)
+        archive()
+        before = len(archive.bucket.writes())
+
+        result = archive()
+
+        assert (result.status, result.counts) == (0, (0, 1, 0))
+        assert archive.bucket.writes()[before:] == []
+        archive.assert_invariant()
+
+
+# --- Shapes of the tree ---
+
+
+@pytest.mark.parametrize("box", [OpenSSH], indirect=True, ids=["openssh"])
+def test_depth_is_no_limit(archive, box):
+    # Not on ProFTPD: its own work grows with the third power of the depth.
+    depth = 1100
+    cwd = os.open(box.root, os.O_RDONLY)
+    try:
+        for level in range(depth):
+            os.mkdir("d", dir_fd=cwd)
+            below = os.open("d", os.O_RDONLY, dir_fd=cwd)
+            os.close(cwd)
+            cwd = below
+            if level + 1 in (1, 500, depth):
+                os.close(os.open("f", os.O_CREAT | os.O_WRONLY, 0o644, dir_fd=cwd))
+                os.utime("f", (OLD, OLD), dir_fd=cwd)
+    finally:
+        os.close(cwd)
+
+    try:
+        result = archive()
+    finally:  # shutil's rmtree is recursive
+        subprocess.run(["rm", "-rf", box.root / "d"], check=True)
+
+    # The last is found, but its key would be longer than S3's limit.
+    assert result.status == 3
+    assert set(archive.objects()) == {"d/f", "d/" * 500 + "f"}
+    [failure] = result.failures
+    assert failure.startswith("./" + "d/" * depth + "f: ")
+    assert "1,024" in failure or "1024" in failure
+    archive.assert_invariant()
+
+
+def test_a_large_folder_and_many_folders_are_walked_whole(archive_of, asyncssh_box):
+    fill(asyncssh_box.root, {"plain": b"x"})
+    for n in range(300):
+        (asyncssh_box.root / f"folder{n}").mkdir()
+    wide = asyncssh_box.root / "wide"
+    wide.mkdir()
+    for n in range(3000):
+        (wide / f".{n}").touch()
+    fill(asyncssh_box.root, {f"folder{n}/file": b"x" for n in range(0, 300, 10)})
+
+    archive = archive_of(asyncssh_box)
+    result = archive()
+
+    assert result.status == 0
+    assert archive.objects() == {
+        key: value
+        for key, value in as_objects(asyncssh_box.root).items()
+        if not key.startswith("wide/.")
+    }
+    assert re.search("(?i)hidden.*3,000|3,000.*hidden", result.output)
+
+
+# --- Limits that the user sets ---
+
+
+def test_after_max_runtime_nothing_new_is_started(archive_of, asyncssh_box):
+    fill(asyncssh_box.root, {str(n): MIB for n in range(6)})
+    archive = archive_of(asyncssh_box)
+
+    result = archive(TRANSFERS="1", BANDWIDTH_LIMIT="1M", MAX_RUNTIME="1s")
+
+    assert result.status == 3
+    assert 0 < len(archive.rows()) < 6
+    archive.assert_invariant()
+    assert archive().status == 0
+    assert archive.objects() == as_objects(asyncssh_box.root)
+
+
+# --- The lock, and the end by a signal ---
+
+
+@pytest.fixture
+def slow(archive_of, asyncssh_box):
+    """An archive behind a relay, with a large file to read."""
+    fill(asyncssh_box.root, {"large": 12 * MIB, "small": b"small"})
+    with Relay(asyncssh_box.host, asyncssh_box.port) as relay:
+        archive = archive_of(asyncssh_box)
+        archive.settings.update(asyncssh_box.settings(port=relay.port))
+        archive.relay = relay
+        yield archive
+
+
+def until(condition, limit=30):
+    """Wait for a condition; the test fails if it does not come true."""
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_second_run_ends_with_11_and_touches_nothing(slow):
+    slow.relay.freeze(after=8 * MIB)
+    first = slow.start(constants=SMALL_PARTS)
+    until(lambda: slow.bucket.uploads() and "./small" in slow.rows())
+    database = slow.state_db.read_bytes()
+
+    with (
+        Relay(slow.box.host, slow.box.port) as to_box,
+        Relay("127.0.0.1", slow.bucket.moto.port) as to_s3,
+    ):
+        second = slow(
+            AWS_ENDPOINT_URL=f"http://{to_s3.host}:{to_s3.port}",
+            **slow.box.settings(port=to_box.port),
+        )
+
+    assert second.status == 11
+    assert len(second.stderr.splitlines()) == 1
+    assert to_box.connections == to_s3.connections == 0
+    assert slow.state_db.read_bytes() == database
+
+    slow.relay.thaw()
+    assert first.wait().status == 0
+    slow.assert_invariant()
+
+
+def test_a_run_after_one_that_was_killed_just_runs(slow):
+    slow.relay.freeze(after=8 * MIB)
+    first = slow.start(constants=SMALL_PARTS)
+    until(lambda: slow.relay.frozen and slow.bucket.uploads())
+    first.process.kill()
+    first.process.wait()
+    slow.relay.cut()
+    slow.relay.thaw()
+
+    result = slow()
+
+    assert result.status == 0, result.stderr
+    assert slow.objects() == as_objects(slow.box.root)
+    slow.assert_invariant()
+
+
+@pytest.mark.parametrize(
+    "number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"]
+)
+def test_a_signal_ends_a_run_whose_box_is_silent_and_leaves_nothing_half_done(
+    slow, number, status
+):
+    slow.relay.freeze(after=8 * MIB)
+    running = slow.start(constants=SMALL_PARTS)
+    until(lambda: slow.relay.frozen and slow.bucket.uploads())
+
+    running.process.send_signal(number)
+    result = running.wait(timeout=10)
+
+    assert result.status == status
+    assert "./large" not in slow.rows()
+    assert result.summary["Failed files"] <= 1
+    slow.assert_invariant()

@@ -1,0 +1,467 @@
+"""Settings, the command line, and what a person sees of a run."""
+
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import MIB, PROGRAM, fill
+
+ROOT = PROGRAM.parent
+SETTINGS = {
+    "HETZNER_HOST",
+    "HETZNER_USER",
+    "HETZNER_PORT",
+    "HETZNER_PASSWORD",
+    "HETZNER_KEY_FILE",
+    "HETZNER_KEY_PASSPHRASE",
+    "HETZNER_KNOWN_HOSTS",
+    "REMOTE_PATH",
+    "S3_BUCKET",
+    "S3_PREFIX",
+    "AWS_REGION",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_PROFILE",
+    "AWS_ENDPOINT_URL",
+    "STORAGE_CLASS",
+    "STATE_DB",
+    "LOG_FILE",
+    "EXCLUDE_PATHS",
+    "INCLUDE_HIDDEN",
+    "TRANSFERS",
+    "MEMORY_LIMIT",
+    "BANDWIDTH_LIMIT",
+    "MAX_RUNTIME",
+}
+
+
+@pytest.fixture
+def box(asyncssh_box):
+    fill(asyncssh_box.root, {"file": b"x"})
+    return asyncssh_box
+
+
+def env_file(path, settings, mode=0o600):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
+    path.chmod(mode)
+    return path
+
+
+# --- Where settings come from ---
+
+
+def test_settings_come_from_the_env_file_that_is_named(archive, tmp_path):
+    file = env_file(tmp_path / "my.env", archive.settings)
+    unset = dict.fromkeys(archive.settings)
+
+    result = archive("--env-file", file, **unset)
+
+    assert result.counts == (1, 0, 0)
+    assert result.stderr.count("\n") == 1  # the archived file, and no warning
+
+
+def test_the_environment_comes_before_the_env_file(archive, tmp_path):
+    settings = {**archive.settings, "HETZNER_HOST": "no-such-box.invalid"}
+    file = env_file(tmp_path / "my.env", settings)
+
+    assert archive("--env-file", file).status == 0
+
+
+@pytest.fixture
+def installed(archive, tmp_path):
+    """Runs a copy of the program in a folder of its own, with no --env-file."""
+    home = tmp_path / "opt" / "storage" / "archive"
+    home.mkdir(parents=True)
+    shutil.copy(PROGRAM, home)
+
+    def run(cwd=tmp_path, **settings):
+        environment = archive.environment(STATE_DB=None, LOG_FILE=None, **settings)
+        return subprocess.run(
+            [sys.executable, home / "archive.py"],
+            cwd=cwd,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    run.folder = home
+    run.unset = dict.fromkeys(archive.settings)
+    return run
+
+
+def test_the_env_file_beside_the_program_is_found_from_any_folder(archive, installed, tmp_path):
+    env_file(installed.folder / ".env", archive.settings)
+    elsewhere = tmp_path / "elsewhere"
+    env_file(elsewhere / ".env", {"HETZNER_HOST": "wrong.invalid"})
+
+    first = installed(cwd=elsewhere, **installed.unset)
+    second = installed(cwd="/", **installed.unset)
+
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr
+    assert "Skipped files  : 1" in second.stdout
+    assert (installed.folder / "archive_state.db").exists()
+    assert (installed.folder / "archive.log").exists()
+    assert os.listdir(elsewhere) == [".env"]
+
+
+def test_no_env_file_is_looked_for_in_the_folders_above(archive, installed):
+    env_file(installed.folder.parent / ".env", archive.settings)
+
+    result = installed(cwd=installed.folder, **installed.unset)
+
+    assert result.returncode == 2
+    assert "HETZNER_HOST" in result.stderr
+
+
+def test_relative_files_are_relative_to_the_env_file(archive, tmp_path):
+    """From another working directory everything would be paid for a second time."""
+    settings = {**archive.settings, "STATE_DB": "state/my.db", "LOG_FILE": "my.log"}
+    file = env_file(tmp_path / "config" / "my.env", settings)
+    (file.parent / "state").mkdir()
+    unset = dict.fromkeys(settings)
+
+    first = archive("--env-file", file, **unset)
+    archive.folder = tmp_path / "config" / "state"
+    second = archive("--env-file", file, **unset)
+
+    assert (first.counts, second.counts) == ((1, 0, 0), (0, 1, 0))
+    assert (file.parent / "state" / "my.db").exists()
+    assert (file.parent / "my.log").exists()
+
+
+def test_values_are_taken_literally(archive, box, tmp_path):
+    box.password = box.secrets[0] = "a${HOME}b$c #d'e\\n"
+    settings = {**archive.settings, "HETZNER_PASSWORD": f'"{box.password}"'}
+    settings["HETZNER_PASSWORD"] = '"' + box.password.replace("\\", "\\\\") + '"'
+    file = env_file(tmp_path / "my.env", settings)
+
+    assert archive("--env-file", file, HETZNER_PASSWORD=None).counts == (1, 0, 0)
+
+
+def test_any_aws_setting_of_the_env_file_reaches_boto3(archive, tmp_path):
+    keys = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"]
+    key_id, secret, region = (archive.settings.pop(name) for name in keys)
+    credentials = tmp_path / "credentials"
+    credentials.write_text(
+        f"[box]\naws_access_key_id={key_id}\naws_secret_access_key={secret}\n"
+    )
+    config = tmp_path / "config"
+    config.write_text(f"[profile box]\nregion={region}\n")
+    settings = {
+        "AWS_SHARED_CREDENTIALS_FILE": credentials,
+        "AWS_CONFIG_FILE": config,
+        "AWS_PROFILE": "box",
+    }
+    file = env_file(tmp_path / "my.env", settings)
+
+    result = archive("--env-file", file)
+
+    assert result.counts == (1, 0, 0), result.stderr
+
+
+# --- Faults in them ---
+
+
+def test_all_faults_are_told_in_one_message_with_status_2(archive, box):
+    faults = {
+        "HETZNER_HOST": None,
+        "HETZNER_PORT": "twenty-three",
+        "HETZNER_PASWORD": "misspelt",
+        "S3_BUCKET": None,
+        "STORAGE_CLASS": "ICE",
+        "TRANSFERS": "0",
+        "MEMORY_LIMIT": "plenty",
+        "BANDWIDTH_LIMIT": "-1",
+        "MAX_RUNTIME": "soon",
+        "INCLUDE_HIDDEN": "perhaps",
+        "AWS_ENDPOINT_URL": "http://s3.example.com",
+    }
+
+    result = archive(**faults)
+
+    assert result.status == 2
+    assert [name for name in faults if name not in result.stderr] == []
+    assert "HETZNER_PASSWORD" in result.stderr  # what was meant
+    for value in ("twenty-three", "ICE", "plenty", "soon", "perhaps"):
+        assert value in result.stderr
+    assert result.stdout == ""
+    assert not archive.state_db.exists()
+    assert box.connections == 0
+
+
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("HETZNER_HOST", ""),
+        ("HETZNER_PORT", "0"),
+        ("HETZNER_PORT", "65536"),
+        ("HETZNER_USER", ""),
+        ("S3_BUCKET", "s3://bucket"),
+        ("S3_BUCKET", "bucket/folder"),
+        ("S3_PREFIX", "a/../b/"),
+        ("STORAGE_CLASS", "deep archive"),
+        ("TRANSFERS", "many"),
+        ("MEMORY_LIMIT", "0"),
+        ("BANDWIDTH_LIMIT", "fast"),
+        ("MAX_RUNTIME", "6 parsecs"),
+        ("AWS_ENDPOINT_URL", "ftp://127.0.0.1"),
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1.example.com"),
+    ],
+)
+def test_a_bad_value_ends_with_status_2_and_the_name_of_its_setting(archive, setting, value):
+    result = archive(**{setting: value})
+
+    assert result.status == 2
+    assert setting in result.stderr
+
+
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("MEMORY_LIMIT", "256M"),
+        ("MEMORY_LIMIT", "1GiB"),
+        ("BANDWIDTH_LIMIT", "20M"),
+        ("MAX_RUNTIME", "90"),
+        ("MAX_RUNTIME", "6h"),
+        ("INCLUDE_HIDDEN", "True"),
+        ("INCLUDE_HIDDEN", "no"),
+        ("STORAGE_CLASS", "GLACIER"),
+        ("LOG_FILE", ""),
+        ("HETZNER_PASSWORT_ALT", "not one of ours, nor nearly"),
+        ("EXCLUDE_PATHS", " , "),
+    ],
+)
+def test_a_good_value_is_taken_without_a_word(archive, setting, value):
+    result = archive(**{setting: value})
+
+    assert result.status == 0, result.stderr
+    assert setting not in result.stderr
+
+
+def test_an_env_file_that_is_missing_ends_with_status_2_and_its_name(archive):
+    result = archive("--env-file", "/nowhere/my.env")
+
+    assert result.status == 2
+    assert "/nowhere/my.env" in result.stderr
+
+
+def test_a_misspelt_setting_in_the_env_file_is_an_error_with_a_suggestion(archive, tmp_path):
+    file = env_file(tmp_path / "my.env", {"S3_BUKET": "x", "MY_OWN": "left alone"})
+
+    result = archive("--env-file", file)
+
+    assert result.status == 2
+    assert "S3_BUKET" in result.stderr and "S3_BUCKET" in result.stderr
+    assert "MY_OWN" not in result.stderr
+
+
+def test_an_env_file_that_others_can_read_is_worth_a_warning(archive, tmp_path):
+    file = env_file(tmp_path / "my.env", archive.settings, mode=0o644)
+
+    result = archive("--env-file", file)
+
+    assert result.status == 0
+    assert str(file) in result.stderr and "chmod 600" in result.stderr
+
+
+def test_the_storage_class_is_the_one_that_is_set(archive):
+    archive(STORAGE_CLASS="GLACIER")
+
+    [(_, _, storage_class)] = archive.objects().values()
+    assert storage_class == "GLACIER"
+
+
+# --- The command line ---
+
+
+def test_help_tells_every_command_and_exit_status(archive):
+    result = archive("--help")
+
+    assert result.status == 0
+    for status in (0, 1, 2, 3, 11, 128):
+        assert re.search(rf"^ *{status}\b", result.stdout, re.MULTILINE), status
+    assert re.search(r"\brun\b", result.stdout)
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("arguments", [["rum"], ["--dry"], ["run", "extra"]])
+def test_an_unknown_word_on_the_command_line_ends_with_status_2(archive, arguments):
+    assert archive(*arguments).status == 2
+    assert archive.bucket.list() == []
+
+
+def test_run_is_the_default_command(archive):
+    assert archive("run").counts == (1, 0, 0)
+    assert archive().counts == (0, 1, 0)
+
+
+def test_importing_the_program_does_nothing(tmp_path):
+    code = "import logging, signal; before = signal.getsignal(15); import archive;"
+    code += "assert not logging.root.handlers and signal.getsignal(15) == before"
+
+    result = subprocess.run(
+        [sys.executable, "-B", "-c", code],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
+    assert os.listdir(tmp_path) == []
+
+
+# --- What a person sees ---
+
+
+def test_there_is_a_line_for_each_archived_file_and_none_for_a_skipped_one(archive):
+    first = archive()
+    second = archive()
+
+    assert re.search(r"\barchived \./file \(1 bytes?\)", first.stderr)
+    assert "file" not in second.stderr
+    assert "file" in archive("-v").stderr
+
+
+def test_quiet_leaves_failures_and_warnings_only(archive, box):
+    os.mkdir(box.root / "closed", 0)
+
+    result = archive("-q")
+
+    assert result.status == 3
+    [line] = result.stderr.splitlines()
+    assert line.startswith("FAIL ./closed: ")
+    assert result.stdout == ""
+
+
+def test_the_log_file_holds_all_lines_and_the_summary_of_each_run(archive):
+    archive()
+    result = archive("-q")
+
+    assert result.log.count("==== SUMMARY ====") == 2
+    assert result.log.count("archived ./file") == 1
+    assert result.log.count("Uploaded files : 1") == 1
+
+
+def test_the_log_file_is_no_ones_business_but_the_users(archive):
+    archive()
+
+    for path in (archive.log_file, archive.state_db):
+        assert path.stat().st_mode & 0o002 == 0
+
+
+def test_without_a_log_file_none_is_written(archive):
+    archive(LOG_FILE="")
+
+    assert {path.name for path in archive.folder.iterdir()} <= {
+        "home",
+        "empty.env",
+        archive.state_db.name,
+        archive.state_db.name + ".lock",
+    }
+
+
+def test_a_log_file_that_cannot_be_written_ends_the_run_with_its_path(archive):
+    result = archive(LOG_FILE="/proc/nowhere/archive.log")
+
+    assert result.status in (1, 2)
+    assert "/proc/nowhere/archive.log" in result.stderr
+    assert archive.bucket.list() == []
+
+
+def test_there_are_no_bars_where_there_is_no_terminal(archive, box):
+    fill(box.root, {"large": 20 * MIB})
+
+    result = archive()
+
+    assert "\r" not in result.output and "%|" not in result.output
+
+
+@pytest.mark.parametrize(
+    "columns, term", [(80, "xterm"), (20, "xterm"), (1, "xterm"), (80, "dumb")]
+)
+def test_a_terminal_of_any_kind_does_no_harm(archive, box, columns, term):
+    fill(box.root, {"large": 20 * MIB, b"name \x1b[2J\n": b"x"})
+    master, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, PROGRAM, "--env-file", archive.env_file],
+        env=archive.environment(TERM=term, COLUMNS=columns),
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+    )
+    archive.running.append(process)
+    os.close(terminal)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(master, 65536)
+        except OSError:  # what Linux says when the last writer has closed
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(master)
+
+    assert process.wait(60) == 0, shown
+    assert b"Traceback" not in shown
+    assert b"\x1b[2J" not in shown
+    assert b"Uploaded files : 3" in shown
+    archive.assert_invariant()
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_output_that_nobody_reads_any_more_is_no_traceback(archive, box, stream):
+    fill(box.root, {str(n): b"x" for n in range(20)})
+    running = archive.start()
+    getattr(running.process, stream).close()
+    other = "stderr" if stream == "stdout" else "stdout"
+
+    text = getattr(running.process, other).read()
+
+    running.process.wait(60)
+    assert "Traceback" not in text and "Exception ignored" not in text
+    assert "BrokenPipe" not in text
+    assert len(archive.rows()) == 21
+    archive.assert_invariant()
+
+
+# --- The repository tells the same everywhere ---
+
+
+def test_the_inline_metadata_and_requirements_txt_name_the_same_packages():
+    block = re.search(r"^# /// script\n(.*?)^# ///$", PROGRAM.read_text(), re.M | re.S)
+    inline = re.findall(r'"([^"]+)"', block[1].partition("dependencies")[2])
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    required = [line.strip() for line in lines if line and not line.startswith("#")]
+
+    assert sorted(inline) == sorted(required)
+    assert all(">=" in line and "<" in line for line in required)
+
+
+def test_the_example_env_file_names_every_setting():
+    text = (ROOT / ".env.example").read_text()
+    named = set(re.findall(r"^#? ?([A-Z0-9_]+)=", text, re.MULTILINE))
+
+    assert SETTINGS - named == set()
+
+
+def test_the_example_env_file_lacks_only_what_only_the_user_knows(archive, tmp_path):
+    file = tmp_path / "example.env"
+    shutil.copy(ROOT / ".env.example", file)
+    file.chmod(0o600)
+
+    result = archive("--env-file", file)
+
+    assert result.status == 0, result.stderr
+    assert result.counts == (1, 0, 0)
