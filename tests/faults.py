@@ -1,0 +1,86 @@
+"""What the tests with faulty servers share."""
+
+import contextlib
+import os
+import random
+import shutil
+import sqlite3
+import tempfile
+import time
+from pathlib import Path
+
+from conftest import MIB, tree
+
+# Files of 1 MiB and more are large here, so that large ones are cheap.
+SIZES = {"SMALL_FILE": MIB, "PART_SIZE": 5 * MIB}
+SMALL, LARGE = 3_000, 6 * MIB + 1  # bytes; a large one has two parts
+
+# How much the tests that draw lots try: 1 in CI; 100 is a night.
+EFFORT = int(os.environ.get("TEST_EFFORT", "1"))
+SEED = int(os.environ.get("TEST_SEED", "0")) or random.SystemRandom().getrandbits(32)
+
+
+def write(path, size, mtime=1_700_000_000):
+    """A file of that many bytes, which depend on its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(random.Random(path.name).randbytes(size))
+    os.utime(path, (mtime, mtime))
+
+
+def wait_for(condition):
+    """Wait until something has happened; the test's own time limit ends it."""
+    while not condition():
+        time.sleep(0.01)
+
+
+def assert_all_archived(archive, box):
+    """The bucket holds the tree, and what the state says of it is true."""
+    objects = archive.objects()
+    held = {os.fsencode(key): found[:2] for key, found in objects.items()}
+    there = tree(box.root)
+    assert held == there, set(held.items()) ^ set(there.items())
+    assert len(archive.rows()) == len(held)
+    archive.assert_invariant()
+
+
+def assert_failed(result, reasons):
+    """Just these files failed, {name: part of the reason}; numbers without commas."""
+    assert result.status == 3, result.stderr
+    said = dict(failure.split(": ", 1) for failure in result.failures)
+    said = {path.split("/")[-1]: text.replace(",", "") for path, text in said.items()}
+    assert said.keys() == reasons.keys(), result.stderr
+    assert len(result.failures) == len(said) == result.summary["Failed files"]
+    for name, reason in reasons.items():
+        assert reason in said[name], (name, said[name])
+
+
+def recorded(archive):
+    """The rows of a state whose program may have been killed at any instant:
+    {path: (size, mtime, key, crc32)}. The database itself stays as it is."""
+    with tempfile.TemporaryDirectory() as folder:
+        for suffix in ("", "-journal"):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copy(f"{archive.state_db}{suffix}", Path(folder, f"db{suffix}"))
+        with contextlib.closing(sqlite3.connect(Path(folder, "db"))) as db:
+            assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            if not db.execute("SELECT * FROM sqlite_master").fetchall():
+                return {}
+            rows = db.execute(
+                "SELECT path, size, mtime, key, crc32 FROM files LEFT JOIN objects USING (path)"
+            )
+            return {path: row for path, *row in rows}
+
+
+def assert_rows_are_true(archive, box):
+    """Each row has its object, with that size and CRC-32; uploads may be under way.
+
+    A changed file may have its new object and still its old row, if the run was
+    killed between the two: then the row must differ from what is on the box, so that
+    the next run archives the file again.
+    """
+    objects = archive.objects()
+    for path, (size, mtime, key, crc) in recorded(archive).items():
+        assert key in objects, f"{path} is recorded, but S3 has no {key}"
+        if objects[key][:2] != (size, crc):
+            found = (box.root / key).stat()
+            assert (size, mtime) != (found.st_size, int(found.st_mtime)), path

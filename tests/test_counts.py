@@ -1,0 +1,166 @@
+"""What a run costs, counted at the servers: round trips, requests, bytes, memory.
+
+Trees of a million files as well: TEST_EFFORT=5.
+"""
+
+import contextlib
+import re
+import sqlite3
+import threading
+import time
+
+import pytest
+from conftest import MIB, SNAPSHOT
+from faults import EFFORT, LARGE, SIZES, SMALL, assert_all_archived, write
+from faulty_sftp import LONG_AGO, FaultyBox, many_files
+from scripted_s3 import ScriptedS3, until
+
+QUIET = 0.15  # s without a request, after which a flight is taken to have ended
+
+# Runs the program in a child, which has a peak of its own to report.
+MEASURED = """
+import os
+child = os.fork()
+if child:
+    _, status, usage = os.wait4(child, 0)
+    print("peak", usage.ru_maxrss, "KiB", file=sys.stderr, flush=True)
+    os._exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.fixture
+def s3(moto):
+    with ScriptedS3(moto.url) as running:
+        yield running
+
+
+# --- Round trips to the box -------------------------------------------------
+
+
+def test_folder_and_small_file_cost_two_round_trips_each(archive_of):
+    with FaultyBox(quiet=QUIET) as box:
+        files = [f"d{n}/f{m}" for n in range(4) for m in range(5)]
+        for name in files:
+            write(box.root / name, SMALL)
+        archive = archive_of(box)
+        assert archive().status == 0
+        for name in files:
+            assert box.round_trips[name.encode()] == 2, name
+            assert box.opened[name.encode()] == 1
+        for number in range(4):
+            assert box.round_trips[b"d%d" % number] == 2
+        # All at once: not two for each, one after another.
+        assert box.flights <= 16
+
+
+def test_unchanged_file_costs_no_request_to_the_box(archive_of):
+    with FaultyBox(quiet=QUIET) as box:
+        for number in range(20):
+            write(box.root / "d" / f"f{number}", SMALL)
+        archive = archive_of(box)
+        assert archive().status == 0
+        box.round_trips.clear()
+        assert archive().counts == (0, 20, 0)
+        assert not [path for path in box.round_trips if b"f" in path]
+        assert box.round_trips[b"d"] == 2
+
+
+def test_run_takes_one_connection(archive_of):
+    with FaultyBox() as box:
+        for number in range(50):
+            write(box.root / f"d{number % 7}" / f"f{number}", SMALL)
+        write(box.root / "big", LARGE)
+        archive = archive_of(box)
+        assert archive(constants=SIZES).status == 0
+        assert box.connections == box.requests["INIT"] == 1
+
+
+# --- Requests to S3 ---------------------------------------------------------
+
+
+def test_requests_to_s3_are_as_few_as_can_be(archive_of, s3):
+    with FaultyBox() as box:
+        for number in range(20):
+            write(box.root / f"small{number}", SMALL)
+        write(box.root / "large", LARGE)
+        archive = archive_of(box, AWS_ENDPOINT_URL=s3.url)
+        assert archive(constants=SIZES).status == 0
+        assert_all_archived(archive, box)
+        of_large = {op: n for (op, key), n in s3.about.items() if key == "large"}
+        assert of_large == {
+            "CreateMultipartUpload": 1,
+            "UploadPart": 2,
+            "CompleteMultipartUpload": 1,
+            "HeadObject": 1,
+        }
+        for number in range(20):
+            of_small = {op: n for (op, key), n in s3.about.items() if key == f"small{number}"}
+            assert of_small == {"PutObject": 1}
+
+        s3.about.clear()
+        assert archive(constants=SIZES).counts == (0, 21, 0)
+        assert {key for _, key in s3.about} <= {"", SNAPSHOT}
+        assert sum(s3.about.values()) <= 3
+
+
+# --- Memory -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "limit"), [(MIB - 1, 32), (40 * MIB, 64)], ids=["small", "large"]
+)
+def test_bytes_held_never_exceed_the_memory_limit(archive_of, s3, size, limit):
+    """S3 takes nothing until the program stops asking the box for more."""
+    count = 3 * limit * MIB // size
+    with FaultyBox(many_files(1, count, size)) as box:
+        archive = archive_of(box, AWS_ENDPOINT_URL=s3.url, MEMORY_LIMIT=f"{limit}M")
+        held = []
+        box.on_data = lambda: held.append(box.handed_out - s3.received)
+        gate = threading.Event()
+        s3.always("PutObject", until(gate))
+        s3.always("UploadPart", until(gate))
+        running = archive.start(constants=SIZES)
+        wait_until_idle(box, running)
+        assert box.handed_out >= limit * MIB // 4, "nothing was there to be held"
+        gate.set()
+        assert running.wait().counts == (count, 0, 0)
+        assert max(held) <= limit * MIB
+
+
+def wait_until_idle(box, running):
+    """Until the box has handed out something, and then nothing for a second."""
+    before = -1
+    while not box.handed_out or box.handed_out != before:
+        before = box.handed_out
+        assert running.process.poll() is None
+        time.sleep(1)
+
+
+def peak_of_an_unchanged_run(archive_of, folders, files):
+    """Peak resident memory, in MiB, of a run that finds all of these archived."""
+    with FaultyBox(many_files(folders, files, SMALL)) as box:
+        archive = archive_of(box, REMOTE_PATH="/")
+        with contextlib.closing(sqlite3.connect(archive.state_db)) as db, db:
+            db.execute(
+                "CREATE TABLE files (path TEXT PRIMARY KEY, size INTEGER,"
+                " mtime INTEGER, uploaded_at INTEGER)"
+            )
+            db.executemany(
+                f"INSERT INTO files VALUES (?, {SMALL}, {LONG_AGO}, {LONG_AGO})",
+                ((f"/d{d}/f{f}",) for d in range(folders) for f in range(files)),
+            )
+        result = archive.start(before=MEASURED).wait(timeout=300)
+        assert (result.status, result.counts) == (0, (0, folders * files, 0))
+        return int(re.search(r"peak (\d+) KiB", result.stderr)[1]) / 1024
+
+
+@pytest.mark.timeout(120 * EFFORT)
+def test_memory_does_not_grow_with_the_number_of_files(archive_of):
+    small = peak_of_an_unchanged_run(archive_of, 20, 1_000)
+    large = peak_of_an_unchanged_run(archive_of, 200, 1_000)
+    assert large < small + 16
+    wide = peak_of_an_unchanged_run(archive_of, 1, 100_000)
+    assert wide < small + 32, "a folder is listed with what one reply holds at a time"
+    if EFFORT >= 5:
+        assert peak_of_an_unchanged_run(archive_of, 1_000, 1_000) < small + 16
+    assert max(small, large, wide) < 256

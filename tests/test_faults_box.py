@@ -1,0 +1,574 @@
+"""What the box may do to a run: cut, freeze, lie, and change under its hands.
+
+A run here has a small and a large file wherever both may meet the fault.
+"""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import sqlite3
+
+import pytest
+from conftest import MIB
+from faults import LARGE, SIZES, SMALL, assert_all_archived, assert_failed, wait_for, write
+from faulty_sftp import (
+    A_FOLDER,
+    EOF,
+    FAILURE,
+    PERMISSION_DENIED,
+    FaultyBox,
+    a_file,
+    answer_then_drop,
+    at_most,
+    attributes,
+    deep_folders,
+    drop,
+    ends_at,
+    first,
+    freeze,
+    longer,
+    names,
+    one_file,
+    status,
+    unknown_id,
+)
+from relay import Relay
+from scripted_s3 import ScriptedS3, error
+
+IMPATIENT = {**SIZES, "CONNECT_LIMIT": 3, "SILENCE_LIMIT": 1, "RECONNECT_PAUSES": (0, 0.1, 0.2)}
+TRIES = len(IMPATIENT["RECONNECT_PAUSES"])
+FILES = {"small": SMALL, "large": LARGE}
+
+
+@pytest.fixture
+def box():
+    with FaultyBox() as running:
+        yield running
+
+
+def fill(box):
+    for name, size in FILES.items():
+        write(box.root / name, size)
+
+
+# --- The connection is cut --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [("OPEN", answer_then_drop), ("OPEN", drop), ("READ", drop), ("CLOSE", drop)],
+)
+def test_connection_that_is_cut_around_the_first_read_costs_no_byte(archive, box, kind, fault):
+    fill(box)
+    cuts = [box.on(kind, name.encode(), fault) for name in FILES]
+    result = archive(constants=SIZES)
+    assert [cut.fired for cut in cuts] == [1, 1]
+    assert (result.status, result.counts) == (0, (2, 0, 0)), result.stderr
+    assert_all_archived(archive, box)
+
+
+def test_large_file_goes_on_at_its_offset_within_the_same_upload(archive, box, bucket):
+    """The cut comes further into the file than what may be in flight."""
+    write(box.root / "large", 40 * MIB)
+    cut = box.on("READ", b"large", drop, at=36 * MIB)
+    result = archive(constants=SIZES)
+    assert cut.fired == 1
+    assert (result.status, result.counts) == (0, (1, 0, 0)), result.stderr
+    assert box.connections == 2
+    assert sum(offset == 0 for _, offset, _ in box.reads) == 1
+    begun = [path for method, path, query in bucket.writes() if query == "uploads"]
+    assert len(begun) == 1
+    assert_all_archived(archive, box)
+
+
+def grown(path):
+    with path.open("ab") as file:
+        file.write(b"more")
+    os.utime(path, (1_700_000_000, 1_700_000_000))
+
+
+def touched(path):
+    os.utime(path, (1_700_000_001, 1_700_000_001))
+
+
+def rewritten(path):
+    path.write_bytes(path.read_bytes()[::-1])
+    os.utime(path, (1_700_000_002, 1_700_000_002))
+
+
+def replaced(path):
+    other = path.with_name(".other")
+    write(other, path.stat().st_size, 1_700_000_003)
+    os.replace(other, path)
+
+
+CHANGES = {change.__name__: change for change in (grown, touched, rewritten, replaced)}
+
+
+def test_large_file_that_changed_during_an_outage_fails(archive, box):
+    write(box.root / "other", SMALL)
+    cuts = []
+    for name, change in CHANGES.items():
+        write(box.root / name, LARGE)
+        act = first(lambda change=change, name=name: change(box.root / name), drop)
+        cuts.append(box.on("READ", name.encode(), act, at=LARGE // 2))
+    result = archive(constants=SIZES)
+    assert [cut.fired for cut in cuts] == [1] * 4
+    assert_failed(result, dict.fromkeys(CHANGES, "changed while it was read"))
+    assert set(archive.objects()) == {"other"}
+    archive.assert_invariant()
+    assert archive(constants=SIZES).counts == (4, 1, 0)
+    assert_all_archived(archive, box)
+
+
+@pytest.mark.parametrize("kind", ["OPENDIR", "READDIR", "CLOSE"])
+def test_walk_goes_on_after_cuts_with_nothing_missed_and_nothing_twice(
+    archive, box, bucket, kind
+):
+    for number in range(100):
+        write(box.root / f"d{number % 4}" / f"e{number % 8}" / f"f{number}", 10)
+    for number in range(100, 250):  # more than one reply holds
+        write(box.root / f"f{number}", 10)
+    cuts = [box.on(kind, None, drop, nth=nth) for nth in (2, 7, 12)]
+    result = archive(constants=SIZES)
+    assert [cut.fired for cut in cuts] == [1, 1, 1]
+    assert (result.status, result.counts) == (0, (250, 0, 0)), result.stderr
+    puts = [path for _, path, _ in bucket.writes() if "/f" in path]
+    assert len(puts) == len(set(puts)) == 250
+    assert_all_archived(archive, box)
+
+
+def test_connection_that_is_cut_again_and_again_still_gets_there(archive, box):
+    """Progress begins a new count of tries."""
+    for number in range(10):
+        write(box.root / f"f{number}", MIB - 1)
+    with Relay(box.host, box.port) as relay:
+        relay.cut_each_after(2 * MIB)
+        settings = {"TRANSFERS": 1, **box.settings(port=relay.port)}
+        result = archive(constants=IMPATIENT, **settings)
+        assert relay.connections > TRIES
+    assert (result.status, result.counts) == (0, (10, 0, 0)), result.stderr
+    assert_all_archived(archive, box)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_box_that_is_gone_for_good_ends_the_run_with_what_was_done(archive, box, name):
+    for other in ("a", "b", "c"):
+        write(box.root / other, SMALL)
+    write(box.root / name, FILES[name])
+    with Relay(box.host, box.port) as relay:
+
+        def gone():
+            wait_for(lambda: len(archive.rows()) == 3)
+            relay.stop()
+
+        box.on("READ", name.encode(), first(gone))
+        result = archive(constants=IMPATIENT, **box.settings(port=relay.port))
+    assert result.status == 1, result.stderr
+    assert result.counts[0] == 3
+    assert set(archive.objects()) == {"a", "b", "c"}
+    assert len(archive.rows()) == 3
+    archive.assert_invariant()
+    assert archive(constants=SIZES, **box.settings()).counts == (1, 3, 0)
+    assert_all_archived(archive, box)
+
+
+def test_box_that_cuts_every_connection_gets_a_bounded_number_of_tries(archive, box):
+    box.always("INIT", None, drop)
+    result = archive(constants=IMPATIENT)
+    assert result.status == 1
+    assert box.connections == TRIES
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_file_that_always_kills_the_connection_does_not_hold_up_the_others(archive, box, name):
+    for number in range(5):
+        write(box.root / f"f{number}", SMALL)
+    write(box.root / name, FILES[name])
+    box.always("READ", name.encode(), drop)
+    result = archive(constants=SIZES)
+    assert_failed(result, {name: "lost the connection"})
+    assert box.connections < 20
+    assert len(archive.rows()) == 5
+    archive.assert_invariant()
+
+
+def test_folder_that_always_kills_the_connection_fails_alone(archive, box):
+    write(box.root / "poison" / "f", SMALL)
+    write(box.root / "d" / "f", SMALL)
+    box.always("READDIR", b"poison", drop)
+    result = archive(constants=SIZES)
+    assert_failed(result, {"poison": "lost the connection"})
+    assert set(archive.objects()) == {"d/f"}
+    assert box.connections < 20
+
+
+# --- The box falls silent ---------------------------------------------------
+
+
+@pytest.mark.parametrize("after", [0, 30, 700], ids=["banner", "key exchange", "login"])
+def test_freeze_before_the_session_is_there_is_waited_for_only_so_long(archive, box, after):
+    write(box.root / "f", SMALL)
+    with Relay(box.host, box.port) as relay:
+        relay.freeze(after)
+        running = archive.start(constants=IMPATIENT, **box.settings(port=relay.port))
+        wait_for(lambda: relay.connections == 2)
+        relay.thaw()
+        result = running.wait()
+    assert (result.status, result.counts) == (0, (1, 0, 0)), result.stderr
+    assert_all_archived(archive, box)
+
+
+@pytest.mark.parametrize("kind", ["INIT", "OPENDIR", "READDIR"])
+def test_freeze_in_the_walk_is_waited_for_only_so_long(archive, box, kind):
+    write(box.root / "d" / "f", SMALL)
+    frozen = box.on(kind, None, freeze, nth=1 if kind == "INIT" else 2)
+    result = archive(constants=IMPATIENT)
+    assert frozen.fired == 1
+    assert (result.status, result.counts) == (0, (1, 0, 0)), result.stderr
+    assert box.connections >= 2
+    assert_all_archived(archive, box)
+
+
+@pytest.mark.parametrize("kind", ["OPEN", "READ", "CLOSE"])
+def test_freeze_in_a_file_is_waited_for_only_so_long(archive, box, kind):
+    fill(box)
+    frozen = [box.on(kind, name.encode(), freeze) for name in FILES]
+    result = archive(constants=IMPATIENT)
+    assert [rule.fired for rule in frozen] == [1, 1]
+    assert (result.status, result.counts) == (0, (2, 0, 0)), result.stderr
+    assert_all_archived(archive, box)
+
+
+def test_box_that_is_frozen_for_good_ends_the_run(archive, box):
+    box.always("READDIR", None, freeze)
+    write(box.root / "f", SMALL)
+    result = archive(constants=IMPATIENT)
+    assert result.status == 1
+    assert 1 < box.connections <= 2 * TRIES
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "path"),
+    [
+        (signal.SIGTERM, "INIT", None),
+        (signal.SIGTERM, "READDIR", b"d"),
+        (signal.SIGTERM, "READ", b"large"),
+        (signal.SIGINT, "READ", b"small"),
+    ],
+)
+def test_signal_ends_a_run_that_waits_for_a_frozen_box(archive, box, number, kind, path):
+    fill(box)
+    write(box.root / "d" / "f", SMALL)
+    frozen = box.on(kind, path, freeze)
+    running = archive.start(constants=SIZES)
+    wait_for(lambda: frozen.fired)
+    running.process.send_signal(number)
+    result = running.wait(timeout=10)
+    assert result.status == 128 + number
+    assert result.summary
+    archive.assert_invariant()
+
+
+def test_signal_leaves_what_was_done_and_nothing_half_done(archive, box):
+    fill(box)
+
+    def stop():
+        wait_for(lambda: len(archive.rows()) == 1)
+        running.process.terminate()
+
+    box.on("READ", b"large", first(stop, freeze), at=LARGE - 1)
+    running = archive.start(constants=SIZES)
+    result = running.wait(timeout=20)
+    assert result.status == 143
+    assert result.counts[0] == 1
+    assert set(archive.objects()) == {"small"}
+    archive.assert_invariant()
+    assert archive(constants=SIZES).counts == (1, 1, 0)
+    assert_all_archived(archive, box)
+
+
+# --- The box lies about a file ----------------------------------------------
+
+
+def test_file_without_a_usable_fstat_fails_alone(archive, box):
+    write(box.root / "other", SMALL)
+    faults = {
+        "fails": status(FAILURE),
+        "no-size": attributes(size=None),
+        "no-mtime": attributes(mtime=None),
+    }
+    files = {f"{what}-{kind}": what for what in faults for kind in FILES}
+    for name, what in files.items():
+        write(box.root / name, FILES[name.split("-")[-1]])
+        box.always("FSTAT", name.encode(), faults[what])
+    result = archive(constants=SIZES)
+    assert_failed(result, dict.fromkeys(files, "does not tell its size"))
+    assert set(archive.objects()) == {"other"}
+    archive.assert_invariant()
+
+
+def test_entries_without_a_field_in_the_listing_are_asked_about(archive, box):
+    """Where there is still no answer, only that entry fails."""
+    fields = ("size", "mtime", "mode")
+    entries = []
+    for field in fields:
+        for name in (f"no-{field}", f"never-{field}"):
+            write(box.root / name, SMALL)
+            found = vars(box.tree.lstat(name.encode()))
+            entries.append((name.encode(), type(A_FOLDER)(**{**found, field: None})))
+        box.always("LSTAT", f"never-{field}".encode(), attributes(**{field: None}))
+    box.on("READDIR", b"", names(*entries))
+    box.always("READDIR", b"", status(EOF))
+    result = archive(constants=SIZES)
+    assert_failed(result, dict.fromkeys((f"never-{field}" for field in fields), ""))
+    assert set(archive.objects()) == {f"no-{field}" for field in fields}
+    archive.assert_invariant()
+
+
+def test_file_that_ends_early_is_not_recorded(archive, box):
+    write(box.root / "other", SMALL)
+    reasons = {}
+    ends = {SMALL: (0, SMALL - 1), LARGE: (0, 2 * MIB, LARGE - 1)}
+    for size, places in ends.items():
+        for end in places:
+            name = f"{end}-of-{size}"
+            write(box.root / name, size)
+            box.always("READ", name.encode(), ends_at(end))
+            reasons[name] = f"ended at {end} of {size} bytes"
+    result = archive(constants=SIZES)
+    assert_failed(result, reasons)
+    assert set(archive.objects()) == {"other"}
+    archive.assert_invariant()
+
+
+def test_file_that_changes_while_it_is_read_is_archived_by_the_next_run(archive, box):
+    write(box.root / "other", SMALL)
+    files = {f"{change}-{kind}": change for change in CHANGES for kind in FILES}
+    for name, change in files.items():
+        size = FILES[name.split("-")[-1]]
+        write(box.root / name, size)
+        act = first(lambda name=name, change=change: CHANGES[change](box.root / name))
+        box.on("READ", name.encode(), act, at=size // 2)
+    result = archive(constants=SIZES)
+    assert_failed(result, dict.fromkeys(files, "changed while it was read"))
+    assert set(archive.objects()) == {"other"}
+    archive.assert_invariant()
+    assert archive(constants=SIZES).counts == (8, 1, 0)
+    assert_all_archived(archive, box)
+
+
+def test_changed_file_that_fails_leaves_its_row_and_its_earlier_object(archive, box):
+    fill(box)
+    assert archive(constants=SIZES).status == 0
+    before = archive.objects(), archive.rows()
+    for name, size in FILES.items():
+        rewritten(box.root / name)
+        act = first(lambda name=name: touched(box.root / name))
+        box.on("READ", name.encode(), act, at=size // 2)
+    result = archive(constants=SIZES)
+    assert_failed(result, dict.fromkeys(FILES, "changed while it was read"))
+    assert (archive.objects(), archive.rows()) == before
+    archive.assert_invariant()
+
+
+def test_file_that_changed_since_it_was_listed_is_archived_as_it_is(archive, box):
+    """Only one that has grown may be left to the next run: no memory was set aside."""
+    files = {f"{change}-{kind}": change for change in CHANGES for kind in FILES}
+    for name, change in files.items():
+        write(box.root / name, FILES[name.split("-")[-1]])
+        act = first(lambda name=name, change=change: CHANGES[change](box.root / name))
+        box.on("OPEN", name.encode(), act)
+    result = archive(constants=SIZES)
+    assert result.counts[0] + len(result.failures) == 8
+    assert all("grown" in failure for failure in result.failures), result.failures
+    archive.assert_invariant()
+    assert archive(constants=SIZES).status == 0
+    assert_all_archived(archive, box)
+
+
+def test_short_replies_are_asked_to_the_end(archive, box):
+    for size, cap in [(500, 1), (100_000, 1_000), (2 * MIB, 32 * 1024)]:
+        name = f"{size}-by-{cap}"
+        write(box.root / name, size)
+        box.always("READ", name.encode(), at_most(cap))
+    result = archive(constants=SIZES)
+    assert (result.status, result.counts) == (0, (3, 0, 0)), result.stderr
+    assert_all_archived(archive, box)
+
+
+def test_random_short_replies_in_random_order_are_put_together(archive_of):
+    lengths = random.Random(1)
+
+    def some(request):
+        return at_most(lengths.randint(1, 200_000))(request)
+
+    with FaultyBox(shuffle=1) as box:
+        archive = archive_of(box)
+        write(box.root / "large", LARGE)
+        for number in range(20):
+            write(box.root / f"f{number}", 300_000)
+        box.always("READ", None, some)
+        result = archive(constants=SIZES)
+        assert (result.status, result.counts) == (0, (21, 0, 0)), result.stderr
+        assert_all_archived(archive, box)
+
+
+def test_replies_without_a_byte_are_the_end_of_the_file(archive, box):
+    fill(box)
+    box.always("READ", None, at_most(0))
+    result = archive(constants=SIZES)
+    assert_failed(result, dict.fromkeys(FILES, "ended at 0 of"))
+    assert archive.objects() == {}
+    archive.assert_invariant()
+
+
+@pytest.mark.parametrize("kind", ["OPENDIR", "READDIR", "OPEN", "FSTAT", "READ"])
+def test_answer_that_nobody_asked_for_does_no_harm(archive, box, kind):
+    fill(box)
+    stray = box.on(kind, None, unknown_id, times=2)
+    result = archive(constants=SIZES)
+    assert stray.fired
+    assert (result.status, result.counts) == (0, (2, 0, 0)), result.stderr
+    assert_all_archived(archive, box)
+
+
+def test_reply_longer_than_asked_for_is_not_believed(archive, box):
+    fill(box)
+    for name in FILES:
+        box.on("READ", name.encode(), longer)
+    result = archive(constants=SIZES)
+    assert (result.status, result.counts) == (0, (2, 0, 0)), result.stderr
+    assert_all_archived(archive, box)
+
+
+# --- The box lies about a folder --------------------------------------------
+
+
+def test_listing_that_fails_costs_only_that_folder(archive, box):
+    for number in range(150):
+        write(box.root / "midway" / f"f{number:03}", 10)
+    for folder in ("never", "denied", "well"):
+        write(box.root / folder / "f", SMALL)
+    failed = box.on("READDIR", b"midway", status(FAILURE), nth=2)
+    box.always("OPENDIR", b"denied", status(PERMISSION_DENIED))
+    box.always("READDIR", b"never", status(FAILURE))
+    result = archive(constants=SIZES)
+    assert failed.fired == 1
+    assert_failed(result, {"midway": "", "denied": "", "never": ""})
+    assert {"well/f"} == {key for key in archive.objects() if "midway" not in key}
+    archive.assert_invariant()
+    box.rules.clear()
+    assert archive(constants=SIZES).status == 0
+    assert_all_archived(archive, box)
+
+
+@pytest.mark.parametrize("kind", ["OPENDIR", "READDIR"])
+def test_unreadable_remote_path_is_never_a_success(archive, box, kind):
+    write(box.root / "f", SMALL)
+    box.always(kind, b"", status(FAILURE))
+    assert archive(constants=SIZES).status == 1
+
+
+def test_remote_path_that_does_not_exist_is_fatal(archive, box):
+    result = archive(REMOTE_PATH="nowhere")
+    assert result.status == 1
+    assert "nowhere" in result.stderr
+
+
+def test_what_vanishes_after_it_was_listed_is_no_failure(archive, box):
+    fill(box)
+    write(box.root / "d" / "f", SMALL)
+    write(box.root / "other", SMALL)
+    for name in FILES:
+        box.on("OPEN", name.encode(), first((box.root / name).unlink))
+    box.on("OPENDIR", b"d", first(lambda: shutil.rmtree(box.root / "d")))
+    result = archive(constants=SIZES)
+    assert (result.status, result.counts) == (0, (1, 0, 0)), result.stderr
+    assert "Vanished       : 3" in result.stdout
+    assert_all_archived(archive, box)
+
+
+def test_name_that_no_file_can_have_is_never_opened(archive, box):
+    write(box.root / "good", SMALL)
+    hostile = [b"../evil", b"x/y", b"/etc/passwd", b"x/..", b""]
+    entries = [(name, kind) for name in hostile for kind in (a_file(10), A_FOLDER)]
+    box.on("READDIR", b"", names(*entries))
+    result = archive(constants=SIZES)
+    assert (result.status, result.counts[0]) == (3, 1), result.stderr
+    assert set(box.opened) - {b"", b"good"} == set()
+    assert box.requests["OPENDIR"] == 1
+    assert set(archive.objects()) == {"good"}
+    archive.assert_invariant()
+
+
+def test_name_with_a_nul_byte_fails_alone(archive, box):
+    write(box.root / "good", SMALL)
+    box.on("READDIR", b"", names((b"a\0b", a_file(10)), (b"c\0d", A_FOLDER)))
+    result = archive(constants=SIZES)
+    assert (result.status, result.counts) == (3, (1, 0, 2)), result.stderr
+    assert set(archive.objects()) == {"good"}
+    archive.assert_invariant()
+
+
+def test_dot_and_dotdot_in_a_listing_are_not_entered(archive, box):
+    write(box.root / "d" / "good", SMALL)
+    box.on("READDIR", b"d", names((b".", A_FOLDER), (b"..", A_FOLDER)))
+    result = archive(constants=SIZES)
+    assert (result.status, result.counts) == (0, (1, 0, 0)), result.stderr
+    assert box.requests["OPENDIR"] == 2
+    assert_all_archived(archive, box)
+
+
+def test_name_that_is_listed_twice_does_no_harm(archive, box):
+    fill(box)
+    box.on("READDIR", b"", names(*((name.encode(), a_file(10)) for name in FILES)))
+    result = archive(constants=SIZES)
+    assert result.status in (0, 3)
+    archive.assert_invariant()
+    assert archive(constants=SIZES).status == 0
+    assert_all_archived(archive, box)
+
+
+def test_path_whose_key_belongs_to_another_path_fails(archive, box):
+    """No two names make one key, so the state is told of such a pair."""
+    write(box.root / "f", SMALL)
+    assert archive().status == 0
+    before = archive.objects()
+    with contextlib.closing(sqlite3.connect(archive.state_db)) as db, db:
+        db.execute("UPDATE files SET path = 'other'")
+        db.execute("UPDATE objects SET path = 'other'")
+    rewritten(box.root / "f")
+    assert_failed(archive(), {"f": "other"})
+    assert archive.objects() == before
+    assert set(archive.rows()) == {"other"}
+
+
+# --- Sizes that no disk has -------------------------------------------------
+
+
+def test_folders_of_any_depth_are_walked(archive_of):
+    with FaultyBox(deep_folders(1_100, files_at={0, 500, 600})) as box:
+        archive = archive_of(box)
+        result = archive()
+        assert (result.status, result.counts) == (3, (2, 0, 1)), result.stderr
+        assert "1,024" in result.failures[0], "the third one's key is too long"
+        assert set(archive.objects()) == {"f", "d/" * 500 + "f"}
+        assert box.requests["OPENDIR"] == 1_101
+
+
+@pytest.mark.parametrize("gib", [100, 400])
+def test_sparse_file_of_any_size_fits_into_the_parts_that_s3_allows(archive_of, moto, gib):
+    """S3 refuses the parts, whose size tells enough; then nothing more is read."""
+    size = gib * 2**30
+    with FaultyBox(one_file(b"big", size)) as box, ScriptedS3(moto.url) as s3:
+        archive = archive_of(box, AWS_ENDPOINT_URL=s3.url)
+        s3.always("UploadPart", error(403, "AccessDenied"))
+        assert archive().status == 1
+        part = s3.sizes["UploadPart", "big", 1]
+        assert 5 * MIB <= part <= 5 * 2**30
+        assert size <= 10_000 * part
+        assert box.handed_out <= 256 * MIB
+        archive.assert_invariant()

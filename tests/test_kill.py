@@ -1,0 +1,118 @@
+"""kill -9 at any instant: what the state says stays true, and the end is complete.
+
+More rounds: TEST_EFFORT=50. The same rounds again: TEST_SEED=the seed printed.
+"""
+
+import contextlib
+import random
+import subprocess
+
+import pytest
+from faults import (
+    EFFORT,
+    LARGE,
+    SEED,
+    SIZES,
+    SMALL,
+    assert_all_archived,
+    assert_rows_are_true,
+    write,
+)
+from faulty_sftp import FaultyBox
+from scripted_s3 import Exchange, ScriptedS3, first, lost_answer
+
+ROUNDS = 6 * EFFORT
+A_RUN = 2.5  # s, about what a whole run takes here
+
+
+@pytest.fixture
+def box():
+    with FaultyBox() as running:
+        yield running
+
+
+@pytest.fixture
+def s3(moto):
+    with ScriptedS3(moto.url) as running:
+        yield running
+
+
+@pytest.fixture
+def archive(archive_of, box, s3):
+    return archive_of(box, AWS_ENDPOINT_URL=s3.url)
+
+
+def kill_at(archive, s3, operation, fault, nth):
+    """Kill the run at the `nth` of these requests, before S3 meets it with `fault`."""
+
+    def kill():
+        archive.running[-1].kill()
+        archive.running[-1].wait()
+
+    s3.on(operation, first(kill, fault), nth=nth)
+
+
+@pytest.mark.timeout(60 + 20 * ROUNDS)
+def test_run_that_is_killed_again_and_again_ends_complete(archive, box, s3):
+    print(f"TEST_SEED={SEED}")
+    draw = random.Random(SEED)
+    names = [*(f"small{n}" for n in range(20)), *(f"large{n}" for n in range(3))]
+    for round_ in range(ROUNDS):
+        for name in draw.sample(names, 8):  # new and changed ones
+            size = LARGE if name.startswith("large") else SMALL
+            write(box.root / name, size + round_, mtime=1_700_000_000 + round_)
+        if draw.random() < 0.5:
+            running = archive.start(constants=SIZES)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running.process.wait(draw.uniform(0.3, A_RUN))
+            running.process.kill()
+        else:
+            # At a request, before S3 does what it asks for or after.
+            fault = draw.choice([Exchange.forward, lost_answer])
+            kill_at(archive, s3, None, fault, nth=draw.randint(1, 25))
+            running = archive.start(constants=SIZES)
+        running.process.wait()
+        s3.rules.clear()
+        assert_rows_are_true(archive, box)
+    result = archive(constants=SIZES)
+    assert result.status == 0, result.stderr
+    assert_all_archived(archive, box)
+
+
+@pytest.mark.parametrize(
+    ("operation", "nth"),
+    [
+        ("CreateMultipartUpload", 1),
+        ("UploadPart", 1),
+        ("UploadPart", 2),
+        ("CompleteMultipartUpload", 1),
+        ("HeadObject", 1),
+    ],
+)
+def test_upload_of_a_killed_run_is_aborted_by_the_next_and_nobody_elses(
+    archive, box, s3, bucket, operation, nth
+):
+    """The kill comes when S3 has done what was asked, and nobody was told."""
+    write(box.root / "big", LARGE)
+    for key in ("other", "big.other", "bi"):
+        bucket.client.create_multipart_upload(Bucket=bucket.name, Key=key)
+    others = uploads(bucket)
+    kill_at(archive, s3, operation, lost_answer, nth)
+    running = archive.start(constants=SIZES)
+    assert running.wait().status == -9
+    assert_rows_are_true(archive, box)
+    left = uploads(bucket) - others
+    assert len(left) == (operation not in ("CompleteMultipartUpload", "HeadObject"))
+
+    (box.root / "big").unlink()  # even if there is nothing to archive any more
+    write(box.root / "small", SMALL)
+    result = archive(constants=SIZES)
+    assert result.status == 0, result.stderr
+    assert uploads(bucket) == others
+    assert ("aborted" in result.stderr) == bool(left)
+    assert "aborted" not in archive(constants=SIZES).stderr
+
+
+def uploads(bucket):
+    listing = bucket.client.list_multipart_uploads(Bucket=bucket.name)
+    return {upload["UploadId"] for upload in listing.get("Uploads", [])}
