@@ -493,7 +493,8 @@ class Rules:
     def __init__(self, root: bytes, exclude: Iterable[str], include_hidden: bool):
         """An item of `exclude` is a path relative to `root` or whole, or a glob
         whose `*` crosses slashes; it stands for that entry and all under it."""
-        start = root.decode("utf-8", "surrogateescape").rstrip("/") + "/"
+        self._root = root
+        start = join(root, b"").decode("utf-8", "surrogateescape")
         items = {item.rstrip("/") for item in exclude}
         items |= {item.removeprefix(start) for item in items}
         items |= {item.removeprefix("./") for item in items}
@@ -501,10 +502,10 @@ class Rules:
         self._glob = re.compile("|".join(map(fnmatch.translate, items)))
         self._include_hidden = include_hidden
 
-    def excluded(self, relative: bytes) -> bool:
+    def excluded(self, path: bytes) -> bool:
         if not self._exact:
             return False
-        text = relative.decode("utf-8", "surrogateescape")
+        text = below(self._root, path).decode("utf-8", "surrogateescape")
         return text in self._exact or bool(self._glob.match(text))
 
     def hidden(self, name: bytes) -> bool:
@@ -617,7 +618,7 @@ def blob(data: bytes) -> bytes:
     return U32.pack(len(data)) + data
 
 
-def take_blob(body: memoryview, at: int) -> tuple[bytes, int]:
+def take_blob(body: bytes | memoryview, at: int) -> tuple[bytes, int]:
     """The SSH string at `at`, and where it ends."""
     end = at + 4 + U32.unpack_from(body, at)[0]
     if end > len(body):
@@ -625,7 +626,7 @@ def take_blob(body: memoryview, at: int) -> tuple[bytes, int]:
     return bytes(body[at + 4 : end]), end
 
 
-def take_attributes(body: memoryview, at: int) -> tuple[Attributes, int]:
+def take_attributes(body: bytes | memoryview, at: int) -> tuple[Attributes, int]:
     """The file attributes at `at`, and where they end."""
     (flags,) = U32.unpack_from(body, at)
     at += 4
@@ -653,14 +654,16 @@ def take_attributes(body: memoryview, at: int) -> tuple[Attributes, int]:
 
 
 def take_names(body: memoryview) -> list[tuple[bytes, Attributes]]:
-    """The entries of a reply to READDIR."""
+    """The entries of a reply to READDIR.  The walk's inner loop."""
+    data = bytes(body)  # whose slices are cheaper than a memoryview's
     entries = []
-    (count,) = U32.unpack_from(body, 0)
+    (count,) = U32.unpack_from(data, 0)
     at = 4
     for _ in range(count):
-        name, at = take_blob(body, at)
-        at += 4 + U32.unpack_from(body, at)[0]  # the line that `ls -l` would show
-        attributes, at = take_attributes(body, at)
+        end = at + 4 + U32.unpack_from(data, at)[0]
+        name = data[at + 4 : end]
+        end += 4 + U32.unpack_from(data, end)[0]  # the line that `ls -l` would show
+        attributes, at = take_attributes(data, end)
         entries.append((name, attributes))
     return entries
 
@@ -1113,17 +1116,16 @@ class Box:
 
         def read(connection: Connection) -> tuple[RemoteFile, bytes] | None:
             handle = open_file(connection, file.path)
-            first, *reads, last, _ = connection.ask(
+            first, *reads, last, named, _ = connection.ask(
                 (FXP_FSTAT, handle),
                 *(read_request(handle, *span) for span in spans),
-                (FXP_FSTAT, handle),
-                (FXP_CLOSE, handle),
+                *look_and_close(file.path, handle),
             )
             now = regular_file(file.path, first)
             pieces = [data_of(reply) for reply in reads]
             if now.size != file.size or [len(p) for p in pieces] != [n for _, n in spans]:
                 return None
-            must_be(now, regular_file(file.path, last))
+            must_be(now, last, named)
             return now, b"".join(pieces)
 
         try:
@@ -1168,6 +1170,8 @@ def regular_file(path: bytes, reply: Reply) -> RemoteFile:
     try:
         size, mtime, mode = take_attributes(expect(FXP_ATTRS, reply), 0)[0]
     except Status as error:
+        if error.code == FX_NO_SUCH_FILE:
+            raise Vanished("vanished while it was read") from None
         raise FileError(f"the box does not tell its size: {error}") from None
     if size is None or mtime is None:
         raise FileError("the box does not tell its size and time")
@@ -1176,13 +1180,21 @@ def regular_file(path: bytes, reply: Reply) -> RemoteFile:
     return RemoteFile(path, size, mtime)
 
 
-def must_be(before: RemoteFile, after: RemoteFile) -> None:
-    """FileError if size or mtime are not what they were."""
-    if before != after:
-        raise FileError(
-            f"changed while it was read: {before.size:,} bytes of mtime "
-            f"{before.mtime}, then {after.size:,} of {after.mtime}"
-        )
+def look_and_close(path: bytes, handle: bytes) -> list[Request]:
+    """What ends the reading of a file; the replies but the last are for must_be.
+    By its path as well: another file may have been renamed over it."""
+    return [(FXP_FSTAT, handle), (FXP_LSTAT, blob(path)), (FXP_CLOSE, handle)]
+
+
+def must_be(before: RemoteFile, *replies: Reply) -> None:
+    """FileError unless size and mtime in all `replies` are what they were."""
+    for reply in replies:
+        after = regular_file(before.path, reply)
+        if before != after:
+            raise FileError(
+                f"changed while it was read: {before.size:,} bytes of mtime "
+                f"{before.mtime}, then {after.size:,} of {after.mtime}"
+            )
 
 
 class Reader:
@@ -1270,7 +1282,8 @@ class Reader:
                 ) from None
             self._flights.clear()
             self._asked = self._got
-            must_be(self.file, self._open())
+            if self._open() != self.file:
+                raise FileError("changed while the connection was lost") from None
 
     def _receive(self) -> None:
         """Keeps the window full and takes in the oldest flight."""
@@ -1294,8 +1307,7 @@ class Reader:
             self._short = len(data)
         while True:
             if not data:
-                (reply,) = self._connection.ask((FXP_FSTAT, self._handle))
-                must_be(self.file, regular_file(self._path, reply))
+                must_be(self.file, *self._connection.ask((FXP_FSTAT, self._handle)))
                 raise FileError(f"ended at {at:,} of {self.file.size:,} bytes")
             if len(data) > size:
                 raise ConnectionLost(f"the box sent {len(data):,} bytes for {size:,}")
@@ -1309,12 +1321,11 @@ class Reader:
             data = data_of(reply)
 
     def _check_end(self) -> None:
-        beyond, attributes, _ = self._connection.ask(
+        beyond, last, named, _ = self._connection.ask(
             read_request(self._handle, self.file.size, 1),
-            (FXP_FSTAT, self._handle),
-            (FXP_CLOSE, self._handle),
+            *look_and_close(self._path, self._handle),
         )
-        must_be(self.file, regular_file(self._path, attributes))
+        must_be(self.file, last, named)
         if data_of(beyond):
             raise FileError(f"does not end at its size of {self.file.size:,} bytes")
         self._checked = True
@@ -1472,7 +1483,7 @@ class Walk:
         if self._rules.hidden(name):
             self.hidden += 1
             return None
-        if self._rules.excluded(below(self._root, path)):
+        if self._rules.excluded(path):
             self.excluded += 1
             return None
         size, mtime, mode = attributes
