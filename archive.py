@@ -561,6 +561,7 @@ ATTR_USUAL = ATTR_SIZE | ATTR_UIDGID | ATTR_PERMISSIONS | ATTR_ACMODTIME
 
 U32, U64 = struct.Struct(">I"), struct.Struct(">Q")
 HEADER = struct.Struct(">IBI")  # length of what follows, type, request id
+KIND_AND_ID = struct.Struct(">BI")
 USUAL = struct.Struct(">QIIIII")  # size, uid, gid, permissions, atime, mtime
 
 # Of *.your-storagebox.de, the same for all boxes (Hetzner's page "SSH host
@@ -770,8 +771,7 @@ class Connection:
         channel.settimeout(SILENCE_LIMIT)
         channel.sendall(HEADER.pack(5, FXP_INIT, 3))
         packets = self._packets()
-        version = next(packets, None)
-        if version is None or version[4] != FXP_VERSION:
+        if next(packets)[0] != FXP_VERSION:
             raise ConnectionLost("the box did not answer in SFTP")
         threading.Thread(target=self._deliver, args=(packets,), daemon=True).start()
 
@@ -817,41 +817,38 @@ class Connection:
     def _deliver(self, packets: Iterator[memoryview]) -> None:
         try:
             for packet in packets:
-                _, kind, number = HEADER.unpack_from(packet)
+                kind, number = KIND_AND_ID.unpack_from(packet)
                 flight, index = self._owed.pop(number)
                 self.answered += 1
-                flight.deliver(index, Reply(kind, packet[HEADER.size :]))
-            self.close("the box closed the connection")
+                flight.deliver(index, Reply(kind, packet[KIND_AND_ID.size :]))
         except ConnectionLost as error:
             self.close(str(error))
         except (KeyError, struct.error):
             self.close("the box sent a reply to no request")
 
     def _packets(self) -> Iterator[memoryview]:
-        """The packets as they come in, each with its length in front."""
-        pieces: list[bytes] = []
-        held, wanted = 0, 4
-        while piece := self._hear():
-            pieces.append(piece)
-            held += len(piece)
-            if held < wanted:
-                continue
-            data = memoryview(b"".join(pieces))
-            at = 0
-            while held - at >= 4:
-                length = U32.unpack_from(data, at)[0]
-                if not 5 <= length <= MAX_REPLY:
-                    raise ConnectionLost(f"the box sent a packet of {length:,} bytes")
-                if held - at < 4 + length:
-                    break
-                yield data[at : at + 4 + length]
-                at += 4 + length
-            pieces = [bytes(data[at:])]
-            held -= at
-            wanted = 4 + (U32.unpack_from(pieces[0])[0] if held >= 4 else 0)
+        """The packets as they come in, without their length in front."""
+        rest = memoryview(b"")
+
+        def take(count: int) -> bytes:
+            nonlocal rest
+            pieces = []
+            while count > len(rest):
+                pieces.append(rest)
+                count -= len(rest)
+                rest = memoryview(self._hear())
+            pieces.append(rest[:count])
+            rest = rest[count:]
+            return b"".join(pieces)
+
+        while True:
+            (length,) = U32.unpack(take(4))
+            if not 5 <= length <= MAX_REPLY:
+                raise ConnectionLost(f"the box sent a packet of {length:,} bytes")
+            yield memoryview(take(length))
 
     def _hear(self) -> bytes:
-        """The next bytes, b"" at the end; ConnectionLost if a reply is overdue."""
+        """The next bytes; ConnectionLost at the end, or if a reply is overdue."""
         while True:
             try:
                 piece = self._channel.recv(SSH_PACKET)
@@ -860,6 +857,8 @@ class Connection:
             else:
                 if time.monotonic() - self._watched > SILENCE_LIMIT:
                     self._watch(REPLY_LIMIT)
+                if not piece:
+                    raise ConnectionLost("the box closed the connection")
                 return piece
 
     def _watch(self, limit: float) -> None:
@@ -1021,6 +1020,7 @@ class Box:
         self._lock = threading.Lock()
         self._connection: Connection | None = None
         self._tries = 0
+        self._suspects = threading.Lock()
         self._pace = threading.Lock()
         self._due = 0.0  # when BANDWIDTH_LIMIT lets the next bytes be read
 
@@ -1065,12 +1065,17 @@ class Box:
     def insist(self, operation: Callable[[Connection], T]) -> T:
         """operation(connection), again from its start whenever the connection
         is lost under it; FileError after LOSSES_IN_A_ROW times, since then it
-        may be this file that breaks it."""
-        for _ in range(LOSSES_IN_A_ROW):
-            try:
-                return operation(self.connection())
-            except LOST as error:
-                reason = error
+        may be this file that breaks it.
+
+        From the second try on only one operation is under way at a time, so that
+        a file that breaks the connection does not take others down with it.
+        """
+        for attempt in range(LOSSES_IN_A_ROW):
+            with self._suspects if attempt else contextlib.nullcontext():
+                try:
+                    return operation(self.connection())
+                except LOST as error:
+                    reason = error
         raise FileError(f"lost the connection {LOSSES_IN_A_ROW} times, last: {reason}")
 
     def pace(self, size: int) -> None:

@@ -200,6 +200,7 @@ class ScriptedS3:
         self.about = Counter()  # by (operation, key)
         self.sizes = {}  # bytes of the last request by (operation, key, part number)
         self.received = 0  # bytes of all bodies that were read to their end
+        self.under_way = 0  # requests that are being answered
         self.lock = threading.Lock()
         self.closing = threading.Event()
 
@@ -228,6 +229,7 @@ class ScriptedS3:
 
     def answer(self, exchange):
         with self.lock:
+            self.under_way += 1
             self.requests[exchange.operation] += 1
             self.about[exchange.operation, exchange.key] += 1
             place = exchange.operation, exchange.key, exchange.part
@@ -236,7 +238,11 @@ class ScriptedS3:
             rule = applying[0] if applying else None
             if rule:
                 rule.fired += 1
-        return rule.fault(exchange) if rule else exchange.forward()
+        try:
+            return rule.fault(exchange) if rule else exchange.forward()
+        finally:
+            with self.lock:
+                self.under_way -= 1
 
 
 class _Server(ThreadingHTTPServer):

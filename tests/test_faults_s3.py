@@ -8,7 +8,16 @@ import pytest
 from conftest import MIB, SNAPSHOT, tree
 from faults import LARGE, SIZES, SMALL, assert_all_archived, assert_failed, wait_for, write
 from faulty_sftp import FaultyBox, ends_at, one_file
-from scripted_s3 import ScriptedS3, error, hang, headers, lost_answer, no_checksums, reset
+from scripted_s3 import (
+    ScriptedS3,
+    error,
+    first,
+    hang,
+    headers,
+    lost_answer,
+    no_checksums,
+    reset,
+)
 
 IMPATIENT = {**SIZES, "S3_CONNECT_LIMIT": 1, "S3_READ_LIMIT": 1, "S3_ATTEMPTS": 2}
 
@@ -222,6 +231,27 @@ def test_signal_ends_a_run_that_waits_for_s3(archive, box, s3, moto):
     assert result.summary
     assert archive.rows() == {}
     assert archive(constants=SIZES, AWS_ENDPOINT_URL=moto.url).status == 0
+    assert_all_archived(archive, box)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_signal_while_s3_does_what_was_asked_leaves_nothing_half_done(
+    archive, box, s3, operation
+):
+    write(box.root / "f", OPERATIONS[operation])
+
+    def stop():
+        running.process.terminate()
+        wait_for(lambda: "ending" in archive.log_file.read_text())
+
+    s3.on(operation, first(stop))
+    running = archive.start(constants=SIZES)
+    result = running.wait(timeout=20)
+    # It may have been the last request of all, and nothing was left to be ended.
+    assert result.status == 143 or result.counts == (1, 0, 0), result.stderr
+    assert "could not be aborted" not in result.stderr
+    archive.assert_invariant()
+    assert archive(constants=SIZES).status == 0
     assert_all_archived(archive, box)
 
 

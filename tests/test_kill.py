@@ -16,6 +16,7 @@ from faults import (
     SMALL,
     assert_all_archived,
     assert_rows_are_true,
+    wait_for,
     write,
 )
 from faulty_sftp import FaultyBox
@@ -72,6 +73,7 @@ def test_run_that_is_killed_again_and_again_ends_complete(archive, box, s3):
             kill_at(archive, s3, None, fault, nth=draw.randint(1, 25))
             running = archive.start(constants=SIZES)
         running.process.wait()
+        wait_for(lambda: not s3.under_way)
         s3.rules.clear()
         assert_rows_are_true(archive, box)
     result = archive(constants=SIZES)
@@ -100,6 +102,7 @@ def test_upload_of_a_killed_run_is_aborted_by_the_next_and_nobody_elses(
     kill_at(archive, s3, operation, lost_answer, nth)
     running = archive.start(constants=SIZES)
     assert running.wait().status == -9
+    wait_for(lambda: not s3.under_way)
     assert_rows_are_true(archive, box)
     left = uploads(bucket) - others
     assert len(left) == (operation not in ("CompleteMultipartUpload", "HeadObject"))
