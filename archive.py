@@ -65,6 +65,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -112,7 +113,9 @@ READS_PER_FLIGHT = 8
 READ_WINDOW = 16 * MIB
 SSH_WINDOW = 32 * MIB
 SSH_PACKET = 256 * KIB
-MAX_REPLY = 64 * MIB  # no server has a reason to send more in one
+MAX_REPLY = MIB  # the longest honest one is a read's; OpenSSH sends 256 KiB
+MAX_HANDLE = 4 + 256  # the draft's limit, and the length in front
+MAX_PATH_BYTES = 8192  # no system opens more; ends an endless nesting of folders
 
 # LISTINGS_AT_ONCE folders are listed at the same time.  A folder is sorted and
 # handed on in pages, so that memory does not grow with its size.
@@ -369,6 +372,7 @@ def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
     base = (env_file or Path(__file__)).resolve().parent
     both = (settings.get("EXCLUDE_PATHS", ""), settings.get("EXCLUDE_DIRS", ""))
     settings["EXCLUDE_PATHS"] = ",".join(both)
+    secrets = tuple(settings[name] for name in SECRETS if settings.get(name))
     values: dict[str, Any] = {}
     for option in dataclasses.fields(Config):
         if not option.metadata:
@@ -385,7 +389,8 @@ def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
                 value = parse(text)
                 values[option.name] = base / value if isinstance(value, Path) else value
             except ValueError as error:
-                faults.append(f"{name}: {error}, not {text!r}")
+                told = any(secret in text for secret in secrets)
+                faults.append(f"{name}: {error}" + ("" if told else f", not {text!r}"))
     # Windows' agent has no variable to tell.
     agent = environ.get("SSH_AUTH_SOCK") or sys.platform == "win32"
     if not (values["password"] or values["key_file"] or agent):
@@ -397,7 +402,7 @@ def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
     return Config(
         **values,
         aws_environ={n: v for n, v in settings.items() if n.startswith("AWS_") and v},
-        secrets=tuple(settings[name] for name in SECRETS if settings.get(name)),
+        secrets=secrets,
         warnings=tuple(cautions(settings, env_file)),
     )
 
@@ -413,7 +418,6 @@ ESCAPE = "\u201b"
 TEXT_ESCAPES = re.compile(f"[\udc80-\udcff]|{ESCAPE}(?=[0-9A-F]{{2}})")
 KEY_ESCAPES = re.compile(f"[\0-\x1f\x7f\ufffe\uffff]|{TEXT_ESCAPES.pattern}")
 ESCAPED = re.compile(ESCAPE.encode() + b"([0-9A-F]{2})")
-CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 SNAPSHOT = ".archive_state.db"  # key of the state's copy, below the prefix
 
@@ -574,6 +578,14 @@ STORAGE_BOX_KEYS = (
 )
 
 
+UNREADABLE_LINE = (
+    paramiko.SSHException,
+    paramiko.hostkeys.InvalidHostKey,
+    ValueError,
+    AssertionError,
+)
+
+
 class ConnectionLost(Exception):
     """The connection is gone, frozen or out of step: only a new one helps."""
 
@@ -677,7 +689,7 @@ def expect(kind: int, reply: Reply) -> memoryview:
         raise ConnectionLost(f"the box sent a reply of type {reply.kind}, not {kind}")
     (code,) = U32.unpack_from(reply.body, 0)
     text = take_blob(reply.body, 4)[0] if len(reply.body) >= 8 else b""
-    raise Status(code, text.decode("utf-8", "replace"))
+    raise Status(code, text[:500].decode("utf-8", "replace"))
 
 
 class Flight:
@@ -768,6 +780,8 @@ class Connection:
         self.lost: ConnectionLost | None = None
         self.answered = 0  # replies so far
         channel.in_buffer = Pipe()
+        # Nobody reads it: it would only pile up.
+        channel.in_stderr_buffer = SimpleNamespace(feed=lambda _: None, close=lambda: None)
         channel.settimeout(SILENCE_LIMIT)
         channel.sendall(HEADER.pack(5, FXP_INIT, 3))
         packets = self._packets()
@@ -825,6 +839,8 @@ class Connection:
             self.close(str(error))
         except (KeyError, struct.error):
             self.close("the box sent a reply to no request")
+        except Exception as error:  # or whoever waits would wait for ever
+            self.close(f"unexpected {type(error).__name__}: {error}")
 
     def _packets(self) -> Iterator[memoryview]:
         """The packets as they come in, without their length in front."""
@@ -889,40 +905,58 @@ def connect(config: Config) -> Connection:
     limit.daemon = True
     limit.start()
     try:
-        pinned = pinned_keys(config)
+        pinned, revoked = pinned_keys(config)
         prefer(transport.get_security_options(), pinned)
         transport.start_client(timeout=CONNECT_LIMIT)
-        check_host_key(config, transport.get_remote_server_key(), pinned)
+        check_host_key(config, transport.get_remote_server_key(), pinned, revoked)
         log_in(config, transport)
         transport.set_keepalive(KEEPALIVE)
         channel = transport.open_session(timeout=CONNECT_LIMIT)
         channel.invoke_subsystem("sftp")
         return Connection(transport, channel)
-    except paramiko.ssh_exception.IncompatiblePeer as error:
-        transport.close()
-        raise Fatal(f"{where}: {error}") from None
-    except (OSError, EOFError, paramiko.SSHException, *LOST) as error:
-        transport.close()
-        reason = str(error) or "the connection was closed"
-        raise ConnectionLost(f"no SFTP session with {where}: {reason}") from None
     except Fatal:
         transport.close()
         raise
+    except paramiko.ssh_exception.IncompatiblePeer as error:
+        transport.close()
+        raise Fatal(f"{where}: {error}") from None
+    except Exception as error:  # paramiko hands on whatever its thread met
+        transport.close()
+        reason = str(error) or "the connection was closed"
+        raise ConnectionLost(f"no SFTP session with {where}: {reason}") from None
     finally:
         limit.cancel()
 
 
-def pinned_keys(config: Config) -> list[paramiko.PKey]:
-    """The keys that known_hosts has for the box; Fatal if it cannot be read."""
-    known = paramiko.HostKeys()
+def known_name(config: Config) -> str:
+    """The box as known_hosts names it."""
+    return config.host if config.port == 22 else f"[{config.host}]:{config.port}"
+
+
+def pinned_keys(config: Config) -> tuple[list[paramiko.PKey], list[paramiko.PKey]]:
+    """The keys that known_hosts has for the box, and those it has revoked;
+    Fatal if it cannot be read."""
     try:
-        known.load(str(config.known_hosts))
+        lines = config.known_hosts.read_text("utf-8", "replace").splitlines()
     except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError, paramiko.SSHException) as error:
+        lines = []
+    except OSError as error:
         raise Fatal(f"HETZNER_KNOWN_HOSTS {config.known_hosts}: {error}") from None
-    name = config.host if config.port == 22 else f"[{config.host}]:{config.port}"
-    return list((known.lookup(name) or {}).values())
+    pinned: list[paramiko.PKey] = []
+    revoked: list[paramiko.PKey] = []
+    for line in lines:
+        found = revoked if line.startswith("@revoked ") else pinned
+        # HostKeys.load() gives up at the first line that it does not know, and
+        # keeps one key of a kind; such a line says nothing about the box.
+        with contextlib.suppress(*UNREADABLE_LINE):
+            entry = paramiko.hostkeys.HostKeyEntry.from_line(line.removeprefix("@revoked "))
+            if entry is not None and not line.startswith(("#", "@cert-authority ")):
+                known = paramiko.HostKeys()
+                for name in entry.hostnames:
+                    known.add(name, entry.key.get_name(), entry.key)
+                if known.lookup(known_name(config)):
+                    found.append(entry.key)
+    return pinned, revoked
 
 
 def prefer(options: paramiko.SecurityOptions, pinned: list[paramiko.PKey]) -> None:
@@ -935,25 +969,33 @@ def prefer(options: paramiko.SecurityOptions, pinned: list[paramiko.PKey]) -> No
     options.key_types = sorted(options.key_types, key=lambda name: name not in kinds)
 
 
-def check_host_key(config: Config, key: paramiko.PKey, pinned: list[paramiko.PKey]) -> None:
+def check_host_key(
+    config: Config,
+    key: paramiko.PKey,
+    pinned: list[paramiko.PKey],
+    revoked: list[paramiko.PKey],
+) -> None:
     """Fatal unless the box's key is a pinned one; no credential was sent yet."""
     digest = base64.b64encode(hashlib.sha256(key.asbytes()).digest())
     fingerprint = "SHA256:" + digest.decode().rstrip("=")
+    shown = f"{config.host}:{config.port} is {key.get_name()} {fingerprint}"
+    file = f"{config.known_hosts} (HETZNER_KNOWN_HOSTS)"
+    if key in revoked:
+        raise Fatal(f"the host key of {shown}, which is revoked in {file}")
     built_in = config.host.lower().endswith(STORAGE_BOX) and fingerprint in STORAGE_BOX_KEYS
     if built_in or key in pinned:
         return
-    where = f"{config.host}:{config.port}"
-    shown = f"{key.get_name()} {fingerprint}"
-    if not pinned:
+    if pinned:
         raise Fatal(
-            f"the host key of {where} is not known: {shown}; if that is its "
-            f"fingerprint, accept it with: ssh-keyscan -p {config.port} "
-            f"{config.host} >> {config.known_hosts} (HETZNER_KNOWN_HOSTS)"
+            f"the host key has changed: that of {shown}, but {file} has another; somebody "
+            "may be in between: only if the change is known to be right, remove the old "
+            "key there"
         )
+    # The very key that was seen: asking for it again may bring another one.
+    line = f"{known_name(config)} {key.get_name()} {key.get_base64()}"
     raise Fatal(
-        f"the host key of {where} has changed: it is {shown}, but {config.known_hosts} "
-        "(HETZNER_KNOWN_HOSTS) has another; somebody may be in between: only if the "
-        "change is known to be right, remove the old key there"
+        f"the host key of {shown}, and is not known; if that is its fingerprint, accept "
+        f"it with: echo '{line}' >> {file}"
     )
 
 
@@ -1149,7 +1191,15 @@ def open_file(connection: Connection, path: bytes) -> bytes:
     """The handle of `path`, as requests carry it; Status, ConnectionLost."""
     no_attributes = U32.pack(0)
     (reply,) = connection.ask((FXP_OPEN, blob(path) + U32.pack(FXF_READ) + no_attributes))
-    return bytes(expect(FXP_HANDLE, reply))
+    return handle_of(reply)
+
+
+def handle_of(reply: Reply) -> bytes:
+    """An open file or folder, as requests carry it; Status, ConnectionLost."""
+    handle = bytes(expect(FXP_HANDLE, reply))
+    if len(handle) > MAX_HANDLE:
+        raise ConnectionLost(f"the box sent a handle of {len(handle):,} bytes")
+    return handle
 
 
 def read_request(handle: bytes, at: int, size: int) -> Request:
@@ -1375,12 +1425,13 @@ class Listing:
         """Takes in the flight that arrived; Fatal, Stopped."""
         try:
             if self._handle:
-                for reply in self._flight.replies():
-                    self._take(reply)
+                names = sum(self._take(reply) for reply in self._flight.replies())
+                if not names and not self.complete:
+                    raise ConnectionLost("the box sent a listing that does not end")
                 self._losses = 0
             else:
                 (reply,) = self._flight.replies()
-                self._handle = bytes(expect(FXP_HANDLE, reply))
+                self._handle = handle_of(reply)
         except LOST as lost:
             self._losses += 1
             if self._losses < LOSSES_IN_A_ROW:
@@ -1396,16 +1447,18 @@ class Listing:
         self._send(*[(FXP_READDIR, self._handle)] * self._readdirs)
         self._readdirs = min(2 * self._readdirs, 8 * READDIRS_PER_FLIGHT)
 
-    def _take(self, reply: Reply) -> None:
+    def _take(self, reply: Reply) -> int:
+        """The number of names that a READDIR brought."""
         try:
-            names = take_names(expect(FXP_NAME, reply))
+            entries = take_names(expect(FXP_NAME, reply))
         except Status as error:
             if error.code != FX_EOF:
                 raise
             if not self.complete:
                 self._end(None)
-        else:
-            self.entries += [entry for entry in names if entry[0] not in self._skip]
+            return 0
+        self.entries += [entry for entry in entries if entry[0] not in self._skip]
+        return sum(name not in (b".", b"..") for name, _ in entries)
 
     def _end(self, error: FileError | None) -> None:
         self.complete = True
@@ -1458,8 +1511,7 @@ class Walk:
                 file = self._sort_out(path, name, attributes, folders)
                 if file is not None:
                     files.append(file)
-            if files:
-                yield files
+            yield files
             if last:
                 begun.popleft()
                 self._unlisted(listing)
@@ -1482,8 +1534,8 @@ class Walk:
     ) -> RemoteFile | None:
         """The entry if it is a file to be archived; a folder goes to `folders`,
         everything else is counted."""
-        if b"/" in name or not name:
-            self._failed(path, "the box lists a name that no file can have")
+        if b"/" in name or not name or len(path) > MAX_PATH_BYTES:
+            self._failed(path[:MAX_PATH_BYTES], "no file can have this name")
             return None
         if self._rules.hidden(name):
             self.hidden += 1
@@ -1841,6 +1893,10 @@ class Archive:
             self._client = session.client(
                 "s3", endpoint_url=config.endpoint_url, config=settings
             )
+        try:
+            parse_endpoint(self._client.meta.endpoint_url)
+        except ValueError as error:  # boto3 has other sources for it than ours
+            raise Fatal(f"S3 endpoint {self._client.meta.endpoint_url}: {error}") from None
         events = self._client.meta.events
         # "Expect: 100-continue" costs every PUT a round trip.
         events.unregister("before-call.s3", botocore.handlers.add_expect_header)
@@ -2138,6 +2194,8 @@ class Run:
         """Ends the multipart uploads that a killed run left.  Not being allowed
         to look is no reason not to archive."""
         for key in self.state.unfinished_uploads():
+            if not key.startswith(self.config.prefix):
+                continue  # a tampered snapshot would have us abort others' uploads
             try:
                 count = self.archive.abort_leftovers(key)
             except ArchiveError as error:
@@ -2187,7 +2245,7 @@ class Run:
         way.  On an error the rest ends, and is yielded as far as it succeeded.
         """
         finished: queue.SimpleQueue[Future[Outcome]] = queue.SimpleQueue()
-        held: dict[Future[Outcome], int] = {}  # bytes of memory of each under way
+        held: dict[Future[Outcome], Job] = {}  # what is under way
         pool = ThreadPoolExecutor(self.config.transfers)
 
         def next_finished() -> Outcome:
@@ -2196,8 +2254,11 @@ class Run:
             return future.result()
 
         def fits(job: Job) -> bool:
-            memory = sum(held.values()) + job.plan.memory
-            return len(held) < self.config.transfers and memory <= self.config.memory_limit
+            memory = job.plan.memory + sum(other.plan.memory for other in held.values())
+            # A name may be listed twice while its folder changes.
+            twice = any(job.key == other.key for other in held.values())
+            room = len(held) < self.config.transfers and memory <= self.config.memory_limit
+            return room and not twice
 
         try:
             for job in self._in_time(pages):
@@ -2208,11 +2269,11 @@ class Run:
                 if job.plan.parts_at_once:
                     self.state.begin_upload(job.key)
                 future = pool.submit(self._send, job)
-                held[future] = job.plan.memory
+                held[future] = job
                 future.add_done_callback(finished.put)
             while held:
                 yield next_finished()
-        except ArchiveError:
+        except Exception:
             self.box.close()
             while held:
                 with contextlib.suppress(ArchiveError):
@@ -2228,13 +2289,12 @@ class Run:
         what has finished is committed though nothing new is found."""
         limit = self.config.max_runtime
         for page in pages:
-            for job in page:
+            for job in (*page, None):
                 if limit is not None and time.monotonic() - self.report.started >= limit:
                     log.warning("MAX_RUNTIME is over: the rest is left to the next run")
                     self.report.complete = False
                     return
                 yield job
-            yield None
 
     def _send(self, job: Job) -> Outcome:
         """On a thread of its own: reads one file and stores it."""
@@ -2320,6 +2380,8 @@ def open_state(config: Config, archive: Archive, new_state: bool) -> State:
     if new_state and path.exists():
         aside = path.with_name(f"{path.name}.{int(time.time())}")
         path.rename(aside)
+        if journal(path).exists():
+            journal(path).rename(journal(aside))
         log.warning("the old state is kept as %s", aside)
     elif not new_state and state_is_empty(path):
         way_out = (
@@ -2345,6 +2407,11 @@ def open_state(config: Config, archive: Archive, new_state: bool) -> State:
     return state
 
 
+def journal(database: Path) -> Path:
+    """What SQLite rolls back when it opens `database` after a kill."""
+    return database.with_name(database.name + "-journal")
+
+
 def take_snapshot(path: Path, archive: Archive, way_out: str) -> bool:
     """Puts the snapshot in the bucket, if there is one, in the state's place;
     Fatal with the `way_out` if it is of no use."""
@@ -2359,6 +2426,8 @@ def take_snapshot(path: Path, archive: Archive, way_out: str) -> bool:
     if not usable:
         partial.unlink()
         raise Fatal(f"no state in {path}, and the snapshot in the bucket is damaged: {way_out}")
+    # Left by a killed run, it would be rolled back into the snapshot.
+    journal(path).unlink(missing_ok=True)
     os.replace(partial, path)
     log.warning(
         "no state in %s: took the snapshot of %s from the bucket",
@@ -2407,8 +2476,12 @@ class OneLine(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         kind = {logging.WARNING: "warning: ", logging.CRITICAL: "error: "}
         text = kind.get(record.levelno, "") + record.message
-        record.message = CONTROLS.sub(lambda found: printable(found[0]), text)
+        shown = (char if char.isprintable() else printable(char) for char in text)
+        record.message = text if text.isprintable() else "".join(shown)
         return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        return printable(super().formatException(ei))
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -2601,6 +2674,8 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as end:  # argparse has printed help or a usage error
         return int(end.code or 0)
     bars = sys.stderr.isatty() and arguments.verbosity >= 0
+    # State, lock and log tell all names, and whoever can read the lock can hold it.
+    os.umask(0o077)
     try:
         config = load_config(find_env_file(arguments.env_file), os.environ)
         start_logging(config, arguments.verbosity, bars)
