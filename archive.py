@@ -1700,29 +1700,35 @@ class State:
         rows = self._rows("SELECT path FROM objects WHERE key = ?", key)
         return rows[0][0] if rows else None
 
-    def record(self, stored: Stored, storage_class: str) -> None:
-        """Commits one file.  The invariant stands or falls here: only what S3
-        has acknowledged, and what was checked against it, is passed in."""
-        file, key, crc32, parts, recheck = stored
-        path = path_text(file.path)
-        statements: list[tuple[Any, ...]] = [
-            (
-                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)",
-                *(path, file.size, file.mtime, int(time.time())),
-            ),
-            (  # not REPLACE: another path's row with this key must not give way
-                "INSERT INTO objects VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT (path)"
-                " DO UPDATE SET key = ?2, crc32 = ?3, parts = ?4, storage_class = ?5",
-                *(path, key, crc32, parts, storage_class),
-            ),
-        ]
-        if recheck:
-            statements.append(("INSERT OR IGNORE INTO recheck VALUES (?)", path))
-        elif path in self._recheck:
-            statements.append(("DELETE FROM recheck WHERE path = ?", path))
-        if parts:
-            statements.append(("DELETE FROM uploads WHERE key = ?", key))
-        self._commit(*statements)
+    def record(self, archived: list[Stored], storage_class: str) -> None:
+        """Commits files.  The invariant stands or falls here: only what S3 has
+        acknowledged, and what was checked against it, is passed in.
+
+        One transaction takes all that was acknowledged while the last one was
+        being written: no file waits longer than with one for each.
+        """
+        statements: list[tuple[Any, ...]] = []
+        for file, key, crc32, parts, recheck in archived:
+            path = path_text(file.path)
+            statements += [
+                (
+                    "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)",
+                    *(path, file.size, file.mtime, int(time.time())),
+                ),
+                (  # not REPLACE: another path's row with this key must not give way
+                    "INSERT INTO objects VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT (path) DO"
+                    " UPDATE SET key = ?2, crc32 = ?3, parts = ?4, storage_class = ?5",
+                    *(path, key, crc32, parts, storage_class),
+                ),
+            ]
+            if recheck:
+                statements.append(("INSERT OR IGNORE INTO recheck VALUES (?)", path))
+            elif path in self._recheck:
+                statements.append(("DELETE FROM recheck WHERE path = ?", path))
+            if parts:
+                statements.append(("DELETE FROM uploads WHERE key = ?", key))
+        if statements:
+            self._commit(*statements)
 
     def settle(self, file: RemoteFile) -> None:
         """`file` was looked at again, and is what is archived."""
@@ -2186,9 +2192,9 @@ class Run:
         rules = Rules(root, self.config.exclude, self.config.include_hidden)
         self.report.walk = Walk(self.box, root, rules, self.report.failure)
         pending = (self._jobs(page) for page in self.report.walk)
-        with contextlib.closing(self._transfer(pending)) as outcomes:
-            for outcome in outcomes:
-                self._settle(outcome)
+        with contextlib.closing(self._transfer(pending)) as transfer:
+            for outcomes in transfer:
+                self._settle(outcomes)
 
     def abort_leftovers(self) -> None:
         """Ends the multipart uploads that a killed run left.  Not being allowed
@@ -2238,20 +2244,27 @@ class Run:
         plan = upload_plan(file.size, self.config.memory_limit)
         return Job(file, key, plan, self.state.crc_to_recheck(file))
 
-    def _transfer(self, pages: Iterable[list[Job]]) -> Iterator[Outcome]:
-        """Sends many files at once and yields what became of them.
+    def _transfer(self, pages: Iterable[list[Job]]) -> Iterator[list[Outcome]]:
+        """Sends many files at once and yields what became of them, as many as
+        have finished at a time.
 
         Nothing starts that does not fit into MEMORY_LIMIT with what is under
         way.  On an error the rest ends, and is yielded as far as it succeeded.
         """
         finished: queue.SimpleQueue[Future[Outcome]] = queue.SimpleQueue()
         held: dict[Future[Outcome], Job] = {}  # what is under way
+        errors: list[BaseException] = []
         pool = ThreadPoolExecutor(self.config.transfers)
 
-        def next_finished() -> Outcome:
-            future = finished.get()
-            del held[future]
-            return future.result()
+        def outcomes() -> list[Outcome]:
+            done = [finished.get()]
+            while not finished.empty():
+                done.append(finished.get())
+            for future in done:
+                del held[future]
+            raised = [(future, future.exception()) for future in done]
+            errors.extend(error for _, error in raised if error is not None)
+            return [future.result() for future, error in raised if error is None]
 
         def fits(job: Job) -> bool:
             memory = job.plan.memory + sum(other.plan.memory for other in held.values())
@@ -2261,24 +2274,27 @@ class Run:
             return room and not twice
 
         try:
-            for job in self._in_time(pages):
-                while not finished.empty() or (held and job and not fits(job)):
-                    yield next_finished()
-                if job is None:
-                    continue
-                if job.plan.parts_at_once:
-                    self.state.begin_upload(job.key)
-                future = pool.submit(self._send, job)
-                held[future] = job
-                future.add_done_callback(finished.put)
+            try:
+                for job in self._in_time(pages):
+                    while not finished.empty() or (held and job and not fits(job)):
+                        yield outcomes()
+                    if errors:
+                        break
+                    if job is None:
+                        continue
+                    if job.plan.parts_at_once:
+                        self.state.begin_upload(job.key)
+                    future = pool.submit(self._send, job)
+                    held[future] = job
+                    future.add_done_callback(finished.put)
+            except Exception as error:  # of the walk
+                errors.append(error)
             while held:
-                yield next_finished()
-        except Exception:
-            self.box.close()
-            while held:
-                with contextlib.suppress(ArchiveError):
-                    yield next_finished()
-            raise
+                if errors:
+                    self.box.close()
+                yield outcomes()
+            if errors:
+                raise errors[0]
         finally:
             if held:
                 self.box.close()
@@ -2336,32 +2352,37 @@ class Run:
             parts = -(-file.size // plan.part_size)
             return Stored(file, job.key, reader.crc32, parts, recent(file))
 
-    def _settle(self, outcome: Outcome) -> None:
-        """Commits and counts one outcome; Fatal if S3 has gone."""
-        unanswered, self._unanswered = self._unanswered, 0
-        if isinstance(outcome, Stored):
-            self.state.record(outcome, self.config.storage_class)
-            path, size, _ = outcome.file
-            self.report.uploaded += 1
-            self.report.bytes_uploaded += size
-            files_log.info("archived %s (%s bytes)", printable(path), f"{size:,}")
-        elif isinstance(outcome, Unchanged):
-            self.report.skipped += 1
-            if not outcome.recheck:
-                self.state.settle(outcome.file)
-        else:
-            job, error = outcome
-            if isinstance(error, Vanished):
-                self.report.vanished += 1
-                log.info("vanished %s", printable(job.file.path))
+    def _settle(self, outcomes: list[Outcome]) -> None:
+        """Commits and counts what has finished; Fatal if S3 has gone."""
+        stored = [outcome for outcome in outcomes if isinstance(outcome, Stored)]
+        self.state.record(stored, self.config.storage_class)
+        for outcome in outcomes:
+            if isinstance(outcome, Stored):
+                path, size, _ = outcome.file
+                self.report.uploaded += 1
+                self.report.bytes_uploaded += size
+                files_log.info("archived %s (%s bytes)", printable(path), f"{size:,}")
+            elif isinstance(outcome, Unchanged):
+                self.report.skipped += 1
+                if not outcome.recheck:
+                    self.state.settle(outcome.file)
             else:
-                self.report.failure(job.file.path, error)
-            if job.plan.parts_at_once and self.archive.is_clean(job.key):
-                self.state.end_upload(job.key)
-            if isinstance(error, Unreachable):
-                self._unanswered = unanswered + 1
-                if self._unanswered >= max(4, self.config.transfers):
-                    raise Fatal(f"{error}; {self._unanswered} files in a row failed so")
+                self._settle_failure(*outcome)
+            if not isinstance(outcome, Failed) or not isinstance(outcome.error, Unreachable):
+                self._unanswered = 0
+
+    def _settle_failure(self, job: Job, error: FileError) -> None:
+        if isinstance(error, Vanished):
+            self.report.vanished += 1
+            log.info("vanished %s", printable(job.file.path))
+        else:
+            self.report.failure(job.file.path, error)
+        if job.plan.parts_at_once and self.archive.is_clean(job.key):
+            self.state.end_upload(job.key)
+        if isinstance(error, Unreachable):
+            self._unanswered += 1
+            if self._unanswered >= max(4, self.config.transfers):
+                raise Fatal(f"{error}; {self._unanswered} files in a row failed so")
 
 
 def recent(file: RemoteFile) -> bool:
