@@ -71,6 +71,8 @@ class Exchange:
         """The request's body, read from the connection when first asked for."""
         if self._body is None:
             self._body = self.handler.rfile.read(self.length)
+            if len(self._body) < self.length:
+                raise ConnectionAbortedError("the program was killed in the middle")
             with self.s3.lock:
                 self.s3.received += len(self._body)
         return self._body

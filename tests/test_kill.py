@@ -20,9 +20,9 @@ from faults import (
     write,
 )
 from faulty_sftp import FaultyBox
-from scripted_s3 import Exchange, ScriptedS3, first, lost_answer
+from scripted_s3 import ScriptedS3, first, lost_answer, reset
 
-ROUNDS = 6 * EFFORT
+ROUNDS = 8 * EFFORT
 A_RUN = 2.5  # s, about what a whole run takes here
 
 
@@ -44,7 +44,7 @@ def archive(archive_of, box, s3):
 
 
 def kill_at(archive, s3, operation, fault, nth):
-    """Kill the run at the `nth` of these requests, before S3 meets it with `fault`."""
+    """Kill the run at the `nth` of these requests; then S3 meets it with `fault`."""
 
     def kill():
         archive.running[-1].kill()
@@ -62,14 +62,14 @@ def test_run_that_is_killed_again_and_again_ends_complete(archive, box, s3):
         for name in draw.sample(names, 8):  # new and changed ones
             size = LARGE if name.startswith("large") else SMALL
             write(box.root / name, size + round_, mtime=1_700_000_000 + round_)
-        if draw.random() < 0.5:
+        if draw.random() < 0.3:
             running = archive.start(constants=SIZES)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 running.process.wait(draw.uniform(0.3, A_RUN))
             running.process.kill()
         else:
-            # At a request, before S3 does what it asks for or after.
-            fault = draw.choice([Exchange.forward, lost_answer])
+            # At a request, before S3 got it or when S3 has done what it asks for.
+            fault = draw.choice([reset, lost_answer])
             kill_at(archive, s3, None, fault, nth=draw.randint(1, 25))
             running = archive.start(constants=SIZES)
         running.process.wait()

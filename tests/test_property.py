@@ -30,7 +30,7 @@ from faulty_sftp import (
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from scripted_s3 import ScriptedS3, error, headers, lost_answer, reset
 
-EXAMPLES = 5 * EFFORT
+EXAMPLES = 6 * EFFORT
 NAMES = ["a", "b", "c", "d/a", "d/e/b", "d/e/ü", "f/g"]
 # bytes; about the limits between small and large, and of parts
 LENGTHS = [0, 1, 5_000, MIB - 1, MIB, 3 * MIB, 5 * MIB, 5 * MIB + 1]
