@@ -178,10 +178,12 @@ class Vanished(FileError):
 
 def parse_size(text: str) -> int:
     """Bytes of `20M`, `1.5G` or `4096`: binary units."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.I)
-    if not match or not float(match[1]):
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.I)
+    unit = " KMGT".index(match[2].upper() or " ") if match else 0
+    size = int(float(match[1]) * 1024**unit) if match else 0
+    if not size:
         raise ValueError("expected bytes like 128M or 2G")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+    return size
 
 
 def parse_memory(text: str) -> int:
@@ -262,7 +264,10 @@ def parse_list(text: str) -> tuple[str, ...]:
 
 
 def parse_path(text: str) -> Path:
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # ~name of nobody
+        raise ValueError(f"expected a path ({error})") from None
 
 
 REQUIRED = object()
@@ -1062,6 +1067,7 @@ class Box:
         self._lock = threading.Lock()
         self._connection: Connection | None = None
         self._tries = 0
+        self._given_up = ""
         self._suspects = threading.Lock()
         self._pace = threading.Lock()
         self._due = 0.0  # when BANDWIDTH_LIMIT lets the next bytes be read
@@ -1099,7 +1105,11 @@ class Box:
                 else:
                     break
             if self._connection is None:
-                raise Fatal(f"gave up after {self._tries} tries: {reason}")
+                # The others that waited for this outage's end get the same.
+                self._given_up = (
+                    self._given_up or f"gave up after {self._tries} tries: {reason}"
+                )
+                raise Fatal(self._given_up)
         if self._stopping.is_set():
             self.close()
         return self._connection
@@ -1913,7 +1923,7 @@ class Archive:
 
     def _before(self, params: dict[str, Any], context: dict[str, Any], **_: object) -> None:
         context["archive_key"] = key = params.get("Key", "")
-        if "PartNumber" in params:
+        if "PartNumber" in params and key in self._part_sums:
             # In a header, for S3 to hold the part against: what s3transfer would
             # do, a trailer, costs half as much CPU again, and not every
             # S3-compatible server takes it.
@@ -2694,7 +2704,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = make_parser().parse_args(argv)
     except SystemExit as end:  # argparse has printed help or a usage error
         return int(end.code or 0)
-    bars = sys.stderr.isatty() and arguments.verbosity >= 0
+    bars = bool(sys.stderr and sys.stderr.isatty()) and arguments.verbosity >= 0
     # State, lock and log tell all names, and whoever can read the lock can hold it.
     os.umask(0o077)
     try:

@@ -119,13 +119,13 @@ class Work:
 
 @dataclass
 class Usage:
-    """What a program took, and the last line that it printed."""
+    """What a program took, and the last lines that it printed."""
 
     status: int
     seconds: float
     cpu_seconds: float
     peak_bytes: int
-    said: str
+    said: list[str]
 
 
 @dataclass
@@ -289,7 +289,7 @@ class Bench:
                 stdout=subprocess.PIPE,
             )
         lines = log.read_text(errors="replace").splitlines()
-        return Usage(**json.loads(run.stdout), said=lines[-1] if lines else "")
+        return Usage(**json.loads(run.stdout), said=lines[-20:])
 
 
 # --- The programs ------------------------------------------------------------
@@ -388,11 +388,11 @@ def row(
     report = bench.report(bucket)
     fault = ""
     if usage.status:
-        fault = f"exit status {usage.status}: {usage.said}"
+        fault = "\n".join([f"exit status {usage.status}", *usage.said])
     elif expected != {name: report[name] for name in expected}:
         fault = f"the bucket holds {report}, not {expected}"
     elif program == "plain":
-        loop = json.loads(usage.said)
+        loop = json.loads(usage.said[-1])
         if loop["files"] != tree.count:
             fault = f"it met {loop['files']} files, not {tree.count}"
         usage = scaled(usage, loop, work.tree.bytes / tree.bytes)

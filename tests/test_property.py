@@ -67,12 +67,13 @@ S3_FAULTS = {
 }
 
 edits = st.tuples(
-    st.sampled_from(["write", "write", "replace", "touch", "delete"]),
+    st.sampled_from(["write", "write", "rewrite", "rewrite", "replace", "touch", "delete"]),
     st.sampled_from(NAMES),
     st.sampled_from(LENGTHS),
 )
 troubles = st.one_of(
     st.tuples(st.just("box"), st.sampled_from(sorted(BOX_FAULTS))),
+    st.tuples(st.just("box"), st.just(("READ", "drop"))),
     st.tuples(st.just("s3"), st.sampled_from(sorted(S3_FAULTS, key=str))),
     st.tuples(st.just("edit"), edits),
 )
@@ -105,6 +106,8 @@ class Tree:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         new = self.root / ".new" if action == "replace" else path
+        if action == "rewrite" and path.exists():
+            length = path.stat().st_size
         if action != "touch" or not path.exists():
             new.write_bytes(random.Random(self.changes).randbytes(length))
         mtime = 1_700_000_000 + self.changes
