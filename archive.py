@@ -67,7 +67,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import boto3
 import botocore.config
@@ -111,6 +111,7 @@ MIN_MEMORY = 32 * MIB
 READ_SIZE = 252 * KIB
 READS_PER_FLIGHT = 8
 READ_WINDOW = 16 * MIB
+FLIGHTS_AHEAD = 64  # where a server answers so little that the window is never full
 SSH_WINDOW = 32 * MIB
 SSH_PACKET = 256 * KIB
 MAX_REPLY = MIB  # the longest honest one is a read's; OpenSSH sends 256 KiB
@@ -783,7 +784,7 @@ class Connection:
         self._owed: dict[int, tuple[Flight, int]] = {}
         self._watched = time.monotonic()
         self.lost: ConnectionLost | None = None
-        self.answered = 0  # replies so far
+        self.useful = False  # whether anything was listed or read over it
         channel.in_buffer = Pipe()
         # Nobody reads it: it would only pile up.
         channel.in_stderr_buffer = SimpleNamespace(feed=lambda _: None, close=lambda: None)
@@ -830,7 +831,7 @@ class Connection:
             owed, self._owed = self._owed, {}
         # paramiko's close() joins its thread, and may wait for a send.
         threading.Thread(target=self._transport.close, daemon=True).start()
-        for flight, _ in owed.values():
+        for flight, _ in list(owed.values()):
             flight.lose(self.lost)
 
     def _deliver(self, packets: Iterator[memoryview]) -> None:
@@ -838,7 +839,6 @@ class Connection:
             for packet in packets:
                 kind, number = KIND_AND_ID.unpack_from(packet)
                 flight, index = self._owed.pop(number)
-                self.answered += 1
                 flight.deliver(index, Reply(kind, packet[KIND_AND_ID.size :]))
         except ConnectionLost as error:
             self.close(str(error))
@@ -919,16 +919,14 @@ def connect(config: Config) -> Connection:
         channel = transport.open_session(timeout=CONNECT_LIMIT)
         channel.invoke_subsystem("sftp")
         return Connection(transport, channel)
-    except Fatal:
-        transport.close()
-        raise
-    except paramiko.ssh_exception.IncompatiblePeer as error:
-        transport.close()
-        raise Fatal(f"{where}: {error}") from None
     except Exception as error:  # paramiko hands on whatever its thread met
         transport.close()
+        if isinstance(error, Fatal):
+            raise
+        final = isinstance(error, paramiko.ssh_exception.IncompatiblePeer)
         reason = str(error) or "the connection was closed"
-        raise ConnectionLost(f"no SFTP session with {where}: {reason}") from None
+        kind = Fatal if final else ConnectionLost
+        raise kind(f"no SFTP session with {where}: {reason}") from None
     finally:
         limit.cancel()
 
@@ -1057,7 +1055,7 @@ class Box:
     """The Storage Box: one connection at a time, renewed when it is lost.
 
     Whoever meets the dead connection first reconnects, the others wait for it.
-    An outage ends when a connection answers something; RECONNECT_PAUSES bounds
+    An outage ends when something is listed or read again; RECONNECT_PAUSES bounds
     the tries of one.
     """
 
@@ -1089,7 +1087,7 @@ class Box:
             if old is not None and old.lost is None:
                 return old
             reason = old.lost if old is not None else None
-            if old is not None and old.answered:
+            if old is not None and old.useful:
                 self._tries = 0
             self._connection = None
             for pause in RECONNECT_PAUSES[self._tries :]:
@@ -1161,17 +1159,20 @@ class Box:
             except Status as gone:
                 if gone.code == FX_NO_SUCH_FILE:
                     return Vanished("vanished before it was read")
+            except FileError as lost:
+                return lost
         if error.code == FX_PERMISSION_DENIED:
             return FileError("the box denies permission to read it")
         return FileError(f"the box cannot open it: {error}")
 
-    def read_small(self, file: RemoteFile) -> tuple[RemoteFile, bytes]:
-        """The file as it is now, and all its bytes, in two round trips: open;
-        then fstat, reads, fstat and close together.  FileError, Vanished."""
+    def read_small(self, file: RemoteFile) -> tuple[RemoteFile, bytes, bool]:
+        """The file as it is now, all its bytes, and whether it is `recent`, in
+        two round trips: open; then fstat, reads, fstat and close together.
+        FileError, Vanished."""
         spans = [(at, min(READ_SIZE, file.size - at)) for at in range(0, file.size, READ_SIZE)]
         self.pace(file.size)
 
-        def read(connection: Connection) -> tuple[RemoteFile, bytes] | None:
+        def read(connection: Connection) -> tuple[RemoteFile, bytes, bool] | None:
             handle = open_file(connection, file.path)
             first, *reads, last, named, _ = connection.ask(
                 (FXP_FSTAT, handle),
@@ -1183,7 +1184,8 @@ class Box:
             if now.size != file.size or [len(p) for p in pieces] != [n for _, n in spans]:
                 return None
             must_be(now, last, named)
-            return now, b"".join(pieces)
+            connection.useful = True
+            return now, b"".join(pieces), recent(now)
 
         try:
             result = self.insist(read)
@@ -1194,7 +1196,8 @@ class Box:
         # Its size is not the listed one, or replies were short.
         with contextlib.closing(Reader(self, file.path)) as reader:
             reader.must_fit(file)
-            return reader.file, reader.read()
+            data = reader.read()
+            return reader.file, data, reader.fresh
 
 
 def open_file(connection: Connection, path: bytes) -> bytes:
@@ -1262,6 +1265,12 @@ def must_be(before: RemoteFile, *replies: Reply) -> None:
             )
 
 
+def recent(file: RemoteFile) -> bool:
+    """Whether `file` changed so shortly before now that another change could
+    have the same time."""
+    return abs(time.time() - file.mtime) <= RECENT
+
+
 class Reader:
     """A file that offers nothing but read(n), so that s3transfer goes through
     it once, from front to end, and cannot guess its size.
@@ -1280,6 +1289,7 @@ class Reader:
         self._path = path
         self.file = self._open()
         self.crc32 = 0
+        self.fresh = False  # changed shortly before the check at its end
         self._delivered = 0
         self._arrived: deque[memoryview] = deque()
         self._got = 0  # end of what arrived
@@ -1323,10 +1333,16 @@ class Reader:
 
     def _open(self) -> RemoteFile:
         def open_and_look(connection: Connection) -> RemoteFile:
-            self._connection = connection
-            self._handle = open_file(connection, self._path)
-            (reply,) = connection.ask((FXP_FSTAT, self._handle))
-            return regular_file(self._path, reply)
+            handle = open_file(connection, self._path)
+            # Together: a handle of an earlier connection may be another file's
+            # on this one.
+            self._connection, self._handle = connection, handle
+            (reply,) = connection.ask((FXP_FSTAT, handle))
+            try:
+                return regular_file(self._path, reply)
+            except FileError:
+                connection.flight((FXP_CLOSE, handle))
+                raise
 
         try:
             return self._box.insist(open_and_look)
@@ -1352,7 +1368,11 @@ class Reader:
 
     def _receive(self) -> None:
         """Keeps the window full and takes in the oldest flight."""
-        while self._asked < self.file.size and self._asked - self._got < READ_WINDOW:
+        while (
+            self._asked < self.file.size
+            and self._asked - self._got < READ_WINDOW
+            and len(self._flights) < FLIGHTS_AHEAD
+        ):
             spans: list[tuple[int, int]] = []
             while self._asked < self.file.size and len(spans) < READS_PER_FLIGHT:
                 spans.append((self._asked, min(self._read_size, self.file.size - self._asked)))
@@ -1378,6 +1398,7 @@ class Reader:
                 raise ConnectionLost(f"the box sent {len(data):,} bytes for {size:,}")
             self._arrived.append(data)
             self._losses = 0
+            self._connection.useful = True
             at, size = at + len(data), size - len(data)
             self._got = at
             if not size:
@@ -1393,6 +1414,7 @@ class Reader:
         must_be(self.file, last, named)
         if data_of(beyond):
             raise FileError(f"does not end at its size of {self.file.size:,} bytes")
+        self.fresh = recent(self.file)
         self._checked = True
 
 
@@ -1439,6 +1461,7 @@ class Listing:
                 if not names and not self.complete:
                     raise ConnectionLost("the box sent a listing that does not end")
                 self._losses = 0
+                self._connection.useful = True
             else:
                 (reply,) = self._flight.replies()
                 self._handle = handle_of(reply)
@@ -1624,17 +1647,17 @@ class State:
     """
 
     def __init__(self, path: Path):
-        """Opens the database at `path`, or creates it; checks it through."""
+        """Opens the database at `path`, which `state_is_empty` has checked through,
+        or creates it."""
         self._path = path
         with state_errors(path):
             self._db = sqlite3.connect(path, LOCKED_LIMIT, isolation_level=None)
             self._db.execute("PRAGMA journal_mode = DELETE")
             self._db.execute("PRAGMA synchronous = FULL")
-            (verdict,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
-            if verdict != "ok":
-                raise sqlite3.DatabaseError(verdict)
             self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
         self._recheck = {path for (path,) in self._rows("SELECT path FROM recheck")}
+        due = "SELECT 1 FROM meta WHERE name = 'snapshot'"
+        self.snapshot_due = bool(self._rows(due))  # since a file was archived
 
     def _rows(self, query: str, *values: Any) -> list[Any]:
         with state_errors(self._path):
@@ -1737,8 +1760,15 @@ class State:
                 statements.append(("DELETE FROM recheck WHERE path = ?", path))
             if parts:
                 statements.append(("DELETE FROM uploads WHERE key = ?", key))
+        if statements and not self.snapshot_due:
+            statements.append(("INSERT INTO meta VALUES ('snapshot', 'due')",))
+            self.snapshot_due = True
         if statements:
             self._commit(*statements)
+
+    def snapshot_stored(self) -> None:
+        self._commit(("DELETE FROM meta WHERE name = 'snapshot'",))
+        self.snapshot_due = False
 
     def settle(self, file: RemoteFile) -> None:
         """`file` was looked at again, and is what is archived."""
@@ -1870,12 +1900,6 @@ def crc_text(crc32: int) -> str:
     return base64.b64encode(U32.pack(crc32)).decode()
 
 
-class Source(NamedTuple):
-    """What s3transfer sees of a file: no seek and no size, only this."""
-
-    read: Callable[[int], bytes]
-
-
 class Archive:
     """The bucket, below the prefix.  Nothing in it is ever deleted, except
     unfinished multipart uploads of our own."""
@@ -1895,7 +1919,7 @@ class Archive:
             connect_timeout=S3_CONNECT_LIMIT,
             read_timeout=S3_READ_LIMIT,
             retries={"mode": "standard", "total_max_attempts": S3_ATTEMPTS},
-            max_pool_connections=config.transfers + PARTS_AT_ONCE,
+            max_pool_connections=config.transfers * PARTS_AT_ONCE,
             # Our own checksums go with every upload: no second ones, and over
             # TLS no signature that would sum the bytes once more.
             request_checksum_calculation="when_required",
@@ -1923,7 +1947,7 @@ class Archive:
 
     def _before(self, params: dict[str, Any], context: dict[str, Any], **_: object) -> None:
         context["archive_key"] = key = params.get("Key", "")
-        if "PartNumber" in params and key in self._part_sums:
+        if "PartNumber" in params:
             # In a header, for S3 to hold the part against: what s3transfer would
             # do, a trailer, costs half as much CPU again, and not every
             # S3-compatible server takes it.
@@ -2003,7 +2027,7 @@ class Archive:
         try:
             with s3_errors():
                 self._client.upload_fileobj(
-                    *(Source(read), self._bucket, key),
+                    *(SimpleNamespace(read=read), self._bucket, key),
                     *(self._extra(reader.file.mtime) | checksum, progress, config),
                 )
             self._uploads.pop(key, None)
@@ -2040,7 +2064,7 @@ class Archive:
             with s3_errors():
                 if upload_id is not None:
                     self._abort(key, upload_id)
-                    del self._uploads[key]
+                    self._uploads.pop(key, None)
                 if key in self._doubtful:
                     self.abort_leftovers(key)
                     self._doubtful.discard(key)
@@ -2070,13 +2094,13 @@ class Archive:
         """Aborts the unfinished uploads of exactly `key`; their number."""
         with s3_errors():
             pages = self._client.get_paginator("list_multipart_uploads").paginate(
-                Bucket=self._bucket, Prefix=key, EncodingType="url"
+                Bucket=self._bucket, Prefix=key
             )
             found = [
                 upload["UploadId"]
                 for page in pages
                 for upload in page.get("Uploads", ())
-                if key in (upload["Key"], unquote(upload["Key"], errors="replace"))
+                if upload["Key"] == key
             ]
             for upload_id in found:
                 self._abort(key, upload_id)
@@ -2093,7 +2117,10 @@ class Archive:
     def put_snapshot(self, database: Path) -> None:
         """Stores a copy of the state below the prefix; no transaction is open."""
         extra = {"StorageClass": "STANDARD", "ChecksumAlgorithm": "CRC32"}
-        config = TransferConfig(preferred_transfer_client="classic")
+        # One PUT: parts would be left when a run is killed.
+        config = TransferConfig(
+            multipart_threshold=MAX_PART, preferred_transfer_client="classic"
+        )
         with s3_errors(), database.open("rb") as source:
             self._client.upload_fileobj(
                 source, self._bucket, self._prefix + SNAPSHOT, extra, Config=config
@@ -2222,13 +2249,16 @@ class Run:
             self.state.end_upload(key)
 
     def store_snapshot(self) -> None:
-        """Puts a copy of the state into the bucket, if it has changed."""
-        if self.report.uploaded:
+        """Puts a copy of the state into the bucket, if it has changed since the
+        last, be it in an earlier run that was ended."""
+        if self.state.snapshot_due:
             try:
                 self.archive.put_snapshot(self.config.state_db)
             except ArchiveError as error:
                 self.report.complete = False
                 log.warning("the state's snapshot could not be stored: %s", error)
+            else:
+                self.state.snapshot_stored()
 
     def _jobs(self, page: list[RemoteFile]) -> list[Job]:
         """What of a page is to be archived."""
@@ -2286,7 +2316,9 @@ class Run:
         try:
             try:
                 for job in self._in_time(pages):
-                    while not finished.empty() or (held and job and not fits(job)):
+                    while not errors and (
+                        not finished.empty() or (held and job and not fits(job))
+                    ):
                         yield outcomes()
                     if errors:
                         break
@@ -2328,8 +2360,8 @@ class Run:
             with self.sending(job.file) as sent:
                 if job.plan.parts_at_once:
                     return self._send_large(job, sent)
-                file, data = self.box.read_small(job.file)
-                return self._send_small(job, file, data, sent)
+                file, data, fresh = self.box.read_small(job.file)
+                return self._send_small(job, file, data, fresh, sent)
         except FileError as error:
             return Failed(job, error)
         except ArchiveError:
@@ -2338,12 +2370,14 @@ class Run:
             log.debug("traceback of %s", printable(job.file.path), exc_info=True)
             return Failed(job, FileError(f"unexpected {type(error).__name__}: {error}"))
 
-    def _send_small(self, job: Job, file: RemoteFile, data: bytes, sent: Sent) -> Outcome:
+    def _send_small(
+        self, job: Job, file: RemoteFile, data: bytes, fresh: bool, sent: Sent
+    ) -> Outcome:
         crc32 = zlib.crc32(data)
         if job.known_crc == crc32 and file == job.file:
-            return Unchanged(file, recent(file))
+            return Unchanged(file, fresh)
         self.archive.put(job.key, data, crc32, file.mtime, sent)
-        return Stored(file, job.key, crc32, 0, recent(file))
+        return Stored(file, job.key, crc32, 0, fresh)
 
     def _send_large(self, job: Job, sent: Sent) -> Outcome:
         if job.known_crc is not None:
@@ -2351,16 +2385,17 @@ class Run:
                 while reader.read(MIB):
                     pass
                 if reader.crc32 == job.known_crc and reader.file == job.file:
-                    return Unchanged(reader.file, recent(reader.file))
+                    return Unchanged(reader.file, reader.fresh)
         with contextlib.closing(Reader(self.box, job.file.path)) as reader:
             file = reader.file
             reader.must_fit(job.file)
             plan = upload_plan(file.size, self.config.memory_limit)
             if not plan.parts_at_once:
-                return self._send_small(job, file, reader.read(), sent)
+                data = reader.read()
+                return self._send_small(job, file, data, reader.fresh, sent)
             self.archive.upload(job.key, reader, plan, sent)
             parts = -(-file.size // plan.part_size)
-            return Stored(file, job.key, reader.crc32, parts, recent(file))
+            return Stored(file, job.key, reader.crc32, parts, reader.fresh)
 
     def _settle(self, outcomes: list[Outcome]) -> None:
         """Commits and counts what has finished; Fatal if S3 has gone."""
@@ -2372,6 +2407,8 @@ class Run:
                 self.report.uploaded += 1
                 self.report.bytes_uploaded += size
                 files_log.info("archived %s (%s bytes)", printable(path), f"{size:,}")
+                if not self.archive.is_clean(outcome.key):
+                    self.state.begin_upload(outcome.key)
             elif isinstance(outcome, Unchanged):
                 self.report.skipped += 1
                 if not outcome.recheck:
@@ -2395,12 +2432,6 @@ class Run:
                 raise Fatal(f"{error}; {self._unanswered} files in a row failed so")
 
 
-def recent(file: RemoteFile) -> bool:
-    """Whether `file` changed so shortly before now that another change could
-    have the same time."""
-    return abs(time.time() - file.mtime) <= RECENT
-
-
 def open_state(config: Config, archive: Archive, new_state: bool) -> State:
     """The state, if need be from its snapshot in the bucket.
 
@@ -2419,9 +2450,7 @@ def open_state(config: Config, archive: Archive, new_state: bool) -> State:
             "put the state database back, or correct STATE_DB, S3_BUCKET or S3_PREFIX; only "
             "if everything may be uploaded and paid for again: archive.py run --new-state"
         )
-        if take_snapshot(path, archive, way_out):
-            pass
-        elif archive.has_objects():
+        if not take_snapshot(path, archive, way_out) and archive.has_objects():
             raise Fatal(
                 f"no state in {path} and no snapshot in the bucket, but s3://{config.bucket}/"
                 f"{config.prefix} has objects: {way_out}"
@@ -2564,19 +2593,8 @@ class Progress:
 class Console(logging.StreamHandler):
     """Log lines on stderr, above the bars where there are any."""
 
-    def __init__(self, bars: bool):
-        super().__init__(sys.stderr)
-        self._bars = bars
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        # The bars tell of each file already.
-        hidden = {logfile_log.name, files_log.name if self._bars else ""}
-        return record.name not in hidden
-
     def emit(self, record: logging.LogRecord) -> None:
-        if self._bars:
-            tqdm.write(self.format(record), file=sys.stderr)
-        else:
+        with tqdm.external_write_mode(sys.stderr):
             super().emit(record)
 
 
@@ -2585,8 +2603,11 @@ def start_logging(config: Config, verbosity: int, bars: bool) -> None:
     if LOG_FILE cannot be written."""
     logging.raiseExceptions = False  # a closed pipe or a full disk is no traceback
     level = {-1: logging.WARNING, 0: logging.INFO, 1: logging.DEBUG}[verbosity]
-    console = Console(bars)
+    console = Console(sys.stderr)
     console.setLevel(level)
+    # The bars tell of each file already.
+    hidden = {logfile_log.name, files_log.name if bars else ""}
+    console.addFilter(lambda record: record.name not in hidden)
     console.setFormatter(OneLine("%(message)s", config.secrets))
     log.handlers = [console]
     log.setLevel(min(level, logging.INFO))
@@ -2635,7 +2656,8 @@ class Signals:
     def __enter__(self) -> Signals:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
-            if number is not None:
+            # Ignored by whoever started us, nohup say: so be it.
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 self._old[number] = signal.signal(number, lambda n, _: self._queue.put(n))
         self._thread.start()
         return self
@@ -2650,8 +2672,8 @@ class Signals:
         self.number = self._queue.get()
         if self.number is None:
             return
-        log.warning("%s: ending", signal.Signals(self.number).name)
         self._close()
+        log.warning("%s: ending", signal.Signals(self.number).name)
         with contextlib.suppress(queue.Empty):
             if self._queue.get(timeout=STOP_LIMIT) is None:
                 return
@@ -2672,13 +2694,9 @@ def make_parser() -> argparse.ArgumentParser:
     env_help = "the settings (default: .env beside archive.py)"
     parser.add_argument("--env-file", type=Path, metavar="FILE", help=env_help)
     loudness = parser.add_mutually_exclusive_group()
-    for flag, verbosity, text in (
-        ("-v", 1, "tell of unchanged files too"),
-        ("-q", -1, "only warnings, failures and the summary"),
-    ):
-        loudness.add_argument(
-            flag, dest="verbosity", action="store_const", const=verbosity, help=text
-        )
+    choice = partial(loudness.add_argument, dest="verbosity", action="store_const")
+    choice("-v", const=1, help="tell of unchanged files too")
+    choice("-q", const=-1, help="only warnings, failures and the summary")
     parser.set_defaults(verbosity=0, new_state=False)
     commands = parser.add_subparsers(metavar="COMMAND")
     run_help = "archive what is new or changed (the default)"
@@ -2691,13 +2709,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def find_env_file(named: Path | None) -> Path | None:
-    """The env file to read: the named one, else .env beside archive.py, never
-    one found by walking upwards."""
-    beside = Path(__file__).resolve().parent / ".env"
-    return named or (beside if beside.is_file() else None)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit status; nothing is raised."""
     try:
@@ -2708,7 +2719,9 @@ def main(argv: list[str] | None = None) -> int:
     # State, lock and log tell all names, and whoever can read the lock can hold it.
     os.umask(0o077)
     try:
-        config = load_config(find_env_file(arguments.env_file), os.environ)
+        beside = Path(__file__).resolve().parent / ".env"
+        env_file = arguments.env_file or (beside if beside.is_file() else None)
+        config = load_config(env_file, os.environ)
         start_logging(config, arguments.verbosity, bars)
     except ConfigError as error:
         for fault in str(error).splitlines():
