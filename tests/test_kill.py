@@ -7,6 +7,7 @@ import contextlib
 import random
 import subprocess
 
+import faulty_sftp
 import pytest
 from faults import (
     EFFORT,
@@ -19,11 +20,23 @@ from faults import (
     wait_for,
     write,
 )
-from faulty_sftp import FaultyBox
+from faulty_sftp import FaultyBox, freeze
 from scripted_s3 import ScriptedS3, first, lost_answer, reset
 
 ROUNDS = 8 * EFFORT
 A_RUN = 2.5  # s, about what a whole run takes here
+
+# Requests that each run makes here before it has come to its last file.
+INSTANTS = [
+    *(("box", kind, 1) for kind in ("INIT", "OPENDIR", "READDIR", "CLOSE")),
+    *(("box", kind, nth) for kind in ("OPEN", "FSTAT", "READ") for nth in (1, 2, 3)),
+    *(("s3", "PutObject", nth) for nth in (1, 2, 3)),
+    ("s3", "CreateMultipartUpload", 1),
+    ("s3", "UploadPart", 1),
+    ("s3", "UploadPart", 2),
+    ("s3", "CompleteMultipartUpload", 1),
+    ("s3", "HeadObject", 1),
+]
 
 
 @pytest.fixture
@@ -119,3 +132,36 @@ def test_upload_of_a_killed_run_is_aborted_by_the_next_and_nobody_elses(
 def uploads(bucket):
     listing = bucket.client.list_multipart_uploads(Bucket=bucket.name)
     return {upload["UploadId"] for upload in listing.get("Uploads", [])}
+
+
+@pytest.mark.timeout(60 + 20 * ROUNDS)
+def test_run_that_is_told_to_stop_at_any_instant_ends_and_leaves_nothing(
+    archive, box, s3, bucket
+):
+    """It cannot end on its own here, since the box never gives the last file."""
+
+    def stop():
+        archive.running[-1].terminate()
+
+    print(f"TEST_SEED={SEED}")
+    draw = random.Random(SEED)
+    for round_ in range(ROUNDS):
+        for name in ("large", "small1", "small2", "small3", "zzz"):
+            size = LARGE if name == "large" else SMALL
+            write(box.root / name, size + round_, mtime=1_700_000_000 + round_)
+        server, what, nth = draw.choice(INSTANTS)
+        if server == "s3":
+            s3.on(what, first(stop), nth=nth)
+        else:
+            box.on(what, None, faulty_sftp.first(stop), nth=nth)
+        box.always("READ", b"zzz", freeze)
+        # One file after another, so that all of these instants come before that.
+        running = archive.start(constants={**SIZES, "STOP_LIMIT": 2}, TRANSFERS=1)
+        result = running.wait(timeout=20)
+        assert result.status == 143, (server, what, nth, result.stderr)
+        box.rules.clear()
+        s3.rules.clear()
+        assert uploads(bucket) == set(), (server, what, nth)
+        assert_rows_are_true(archive, box)
+    assert archive(constants=SIZES).status == 0
+    assert_all_archived(archive, box)
