@@ -3,12 +3,13 @@
 import base64
 import os
 import stat
+import time
 from zlib import crc32
 
 import pytest
 from conftest import MIB, SNAPSHOT
 from faults import SIZES, SMALL, assert_all_archived, assert_failed, write
-from faulty_sftp import Attributes, FaultyBox, names
+from faulty_sftp import PERMISSION_DENIED, Attributes, FaultyBox, drop, names, status
 from scripted_s3 import ScriptedS3, error
 
 FOLDER = Attributes(mode=stat.S_IFDIR | 0o755, size=0, mtime=1)
@@ -94,6 +95,17 @@ def test_name_that_is_listed_twice_is_one_object(archive, box):
     assert_all_archived(archive, box)
 
 
+def test_handle_of_a_lost_connection_is_never_closed_on_the_next(archive, box):
+    """There it may be another file's, which would be read in its place."""
+    write(box.root / "large", 6 * MIB)
+    lost = box.on("READ", b"large", drop)
+    refused = box.on("OPEN", b"large", status(PERMISSION_DENIED), nth=2)
+    result = archive(constants=SIZES)
+    assert_failed(result, {"large": "denies permission"})
+    assert (lost.fired, refused.fired) == (1, 1)
+    assert box.requests["STALE"] == 0
+
+
 # --- S3 ---------------------------------------------------------------------
 
 
@@ -174,3 +186,42 @@ def test_each_part_carries_the_sum_of_what_was_read(archive_of, box, moto):
     assert len(sums) == 2
     for summed, header in sums:
         assert int.from_bytes(base64.b64decode(header), "big") == summed
+
+
+def test_snapshot_that_failed_is_stored_by_the_next_run_though_nothing_is_new(
+    archive_of, box, moto, bucket
+):
+    write(box.root / "f", SMALL)
+    with ScriptedS3(moto.url) as s3:
+        archive = archive_of(box, AWS_ENDPOINT_URL=s3.url)
+        refusal = s3.on("PutObject", error(400, "Odd"), key=SNAPSHOT)
+        assert archive().status == 3
+        assert refusal.fired == 1
+        result = archive()
+    assert (result.status, result.counts) == (0, (0, 1, 0))
+    assert bucket.content(SNAPSHOT)
+
+
+# --- The same second --------------------------------------------------------
+
+
+def test_file_rewritten_while_s3_takes_its_time_is_archived_by_the_next_run(
+    archive_of, box, moto
+):
+    """In the same second and with the same size, long before S3 acknowledges."""
+    path = box.root / "f"
+    now = int(time.time())
+    write(path, SMALL, mtime=now)
+
+    def rewrite(exchange):
+        path.write_bytes(b"!" * SMALL)
+        os.utime(path, (now, now))
+        time.sleep(4)  # by when the time of the file is no longer recent
+        return exchange.forward()
+
+    with ScriptedS3(moto.url) as s3:
+        s3.on("PutObject", rewrite, key="f")
+        archive = archive_of(box, AWS_ENDPOINT_URL=s3.url)
+        assert archive().counts == (1, 0, 0)
+        assert archive().counts == (1, 0, 0)
+        assert_all_archived(archive, box)
