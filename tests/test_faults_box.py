@@ -289,6 +289,30 @@ def test_signal_leaves_what_was_done_and_nothing_half_done(archive, box, at):
     assert_all_archived(archive, box)
 
 
+STRIKE = """
+import pathlib, signal, threading, time
+def strike():
+    while not pathlib.Path({flag!r}).exists():
+        time.sleep(0.01)
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+threading.Thread(target=strike, daemon=True).start()
+"""
+
+
+def test_signal_that_does_not_wake_the_main_thread_ends_the_run(archive, box, tmp_path):
+    """Python handles signals there, but one that comes as it goes to sleep, or that
+    another thread receives, as here, does not wake it."""
+    flag = tmp_path / "strike"
+    write(box.root / "small", SMALL)
+    frozen = box.on("READ", b"small", freeze)
+    running = archive.start(constants=SIZES, before=STRIKE.format(flag=str(flag)))
+    wait_for(lambda: frozen.fired)
+    flag.touch()
+    result = running.wait(timeout=15)
+    assert result.status == 143
+    archive.assert_invariant()
+
+
 # --- The box lies about a file ----------------------------------------------
 
 
