@@ -900,6 +900,7 @@ def connect(config: Config) -> Connection:
     where = f"{config.host}:{config.port}"
     try:
         sock = socket.create_connection((config.host, config.port), CONNECT_LIMIT)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # requests are small
     except (OSError, UnicodeError) as error:
         raise ConnectionLost(f"no connection to {where}: {error}") from None
     transport = paramiko.Transport(
@@ -2641,8 +2642,9 @@ def tell(summary: list[str]) -> None:
 class Signals:
     """Makes SIGINT, SIGTERM and SIGHUP an orderly end within ten seconds.
 
-    The handler only puts the number into a queue: whatever it interrupts may
-    hold any lock.  A thread does the rest: `close` lets all that waits on the
+    Python's handlers run on the main thread only, which a signal may not wake,
+    and whatever they interrupt may hold any lock.  So the number goes through a
+    socket to a thread that does the rest: `close` lets all that waits on the
     box end.  What has not ended after STOP_LIMIT, or at a second signal, is cut
     off with the process, after its uploads were aborted.
     """
@@ -2650,7 +2652,8 @@ class Signals:
     def __init__(self, close: Callable[[], None], archive: Archive, report: Report):
         self.number: int | None = None
         self._close, self._archive, self._report = close, archive, report
-        self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._woken, self._waker = socket.socketpair()
+        self._waker.setblocking(False)
         self._old: dict[int, Any] = {}
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -2659,30 +2662,34 @@ class Signals:
             number = getattr(signal, name, None)
             # Ignored by whoever started us, nohup say: so be it.
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-                self._old[number] = signal.signal(number, lambda n, _: self._queue.put(n))
+                self._old[number] = signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._queue.put(None)
+        self._waker.send(b"\0")  # no signal's number
         self._thread.join()
+        signal.set_wakeup_fd(-1)
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
     def _watch(self) -> None:
-        self.number = self._queue.get()
-        if self.number is None:
+        (number,) = self._woken.recv(1)
+        if number == 0:
             return
+        self.number = number
         self._close()
-        log.warning("%s: ending", signal.Signals(self.number).name)
-        with contextlib.suppress(queue.Empty):
-            if self._queue.get(timeout=STOP_LIMIT) is None:
+        log.warning("%s: ending", signal.Signals(number).name)
+        self._woken.settimeout(STOP_LIMIT)
+        with contextlib.suppress(TimeoutError):
+            if self._woken.recv(1) == b"\0":
                 return
         aborting = threading.Thread(target=self._archive.abort_all, daemon=True)
         aborting.start()
         aborting.join(STOP_LIMIT / 2)
         tell(self._report.summary())
-        os._exit(128 + self.number)
+        os._exit(128 + number)
 
 
 def make_parser() -> argparse.ArgumentParser:
