@@ -43,6 +43,7 @@ import ctypes
 import dataclasses
 import difflib
 import fnmatch
+import gc
 import hashlib
 import io
 import logging
@@ -631,6 +632,32 @@ class Reply(NamedTuple):
 
 
 Request = tuple[int, bytes]  # type, and what follows the request id
+
+
+def crc32_combine(first: int, second: int, length: int) -> int:
+    """The CRC-32 of two strings together from that of each; `length` is the
+    second one's, in bytes.
+
+    As in zlib: the first is multiplied by x**(8 * length) modulo the CRC's
+    polynomial; bits are reversed, so that 1 << 31 is x**0.
+    """
+
+    def product(a: int, b: int) -> int:
+        result = 0
+        while a:
+            if a & 1 << 31:
+                result ^= b
+            a = a << 1 & 0xFFFFFFFF
+            b = b >> 1 ^ (0xEDB88320 if b & 1 else 0)
+        return result
+
+    square = 1 << 23  # x**8
+    while length:
+        if length & 1:
+            first = product(square, first)
+        square = product(square, square)
+        length >>= 1
+    return first ^ second
 
 
 def blob(data: bytes) -> bytes:
@@ -1290,7 +1317,8 @@ class Reader:
         self._box = box
         self._path = path
         self.file = self._open()
-        self.crc32 = 0
+        self.crc32 = 0  # of all that was delivered
+        self.last_crc32 = 0  # of what the last read() delivered
         self.fresh = False  # changed shortly before the check at its end
         self._delivered = 0
         self._arrived: deque[memoryview] = deque()
@@ -1307,6 +1335,10 @@ class Reader:
         left = self.file.size - self._delivered
         amount = min(amount, left) if amount >= 0 else left
         data = io.BytesIO()  # its getvalue() does not copy, join() would
+        if amount:  # all its room at once: growing would copy
+            data.seek(amount - 1)
+            data.write(b"\0")
+            data.seek(0)
         while data.tell() < amount:
             while not self._arrived:
                 self._step(self._receive)
@@ -1318,7 +1350,8 @@ class Reader:
         while amount == left and not self._checked:
             self._step(self._check_end)
         self._delivered += amount
-        self.crc32 = zlib.crc32(data.getbuffer(), self.crc32)
+        self.last_crc32 = zlib.crc32(data.getbuffer())
+        self.crc32 = crc32_combine(self.crc32, self.last_crc32, amount)
         return data.getvalue()
 
     def must_fit(self, listed: RemoteFile) -> None:
@@ -1915,7 +1948,6 @@ class Archive:
         self._part_sums: dict[str, list[int]] = {}  # CRC-32 of each part read
         self._refused: set[str] = set()  # keys of which S3 refused a request
         self._doubtful: set[str] = set()  # keys with perhaps a second upload
-        self._answer = threading.local()  # to this thread's last PUT
         self._told_no_checksums = False
         settings = botocore.config.Config(
             connect_timeout=S3_CONNECT_LIMIT,
@@ -1970,8 +2002,6 @@ class Archive:
         answer = parsed or {}
         if "Error" in answer or parsed is None:
             self._refused.add(key)
-        if event_name.endswith(".PutObject"):
-            self._answer.parsed = answer
         if event_name.endswith(".CreateMultipartUpload"):
             if "UploadId" in answer:
                 self._uploads[key] = answer["UploadId"]
@@ -1979,23 +2009,18 @@ class Archive:
             if answer.get("ResponseMetadata", {}).get("RetryAttempts", 1):
                 self._doubtful.add(key)
 
-    def put(
-        self, key: str, data: bytes, crc32: int, mtime: int, progress: Callable[[int], None]
-    ) -> None:
-        """One PUT, with the CRC-32 for S3 to hold the bytes against."""
+    def put(self, key: str, data: bytes, crc32: int, mtime: int) -> None:
+        """One PUT, with the CRC-32 for S3 to hold the bytes against.
+
+        Not by upload_fileobj, which takes half as much CPU again for it.
+        """
         checksum = {"ChecksumAlgorithm": "CRC32", "ChecksumCRC32": crc_text(crc32)}
-        config = TransferConfig(
-            multipart_threshold=len(data) + 1,
-            use_threads=False,
-            preferred_transfer_client="classic",
-        )
         with s3_errors():
-            self._client.upload_fileobj(
-                *(io.BytesIO(data), self._bucket, key, self._extra(mtime) | checksum),
-                *(progress, config),
+            answer = self._client.put_object(
+                Bucket=self._bucket, Key=key, Body=data, **checksum, **self._extra(mtime)
             )
         # A server that says nothing of the checksum may not have looked at it.
-        if self._answer.parsed.get("ChecksumCRC32") != crc_text(crc32):
+        if answer.get("ChecksumCRC32") != crc_text(crc32):
             self._confirm(key, len(data), crc32)
 
     def upload(
@@ -2023,7 +2048,7 @@ class Archive:
             if key in self._refused:  # s3transfer would read to the end, for nothing
                 raise FileError("S3 refused a part")
             data = reader.read(amount)
-            sums.append(zlib.crc32(data))
+            sums.append(reader.last_crc32)
             return data
 
         try:
@@ -2224,6 +2249,13 @@ class Run:
     sending: Callable[[RemoteFile], contextlib.AbstractContextManager[Sent]]
     _unanswered: int = 0  # files in a row that S3 gave no answer to
 
+    def __post_init__(self) -> None:
+        # TRANSFERS files are on their way to S3 at once, and as many small ones
+        # are being read, or wait for their turn: three round trips become two.
+        self._under_way = 2 * self.config.transfers
+        self._turns = threading.Semaphore(self.config.transfers)
+        self._over = False  # something failed that ends the run
+
     def archive_all(self) -> None:
         """Archives what is new or changed; Fatal, Stopped.  What S3 has
         acknowledged by then is committed in any case."""
@@ -2296,7 +2328,7 @@ class Run:
         finished: queue.SimpleQueue[Future[Outcome]] = queue.SimpleQueue()
         held: dict[Future[Outcome], Job] = {}  # what is under way
         errors: list[BaseException] = []
-        pool = ThreadPoolExecutor(self.config.transfers)
+        pool = ThreadPoolExecutor(self._under_way)
 
         def outcomes() -> list[Outcome]:
             done = [finished.get()]
@@ -2312,7 +2344,7 @@ class Run:
             memory = job.plan.memory + sum(other.plan.memory for other in held.values())
             # A name may be listed twice while its folder changes.
             twice = any(job.key == other.key for other in held.values())
-            room = len(held) < self.config.transfers and memory <= self.config.memory_limit
+            room = len(held) < self._under_way and memory <= self.config.memory_limit
             return room and not twice
 
         try:
@@ -2338,7 +2370,8 @@ class Run:
                     self.box.close()
                 yield outcomes()
             if errors:
-                raise errors[0]
+                # Who waited for a turn was only stopped, by another's error.
+                raise min(errors, key=lambda error: isinstance(error, Stopped))
         finally:
             if held:
                 self.box.close()
@@ -2356,14 +2389,30 @@ class Run:
                     return
                 yield job
 
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Waits for one of the TRANSFERS turns; Stopped if the run is over by then."""
+        with self._turns:
+            if self._over:
+                raise Stopped("stopped")
+            try:
+                yield
+            except FileError:
+                raise
+            except ArchiveError:
+                self._over = True
+                raise
+
     def _send(self, job: Job) -> Outcome:
         """On a thread of its own: reads one file and stores it."""
         try:
             with self.sending(job.file) as sent:
                 if job.plan.parts_at_once:
-                    return self._send_large(job, sent)
+                    with self._turn():
+                        return self._send_large(job, sent)
                 file, data, fresh = self.box.read_small(job.file)
-                return self._send_small(job, file, data, fresh, sent)
+                with self._turn():
+                    return self._send_small(job, file, data, fresh, sent)
         except FileError as error:
             return Failed(job, error)
         except ArchiveError:
@@ -2378,7 +2427,8 @@ class Run:
         crc32 = zlib.crc32(data)
         if job.known_crc == crc32 and file == job.file:
             return Unchanged(file, fresh)
-        self.archive.put(job.key, data, crc32, file.mtime, sent)
+        self.archive.put(job.key, data, crc32, file.mtime)
+        sent(len(data))
         return Stored(file, job.key, crc32, 0, fresh)
 
     def _send_large(self, job: Job, sent: Sent) -> Outcome:
@@ -2717,14 +2767,21 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def return_freed_parts() -> None:
-    """Makes glibc give the memory of parts back when they are freed: from the
-    second file on it would keep them, twice as much as is held (mallopt(3))."""
-    m_mmap_threshold, m_arena_max = -3, -8
+def tune_memory() -> None:
+    """Keeps parts in memory that is used again, and in no more than that.
+
+    By default glibc fetches 16 MiB from the system for each part, whose page
+    faults take a fifth of the CPU, or keeps a heap for each thread, twice what
+    is held (mallopt(3)).  And the collector need not look again and again at
+    what was imported.
+    """
+    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another libc
         libc = ctypes.CDLL(None)
-        libc.mallopt(m_mmap_threshold, 4 * MIB)
-        libc.mallopt(m_arena_max, 2)
+        libc.mallopt(m_mmap_threshold, 32 * MIB)  # the highest that it takes
+        libc.mallopt(m_trim_threshold, 192 * MIB)
+        libc.mallopt(m_arena_max, 1)
+    gc.freeze()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -2736,7 +2793,7 @@ def main(argv: list[str] | None = None) -> int:
     bars = bool(sys.stderr and sys.stderr.isatty()) and arguments.verbosity >= 0
     # State, lock and log tell all names, and whoever can read the lock can hold it.
     os.umask(0o077)
-    return_freed_parts()
+    tune_memory()
     try:
         beside = Path(__file__).resolve().parent / ".env"
         env_file = arguments.env_file or (beside if beside.is_file() else None)

@@ -24,6 +24,7 @@ import contextlib
 import os
 import random
 import re
+import signal
 import sqlite3
 import stat
 import subprocess
@@ -56,6 +57,8 @@ for name, value in {constants!r}.items():
 sys.exit(archive.main())
 """
 
+# A shell's background job ignores it, and so would the programs that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.umask(0o022)  # the servers' user must be able to read what tests create
 
 
