@@ -8,7 +8,7 @@
 #     "python-dotenv>=1.0,<2",
 # ]
 # ///
-"""Archive a Hetzner Storage Box into Amazon S3 Glacier Deep Archive.
+"""Archive a Hetzner Storage Box into Amazon S3 Glacier Deep Archive, and bring it back.
 
 A generator walks the box over SFTP; a SQLite table of (path, size, mtime) says
 what is archived already; the rest is streamed, with no copy on local disk,
@@ -27,11 +27,13 @@ Not part of it: deletion or retention, versions beyond S3's own, bundling of
 small files, encryption of its own, a daemon.  Nothing is ever deleted from the
 bucket or changed on the box.
 
-Exit statuses: 0 all is archived, 1 fatal, 2 usage or configuration, 3 some file
-failed, 11 another run holds the lock, 128+n ended by signal n.
+Exit statuses: 0 all is archived (restore: is there; verify: agrees), 1 fatal, 2
+usage or configuration, 3 some file failed, 11 another run holds the lock, 75
+restore is under way, 128+n ended by signal n.
 
-Sections, each using only those above it: Limits, Errors, Configuration, Names,
-Source: SFTP, State: SQLite, Archive: S3, The run, Command line.
+Sections, each using only those above it: Limits, Prices, Errors, Configuration,
+Names, Source: SFTP, Places to restore to, State: SQLite, Archive: S3, Money, The
+run, Other commands, Command line.
 """
 
 from __future__ import annotations
@@ -39,15 +41,20 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import csv
 import ctypes
 import dataclasses
 import difflib
+import errno
 import fnmatch
 import gc
 import hashlib
 import io
+import itertools
+import json
 import logging
 import logging.handlers
+import math
 import os
 import queue
 import re
@@ -57,6 +64,7 @@ import sqlite3
 import stat
 import struct
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -65,11 +73,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import boto3
 import botocore.config
@@ -87,6 +96,7 @@ files_log = logging.getLogger("archive.files")  # a line for each file
 logfile_log = logging.getLogger("archive.logfile")  # not for the console
 
 T = TypeVar("T")
+Answer = TypeVar("Answer")
 
 # ---------------------------------------------------------------------- Limits
 
@@ -143,6 +153,53 @@ STOP_LIMIT = 5  # a signal arrived: uploads wind up; then the process ends
 # the same second, with the same size: the next run has to look again.
 RECENT = 2
 
+# Seconds between which S3 takes no request from a clock that is wrong.
+CLOCK_LIMIT = 900
+
+# RestoreObject: S3 takes about 1,000 a second from an account.
+RESTORES_A_SECOND = 500
+DOWNLOAD_BLOCK = MIB
+# What a server must take in one WRITE is 32 KiB; OpenSSH and ProFTPD take this.
+WRITE_SIZE = 32 * KIB
+WRITES_AHEAD = 4  # blocks of DOWNLOAD_BLOCK
+
+# ---------------------------------------------------------------------- Prices
+#
+# USD, from "Amazon S3 pricing" (storage, requests, retrieval, transfer); `month`
+# is a GB (2**30 bytes) and month, `put`, `part`, `get`, `list` and `request` are a
+# thousand requests, `gb` and `egress` a GB.  Where a region is not in the table,
+# its prices are not known, and those of us-east-1 are taken and named.
+PRICES_OF = "November 2026"
+US_PRICES = {
+    "STANDARD.month": 0.023,
+    "STANDARD.put": 0.005,
+    "STANDARD.part": 0.005,
+    "GLACIER.month": 0.0036,
+    "GLACIER.put": 0.03,
+    "GLACIER.part": 0.005,
+    "GLACIER.bulk.gb": 0.0,
+    "GLACIER.bulk.request": 0.0,
+    "GLACIER.standard.gb": 0.01,
+    "GLACIER.standard.request": 0.05,
+    "DEEP_ARCHIVE.month": 0.00099,
+    "DEEP_ARCHIVE.put": 0.05,
+    "DEEP_ARCHIVE.part": 0.005,
+    "DEEP_ARCHIVE.bulk.gb": 0.0025,
+    "DEEP_ARCHIVE.bulk.request": 0.025,
+    "DEEP_ARCHIVE.standard.gb": 0.02,
+    "DEEP_ARCHIVE.standard.request": 0.10,
+    "get": 0.0004,
+    "list": 0.005,
+    "egress": 0.09,
+}
+PRICES = {"us-east-1": US_PRICES, "us-east-2": US_PRICES, "us-west-2": US_PRICES}
+COLD_CLASSES = ("DEEP_ARCHIVE", "GLACIER")  # must be restored before they can be read
+# Of each object in these: 8 KB at STANDARD's price, 32 KB at its own.
+INDEX_IN_STANDARD, INDEX_IN_CLASS = 8 * KIB, 32 * KIB
+MINIMUM_DAYS = {"DEEP_ARCHIVE": 180, "GLACIER": 90}
+DAYS_A_MONTH = 30
+FREE_EGRESS = 100  # GB a month
+
 # ---------------------------------------------------------------------- Errors
 
 
@@ -168,6 +225,16 @@ class Stopped(ArchiveError):
 
 class FileError(ArchiveError):
     """One file or folder cannot be archived; the run goes on; status 3."""
+
+
+class Cold(FileError):
+    """Its object has to be restored before it can be read."""
+
+
+class Stopping(threading.Event):
+    """Set when the program is to end; `number` is that of the signal, if it was one."""
+
+    number: int | None = None
 
 
 class Vanished(FileError):
@@ -266,6 +333,17 @@ def parse_list(text: str) -> tuple[str, ...]:
     return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
+def parse_prices(text: str) -> dict[str, float]:
+    """USD by name, of `DEEP_ARCHIVE.month=0.0018, egress=0.05`."""
+    prices = {}
+    for item in parse_list(text):
+        name, _, usd = (part.strip() for part in item.partition("="))
+        if name not in US_PRICES or not re.fullmatch(r"\d{0,6}(\.\d+)?", usd) or not usd:
+            raise ValueError(f"expected name=USD with names of {', '.join(US_PRICES)}")
+        prices[name] = float(usd)
+    return prices
+
+
 def parse_path(text: str) -> Path:
     try:
         return Path(text).expanduser()
@@ -314,6 +392,7 @@ class Config:
     memory_limit: int = setting("MEMORY_LIMIT", parse_memory, "128M")
     bandwidth_limit: int | None = setting("BANDWIDTH_LIMIT", parse_size)
     max_runtime: int | None = setting("MAX_RUNTIME", parse_duration)
+    prices: dict[str, float] = setting("PRICES", parse_prices, "")
     aws_environ: Mapping[str, str] = dataclasses.field(repr=False, kw_only=True)
     secrets: tuple[str, ...] = dataclasses.field(repr=False, kw_only=True)
     warnings: tuple[str, ...] = dataclasses.field(kw_only=True)
@@ -386,7 +465,7 @@ def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
         if not option.metadata:
             continue
         name, parse, default = (option.metadata[key] for key in ("name", "parse", "default"))
-        text = settings.get(name) or default
+        text = settings.get(name) or default  # an empty value is none
         if name == "LOG_FILE" and settings.get(name) == "":
             text = None
         values[option.name] = None
@@ -428,6 +507,7 @@ KEY_ESCAPES = re.compile(f"[\0-\x1f\x7f\ufffe\uffff]|{TEXT_ESCAPES.pattern}")
 ESCAPED = re.compile(ESCAPE.encode() + b"([0-9A-F]{2})")
 
 SNAPSHOT = ".archive_state.db"  # key of the state's copy, below the prefix
+PROBE = ".archive//check"  # permissions are tried with it: no file has such a key
 
 
 def escape(name: bytes, pattern: re.Pattern[str]) -> str:
@@ -470,6 +550,20 @@ def printable(name: bytes | str) -> str:
         return char if plain else char.encode("unicode_escape").decode()
 
     return "".join(map(shown, text))
+
+
+def size_text(size: float) -> str:
+    """`1.5 GiB`: binary units, exact below 1 KiB."""
+    units = iter(("bytes", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while size >= 1024 and unit != "TiB":
+        size, unit = size / 1024, next(units)
+    return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
+
+
+def time_text(seconds: float) -> str:
+    """A time since the epoch in the user's zone, with its offset."""
+    return f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S %z}"
 
 
 def join(folder: bytes, name: bytes) -> bytes:
@@ -564,10 +658,11 @@ def upload_plan(size: int, memory_limit: int) -> Plan:
 # one request at a time and cannot be shared between threads.
 
 FXP_INIT, FXP_VERSION, FXP_OPEN, FXP_CLOSE, FXP_READ = 1, 2, 3, 4, 5
-FXP_LSTAT, FXP_FSTAT, FXP_OPENDIR, FXP_READDIR = 7, 8, 11, 12
+FXP_WRITE, FXP_LSTAT, FXP_FSTAT, FXP_FSETSTAT, FXP_OPENDIR, FXP_READDIR = 6, 7, 8, 10, 11, 12
+FXP_REMOVE, FXP_MKDIR, FXP_RENAME, FXP_EXTENDED, FXP_EXTENDED_REPLY = 13, 14, 18, 200, 201
 FXP_STATUS, FXP_HANDLE, FXP_DATA, FXP_NAME, FXP_ATTRS = 101, 102, 103, 104, 105
-FX_EOF, FX_NO_SUCH_FILE, FX_PERMISSION_DENIED = 1, 2, 3
-FXF_READ = 1
+FX_OK, FX_EOF, FX_NO_SUCH_FILE, FX_PERMISSION_DENIED, FX_UNSUPPORTED = 0, 1, 2, 3, 8
+FXF_READ, FXF_WRITE, FXF_CREAT, FXF_TRUNC = 1, 2, 8, 16
 ATTR_SIZE, ATTR_UIDGID, ATTR_PERMISSIONS, ATTR_ACMODTIME, ATTR_EXTENDED = 1, 2, 4, 8, 1 << 31
 ATTR_USUAL = ATTR_SIZE | ATTR_UIDGID | ATTR_PERMISSIONS | ATTR_ACMODTIME
 
@@ -713,6 +808,15 @@ def take_names(body: memoryview) -> list[tuple[bytes, Attributes]]:
         attributes, at = take_attributes(data, end)
         entries.append((name, attributes))
     return entries
+
+
+def expect_ok(reply: Reply) -> None:
+    """Status unless the server did what was asked."""
+    try:
+        expect(FXP_HANDLE, reply)
+    except Status as status:
+        if status.code != FX_OK:
+            raise
 
 
 def expect(kind: int, reply: Reply) -> memoryview:
@@ -918,8 +1022,8 @@ class Connection:
             raise ConnectionLost(f"the box owed an answer for {limit} s")
 
 
-def connect(config: Config) -> Connection:
-    """A logged-in connection to the box.
+def connect(config: Config, passed: Callable[[str], None] = lambda _: None) -> Connection:
+    """A logged-in connection to the box; `passed` is told of each stage.
 
     Raises Fatal where another try cannot help (host key, login), ConnectionLost
     where it may.
@@ -929,7 +1033,8 @@ def connect(config: Config) -> Connection:
         sock = socket.create_connection((config.host, config.port), CONNECT_LIMIT)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # requests are small
     except (OSError, UnicodeError) as error:
-        raise ConnectionLost(f"no connection to {where}: {error}") from None
+        remedy = connect_remedy(config, error)
+        raise ConnectionLost(f"no connection to {where}: {error}; {remedy}") from None
     transport = paramiko.Transport(
         sock, default_window_size=SSH_WINDOW, default_max_packet_size=SSH_PACKET
     )
@@ -942,8 +1047,11 @@ def connect(config: Config) -> Connection:
         pinned, revoked = pinned_keys(config)
         prefer(transport.get_security_options(), pinned)
         transport.start_client(timeout=CONNECT_LIMIT)
+        passed(f"connected to {where}")
         check_host_key(config, transport.get_remote_server_key(), pinned, revoked)
+        passed(f"the host key is the pinned {transport.get_remote_server_key().get_name()}")
         log_in(config, transport)
+        passed(f"logged in as {config.user}")
         transport.set_keepalive(KEEPALIVE)
         channel = transport.open_session(timeout=CONNECT_LIMIT)
         channel.invoke_subsystem("sftp")
@@ -954,10 +1062,22 @@ def connect(config: Config) -> Connection:
             raise
         final = isinstance(error, paramiko.ssh_exception.IncompatiblePeer)
         reason = str(error) or "the connection was closed"
+        if "banner" in reason:  # something listens, but it is no SSH server
+            reason += f"; {connect_remedy(config, error)}"
         kind = Fatal if final else ConnectionLost
         raise kind(f"no SFTP session with {where}: {reason}") from None
     finally:
         limit.cancel()
+
+
+def connect_remedy(config: Config, error: Exception) -> str:
+    """What is likely to be wrong where nothing answers in SSH."""
+    if isinstance(error, (socket.gaierror, UnicodeError)):
+        return "correct HETZNER_HOST, or this machine's DNS"
+    console = "SSH support and external reachability are switched on in Hetzner's console"
+    if config.port in (22, 23):
+        return f"see that {console}, and that HETZNER_HOST is right"
+    return f"HETZNER_PORT is 23 for SSH, or 22; see that {console}"
 
 
 def known_name(config: Config) -> str:
@@ -1056,9 +1176,15 @@ def log_in(config: Config, transport: paramiko.Transport) -> None:
         if transport.is_authenticated():
             return
     tried = " and ".join(dict.fromkeys(name for name, _ in attempts)) or "an empty agent"
+    remedy = "correct HETZNER_USER or that"
+    if config.key_file or not config.password:
+        form = "RFC 4716 (ssh-keygen -e)" if config.port == 22 else "OpenSSH's"
+        remedy += (
+            f"; on port {config.port} a Storage Box takes the public key in {form} form, "
+            f"the other form is for HETZNER_PORT={23 if config.port == 22 else 22}"
+        )
     raise Fatal(
-        f"{config.host}:{config.port} refused the login of {user} with {tried}: correct "
-        "HETZNER_USER or that, or HETZNER_PORT if the key is only known on another one"
+        f"{config.host}:{config.port} refused the login of {user} with {tried}: {remedy}"
     )
 
 
@@ -1080,6 +1206,25 @@ def load_key(path: Path, passphrase: str | None) -> paramiko.PKey:
     raise Fatal(f"HETZNER_KEY_FILE {path} {reason}")
 
 
+class Pace:
+    """Keeps what many threads do below `rate` units a second; None: any."""
+
+    def __init__(self, rate: float | None, stopping: Stopping):
+        self._rate, self._stopping = rate, stopping
+        self._lock = threading.Lock()
+        self._due = 0.0
+
+    def wait(self, units: float) -> None:
+        """Waits until `units` more may be used."""
+        if self._rate is None:
+            return
+        with self._lock:
+            now = time.monotonic()
+            self._due = max(self._due, now) + units / self._rate
+            pause = self._due - now
+        self._stopping.wait(pause)
+
+
 class Box:
     """The Storage Box: one connection at a time, renewed when it is lost.
 
@@ -1088,20 +1233,21 @@ class Box:
     the tries of one.
     """
 
-    def __init__(self, config: Config, stopping: threading.Event):
+    def __init__(self, config: Config, stopping: Stopping, patient: bool = True):
+        """`patient`: tries again when it does not answer, and waits meanwhile."""
         self._config = config
-        self._stopping = stopping
+        self.stopping = stopping
+        self._pauses = RECONNECT_PAUSES if patient else (0,)
         self._lock = threading.Lock()
         self._connection: Connection | None = None
         self._tries = 0
         self._given_up = ""
         self._suspects = threading.Lock()
-        self._pace = threading.Lock()
-        self._due = 0.0  # when BANDWIDTH_LIMIT lets the next bytes be read
+        self.pace = Pace(config.bandwidth_limit, stopping).wait
 
     def close(self) -> None:
         """Ends the connection for good; whoever waits on the box gets Stopped."""
-        self._stopping.set()
+        self.stopping.set()
         connection = self._connection
         if connection is not None:
             connection.close("stopped")
@@ -1111,7 +1257,7 @@ class Box:
         Stopped after `close`."""
         with self._lock:
             old = self._connection
-            if self._stopping.is_set():
+            if self.stopping.is_set():
                 raise Stopped("stopped")
             if old is not None and old.lost is None:
                 return old
@@ -1119,10 +1265,10 @@ class Box:
             if old is not None and old.useful:
                 self._tries = 0
             self._connection = None
-            for pause in RECONNECT_PAUSES[self._tries :]:
+            for pause in self._pauses[self._tries :]:
                 if reason is not None:
                     log.warning("%s; trying again in %s s", reason, pause)
-                if self._stopping.wait(pause):
+                if self.stopping.wait(pause):
                     raise Stopped("stopped")
                 self._tries += 1
                 try:
@@ -1133,11 +1279,10 @@ class Box:
                     break
             if self._connection is None:
                 # The others that waited for this outage's end get the same.
-                self._given_up = (
-                    self._given_up or f"gave up after {self._tries} tries: {reason}"
-                )
+                tries = f"gave up after {self._tries} tries: " if self._tries > 1 else ""
+                self._given_up = self._given_up or f"{tries}{reason}"
                 raise Fatal(self._given_up)
-        if self._stopping.is_set():
+        if self.stopping.is_set():
             self.close()
         return self._connection
 
@@ -1157,15 +1302,21 @@ class Box:
                     reason = error
         raise FileError(f"lost the connection {LOSSES_IN_A_ROW} times, last: {reason}")
 
-    def pace(self, size: int) -> None:
-        """Waits until BANDWIDTH_LIMIT lets `size` more bytes be read."""
-        if self._config.bandwidth_limit is None:
-            return
-        with self._pace:
-            now = time.monotonic()
-            self._due = max(self._due, now) + size / self._config.bandwidth_limit
-            pause = self._due - now
-        self._stopping.wait(pause)
+    def room(self) -> tuple[int, int] | None:
+        """Bytes used and free where REMOTE_PATH is, None if the server does not
+        tell (OpenSSH's extension, which a Storage Box has)."""
+        path = self._config.remote_path
+
+        def statvfs(connection: Connection) -> tuple[int, int] | None:
+            (reply,) = connection.ask((FXP_EXTENDED, blob(b"statvfs@openssh.com") + blob(path)))
+            try:
+                body = expect(FXP_EXTENDED_REPLY, reply)
+            except Status:
+                return None
+            _, unit, blocks, free, available, *_ = struct.unpack_from(">11Q", body)
+            return (blocks - free) * unit, available * unit
+
+        return self.insist(statvfs)
 
     def attributes(self, path: bytes) -> Attributes:
         """Of `path` itself, not of what a link points to; Status, FileError."""
@@ -1229,10 +1380,10 @@ class Box:
             return reader.file, data, reader.fresh
 
 
-def open_file(connection: Connection, path: bytes) -> bytes:
+def open_file(connection: Connection, path: bytes, flags: int = FXF_READ) -> bytes:
     """The handle of `path`, as requests carry it; Status, ConnectionLost."""
     no_attributes = U32.pack(0)
-    (reply,) = connection.ask((FXP_OPEN, blob(path) + U32.pack(FXF_READ) + no_attributes))
+    (reply,) = connection.ask((FXP_OPEN, blob(path) + U32.pack(flags) + no_attributes))
     return handle_of(reply)
 
 
@@ -1632,6 +1783,212 @@ class Walk:
         return None
 
 
+# ------------------------------------------------------- Places to restore to
+
+NO_FILE = (-1, -1)
+
+
+class BoxFolder:
+    """A folder of the box to restore to.  Nothing is overwritten unless told to."""
+
+    def __init__(self, box: Box, folder: bytes):
+        self._box, self._folder = box, folder
+        self._made: set[bytes] = set()
+
+    def find(self, name: bytes) -> tuple[int, int] | None:
+        """Size and mtime of the file, None if there is none, NO_FILE if something
+        else is in its place; FileError."""
+        try:
+            size, mtime, mode = self._box.attributes(join(self._folder, name))
+        except Status as error:
+            if error.code == FX_NO_SUCH_FILE:
+                return None
+            raise FileError(f"the box does not tell what is there: {error}") from None
+        if size is None or mtime is None or not stat.S_ISREG(mode or 0):
+            return NO_FILE
+        return size, mtime
+
+    def store(
+        self, name: bytes, mtime: int, blocks: Callable[[], Iterator[bytes]], replace: bool
+    ) -> None:
+        """Writes the file under another name and renames it; FileError, also if
+        there is one already and it is not to be replaced."""
+        if not 0 <= mtime < 1 << 32:
+            raise FileError(f"SFTP cannot carry its time, {mtime}")
+        path = join(self._folder, name)
+        folder, _, last = path.rpartition(b"/")
+        partial_path = (folder + b"/" if folder or path[:1] == b"/" else b"") + partial_name(
+            last
+        )
+
+        written: int | None = None
+
+        def write(connection: Connection) -> None:
+            nonlocal written
+            # The answer to an earlier rename may have been lost with its connection.
+            if written is not None and found(connection, path) == (written, mtime):
+                return
+            self._make(connection, folder)
+            written = self._write(connection, partial_path, mtime, blocks())
+            self._rename(connection, partial_path, path, replace)
+
+        try:
+            self._box.insist(write)
+        except (Status, FileError) as error:
+            with contextlib.suppress(Fatal, Stopped):  # not waited for
+                self._box.connection().flight((FXP_REMOVE, blob(partial_path)))
+            if isinstance(error, Status):
+                raise FileError(f"the box cannot store it: {error}") from None
+            raise
+
+    def _make(self, connection: Connection, folder: bytes) -> None:
+        """The folder and those above it; what is wrong with them shows later."""
+        if folder in self._made:
+            return
+        parts = folder.split(b"/")
+        above = [b"/".join(parts[: depth + 1]) for depth in range(len(parts))]
+        connection.ask(*((FXP_MKDIR, blob(path) + U32.pack(0)) for path in above if path))
+        self._made.add(folder)
+
+    def _write(
+        self, connection: Connection, path: bytes, mtime: int, blocks: Iterator[bytes]
+    ) -> int:
+        """The number of bytes that it wrote, and that the box says are there."""
+        # What a killed pass has left; ProFTPD lets nobody write to a file anew.
+        connection.flight((FXP_REMOVE, blob(path)))
+        handle = open_file(connection, path, FXF_WRITE | FXF_CREAT | FXF_TRUNC)
+        flights: deque[Flight] = deque()
+        at = 0
+        try:
+            for block in blocks:
+                writes = [
+                    (
+                        FXP_WRITE,
+                        handle + U64.pack(at + start) + blob(block[start:][:WRITE_SIZE]),
+                    )
+                    for start in range(0, len(block), WRITE_SIZE)
+                ]
+                at += len(block)
+                flights.append(connection.flight(*writes))
+                if len(flights) > WRITES_AHEAD:
+                    expect_all_ok(flights.popleft())
+            for flight in flights:
+                expect_all_ok(flight)
+            times = U32.pack(ATTR_ACMODTIME) + U32.pack(mtime) + U32.pack(mtime)
+            expect_all_ok(connection.flight((FXP_FSETSTAT, handle + times)))
+        except BaseException:
+            connection.flight((FXP_CLOSE, handle))
+            raise
+        expect_all_ok(connection.flight((FXP_CLOSE, handle)))
+        if found(connection, path) != (at, mtime):
+            raise FileError(f"the box does not have {at:,} bytes of mtime {mtime} then")
+        connection.useful = True
+        return at
+
+    def _rename(
+        self, connection: Connection, source: bytes, target: bytes, replace: bool
+    ) -> None:
+        names = blob(source) + blob(target)
+        if replace:
+            (reply,) = connection.ask((FXP_EXTENDED, blob(b"posix-rename@openssh.com") + names))
+            try:
+                return expect_ok(reply)
+            except Status as error:
+                if error.code != FX_UNSUPPORTED:
+                    raise
+            connection.ask((FXP_REMOVE, blob(target)))
+        expect_all_ok(connection.flight((FXP_RENAME, names)))
+
+
+def found(connection: Connection, path: bytes) -> tuple[int | None, int | None]:
+    """Size and mtime of `path`, None where the server tells none."""
+    (reply,) = connection.ask((FXP_LSTAT, blob(path)))
+    with contextlib.suppress(Status):
+        return take_attributes(expect(FXP_ATTRS, reply), 0)[0][:2]
+    return None, None
+
+
+def expect_all_ok(flight: Flight) -> None:
+    """Status unless the server did all that was asked."""
+    for reply in flight.replies():
+        expect_ok(reply)
+
+
+class LocalFolder:
+    """A folder of this machine to restore to, with the same two methods."""
+
+    def __init__(self, folder: Path):
+        self._folder = os.fsencode(folder)
+
+    def find(self, name: bytes) -> tuple[int, int] | None:
+        """Size and mtime of the file, None if there is none, NO_FILE if something
+        else is in its place; FileError."""
+        try:
+            found = os.lstat(self._path(name))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise FileError(f"cannot be stored: {error.strerror}") from None
+        if found.st_nlink > 1:  # killed between link and unlink
+            folder, last = os.path.split(self._path(name))
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(folder, partial_name(last)))
+        is_file = stat.S_ISREG(found.st_mode)
+        return (found.st_size, int(found.st_mtime)) if is_file else NO_FILE
+
+    def store(
+        self, name: bytes, mtime: int, blocks: Callable[[], Iterator[bytes]], replace: bool
+    ) -> None:
+        """Writes the file under another name and renames it; FileError, also if
+        there is one already and it is not to be replaced; Fatal if the disk is full."""
+        path = self._path(name)
+        folder, last = os.path.split(path)
+        partial_path = os.path.join(folder, partial_name(last))
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(partial_path)  # of a run that was killed
+            try:
+                with open(partial_path, "xb") as file:
+                    for block in blocks():
+                        file.write(block)
+                    file.flush()
+                    os.fsync(file.fileno())  # the next run believes size and mtime
+                os.utime(partial_path, (mtime, mtime))
+                if replace:
+                    os.replace(partial_path, path)
+                else:
+                    rename_to_new(partial_path, path)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(partial_path)
+        except (OSError, OverflowError) as error:
+            if getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT):
+                raise Fatal(f"{printable(self._folder)}: {error}") from None
+            raise FileError(f"cannot be stored: {error}") from None
+
+    def _path(self, name: bytes) -> bytes:
+        return os.path.join(self._folder, name)
+
+
+def partial_name(name: bytes) -> bytes:
+    """What a file is called until it is whole: the same in each run, so that
+    nothing piles up, and short enough for every name."""
+    return b".archive-" + hashlib.sha256(name).hexdigest()[:32].encode() + b".partial"
+
+
+def rename_to_new(source: bytes, target: bytes) -> None:
+    """Renames, but not over another file: rename(2) would."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, "there is one already") from None
+        os.rename(source, target)
+
+
 # --------------------------------------------------------------- State: SQLite
 
 SCHEMA = """
@@ -1648,6 +2005,36 @@ CREATE TABLE IF NOT EXISTS runs
      uploaded INTEGER, skipped INTEGER, failed INTEGER, bytes INTEGER);
 """
 PATHS_PER_QUERY = 500  # below SQLite's limit on parameters, 999 in old builds
+
+
+class Recorded(NamedTuple):
+    """A row of the state; None is what an earlier script did not record."""
+
+    key: str | None
+    path: str  # as in the path column
+    size: int
+    mtime: int
+    uploaded_at: int | None
+    crc32: int | None
+    storage_class: str | None
+
+
+RECORDED = (
+    "SELECT {key} AS key, path, size, mtime, uploaded_at, crc32,"
+    " storage_class FROM files LEFT JOIN objects USING (path)"
+)
+
+
+class PastRun(NamedTuple):
+    """A run as the state keeps it; None from `ended_at` on if it was killed."""
+
+    started_at: int
+    ended_at: int | None
+    status: int | None
+    uploaded: int | None
+    skipped: int | None
+    failed: int | None
+    bytes: int | None
 
 
 class Stored(NamedTuple):
@@ -1681,12 +2068,18 @@ class State:
     method raises Fatal when the database cannot be used.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, private: bool = False):
         """Opens the database at `path`, which `state_is_empty` has checked through,
-        or creates it."""
+        or creates it.  `private`: a copy of it on temporary disk, so that what is
+        written goes nowhere; empty if there is none."""
         self._path = path
         with state_errors(path):
-            self._db = sqlite3.connect(path, LOCKED_LIMIT, isolation_level=None)
+            self._db = sqlite3.connect(
+                "" if private else path, LOCKED_LIMIT, isolation_level=None
+            )
+            if private and path.exists():
+                with contextlib.closing(sqlite3.connect(path, LOCKED_LIMIT)) as source:
+                    source.backup(self._db)
             self._db.execute("PRAGMA journal_mode = DELETE")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
@@ -1749,6 +2142,45 @@ class State:
                 if known.get(path) != (file.size, file.mtime) or path in self._recheck
             ]
         return missing
+
+    def earlier(self, files: list[RemoteFile]) -> dict[RemoteFile, Recorded]:
+        """What is recorded of the paths of `files`, whatever their size and mtime."""
+        found = {}
+        for file in files:
+            for row in self._rows(
+                RECORDED.format(key="key") + " WHERE path = ?", path_text(file.path)
+            ):
+                found[file] = Recorded(*row)
+        return found
+
+    def recorded(self, key_of: Callable[[str], str | None], start: str) -> Iterator[Recorded]:
+        """All rows whose key begins with `start`, in the order of their keys, which
+        is S3's; `key_of` gives that of a path, None if it can have none."""
+        with state_errors(self._path):
+            self._db.create_function("key_of", 1, key_of, deterministic=True)
+            rows = RECORDED.format(key="coalesce(key, key_of(path))")
+            query = f"SELECT * FROM ({rows}) WHERE substr(key, 1, ?) = ? ORDER BY key"
+            for row in self._db.execute(query, (len(start), start)):
+                yield Recorded(*row)
+
+    def totals(self) -> list[tuple[str | None, int, int]]:
+        """(storage class, None where it was not recorded; files; bytes)."""
+        return self._rows(
+            "SELECT storage_class, count(*), sum(size) FROM files"
+            " LEFT JOIN objects USING (path) GROUP BY 1 ORDER BY 2 DESC"
+        )
+
+    def last_runs(self, count: int) -> list[PastRun]:
+        """The latest first."""
+        query = "SELECT * FROM runs ORDER BY started_at DESC LIMIT ?"
+        return [PastRun(*row) for row in self._rows(query, count)]
+
+    def forget(self, path: str) -> None:
+        """Drops all that is recorded of `path`, as text: the next run archives it."""
+        tables = ("files", "objects", "recheck")
+        statements = [(f"DELETE FROM {table} WHERE path = ?", path) for table in tables]
+        due = ("INSERT OR REPLACE INTO meta VALUES ('snapshot', 'due')",)
+        self._commit(*statements, due)
 
     def crc_to_recheck(self, file: RemoteFile) -> int | None:
         """The CRC-32 of `file`'s object if its row says that it has this size
@@ -1935,11 +2367,102 @@ def crc_text(crc32: int) -> str:
     return base64.b64encode(U32.pack(crc32)).decode()
 
 
+def about(answer: Mapping[str, Any]) -> tuple[int, int | None]:
+    """mtime and CRC-32 of what a HEAD or GET answered: the mtime of the metadata,
+    in rclone's form, else the time when it was stored; no CRC-32 but one of the
+    whole object."""
+    told, sum_of = answer["Metadata"].get("mtime", ""), answer.get("ChecksumCRC32", "-")
+    stored = answer["LastModified"].timestamp()
+    mtime = float(told) if re.fullmatch(r"-?\d{1,12}(\.\d*)?", told) else stored
+    crc32 = None if "-" in sum_of else int.from_bytes(base64.b64decode(sum_of), "big")
+    return math.floor(mtime), crc32
+
+
+NO_REGION = "a region that it does not tell"
+
+
+class S3Object(NamedTuple):
+    """As the listing has it.  `restored`: None where nothing is known of a copy
+    that can be read, False while it is being made, True while it is there."""
+
+    key: str
+    size: int
+    storage_class: str
+    restored: bool | None
+
+
+def lifecycle_prefix(rule: Mapping[str, Any]) -> str:
+    """What the keys begin with that a lifecycle rule is for; in both of its forms."""
+    chosen = rule.get("Filter", rule)
+    return str(chosen.get("And", chosen).get("Prefix", ""))
+
+
+class Download:
+    """One object's bytes, checked.  `mtime` is that of the metadata, else the time
+    when it was stored; `crc32` None if S3 tells none of the whole object."""
+
+    def __init__(
+        self, key: str, get: Callable[[dict[str, str]], dict[str, Any]], stopping: Stopping
+    ):
+        """`get` sends the GET with further parameters; FileError, Cold, Fatal."""
+        self.key = key
+        self._get, self._stopping = get, stopping
+        self._first: dict[str, Any] | None = get({"ChecksumMode": "ENABLED"})
+        answer = self._first
+        self._etag = answer["ETag"]
+        self.size: int = answer["ContentLength"]
+        self.mtime, self.crc32 = about(answer)
+
+    def blocks(self, size: int | None, crc32: int | None) -> Iterator[bytes]:
+        """All of it, from the start at each call; FileError in place of the end
+        unless size and CRC-32 are those given, or else those that S3 told.
+
+        A connection that breaks is renewed at the offset where it broke.
+        """
+        size = self.size if size is None else size
+        crc32 = self.crc32 if crc32 is None else crc32
+        if size != self.size:
+            raise FileError(f"S3 holds {self.size:,} bytes, recorded are {size:,}")
+        at = found = failures = 0
+        while True:
+            try:
+                for block in self._body(at).iter_chunks(DOWNLOAD_BLOCK):
+                    if self._stopping.is_set():
+                        raise Stopped("stopped")
+                    found = zlib.crc32(block, found)
+                    at += len(block)
+                    failures = 0
+                    yield block
+                reason = "it ended early"
+            except aws.FlexibleChecksumError as error:
+                raise FileError(f"damaged on the way: {error}") from None
+            except aws.BotoCoreError as error:
+                reason = str(error)
+            if at >= size:
+                break
+            failures += 1
+            if failures >= S3_ATTEMPTS:
+                raise FileError(f"S3 broke off at {at:,} of {size:,} bytes: {reason}")
+        if at != size:
+            raise FileError(f"S3 sent {at:,} of {size:,} bytes")
+        if crc32 is not None and found != crc32:
+            raise FileError(f"its CRC-32 is {crc_text(found)}, not {crc_text(crc32)}")
+
+    def _body(self, at: int) -> Any:
+        answer, self._first = self._first, None
+        if answer is None:
+            # The very object that was begun with, not one that has replaced it.
+            part = {"Range": f"bytes={at}-"} if at else {}
+            answer = self._get({"IfMatch": self._etag, **part})
+        return answer["Body"]
+
+
 class Archive:
     """The bucket, below the prefix.  Nothing in it is ever deleted, except
     unfinished multipart uploads of our own."""
 
-    def __init__(self, config: Config, stopping: threading.Event):
+    def __init__(self, config: Config, stopping: Stopping, patient: bool = True):
+        """`patient`: makes S3_ATTEMPTS of each request, not one."""
         self._bucket = config.bucket
         self._prefix = config.prefix
         self._storage_class = config.storage_class
@@ -1952,7 +2475,7 @@ class Archive:
         settings = botocore.config.Config(
             connect_timeout=S3_CONNECT_LIMIT,
             read_timeout=S3_READ_LIMIT,
-            retries={"mode": "standard", "total_max_attempts": S3_ATTEMPTS},
+            retries={"mode": "standard", "total_max_attempts": S3_ATTEMPTS if patient else 1},
             max_pool_connections=config.transfers * PARTS_AT_ONCE,
             # Our own checksums go with every upload: no second ones, and over
             # TLS no signature that would sum the bytes once more.
@@ -2133,6 +2656,158 @@ class Archive:
                 self._abort(key, upload_id)
         return len(found)
 
+    def objects(self, prefix: str) -> Iterator[S3Object]:
+        """What is in the bucket below `prefix`, in the order of the keys; a
+        request for 1,000 of them.  Not the snapshot."""
+        with s3_errors():
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket, Prefix=prefix, OptionalObjectAttributes=["RestoreStatus"]
+            )
+            for page in pages:
+                if self._stopping.is_set():
+                    raise Stopped("stopped")
+                for entry in page.get("Contents", ()):
+                    status = entry.get("RestoreStatus", {})
+                    restored = True if "RestoreExpiryDate" in status else None
+                    if status.get("IsRestoreInProgress"):
+                        restored = False
+                    if entry["Key"] != self._prefix + SNAPSHOT:
+                        kind = entry.get("StorageClass", "STANDARD")
+                        yield S3Object(entry["Key"], entry["Size"], kind, restored)
+
+    @property
+    def region(self) -> str | None:
+        return str(self._client.meta.region_name) if self._client.meta.region_name else None
+
+    def head(self, key: str) -> tuple[int, int | None]:
+        """The file's mtime, and the CRC-32 that S3 keeps of the whole object, None
+        if it has none.  Also of a cold one; FileError."""
+        with s3_errors():
+            return about(
+                self._client.head_object(Bucket=self._bucket, Key=key, ChecksumMode="ENABLED")
+            )
+
+    def ask_for(self, key: str, tier: str, days: int) -> bool:
+        """Asks S3 for a copy that can be read; whether there is one already.
+        FileError, Fatal."""
+        request = {"Days": days, "GlacierJobParameters": {"Tier": tier.capitalize()}}
+        try:
+            with s3_errors():
+                answer = self._client.restore_object(
+                    Bucket=self._bucket, Key=key, RestoreRequest=request
+                )
+        except FileError as error:
+            said = str(error)
+            if "RestoreAlreadyInProgress" in said:
+                return False
+            # Its class is none that has to be restored, or it is back already.
+            if "ObjectAlreadyInActiveTierError" in said or "InvalidObjectState" in said:
+                return True
+            raise
+        return bool(answer["ResponseMetadata"]["HTTPStatusCode"] == 200)
+
+    def download(self, key: str) -> Download:
+        """The object; FileError, Cold if it has to be restored first."""
+
+        def get(more: dict[str, str]) -> dict[str, Any]:
+            try:
+                with s3_errors():
+                    answer = self._client.get_object(Bucket=self._bucket, Key=key, **more)
+                    return dict(answer)
+            except FileError as error:
+                if "InvalidObjectState" in str(error):
+                    raise Cold("has to be restored first") from None
+                raise
+
+        return Download(key, get, self._stopping)
+
+    def unfinished(self) -> int:
+        """The number of multipart uploads below the prefix that are not ended."""
+        with s3_errors():
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self._bucket, Prefix=self._prefix
+            )
+            return sum(len(page.get("Uploads", ())) for page in pages)
+
+    def aborts_leftovers(self) -> bool:
+        """Whether a lifecycle rule ends unfinished uploads below the prefix."""
+        try:
+            with s3_errors():
+                answer = self._client.get_bucket_lifecycle_configuration(Bucket=self._bucket)
+        except FileError as error:
+            if "NoSuchLifecycleConfiguration" in str(error):
+                return False
+            raise
+        return any(
+            rule["Status"] == "Enabled"
+            and "AbortIncompleteMultipartUpload" in rule
+            and self._prefix.startswith(lifecycle_prefix(rule))
+            for rule in answer.get("Rules", ())
+        )
+
+    def versioned(self) -> bool:
+        """Whether the bucket keeps earlier versions of its objects."""
+        with s3_errors():
+            answer = self._client.get_bucket_versioning(Bucket=self._bucket)
+        return bool(answer.get("Status") == "Enabled")
+
+    def look(self) -> tuple[str, float]:
+        """The bucket's region, and the seconds that this machine's clock is ahead
+        of S3's; FileError, Fatal."""
+        with s3_errors():
+            try:
+                answer = self._client.head_bucket(Bucket=self._bucket)
+            except aws.ClientError:  # without a word of why
+                self._client.list_objects_v2(Bucket=self._bucket, MaxKeys=1)
+                raise
+        headers = answer["ResponseMetadata"]["HTTPHeaders"]
+        ahead = time.time() - parsedate_to_datetime(headers["date"]).timestamp()
+        return headers.get("x-amz-bucket-region", NO_REGION), ahead
+
+    def permissions(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        """Each permission that a run needs, and what raises FileError or Fatal if
+        it is missing, to be called in this order; nothing is left behind."""
+        bucket, client = {"Bucket": self._bucket}, self._client
+        below = {**bucket, "Prefix": self._prefix}
+        probe = {**bucket, "Key": self._prefix + PROBE}
+
+        def upload() -> None:
+            with s3_errors():
+                begun = client.create_multipart_upload(**probe)
+                self._abort(probe["Key"], begun["UploadId"])
+
+        def tried(request: Callable[..., Any], **parameters: Any) -> Callable[[], None]:
+            return partial(self._not_refused, partial(request, **parameters))
+
+        yield "s3:ListBucket", tried(client.list_objects_v2, **below, MaxKeys=1)
+        yield "s3:GetObject", tried(client.head_object, **probe)
+        uploads = tried(client.list_multipart_uploads, **below, MaxUploads=1)
+        yield "s3:ListBucketMultipartUploads", uploads
+        aborted = tried(client.abort_multipart_upload, **probe, UploadId="none")
+        yield "s3:AbortMultipartUpload", aborted
+        yield "s3:PutObject", upload
+
+    def may_restore(self) -> bool:
+        """Whether `restore` has the permission that it needs."""
+        request = {"Days": 1, "GlacierJobParameters": {"Tier": "Bulk"}}
+        probe = {"Bucket": self._bucket, "Key": self._prefix + PROBE}
+        restore = partial(self._client.restore_object, **probe, RestoreRequest=request)
+        try:
+            self._not_refused(restore)
+        except Fatal:
+            return False
+        return True
+
+    def _not_refused(self, request: Callable[[], Any]) -> None:
+        """Passes also where S3 says that there is no such thing: it has looked."""
+        with s3_errors():
+            try:
+                request()
+            except aws.ClientError as error:
+                code = error.response["Error"]["Code"]
+                if code not in ("404", "NoSuchKey", "NoSuchUpload"):
+                    raise
+
     def has_objects(self) -> bool:
         """Whether anything is below the prefix."""
         with s3_errors():
@@ -2166,6 +2841,97 @@ class Archive:
                 for block in answer["Body"].iter_chunks(MIB):
                     copy.write(block)
         return answer["LastModified"]
+
+
+# ----------------------------------------------------------------------- Money
+#
+# Estimates, of PRICES_OF, without taxes.  What has no price costs NaN, shown as
+# unknown.
+
+
+class Requests(NamedTuple):
+    """Numbers of requests to S3, by kind."""
+
+    put: int = 0
+    create: int = 0
+    part: int = 0
+    complete: int = 0
+    head: int = 0
+
+
+def requests_of(size: int, plan: Plan) -> Requests:
+    """What the upload of a file of `size` bytes takes."""
+    if not plan.parts_at_once:
+        return Requests(put=1)
+    return Requests(create=1, part=-(-size // plan.part_size), complete=1, head=1)
+
+
+class Money:
+    """USD, by the prices of a region, with those that PRICES overrides."""
+
+    def __init__(self, region: str | None, changed: dict[str, float]):
+        self.region = region if region in PRICES else "us-east-1"
+        self._usd = PRICES[self.region] | changed
+        self.note = f"estimates, prices of {PRICES_OF}, {self.region}"
+        if self.region != region:
+            self.note += f" (those of {region or 'your region'} may differ: set PRICES)"
+        if changed:
+            self.note += " with PRICES"
+
+    def _price(self, *name: str) -> float:
+        return self._usd.get(".".join(name), math.nan)
+
+    def month(self, kind: str, files: int, size: int) -> float:
+        """Storage for a month: bytes at the class's price; for a cold class also
+        8 KB a file at STANDARD's and 32 KB at its own ("Amazon S3 pricing", note
+        on metadata of archived objects)."""
+        index = self.index(kind, files)
+        return size / GIB * self._price(kind, "month") + index
+
+    def index(self, kind: str, files: int) -> float:
+        """The part of `month` that does not depend on the files' size."""
+        if kind not in COLD_CLASSES:
+            return 0.0
+        standard, own = self._price("STANDARD", "month"), self._price(kind, "month")
+        return files * (INDEX_IN_STANDARD * standard + INDEX_IN_CLASS * own) / GIB
+
+    def upload(self, kind: str, requests: Requests) -> float:
+        """PUT and Complete at the class's price, Create and parts at that of parts,
+        HEAD at that of GET (S3 user guide, "Multipart upload and pricing")."""
+        put, create, part, complete, head = requests
+        price = (put + complete) * self._price(kind, "put")
+        price += (create + part) * self._price(kind, "part")
+        return (price + head * self._price("get")) / 1000
+
+    def early(self, kind: str, size: int, age_days: float) -> float:
+        """The charge for an object that is overwritten `age_days` after its upload:
+        its storage for what is left of the class's minimum ("Amazon S3 pricing",
+        early deletion, pro rata by days)."""
+        left = max(0.0, MINIMUM_DAYS.get(kind, 0) - age_days)
+        return self.month(kind, 1, size) * left / DAYS_A_MONTH if left else 0.0
+
+    def restore(self, kind: str, tier: str, files: int, size: int, days: int) -> float:
+        """Requests and bytes at the tier's price, and the copies at STANDARD's for
+        `days` (S3 user guide, "Restoring an archived object")."""
+        if kind not in COLD_CLASSES:
+            return 0.0
+        request = files / 1000 * self._price(kind, tier, "request")
+        read = size / GIB * self._price(kind, tier, "gb")
+        copies = size / GIB * self._price("STANDARD", "month") * days / DAYS_A_MONTH
+        return request + read + copies
+
+    def download(self, files: int, size: int) -> float:
+        """GETs, and the transfer out of AWS beyond the free 100 GB of a month
+        ("Amazon S3 pricing", data transfer; within AWS's region it is free)."""
+        out = max(0.0, size / GIB - FREE_EGRESS) * self._price("egress")
+        return files / 1000 * self._price("get") + out
+
+
+def usd_text(usd: float) -> str:
+    """`$1.23`, `under $0.01`, `unknown`."""
+    if math.isnan(usd):
+        return "unknown"
+    return "under $0.01" if 0 < usd < 0.01 else f"${usd:,.2f}"
 
 
 # --------------------------------------------------------------------- The run
@@ -2235,6 +3001,15 @@ class Report:
         return ["==== SUMMARY ====", *(f"{label:<15}: {count:,}" for label, count in lines)]
 
 
+def key_and_plan(file: RemoteFile, config: Config, state: State) -> tuple[str, Plan]:
+    """Where and how `file` goes up; FileError if it cannot."""
+    key = object_key(config.prefix, below(config.remote_path, file.path))
+    owner = state.owner(key)
+    if owner not in (None, path_text(file.path)):
+        raise FileError(f"its key {printable(key)} is that of {printable(owner or '')}")
+    return key, upload_plan(file.size, config.memory_limit)
+
+
 @dataclass
 class Run:
     """One pass over the box, a chain of generators: walk, pending, transfer,
@@ -2250,9 +3025,10 @@ class Run:
     _unanswered: int = 0  # files in a row that S3 gave no answer to
 
     def __post_init__(self) -> None:
-        # TRANSFERS files are on their way to S3 at once, and as many small ones
-        # are being read, or wait for their turn: three round trips become two.
-        self._under_way = 2 * self.config.transfers
+        # TRANSFERS files are on their way to S3 at once, and nearly as many small
+        # ones are being read, or wait for their turn: so S3 need not wait for the
+        # box's round trips.  With 1, one file comes after another.
+        self._under_way = 2 * self.config.transfers - 1
         self._turns = threading.Semaphore(self.config.transfers)
         self._over = False  # something failed that ends the run
 
@@ -2311,11 +3087,7 @@ class Run:
         return jobs
 
     def _job(self, file: RemoteFile) -> Job:
-        key = object_key(self.config.prefix, below(self.config.remote_path, file.path))
-        owner = self.state.owner(key)
-        if owner not in (None, path_text(file.path)):
-            raise FileError(f"its key {printable(key)} is that of {printable(owner or '')}")
-        plan = upload_plan(file.size, self.config.memory_limit)
+        key, plan = key_and_plan(file, self.config, self.state)
         return Job(file, key, plan, self.state.crc_to_recheck(file))
 
     def _transfer(self, pages: Iterable[list[Job]]) -> Iterator[list[Outcome]]:
@@ -2508,15 +3280,18 @@ def open_state(config: Config, archive: Archive, new_state: bool) -> State:
                 f"{config.prefix} has objects: {way_out}"
             )
     state = State(path)
-    state.pin(
-        {
-            "S3_BUCKET": config.bucket,
-            "S3_PREFIX": config.prefix,
-            "HETZNER_USER": config.user,
-            "REMOTE_PATH": path_text(config.remote_path),
-        }
-    )
+    state.pin(destination(config) | source(config))
     return state
+
+
+def destination(config: Config) -> dict[str, str]:
+    """What a state is tied to at S3, by setting."""
+    return {"S3_BUCKET": config.bucket, "S3_PREFIX": config.prefix}
+
+
+def source(config: Config) -> dict[str, str]:
+    """What a state is tied to on the box."""
+    return {"HETZNER_USER": config.user, "REMOTE_PATH": path_text(config.remote_path)}
 
 
 def journal(database: Path) -> Path:
@@ -2543,7 +3318,7 @@ def take_snapshot(path: Path, archive: Archive, way_out: str) -> bool:
     os.replace(partial, path)
     log.warning(
         "no state in %s: took the snapshot of %s from the bucket",
-        *(path, f"{stored_at.astimezone():%Y-%m-%d %H:%M:%S %z}"),
+        *(path, time_text(stored_at.timestamp())),
     )
     return True
 
@@ -2559,21 +3334,832 @@ def run(state: State, work: Run) -> int:
         work.archive_all()
         work.store_snapshot()
         status = 0 if report.complete and not report.failed else 3
+    except Stopped:
+        status = 128 + (work.box.stopping.number or 0)
+        raise
     finally:
         counts = (report.uploaded, report.skipped, report.failed, report.bytes_uploaded)
         state.end_run(report.started_at, status, *counts)
     return status
 
 
+# -------------------------------------------------------------- Other commands
+
+
+@dataclass
+class Count:
+    """Files and their bytes."""
+
+    files: int = 0
+    bytes: int = 0
+
+    def add(self, size: int) -> None:
+        self.files += 1
+        self.bytes += size
+
+    def __str__(self) -> str:
+        return f"{self.files:,} ({size_text(self.bytes)})"
+
+
+@dataclass
+class Tools:
+    """What every command works with."""
+
+    config: Config
+    box: Box
+    archive: Archive
+    stopping: Stopping
+    tell: Callable[[list[str]], None]  # lines of the result, on stdout
+    counting: Callable[[str], contextlib.AbstractContextManager[Sent]]
+    found: Sent
+    sending: Callable[[RemoteFile], contextlib.AbstractContextManager[Sent]]
+
+    def table(self, title: str, rows: Iterable[tuple[str, object]]) -> None:
+        """Prints rows of a label and a value, numbers with separators."""
+        rows = [(label, f"{v:,}" if isinstance(v, int) else str(v)) for label, v in rows]
+        width = max(len(label) for label, _ in rows)
+        lines = (f"{label:<{width}} : {value}" for label, value in rows)
+        self.tell([f"==== {title} ====", *lines])
+
+    def state(self, pins: Mapping[str, str]) -> State:
+        """A copy of the state to look at, from the bucket's snapshot if there is
+        none here, empty if there is none there either; Fatal."""
+        path = self.config.state_db
+        if not state_is_empty(path):
+            state = State(path, private=True)
+        else:
+            with tempfile.TemporaryDirectory(prefix="archive-") as folder:
+                snapshot = Path(folder) / "snapshot"
+                instead = self._snapshot(snapshot)
+                log.warning("no state in %s: %s", path, instead)
+                state = State(snapshot, private=True)
+        state.pin(pins)
+        return state
+
+    def _snapshot(self, target: Path) -> str:
+        """Takes the bucket's snapshot, if it is of any use; what to tell of it."""
+        stored_at = self.archive.get_snapshot(target)
+        if stored_at is None:
+            return "and the bucket has no snapshot of it"
+        try:
+            if not state_is_empty(target):
+                return f"taking the snapshot of {time_text(stored_at.timestamp())}"
+        except Fatal as error:
+            log.debug("%s", error)
+        target.unlink()
+        return "and the snapshot in the bucket is damaged"
+
+    def key_of(self, path: str) -> str | None:
+        """The key of a row that has none, made by an earlier script."""
+        relative = below(self.config.remote_path, unescape(path))
+        try:
+            return object_key(self.config.prefix, relative)
+        except FileError:
+            return None
+
+
+def matched(
+    objects: Iterable[S3Object], rows: Iterable[Recorded]
+) -> Iterator[tuple[S3Object | None, Recorded | None]]:
+    """Those with the same key together, None where there is no other; both come
+    in the order of their keys."""
+    left, right = iter(objects), iter(rows)
+    found, row = next(left, None), next(right, None)
+    while found is not None or row is not None:
+        if found is not None and row is not None and found.key == row.key:
+            yield found, row
+            found, row = next(left, None), next(right, None)
+        elif row is None or (found is not None and found.key < str(row.key)):
+            yield found, None
+            found = next(left, None)
+        else:
+            yield None, row
+            row = next(right, None)
+
+
+def in_parallel(
+    function: Callable[[T], Answer], items: Iterable[T], threads: int, stopping: Stopping
+) -> Iterator[Answer]:
+    """function(item) of each, in order, on threads, a bounded number ahead; what it
+    raises ends the others, too."""
+    ahead: deque[Future[Answer]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                ahead.append(pool.submit(function, item))
+                if len(ahead) > 2 * threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        except BaseException:
+            stopping.set()
+            raise
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def number(usd: float) -> float | None:
+    """An amount as JSON has it: null where it is unknown."""
+    return None if math.isnan(usd) else round(usd, 6)
+
+
+def by_class(state: State, default: str) -> dict[str, Count]:
+    """What is archived, by storage class; `default` where none was recorded."""
+    held: dict[str, Count] = {}
+    for kind, files, size in state.totals():
+        count = held.setdefault(kind or default, Count())
+        count.files, count.bytes = count.files + files, count.bytes + size
+    return held
+
+
+# plan
+
+
+@dataclass
+class Forecast:
+    """What a run would do, and what that costs in USD."""
+
+    new: Count = dataclasses.field(default_factory=Count)
+    changed: Count = dataclasses.field(default_factory=Count)
+    unchanged: Count = dataclasses.field(default_factory=Count)
+    unreadable: int = 0
+    requests: Requests = Requests()
+    early: float = 0.0
+    afterwards: dict[str, Count] = dataclasses.field(default_factory=dict)  # by class
+
+    def failure(self, path: bytes, reason: object) -> None:
+        self.unreadable += 1
+        log.error("FAIL %s: %s", printable(path), reason)
+
+
+def plan(tools: Tools, as_json: bool) -> int:
+    """Walks the box and tells what `run` would do; changes nothing.  0, or 3 if
+    something could not be listed."""
+    config, money = tools.config, Money(tools.archive.region, tools.config.prices)
+    forecast = Forecast()
+    rules = Rules(config.remote_path, config.exclude, config.include_hidden)
+    walk = Walk(tools.box, config.remote_path, rules, forecast.failure)
+    with contextlib.closing(tools.state(destination(config) | source(config))) as state:
+        forecast.afterwards = by_class(state, config.storage_class)
+        with tools.counting("looking") as looked:
+            for page in walk:
+                foresee(forecast, state, page, config, money)
+                looked(len(page))
+    told = foretold(forecast, walk, config.storage_class, money)
+    if as_json:
+        print(json.dumps(told, indent=2))
+    else:
+        show_plan(tools, forecast, told, money)
+    return 3 if forecast.unreadable else 0
+
+
+def foresee(
+    forecast: Forecast, state: State, page: list[RemoteFile], config: Config, money: Money
+) -> None:
+    """Adds a page of files to the forecast."""
+    pending = state.not_archived(page)
+    earlier = state.earlier(pending)
+    for file in set(page) - set(pending):
+        forecast.unchanged.add(file.size)
+    for file in pending:
+        row = earlier.get(file)
+        if row and (row.size, row.mtime) == (file.size, file.mtime):
+            forecast.unchanged.add(file.size)  # to be looked at again
+            continue
+        try:
+            requests = requests_of(file.size, key_and_plan(file, config, state)[1])
+        except FileError as error:
+            forecast.failure(file.path, error)
+            continue
+        (forecast.changed if row else forecast.new).add(file.size)
+        forecast.requests = Requests(*map(sum, zip(forecast.requests, requests)))
+        if row:
+            kind = row.storage_class or config.storage_class
+            age = (time.time() - (row.uploaded_at or 0)) / 86400
+            forecast.early += money.early(kind, row.size, age)
+            forecast.afterwards[kind].files -= 1
+            forecast.afterwards[kind].bytes -= row.size
+        forecast.afterwards.setdefault(config.storage_class, Count()).add(file.size)
+
+
+def foretold(forecast: Forecast, walk: Walk, kind: str, money: Money) -> dict[str, Any]:
+    """The forecast as JSON has it."""
+    after = forecast.afterwards.items()
+    files = sum(held.files for _, held in after)
+    size = sum(held.bytes for _, held in after)
+    costs = {
+        "upload": money.upload(kind, forecast.requests),
+        "overwritten_early": forecast.early,
+        "storage_a_month": sum(money.month(k, c.files, c.bytes) for k, c in after),
+        "of_it_per_object": sum(money.index(k, c.files) for k, c in after),
+        "full_restore_bulk": restore_cost(money, after, "bulk"),
+        "full_restore_standard": restore_cost(money, after, "standard"),
+        "full_download": money.download(files, size),
+    }
+    return {
+        "new": dataclasses.asdict(forecast.new),
+        "changed": dataclasses.asdict(forecast.changed),
+        "unchanged": dataclasses.asdict(forecast.unchanged),
+        "unreadable": forecast.unreadable,
+        "hidden": walk.hidden,
+        "excluded": walk.excluded,
+        "links": walk.links,
+        "special": walk.special,
+        "requests": forecast.requests._asdict(),
+        "afterwards": {"files": files, "bytes": size},
+        "usd": {name: number(usd) for name, usd in costs.items()},
+        "prices": {"of": PRICES_OF, "region": money.region, "note": money.note},
+    }
+
+
+def restore_cost(
+    money: Money, held: Iterable[tuple[str, Count]], tier: str, days: int = 7
+) -> float:
+    """USD for copies of all of it that can be read for `days`."""
+    return sum(money.restore(kind, tier, c.files, c.bytes, days) for kind, c in held)
+
+
+def show_plan(tools: Tools, forecast: Forecast, told: dict[str, Any], money: Money) -> None:
+    def usd(name: str) -> str:
+        amount = told["usd"][name]
+        return usd_text(math.nan if amount is None else amount)
+
+    others = [
+        (name.capitalize(), told[name]) for name in ("hidden", "excluded", "links", "special")
+    ]
+    upload = Count(
+        forecast.new.files + forecast.changed.files, forecast.new.bytes + forecast.changed.bytes
+    )
+    requests = ", ".join(f"{n:,} {kind}" for kind, n in told["requests"].items() if n)
+    tools.table(
+        "PLAN",
+        [
+            ("New files", forecast.new),
+            ("Changed files", forecast.changed),
+            ("Unchanged files", forecast.unchanged),
+            ("Unreadable", forecast.unreadable),
+            *((label, count) for label, count in others if count),
+            ("To upload", upload),
+            ("Requests", requests or "none"),
+            ("Upload", usd("upload")),
+            ("Overwritten early", usd("overwritten_early")),
+            ("Archive afterwards", Count(**told["afterwards"])),
+            ("Storage a month", usd("storage_a_month")),
+            ("Restore all, Bulk", f"{usd('full_restore_bulk')}, within 48 hours, for 7 days"),
+            (
+                "Restore, Standard",
+                f"{usd('full_restore_standard')}, within 12 hours, for 7 days",
+            ),
+            ("and download it", f"{usd('full_download')} out of AWS"),
+        ],
+    )
+    tools.tell([f"({money.note})"])
+    after = forecast.afterwards.items()
+    index = sum(money.index(kind, held.files) for kind, held in after)
+    data = sum(money.month(kind, held.files, held.bytes) for kind, held in after) - index
+    if index > data:
+        total = told["afterwards"]
+        times = f"{index / data:,.1f} times as much as" if data else "more than"
+        log.warning(
+            "files have %s on average: the 40 KB that S3 adds to each object cost %s the data",
+            *(size_text(total["bytes"] / total["files"]), times),
+        )
+
+
+# status
+
+NOT_KNOWN = "not known"
+
+
+def status(tools: Tools, as_json: bool) -> int:
+    """Tells what is archived and how both ends are, as far as they can be asked."""
+    config, money = tools.config, Money(tools.archive.region, tools.config.prices)
+    held: dict[str, Count] = {}
+    runs: list[PastRun] = []
+    state = state_if_any(tools)
+    if state is not None:
+        with contextlib.closing(state):
+            held, runs = by_class(state, config.storage_class), state.last_runs(5)
+    month = sum(money.month(kind, count.files, count.bytes) for kind, count in held.items())
+    room, room_told = asked(tools.box.room, "the server does not tell")
+    leftovers, leftovers_told = asked(tools.archive.unfinished)
+    rule, rule_told = versions, versions_told = None, leftovers_told
+    if leftovers_told != NOT_KNOWN:  # each question may take as long as S3 has time
+        rule, rule_told = asked(tools.archive.aborts_leftovers)
+        versions, versions_told = asked(tools.archive.versioned)
+    if as_json:
+        archived = {kind: dataclasses.asdict(count) for kind, count in held.items()}
+        told = {
+            "archived": archived if state else None,
+            "usd_a_month": number(month) if state else None,
+            "prices": {"of": PRICES_OF, "region": money.region, "note": money.note},
+            "runs": [run._asdict() for run in runs],
+            "box": {"used": room[0], "free": room[1]} if room else None,
+            "unfinished_uploads": leftovers,
+            "lifecycle_rule": rule,
+            "versioning": versions,
+        }
+        print(json.dumps(told, indent=2))
+        return 0
+    total = Count(sum(c.files for c in held.values()), sum(c.bytes for c in held.values()))
+    no_rule = "none that aborts unfinished uploads: see the README"
+    box = f"{size_text(room[0])} used, {size_text(room[1])} free" if room else room_told
+    tools.table(
+        "STATUS",
+        [
+            ("Archived", total if state else NOT_KNOWN),
+            *held.items(),
+            ("Storage a month", usd_text(month) if state else NOT_KNOWN),
+            ("Box", box),
+            ("Unfinished uploads", leftovers_told or leftovers or 0),
+            ("Lifecycle rule", rule_told or ("aborts unfinished uploads" if rule else no_rule)),
+            ("Versioning", versions_told or ("on" if versions else "off")),
+        ],
+    )
+    tools.tell([f"({money.note})", "", *past_runs(runs)])
+    return 0
+
+
+def state_if_any(tools: Tools) -> State | None:
+    """The state, None if it cannot be had."""
+    try:
+        return tools.state(destination(tools.config) | source(tools.config))
+    except Stopped:
+        raise
+    except ArchiveError as error:
+        log.warning("%s", error)
+        return None
+
+
+def asked(question: Callable[[], T], unknown: str = "") -> tuple[T | None, str]:
+    """The answer and what to tell instead of it, if there is none."""
+    try:
+        answer = question()
+    except Stopped:
+        raise
+    except (ArchiveError, ConnectionLost) as error:
+        if "AccessDenied" in str(error):
+            return None, "the credentials may not ask"
+        log.warning("%s", error)
+        return None, NOT_KNOWN
+    return answer, unknown if answer is None else ""
+
+
+def past_runs(runs: list[PastRun]) -> list[str]:
+    """The last runs as a table."""
+    if not runs:
+        return ["no run yet"]
+    lines = [
+        f"{'Run':<25}  {'status':<8}{'uploaded':>10}{'failed':>8}{'bytes':>12}{'took':>10}"
+    ]
+    for run in runs:
+        took = "" if run.ended_at is None else f"{run.ended_at - run.started_at:,} s"
+        ended = "no end" if run.status is None else str(run.status)
+        lines.append(
+            f"{time_text(run.started_at):<25}  {ended:<8}{run.uploaded or 0:>10,}"
+            f"{run.failed or 0:>8,}{size_text(run.bytes or 0):>12}{took:>10}"
+        )
+    return lines
+
+
+# verify
+
+
+class Finding(NamedTuple):
+    """What became of one key: a label of the summary, what is wrong, and the row's
+    path as text if the row is not to be believed any more."""
+
+    label: str
+    key: str
+    fault: str = ""
+    wrong: str | None = None
+
+
+def verify(tools: Tools, checksums: bool, repair: bool) -> int:
+    """Holds the state against the bucket's listing; 0, or 3 if they differ."""
+    config = tools.config
+    labels = ("Agree", "Missing", "Wrong size", "Wrong class", "Wrong checksum")
+    counts = dict.fromkeys((*labels, "No checksum", "Not recorded", "Failed"), 0)
+    threads = config.transfers if checksums else 1
+
+    def judge(pair: tuple[S3Object | None, Recorded | None]) -> Finding:
+        found, row = pair
+        finding = compare(found, row)
+        if finding.label != "Agree" or not checksums or row is None or found is None:
+            return finding
+        try:
+            _, stored = tools.archive.head(found.key)
+        except FileError as error:
+            return Finding("Failed", found.key, str(error))
+        if stored is None or row.crc32 is None:
+            return finding._replace(label="No checksum")
+        if stored == row.crc32:
+            return finding
+        fault = f"S3 holds CRC-32 {crc_text(stored)}, recorded is {crc_text(row.crc32)}"
+        return Finding("Wrong checksum", found.key, fault, row.path)
+
+    with contextlib.ExitStack() as stack:
+        if repair:
+            stack.enter_context(locked(config.state_db))
+            if state_is_empty(config.state_db):
+                raise Fatal(f"no state in {config.state_db} to repair: archive.py run")
+            real = stack.enter_context(contextlib.closing(State(config.state_db)))
+        state = stack.enter_context(contextlib.closing(tools.state(destination(config))))
+        looked = stack.enter_context(tools.counting("verifying"))
+        pairs = matched(
+            tools.archive.objects(config.prefix), state.recorded(tools.key_of, config.prefix)
+        )
+        findings = (
+            in_parallel(judge, pairs, threads, tools.stopping)
+            if checksums
+            else map(judge, pairs)
+        )
+        for finding in findings:
+            looked(1)
+            counts[finding.label] += 1
+            if finding.fault:
+                log.error("FAIL %s: %s", printable(finding.key), finding.fault)
+            if repair and finding.wrong is not None:
+                real.forget(finding.wrong)
+    bad = sum(counts.values()) - counts["Agree"] - counts["No checksum"]
+    shown = [(label, count) for label, count in counts.items() if count or label in labels]
+    tools.table("VERIFY", shown)
+    if repair and bad:
+        log.warning("missing and wrong ones are forgotten: the next run archives them again")
+    return 3 if bad else 0
+
+
+def compare(found: S3Object | None, row: Recorded | None) -> Finding:
+    """What the listing has against what is recorded."""
+    if row is None:
+        key = found.key if found else ""
+        return Finding("Not recorded", key, "in the bucket, but not recorded")
+    if found is None:
+        return Finding("Missing", str(row.key), "recorded, but not in the bucket", row.path)
+    if found.size != row.size:
+        fault = f"S3 holds {found.size:,} bytes, recorded are {row.size:,}"
+        return Finding("Wrong size", found.key, fault, row.path)
+    if row.storage_class not in (None, found.storage_class):
+        fault = f"S3 holds it in {found.storage_class}, recorded is {row.storage_class}"
+        return Finding("Wrong class", found.key, fault, row.path)
+    return Finding("Agree", found.key)
+
+
+# restore
+
+
+class Wanted(NamedTuple):
+    """An object that is to be restored; None is what only S3 may know."""
+
+    key: str
+    name: bytes  # below the folder that is restored to
+    size: int
+    mtime: int | None
+    crc32: int | None
+    storage_class: str
+    restored: bool | None  # as in S3Object
+
+
+# What is the case with one, in the words of the summary.
+THERE, RESTORED, ASKED, BUSY, COLD, FAILED = (
+    *("Already there", "Restored files", "Asked of S3", "Under way at S3", "Not asked for"),
+    "Failed files",
+)
+READY = "Ready"
+
+
+@dataclass
+class Restore:
+    """One pass of bringing files back: what can be read is fetched, what is cold
+    is asked for."""
+
+    tools: Tools
+    state: State
+    target: LocalFolder | BoxFolder
+    paths: list[bytes]  # below REMOTE_PATH; empty for all
+    tier: str
+    days: int
+    replace: bool
+    manifest: Any = None  # a csv writer, for what is cold, in place of asking
+    bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self._pace = Pace(RESTORES_A_SECOND, self.tools.stopping)
+        self._threads = self.tools.config.transfers
+
+    def look(self) -> tuple[dict[str, int], dict[str, Count]]:
+        """Numbers by what is the case, and what is cold by class."""
+        counts: dict[str, int] = {}
+        cold: dict[str, Count] = {}
+        ready = 0
+        with self.tools.counting("looking") as looked:
+            for wanted, case, _ in self._each(self._sort):
+                looked(1)
+                counts[case] = counts.get(case, 0) + 1
+                if case == COLD:
+                    cold.setdefault(wanted.storage_class, Count()).add(wanted.size)
+                if case == READY:
+                    ready += wanted.size
+        self.tools.found(ready)
+        return counts, cold
+
+    def bring_back(self) -> dict[str, int]:
+        """Numbers by what was done; failures are told."""
+        counts = dict.fromkeys((THERE, RESTORED, ASKED, BUSY, COLD, FAILED), 0)
+        unanswered = 0
+        for wanted, case, fault in self._each(self._bring_back):
+            counts[case] += 1
+            unanswered = unanswered + 1 if isinstance(fault, Unreachable) else 0
+            if unanswered >= max(4, self._threads):
+                raise Fatal(f"{fault}; {unanswered} files in a row failed so")
+            if case == FAILED:
+                log.error("FAIL %s: %s", printable(wanted.name), fault)
+            elif case == RESTORED:
+                self.bytes += wanted.size
+                size = f"{wanted.size:,}"
+                files_log.info("restored %s (%s bytes)", printable(wanted.name), size)
+            elif case == COLD and self.manifest is not None:
+                self.manifest.writerow([self.tools.config.bucket, quote(wanted.key)])
+        return counts
+
+    def _each(
+        self, judge: Callable[[Wanted], str]
+    ) -> Iterator[tuple[Wanted, str, FileError | None]]:
+        """Each that is wanted, what `judge` says of it, and the FileError."""
+
+        def judged(
+            found: tuple[Wanted, FileError | None],
+        ) -> tuple[Wanted, str, FileError | None]:
+            wanted, fault = found
+            if self.tools.stopping.is_set():
+                raise Stopped("stopped")
+            try:
+                if fault is None:
+                    return wanted, judge(wanted), None
+            except FileError as error:
+                fault = error
+            except (OSError, ValueError) as error:
+                fault = FileError(f"unexpected {type(error).__name__}: {error}")
+            return wanted, FAILED, fault
+
+        return in_parallel(judged, self._wanted(), self._threads, self.tools.stopping)
+
+    def _wanted(self) -> Iterator[tuple[Wanted, FileError | None]]:
+        prefix = self.tools.config.prefix
+        for path in self.paths or [b""]:
+            start = prefix + escape(path, KEY_ESCAPES)
+            rows = self.state.recorded(self.tools.key_of, start)
+            met = 0
+            for found, row in matched(self.tools.archive.objects(start), rows):
+                key = found.key if found else str(row.key if row else "")
+                if path and key[len(start) :][:1] not in ("", "/"):
+                    continue
+                if found and not found.size and key.endswith("/"):
+                    continue  # a folder, as S3's console makes them
+                met += 1
+                yield self._describe(key, found, row)
+            if path and not met:
+                nothing = Wanted(start, path, 0, None, None, "", None)
+                yield nothing, FileError("nothing is archived under this path")
+
+    def _describe(
+        self, key: str, found: S3Object | None, row: Recorded | None
+    ) -> tuple[Wanted, FileError | None]:
+        name = unescape(key[len(self.tools.config.prefix) :])
+        size, kind, restored = found[1:] if found else (0, "", None)
+        mtime, crc32 = (row.mtime, row.crc32) if row else (None, None)
+        wanted = Wanted(key, name, size, mtime, crc32, kind, restored)
+        if {b"", b".", b".."} & set(name.split(b"/")) or b"\0" in name:
+            return wanted, FileError("no file can have this name")
+        if found is None:
+            return wanted, FileError("recorded, but not in the bucket")
+        if row and row.size != size:
+            return wanted, FileError(f"S3 holds {size:,} bytes, recorded are {row.size:,}")
+        return wanted, None
+
+    def _sort(self, wanted: Wanted) -> str:
+        """What is the case; FileError."""
+        there = self.target.find(wanted.name)
+        if there is not None:
+            mtime = wanted.mtime
+            if there[0] == wanted.size and mtime is None:
+                mtime, _ = self.tools.archive.head(wanted.key)
+            if there == (wanted.size, mtime):
+                return THERE
+            if there == NO_FILE:
+                raise FileError("something that is no file is in its place")
+            if not self.replace:
+                raise FileError(
+                    f"another file is there, of {there[0]:,} bytes and mtime {there[1]}, not "
+                    f"{wanted.size:,} and {mtime}: --overwrite replaces it"
+                )
+        if wanted.storage_class not in COLD_CLASSES or wanted.restored:
+            return READY
+        return COLD if wanted.restored is None else BUSY
+
+    def _bring_back(self, wanted: Wanted) -> str:
+        """Does what can be done now, and says what was; FileError."""
+        case = self._sort(wanted)
+        if case == COLD and self.manifest is None:
+            self._pace.wait(1)
+            case = ASKED
+            if self.tools.archive.ask_for(wanted.key, self.tier, self.days):
+                case = READY
+        if case != READY:
+            return case
+        try:
+            download = self.tools.archive.download(wanted.key)
+        except Cold:
+            return COLD  # its copy has gone since: the next pass asks anew
+        mtime = download.mtime if wanted.mtime is None else wanted.mtime
+        with self.tools.sending(RemoteFile(wanted.name, wanted.size, mtime)) as sent:
+
+            def blocks() -> Iterator[bytes]:
+                for block in download.blocks(wanted.size, wanted.crc32):
+                    yield block
+                    sent(len(block))
+
+            self.target.store(wanted.name, mtime, blocks, self.replace)
+        return RESTORED
+
+
+def restore(tools: Tools, options: argparse.Namespace, agreed: Callable[[str], bool]) -> int:
+    """Brings files back; 75 while something is cold, 3 if something failed, else 0.
+
+    `agreed` is asked before anything is requested that costs money.
+    """
+    config = tools.config
+    local = options.to is not None
+    target = (
+        LocalFolder(Path(options.to))
+        if local
+        else BoxFolder(tools.box, parse_root(options.to_box))
+    )
+    lock = config.state_db.with_name(config.state_db.name + ".restore")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(lock))
+        state = stack.enter_context(contextlib.closing(tools.state(destination(config))))
+        paths = restore_paths(options.path, config.remote_path)
+        work = Restore(
+            tools, state, target, paths, options.tier, options.days, options.overwrite
+        )
+        _, cold = work.look()
+        if cold and options.manifest:
+            try:
+                file = options.manifest.open("w", newline="", encoding="ascii")
+            except OSError as error:
+                raise ConfigError(f"--manifest: {error}") from None
+            work.manifest = csv.writer(stack.enter_context(file), lineterminator="\n")
+        elif cold:
+            ask(tools, cold, options, agreed)
+        counts = work.bring_back()
+    rows: list[tuple[str, object]] = [(what, count) for what, count in counts.items()]
+    tools.table("RESTORE", [*rows, ("Restored bytes", work.bytes)])
+    waiting = counts[ASKED] + counts[BUSY] + counts[COLD]
+    if options.manifest and counts[COLD]:
+        log.warning(
+            "%s lists %s objects: upload it, and start an S3 Batch Operations job with it, "
+            "operation Restore, %d days, %s; then run restore again without --manifest",
+            *(options.manifest, f"{counts[COLD]:,}", options.days, options.tier.capitalize()),
+        )
+    elif waiting:
+        hours = 48 if options.tier == "bulk" else 12
+        log.warning(
+            "%s files cannot be read yet: run the same command again, it may take %d hours",
+            *(f"{waiting:,}", hours),
+        )
+    return 75 if waiting else 3 if counts[FAILED] else 0
+
+
+def restore_paths(given: Iterable[str], root: bytes) -> list[bytes]:
+    """The paths below REMOTE_PATH, given as on the box, whole or relative to it;
+    none of them below another."""
+    start = join(root, b"")
+    names = (os.fsencode(path).rstrip(b"/") for path in given)
+    inner = {name.removeprefix(start).removeprefix(b"./") for name in names}
+    if inner & {b"", b".", root}:
+        return []
+    return sorted(p for p in inner if not any(p.startswith(join(q, b"")) for q in inner))
+
+
+def ask(
+    tools: Tools,
+    cold: dict[str, Count],
+    options: argparse.Namespace,
+    agreed: Callable[[str], bool],
+) -> None:
+    """Tells what the restore costs; ConfigError unless that is agreed to."""
+    money = Money(tools.archive.region, tools.config.prices)
+    total = Count(sum(c.files for c in cold.values()), sum(c.bytes for c in cold.values()))
+    tier, days = options.tier, options.days
+    hours = 48 if tier == "bulk" else 12
+    tools.table(
+        "ESTIMATE",
+        [
+            ("To be asked of S3", total),
+            ("Tier", f"{tier.capitalize()}, ready within {hours} hours, for {days} days"),
+            ("Restore", usd_text(restore_cost(money, cold.items(), tier, days))),
+            ("Download", f"{usd_text(money.download(total.files, total.bytes))} out of AWS"),
+        ],
+    )
+    tools.tell([f"({money.note})"])
+    if not options.yes and not agreed("Ask S3 for it?"):
+        raise ConfigError("nothing was asked for: it costs money; --yes agrees to it")
+
+
+# check
+
+
+def check(tools: Tools) -> int:
+    """Tries everything that a run needs, one after another, and prints a line for
+    each; leaves nothing behind.  0, or 1 if something is wrong."""
+    wrong = 0
+
+    def told(verdict: str, what: str) -> None:
+        tools.tell([f"{verdict:<5}  {printable(what)}"])
+
+    def tried(what: str, question: Callable[[], Any]) -> bool:
+        nonlocal wrong
+        try:
+            told("ok", question() or what)
+        except Stopped:
+            raise
+        except Locked as busy:
+            told("note", f"{what}: {busy}")
+        except (ArchiveError, ConnectionLost) as error:
+            wrong += 1
+            told("WRONG", f"{what}: {error}")
+            return False
+        return True
+
+    def advised(what: str, question: Callable[[], bool], advice: str) -> None:
+        answer, unknown = asked(question)
+        told("ok" if answer else "note", f"{what}: {unknown or ('yes' if answer else advice)}")
+
+    told("ok", "settings")
+    tried("state", lambda: check_state(tools.config))
+    if tried("Storage Box", lambda: check_box(tools, partial(told, "ok"))):
+        tried("REMOTE_PATH", lambda: check_root(tools))
+    if tried("bucket", lambda: check_bucket(tools)):
+        for permission, attempt in tools.archive.permissions():
+            if not tried(permission, attempt) and permission == "s3:AbortMultipartUpload":
+                break  # the next one would leave something behind
+        needed = "no, and restore needs it"
+        advised("s3:RestoreObject", tools.archive.may_restore, needed)
+        rule = "lifecycle rule for unfinished uploads"
+        advised(rule, tools.archive.aborts_leftovers, "none: see the README, The bucket")
+        off = "no: what changes on the box replaces its object"
+        advised("versioning", tools.archive.versioned, off)
+    return 1 if wrong else 0
+
+
+def check_state(config: Config) -> str:
+    """That the state can be used, or made; Fatal."""
+    with locked(config.state_db):
+        if state_is_empty(config.state_db):
+            if not os.access(config.state_db.parent, os.W_OK):
+                raise Fatal(f"STATE_DB {config.state_db} cannot be created there")
+            return f"state: none yet in {config.state_db}"
+        with contextlib.closing(State(config.state_db, private=True)) as state:
+            state.pin(destination(config) | source(config))
+            files = sum(count for _, count, _ in state.totals())
+    return f"state: {files:,} files in {config.state_db}"
+
+
+def check_box(tools: Tools, passed: Callable[[str], None]) -> str:
+    connection = connect(tools.config, passed)
+    connection.close("checked")
+    return "SFTP answers"
+
+
+def check_root(tools: Tools) -> str:
+    root = tools.config.remote_path
+    rules = Rules(root, tools.config.exclude, tools.config.include_hidden)
+    walk = Walk(tools.box, root, rules, lambda *_: None)
+    deque(itertools.islice(walk, 2), 0)  # what is wrong with the first page, shows at the next
+    return f"REMOTE_PATH {printable(root)} can be listed"
+
+
+def check_bucket(tools: Tools) -> str:
+    region, ahead = tools.archive.look()
+    if abs(ahead) > CLOCK_LIMIT:
+        raise Fatal(f"this machine's clock is {ahead:,.0f} s ahead of S3's: set it")
+    if region not in (tools.archive.region, NO_REGION):
+        raise Fatal(f"it is in {region}, not {tools.archive.region}: set AWS_REGION={region}")
+    return f"bucket {tools.config.bucket} in {region}, clocks {abs(ahead):.0f} s apart"
+
+
 # ---------------------------------------------------------------- Command line
 
 STATUSES = """\
 exit statuses:
-  0      all selected files are archived
+  0      all selected files are archived (restore: are there; verify: agree)
   1      fatal: credentials, host key, bucket, box or state; the reason is told
   2      usage or configuration
-  3      incomplete: some file failed, or MAX_RUNTIME was over
+  3      incomplete: some file failed or differs, or MAX_RUNTIME was over
   11     another run holds the lock
+  75     restore is under way: run it again later
   128+n  ended by signal n
 """
 
@@ -2603,23 +4189,32 @@ class OneLine(logging.Formatter):
 
 
 class Progress:
-    """tqdm bars on a terminal: one for the run, one for each large file.
+    """tqdm bars on a terminal: one for all, one for each large file.
 
-    Where they are not shown, `sending` costs next to nothing.
+    Where they are not shown, they cost next to nothing.
     """
 
     def __init__(self, shown: bool):
         self._shown = shown
-        self._total = self._bar("archiving", 0)
+        self._total = tqdm(disable=True)
 
     def _bar(self, name: str, size: int) -> Any:
         return tqdm(
             total=size, desc=name, unit="B", unit_scale=True, unit_divisor=1024,
-            disable=not self._shown, dynamic_ncols=True, leave=not size,
+            dynamic_ncols=True, leave=not size,
         )  # fmt: skip
 
+    @contextlib.contextmanager
+    def counting(self, doing: str) -> Iterator[Sent]:
+        """A function to be called with each number of files that were looked at."""
+        more = {"total": None, "unit": " files", "unit_scale": False, "leave": False}
+        with tqdm(desc=doing, disable=not self._shown, dynamic_ncols=True, **more) as bar:
+            yield bar.update
+
     def found(self, size: int) -> None:
-        """`size` more bytes are to be uploaded."""
+        """`size` more bytes are to be moved."""
+        if self._shown and self._total.disable:
+            self._total = self._bar("all files", 0)
         if self._shown and size:
             self._total.total += size
             self._total.refresh()
@@ -2696,12 +4291,11 @@ class Signals:
     and whatever they interrupt may hold any lock.  So the number goes through a
     socket to a thread that does the rest: `close` lets all that waits on the
     box end.  What has not ended after STOP_LIMIT, or at a second signal, is cut
-    off with the process, after its uploads were aborted.
+    off with the process, after its uploads were aborted and `last_words` told.
     """
 
-    def __init__(self, close: Callable[[], None], archive: Archive, report: Report):
-        self.number: int | None = None
-        self._close, self._archive, self._report = close, archive, report
+    def __init__(self, box: Box, archive: Archive, last_words: Callable[[], None]):
+        self._box, self._archive, self._last_words = box, archive, last_words
         self._woken, self._waker = socket.socketpair()
         self._waker.setblocking(False)
         self._old: dict[int, Any] = {}
@@ -2728,8 +4322,8 @@ class Signals:
         (number,) = self._woken.recv(1)
         if number == 0:
             return
-        self.number = number
-        self._close()
+        self._box.stopping.number = number
+        self._box.close()
         log.warning("%s: ending", signal.Signals(number).name)
         self._woken.settimeout(STOP_LIMIT)
         with contextlib.suppress(TimeoutError):
@@ -2738,7 +4332,7 @@ class Signals:
         aborting = threading.Thread(target=self._archive.abort_all, daemon=True)
         aborting.start()
         aborting.join(STOP_LIMIT / 2)
-        tell(self._report.summary())
+        self._last_words()
         os._exit(128 + number)
 
 
@@ -2755,16 +4349,70 @@ def make_parser() -> argparse.ArgumentParser:
     choice = partial(loudness.add_argument, dest="verbosity", action="store_const")
     choice("-v", const=1, help="tell of unchanged files too")
     choice("-q", const=-1, help="only warnings, failures and the summary")
-    parser.set_defaults(verbosity=0, new_state=False)
-    commands = parser.add_subparsers(metavar="COMMAND")
-    run_help = "archive what is new or changed (the default)"
-    commands.add_parser("run", help=run_help, description=run_help).add_argument(
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+
+    def flag(command: argparse.ArgumentParser, name: str, text: str) -> None:
+        command.add_argument(name, action="store_true", help=text)
+
+    run_command = add("run", "archive what is new or changed (the default)")
+    flag(
+        run_command,
         "--new-state",
-        action="store_true",
-        help="start with an empty state although the bucket has objects: "
+        "start with an empty state although the bucket has objects: "
         "everything is uploaded, and paid for, again",
     )
+    plan_command = add("plan", "what run would do and what it would cost; changes nothing")
+    flag(plan_command, "--json", "as JSON")
+    status_command = add("status", "what is archived, its cost, the last runs, the box's room")
+    flag(status_command, "--json", "as JSON")
+    verify_command = add("verify", "hold the state against the bucket, without cold reads")
+    flag(verify_command, "--checksums", "the stored CRC-32, too: a request for each object")
+    flag(
+        verify_command,
+        "--repair",
+        "forget what is missing or wrong, so that the next run archives it again",
+    )
+    add_restore(add("restore", "bring files back; to be run again until it ends with 0"))
+    add("check", "try settings, box, bucket and permissions, with the remedy for each")
+    parser.set_defaults(verbosity=0, command="run", new_state=False)
     return parser
+
+
+def add_restore(command: argparse.ArgumentParser) -> None:
+    """The arguments of `restore`."""
+    add = command.add_argument
+    path = "file or folder as on the box (default: all)"
+    add("path", nargs="*", type=not_empty, metavar="PATH", help=path)
+    where = command.add_mutually_exclusive_group(required=True)
+    local = "a folder of this machine"
+    where.add_argument("--to", type=not_empty, metavar="FOLDER", help=local)
+    box = "a folder of the Storage Box"
+    where.add_argument("--to-box", type=not_empty, metavar="FOLDER", help=box)
+    tiers = ("bulk", "standard")
+    add("--tier", choices=tiers, default="bulk", help="bulk: 48 hours; standard: 12, dearer")
+    days = "how long the copies can be read (default: 7)"
+    add("--days", type=whole_days, default=7, metavar="N", help=days)
+    add("--yes", action="store_true", help="agree to the cost without being asked")
+    add("--overwrite", action="store_true", help="replace other files that are in the way")
+    manifest = "write what is cold there, for S3 Batch Operations, and ask for nothing"
+    add("--manifest", type=Path, metavar="FILE", help=manifest)
+
+
+def not_empty(text: str) -> str:
+    """Not what an unset variable of a shell script leaves."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, not nothing")
+    return text
+
+
+def whole_days(text: str) -> int:
+    try:
+        return parse_whole(1, 3650)(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def tune_memory() -> None:
@@ -2806,33 +4454,35 @@ def main(argv: list[str] | None = None) -> int:
     for warning in config.warnings:
         log.warning("%s", warning)
     os.environ.update(config.aws_environ)  # where boto3 looks for them
-    return command(config, bars, arguments.new_state)
+    return command(config, arguments, bars)
 
 
-def command(config: Config, bars: bool, new_state: bool) -> int:
+def command(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
     """Runs the command; the one place where errors become exit statuses."""
-    stopping = threading.Event()
-    box = Box(config, stopping)
+    stopping = Stopping()
+    patient = arguments.command not in ("status", "check")
+    box = Box(config, stopping, patient)
     progress = Progress(bars)
     report = Report()
-    stopped_by = None
+
+    def summarize() -> None:
+        stopped = arguments.command == "run" and stopping.number is not None
+        if report.walk is not None or stopped:
+            tell(report.summary())
+
     try:
-        archive = Archive(config, stopping)
-        with locked(config.state_db), Signals(box.close, archive, report) as signals:
-            try:
-                with contextlib.closing(open_state(config, archive, new_state)) as state:
-                    work = Run(
-                        *(config, box, archive, state, report),
-                        *(progress.found, progress.sending),
-                    )
-                    return run(state, work)
-            finally:
-                stopped_by = signals.number
+        archive = Archive(config, stopping, patient)
+        tools = Tools(
+            *(config, box, archive, stopping, tell),
+            *(progress.counting, progress.found, progress.sending),
+        )
+        with Signals(box, archive, summarize):
+            return perform(tools, arguments, report)
     except ArchiveError as error:
-        if stopped_by is not None:
-            return 128 + stopped_by
+        if stopping.number is not None:
+            return 128 + stopping.number
         log.critical("%s", error)
-        return 11 if isinstance(error, Locked) else 1
+        return {Locked: 11, ConfigError: 2}.get(type(error), 1)
     except Exception as error:  # a defect of ours: told in one line all the same
         log.critical("unexpected %s: %s", type(error).__name__, error)
         log.debug("traceback", exc_info=True)
@@ -2840,8 +4490,37 @@ def command(config: Config, bars: bool, new_state: bool) -> int:
     finally:
         box.close()
         progress.close()
-        if report.walk is not None or stopped_by is not None:
-            tell(report.summary())
+        summarize()
+
+
+def perform(tools: Tools, arguments: argparse.Namespace, report: Report) -> int:
+    """The command's exit status; ArchiveError."""
+    match arguments.command:
+        case "plan":
+            return plan(tools, arguments.json)
+        case "status":
+            return status(tools, arguments.json)
+        case "verify":
+            return verify(tools, arguments.checksums, arguments.repair)
+        case "restore":
+            return restore(tools, arguments, agreed)
+        case "check":
+            return check(tools)
+    config, archive = tools.config, tools.archive
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(config.state_db))
+        state = open_state(config, archive, arguments.new_state)
+        stack.enter_context(contextlib.closing(state))
+        work = Run(config, tools.box, archive, state, report, tools.found, tools.sending)
+        return run(state, work)
+
+
+def agreed(question: str) -> bool:
+    """Whether a person at the terminal says yes."""
+    if not (sys.stdin and sys.stdin.isatty()):
+        return False
+    print(f"{question} [y/N] ", end="", flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 if __name__ == "__main__":

@@ -37,12 +37,17 @@ KINDS = {
     3: "OPEN",
     4: "CLOSE",
     5: "READ",
+    6: "WRITE",
     7: "LSTAT",
     8: "FSTAT",
+    10: "FSETSTAT",
     11: "OPENDIR",
     12: "READDIR",
+    13: "REMOVE",
+    14: "MKDIR",
     16: "REALPATH",
     17: "STAT",
+    18: "RENAME",
     200: "EXTENDED",
 }
 VERSION, STATUS, HANDLE, DATA, NAME, ATTRS = 2, 101, 102, 103, 104, 105
@@ -97,6 +102,21 @@ class Disk:
     def open(self, path):
         return _DiskFile(os.open(os.path.join(self.root, path), os.O_RDONLY))
 
+    def create(self, path):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        return _DiskFile(os.open(os.path.join(self.root, path), flags, 0o644))
+
+    def make(self, path):
+        os.mkdir(os.path.join(self.root, path))
+
+    def remove(self, path):
+        os.unlink(os.path.join(self.root, path))
+
+    def rename(self, path, target):
+        """As SFTP has it: not over another file."""
+        os.link(os.path.join(self.root, path), os.path.join(self.root, target))
+        self.remove(path)
+
 
 class _DiskFile:
     def __init__(self, descriptor):
@@ -107,6 +127,12 @@ class _DiskFile:
 
     def read(self, offset, length):
         return os.pread(self.descriptor, length, offset)
+
+    def write(self, offset, data):
+        os.pwrite(self.descriptor, data, offset)
+
+    def set_times(self, *times):
+        os.utime(self.descriptor, times)
 
     def close(self):
         os.close(self.descriptor)
@@ -293,7 +319,7 @@ class Rule:
     fault: object
     nth: int  # the first matching request that meets the fault, from 1
     times: float  # how many do
-    at: int | None  # a READ matches when it ends past this offset
+    at: int | None  # a READ or WRITE matches when it ends past this offset
     seen: int = 0
     fired: int = 0
 
@@ -325,6 +351,10 @@ class Request:
     offset: int = 0
     length: int = 0
     name: bytes = b""  # of an extension
+    writing: bool = False  # what OPEN is for
+    data: bytes = b""  # of a WRITE
+    times: tuple = ()  # of a FSETSTAT
+    target: bytes = b""  # of a RENAME
 
     def packet(self, kind, body):
         return struct.pack(">IBI", len(body) + 5, kind, self.id) + body
@@ -360,7 +390,8 @@ class Request:
         return struct.pack(">IBI", 5, VERSION, 3)
 
     def _open(self):
-        file = self.session.box.tree.open(self.path)
+        tree = self.session.box.tree
+        file = (tree.create if self.writing else tree.open)(self.path)
         return self.session.new_handle(self, Handle(self.path, file=file))
 
     def _opendir(self):
@@ -375,6 +406,26 @@ class Request:
     def _readdir(self):
         entries = list(itertools.islice(self.handle.listing, NAMES_PER_REPLY))
         return self.names(entries) if entries else self.status(EOF)
+
+    def _write(self):
+        self.handle.file.write(self.offset, self.data)
+        return self.status(OK)
+
+    def _fsetstat(self):
+        self.handle.file.set_times(*self.times)
+        return self.status(OK)
+
+    def _mkdir(self):
+        self.session.box.tree.make(self.path)
+        return self.status(OK)
+
+    def _remove(self):
+        self.session.box.tree.remove(self.path)
+        return self.status(OK)
+
+    def _rename(self):
+        self.session.box.tree.rename(self.path, self.target)
+        return self.status(OK)
 
     def _close(self):
         if self.handle.file:
@@ -447,8 +498,8 @@ class FaultyBox(Box):
 
     def on(self, kind, path, fault, nth=1, times=1, at=None):
         """Let requests of that kind about `path` (None: any) meet `fault`: the `nth`
-        of them and the ones after, `times` in all; with `at`, only READs that reach
-        past that offset. Returns the rule, whose `fired` counts."""
+        of them and the ones after, `times` in all; with `at`, only READs and WRITEs
+        that reach past that offset. Returns the rule, whose `fired` counts."""
         rule = Rule(kind, path, fault, nth, times, at)
         self.rules.append(rule)
         return rule
@@ -592,7 +643,7 @@ class _Session:
             return Request(self, kind, 0, b"")
         number, length = struct.unpack_from(">II", packet, 1)
         text, rest = packet[9 : 9 + length], packet[9 + length :]
-        if kind in ("CLOSE", "READ", "FSTAT", "READDIR"):
+        if kind in ("CLOSE", "READ", "WRITE", "FSTAT", "FSETSTAT", "READDIR"):
             take = self.handles.pop if kind == "CLOSE" else self.handles.get
             handle = take(text, None)
             if handle is None:
@@ -600,10 +651,20 @@ class _Session:
             request = Request(self, kind, number, handle.path, handle)
             if kind == "READ":
                 request.offset, request.length = struct.unpack(">QI", rest)
+            if kind == "WRITE":
+                request.offset, request.length = struct.unpack_from(">QI", rest)
+                request.data = rest[12:]
+            if kind == "FSETSTAT":
+                request.times = struct.unpack_from(">II", rest, 4)
             return request
         if kind == "EXTENDED":
             return Request(self, kind, number, b"", name=text)
-        return Request(self, kind, number, _relative(text))
+        request = Request(self, kind, number, _relative(text))
+        if kind == "OPEN":
+            request.writing = bool(rest[3] & 2)
+        if kind == "RENAME":
+            request.target = _relative(rest[4:])
+        return request
 
 
 def _string(data):

@@ -4,8 +4,9 @@
 
 An SFTP server plays the Storage Box and an S3 server plays Amazon, both on
 loopback. A small box is filled, archive.py is run on it twice, just as you would
-run it, and what is then in the bucket is shown and compared with the box. Nothing
-is left behind. It ends with 0 if everything was as promised, else with 1.
+run it, and what is then in the bucket is shown and compared with the box. Then the
+state is thrown away, all is restored, and compared as well. Nothing is left behind.
+It ends with 0 if everything was as promised, else with 1.
 """
 
 import os
@@ -50,6 +51,14 @@ def main():
         second = run(env_file)
         print("\nWhat the bucket holds:\n")
         held = show(moto)
+        print("\nThis machine is lost, all but the settings. Deep Archive is cold: the first")
+        print("restore only asks for the files, which would take hours at Amazon:\n")
+        (Path(folder) / "archive_state.db").unlink()
+        back = Path(folder) / "back"
+        asked = run(env_file, "restore", "--to", "back", "--yes")
+        print("\nThe same again brings back what is ready:\n")
+        restored = run(env_file, "restore", "--to", "back", "--yes")
+        whole = tree(os.fsencode(back)) == tree(os.fsencode(box.root))
 
     promises = {
         "both runs ended with status 0": first[0] == second[0] == 0,
@@ -58,6 +67,9 @@ def main():
         ),
         "the second run archived none": summary(second, "Uploaded files", 0),
         "each file is an object of the same bytes, in DEEP_ARCHIVE": held == expected,
+        "the restores ended with 75, to be run again, and 0": (asked[0], restored[0])
+        == (75, 0),
+        "names, bytes and times of all files came back": whole,
     }
     print()
     for promise, kept in promises.items():
@@ -91,11 +103,15 @@ def write_env_file(folder, settings):
     return path
 
 
-def run(env_file):
-    """Run archive.py and show what it prints; (exit status, output)."""
-    print(f"$ python archive.py --env-file {env_file.name}", flush=True)
+def run(env_file, *arguments):
+    """Run archive.py and show what it prints; (exit status, output).
+
+    A relative folder among the arguments is one beside the settings."""
+    told = " ".join(["--env-file", env_file.name, *arguments])
+    print(f"$ python archive.py {told}", flush=True)
     process = subprocess.Popen(
-        [sys.executable, PROGRAM, "--env-file", env_file],
+        [sys.executable, PROGRAM, "--env-file", env_file, *arguments],
+        cwd=env_file.parent,
         # Nothing of your own settings takes part.
         env={"PATH": os.environ["PATH"], "AWS_EC2_METADATA_DISABLED": "true"},
         stdout=subprocess.PIPE,
@@ -104,9 +120,23 @@ def run(env_file):
     )
     output = ""
     for line in process.stdout:
-        print(f"  {line}", end="", flush=True)
+        shown = line.replace(f"{env_file.parent}{os.sep}", "")
+        print(f"  {shown}", end="", flush=True)
         output += line
     return process.wait(), output
+
+
+def tree(root):
+    """{path: (bytes, mtime)} of what is archived of a folder."""
+    found = {}
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(b".")]
+        for name in names:
+            path = os.path.join(folder, name)
+            if not os.path.islink(path):
+                content = Path(os.fsdecode(path)).read_bytes()
+                found[os.path.relpath(path, root)] = content, int(os.stat(path).st_mtime)
+    return found
 
 
 def summary(run, label, number):
