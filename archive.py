@@ -1062,7 +1062,9 @@ def connect(config: Config, passed: Callable[[str], None] = lambda _: None) -> C
             raise
         final = isinstance(error, paramiko.ssh_exception.IncompatiblePeer)
         reason = str(error) or "the connection was closed"
-        if "banner" in reason:  # something listens, but it is no SSH server
+        if (
+            "banner" in reason or "protocol version" in reason
+        ):  # something listens, but it is no SSH server
             reason += f"; {connect_remedy(config, error)}"
         kind = Fatal if final else ConnectionLost
         raise kind(f"no SFTP session with {where}: {reason}") from None
@@ -1843,12 +1845,11 @@ class BoxFolder:
 
     def _make(self, connection: Connection, folder: bytes) -> None:
         """The folder and those above it; what is wrong with them shows later."""
-        if folder in self._made:
-            return
         parts = folder.split(b"/")
         above = [b"/".join(parts[: depth + 1]) for depth in range(len(parts))]
-        connection.ask(*((FXP_MKDIR, blob(path) + U32.pack(0)) for path in above if path))
-        self._made.add(folder)
+        if folder and folder not in self._made:
+            connection.ask(*((FXP_MKDIR, blob(path) + U32.pack(0)) for path in above if path))
+            self._made.add(folder)
 
     def _write(
         self, connection: Connection, path: bytes, mtime: int, blocks: Iterator[bytes]
@@ -2758,7 +2759,7 @@ class Archive:
             try:
                 answer = self._client.head_bucket(Bucket=self._bucket)
             except aws.ClientError:  # without a word of why
-                self._client.list_objects_v2(Bucket=self._bucket, MaxKeys=1)
+                self.has_objects()
                 raise
         headers = answer["ResponseMetadata"]["HTTPHeaders"]
         ahead = time.time() - parsedate_to_datetime(headers["date"]).timestamp()
@@ -3391,7 +3392,7 @@ class Tools:
             with tempfile.TemporaryDirectory(prefix="archive-") as folder:
                 snapshot = Path(folder) / "snapshot"
                 instead = self._snapshot(snapshot)
-                log.warning("no state in %s: %s", path, instead)
+                log.warning("no state in %s, %s", path, instead)
                 state = State(snapshot, private=True)
         state.pin(pins)
         return state
@@ -3400,14 +3401,18 @@ class Tools:
         """Takes the bucket's snapshot, if it is of any use; what to tell of it."""
         stored_at = self.archive.get_snapshot(target)
         if stored_at is None:
-            return "and the bucket has no snapshot of it"
+            if self.archive.has_objects():
+                return (
+                    "nor a snapshot of it beside the bucket's objects: run would not start so"
+                )
+            return "nor a snapshot of it in the bucket"
         try:
             if not state_is_empty(target):
                 return f"taking the snapshot of {time_text(stored_at.timestamp())}"
         except Fatal as error:
             log.debug("%s", error)
         target.unlink()
-        return "and the snapshot in the bucket is damaged"
+        return "and its snapshot in the bucket is damaged"
 
     def key_of(self, path: str) -> str | None:
         """The key of a row that has none, made by an earlier script."""
@@ -3585,9 +3590,7 @@ def show_plan(tools: Tools, forecast: Forecast, told: dict[str, Any], money: Mon
         amount = told["usd"][name]
         return usd_text(math.nan if amount is None else amount)
 
-    others = [
-        (name.capitalize(), told[name]) for name in ("hidden", "excluded", "links", "special")
-    ]
+    others = [(name.capitalize(), told[name]) for name in ("links", "special")]
     upload = Count(
         forecast.new.files + forecast.changed.files, forecast.new.bytes + forecast.changed.bytes
     )
@@ -3599,6 +3602,8 @@ def show_plan(tools: Tools, forecast: Forecast, told: dict[str, Any], money: Mon
             ("Changed files", forecast.changed),
             ("Unchanged files", forecast.unchanged),
             ("Unreadable", forecast.unreadable),
+            ("Hidden", told["hidden"]),
+            ("Excluded", told["excluded"]),
             *((label, count) for label, count in others if count),
             ("To upload", upload),
             ("Requests", requests or "none"),
@@ -3847,22 +3852,21 @@ class Restore:
     def __post_init__(self) -> None:
         self._pace = Pace(RESTORES_A_SECOND, self.tools.stopping)
         self._threads = self.tools.config.transfers
+        self._names = threading.Lock()
+        self._under_way: set[bytes] = set()  # names that are being written
 
-    def look(self) -> tuple[dict[str, int], dict[str, Count]]:
-        """Numbers by what is the case, and what is cold by class."""
-        counts: dict[str, int] = {}
+    def look(self) -> tuple[int, dict[str, Count]]:
+        """Bytes that can be fetched, and what is cold by class."""
         cold: dict[str, Count] = {}
         ready = 0
         with self.tools.counting("looking") as looked:
             for wanted, case, _ in self._each(self._sort):
                 looked(1)
-                counts[case] = counts.get(case, 0) + 1
                 if case == COLD:
                     cold.setdefault(wanted.storage_class, Count()).add(wanted.size)
                 if case == READY:
                     ready += wanted.size
-        self.tools.found(ready)
-        return counts, cold
+        return ready, cold
 
     def bring_back(self) -> dict[str, int]:
         """Numbers by what was done; failures are told."""
@@ -3969,19 +3973,35 @@ class Restore:
         if case != READY:
             return case
         try:
-            download = self.tools.archive.download(wanted.key)
-        except Cold:
-            return COLD  # its copy has gone since: the next pass asks anew
-        mtime = download.mtime if wanted.mtime is None else wanted.mtime
-        with self.tools.sending(RemoteFile(wanted.name, wanted.size, mtime)) as sent:
-
-            def blocks() -> Iterator[bytes]:
-                for block in download.blocks(wanted.size, wanted.crc32):
-                    yield block
-                    sent(len(block))
-
-            self.target.store(wanted.name, mtime, blocks, self.replace)
+            self._fetch(wanted)
+        except Cold:  # its copy has gone since it was listed: the next pass asks anew
+            if wanted.storage_class in COLD_CLASSES:
+                return COLD
+            kind = wanted.storage_class
+            raise FileError(f"is in an archive tier of {kind}: restore it there") from None
         return RESTORED
+
+    def _fetch(self, wanted: Wanted) -> None:
+        """The object's bytes to their place; FileError."""
+        name = wanted.name
+        with self._names:
+            if name in self._under_way:
+                raise FileError("another object gives the same name")
+            self._under_way.add(name)
+        try:
+            download = self.tools.archive.download(wanted.key)
+            mtime = download.mtime if wanted.mtime is None else wanted.mtime
+            with self.tools.sending(RemoteFile(name, wanted.size, mtime)) as sent:
+
+                def blocks() -> Iterator[bytes]:
+                    for block in download.blocks(wanted.size, wanted.crc32):
+                        yield block
+                        sent(len(block))
+
+                self.target.store(name, mtime, blocks, self.replace)
+        finally:
+            with self._names:
+                self._under_way.discard(name)
 
 
 def restore(tools: Tools, options: argparse.Namespace, agreed: Callable[[str], bool]) -> int:
@@ -4004,7 +4024,7 @@ def restore(tools: Tools, options: argparse.Namespace, agreed: Callable[[str], b
         work = Restore(
             tools, state, target, paths, options.tier, options.days, options.overwrite
         )
-        _, cold = work.look()
+        ready, cold = work.look()
         if cold and options.manifest:
             try:
                 file = options.manifest.open("w", newline="", encoding="ascii")
@@ -4013,6 +4033,7 @@ def restore(tools: Tools, options: argparse.Namespace, agreed: Callable[[str], b
             work.manifest = csv.writer(stack.enter_context(file), lineterminator="\n")
         elif cold:
             ask(tools, cold, options, agreed)
+        tools.found(ready)
         counts = work.bring_back()
     rows: list[tuple[str, object]] = [(what, count) for what, count in counts.items()]
     tools.table("RESTORE", [*rows, ("Restored bytes", work.bytes)])
@@ -4144,7 +4165,8 @@ def check_root(tools: Tools) -> str:
 def check_bucket(tools: Tools) -> str:
     region, ahead = tools.archive.look()
     if abs(ahead) > CLOCK_LIMIT:
-        raise Fatal(f"this machine's clock is {ahead:,.0f} s ahead of S3's: set it")
+        way = "ahead of" if ahead > 0 else "behind"
+        raise Fatal(f"this machine's clock is {abs(ahead):,.0f} s {way} S3's: set it")
     if region not in (tools.archive.region, NO_REGION):
         raise Fatal(f"it is in {region}, not {tools.archive.region}: set AWS_REGION={region}")
     return f"bucket {tools.config.bucket} in {region}, clocks {abs(ahead):.0f} s apart"
@@ -4273,14 +4295,18 @@ def start_logging(config: Config, verbosity: int, bars: bool) -> None:
         log.addHandler(handler)
 
 
-def tell(summary: list[str]) -> None:
-    """The summary, on stdout and in LOG_FILE; a closed output (`| head`) is no
-    error."""
+def tell(secrets: Iterable[str], lines: list[str]) -> None:
+    """Lines of a result, on stdout and in LOG_FILE; a closed output (`| head`) is
+    no error."""
+    text = "\n".join(lines)
+    for secret in secrets:  # S3's words may be among them
+        text = text.replace(secret, "***")
     try:
-        print(*summary, sep="\n", flush=True)
+        with tqdm.external_write_mode(sys.stdout):  # above the bars, if there are any
+            print(text, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    for line in summary:
+    for line in lines:
         logfile_log.info("%s", line)
 
 
@@ -4468,12 +4494,12 @@ def command(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
     def summarize() -> None:
         stopped = arguments.command == "run" and stopping.number is not None
         if report.walk is not None or stopped:
-            tell(report.summary())
+            tell(config.secrets, report.summary())
 
     try:
         archive = Archive(config, stopping, patient)
         tools = Tools(
-            *(config, box, archive, stopping, tell),
+            *(config, box, archive, stopping, partial(tell, config.secrets)),
             *(progress.counting, progress.found, progress.sending),
         )
         with Signals(box, archive, summarize):

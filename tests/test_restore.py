@@ -1,0 +1,1055 @@
+"""Bringing files back: what is cold is asked for, what is ready comes back bit for bit.
+
+`archive` has a fast box that is only read, `boxed` each real server in turn; both reach
+S3 through `s3`, which counts and lies. Files are archived cold, or warm where it does
+not matter, so that one pass brings them back.
+"""
+
+import contextlib
+import csv
+import os
+import pty
+import re
+import subprocess
+import sys
+import threading
+import time
+from urllib.parse import unquote
+
+import pytest
+from conftest import MIB, OLD, PROGRAM, SNAPSHOT, fill, tree
+from faults import LARGE, SIZES, wait_for
+from faulty_sftp import FAILURE, Dropped, FaultyBox, answer_then_drop, drop, status
+from relay import Relay
+from scripted_s3 import ScriptedS3, error
+from test_names import HOSTILE
+
+WARM = {"STORAGE_CLASS": "STANDARD"}
+BODY = 3 * MIB + 7  # bytes of a file that is cut in the middle
+BUSY = "<IsRestoreInProgress>true</IsRestoreInProgress>"
+READY = (
+    "<IsRestoreInProgress>false</IsRestoreInProgress>"
+    "<RestoreExpiryDate>2126-11-21T00:00:00.000Z</RestoreExpiryDate>"
+)
+SOON = {"RECONNECT_PAUSES": (0, 0.1, 0.2)}
+
+
+@pytest.fixture
+def s3(moto):
+    with ScriptedS3(moto.url) as running:
+        yield running
+
+
+@pytest.fixture
+def faulty():
+    with FaultyBox() as running:
+        yield running
+
+
+@pytest.fixture
+def archive(archive_of, faulty, s3):
+    return archive_of(faulty, AWS_ENDPOINT_URL=s3.url)
+
+
+@pytest.fixture
+def boxed(archive_of, box, s3):
+    os.chmod(box.root, 0o777)  # the server's user is to write here
+    return archive_of(box, AWS_ENDPOINT_URL=s3.url)
+
+
+@pytest.fixture
+def to(tmp_path):
+    return tmp_path / "restored"
+
+
+def archived(archive, files, mtime=OLD, **settings):
+    """Archive these files, the hidden ones too; `whole` of the box."""
+    fill(archive.box.root, files, mtime)
+    result = archive(INCLUDE_HIDDEN="true", constants=SIZES, **settings)
+    assert result.status == 0, result.stderr
+    return whole(archive.box.root)
+
+
+def whole(root):
+    """{path: (size, crc32, mtime)} of all files below a folder, the hidden ones too."""
+    found = {}
+    for path, what in tree(root).items():
+        at = os.stat(os.path.join(os.fsencode(root), path))
+        found[path] = (*what, int(at.st_mtime))
+    return found
+
+
+def restored_in(box, folder):
+    """`whole` of a folder on a box, once no temporary file is left there, or for good."""
+    limit = time.monotonic() + 2  # what was sent last may still be under way
+    while time.monotonic() < limit:
+        found = whole(box.root / folder)
+        if not any(b"partial" in path for path in found):
+            break
+        time.sleep(0.05)
+    return found
+
+
+def lose_state(archive, bucket=None):
+    """As if the machine had died; with `bucket`, the snapshot is gone as well."""
+    archive.state_db.unlink()
+    if bucket:
+        bucket.client.delete_object(Bucket=bucket.name, Key=SNAPSHOT)
+
+
+def listed(**status):
+    """S3 tells in its listing of {key: how the restore stands}."""
+
+    def told(exchange):
+        answer = exchange.forward()
+        for key, said in status.items():
+            tag = f"<Key>{key}</Key>".encode()
+            more = f"<RestoreStatus>{said}</RestoreStatus>".encode()
+            answer.body = answer.body.replace(tag, tag + more)
+        answer.headers["content-length"] = str(len(answer.body))
+        return answer
+
+    return told
+
+
+def renamed(**keys):
+    """S3 lists the objects under other keys."""
+
+    def told(exchange):
+        answer = exchange.forward()
+        for key, other in keys.items():
+            tags = (f"<Key>{name}</Key>".encode() for name in (key, other))
+            answer.body = answer.body.replace(*tags)
+        answer.headers["content-length"] = str(len(answer.body))
+        return answer
+
+    return told
+
+
+def damaged(exchange):
+    """The object with one bit turned over on its way."""
+    answer = exchange.forward()
+    middle = len(answer.body) // 2
+    turned = bytes([answer.body[middle] ^ 1])
+    answer.body = answer.body[:middle] + turned + answer.body[middle + 1 :]
+    return answer
+
+
+def halfway(action=lambda: None, then_all=True):
+    """Send half of the object, do something, then send the rest or hang up."""
+
+    def sent(exchange):
+        answer = exchange.forward()
+        handler = exchange.handler
+        handler.send_response_only(answer.status)
+        for name, value in answer.headers.items():
+            if name not in ("connection", "transfer-encoding"):
+                handler.send_header(name, value)
+        handler.end_headers()
+        half = len(answer.body) // 2
+        handler.wfile.write(answer.body[:half])
+        action()
+        if then_all:
+            handler.wfile.write(answer.body[half:])
+
+    return sent
+
+
+def note(seen, what):
+    """Put `what(exchange)` into the list `seen` and answer truly."""
+
+    def look(exchange):
+        seen.append(what(exchange))
+        return exchange.forward()
+
+    return look
+
+
+def stop(archive):
+    """Send SIGTERM, and wait until it was heard."""
+    archive.running[-1].terminate()
+    wait_for(lambda: "ending" in archive.log_file.read_text())
+
+
+def kill(archive):
+    archive.running[-1].kill()
+    archive.running[-1].wait()
+
+
+def wait_for_partial(folder):
+    """Wait until a file is being written there under its temporary name."""
+    wait_for(lambda: folder.exists() and any("partial" in name for name in os.listdir(folder)))
+
+
+def failed(result):
+    """{name: reason} of the files that failed."""
+    return dict(failure.split(": ", 1) for failure in result.failures)
+
+
+# --- The whole circle -------------------------------------------------------
+
+TREE = {
+    "empty": b"",
+    "one byte": b"1",
+    "photos/2024/a.jpg": 300_000,
+    "photos/2024/b.jpg": MIB - 1,
+    "photos/large.mp4": LARGE,
+    ".hidden/file": 10,
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "tier", "days"),
+    [((), "Bulk", 7), (("--tier", "standard", "--days", "3"), "Standard", 3)],
+    ids=["bulk", "standard"],
+)
+def test_all_comes_back_bit_for_bit_with_its_times_when_the_state_is_lost(
+    archive, s3, to, options, tier, days
+):
+    expected = archived(archive, TREE, mtime=1_234_567_890)
+    lose_state(archive)
+    asked = []
+    rule = s3.always("RestoreObject", note(asked, lambda exchange: exchange.body().decode()))
+
+    first = archive("restore", "--to", to, "--yes", *options)
+
+    assert first.status == 75, first.stderr
+    assert tree(to) == {} if to.exists() else True
+    assert len(asked) == len(TREE)
+    for body in asked:
+        assert re.search(r"<Days>(\d+)</Days>", body)[1] == str(days)
+        assert re.search(r"<Tier>(\w+)</Tier>", body)[1] == tier
+    assert rule.fired == len(TREE)
+
+    second = archive("restore", "--to", to, "--yes", *options)
+
+    assert second.status == 0, second.stderr
+    assert whole(to) == expected
+    assert not archive.state_db.exists()  # nothing was archived by it
+
+
+def test_all_comes_back_to_the_box_bit_for_bit_with_its_times(boxed, box):
+    expected = archived(boxed, TREE, mtime=1_234_567_890)
+    lose_state(boxed)
+
+    assert boxed("restore", "--to-box", "back/here", "--yes").status == 75
+    result = boxed("restore", "--to-box", "back/here", "--yes")
+
+    assert result.status == 0, result.stderr
+    assert whole(box.root / "back/here") == expected
+    again = boxed("restore", "--to-box", "back/here")
+    assert (again.status, again.failures) == (0, [])
+
+
+def test_all_comes_back_from_the_bucket_alone_when_the_snapshot_is_gone_too(
+    archive, bucket, s3, to
+):
+    expected = archived(archive, TREE, mtime=1_234_567_890, **WARM)
+    lose_state(archive, bucket)
+    s3.on("GetObject", damaged, key="photos/large.mp4")
+
+    result = archive("restore", "--to", to)
+
+    assert result.status == 3, result.stderr
+    assert list(failed(result)) == ["photos/large.mp4"]  # by the CRC-32 that S3 keeps
+    assert archive("restore", "--to", to).status == 0
+    assert whole(to) == expected
+
+
+def test_object_that_somebody_else_stored_gets_the_time_when_it_was_stored(archive, bucket, to):
+    bucket.client.put_object(Bucket=bucket.name, Key="foreign", Body=b"content")
+    stored = bucket.client.head_object(Bucket=bucket.name, Key="foreign")["LastModified"]
+
+    result = archive("restore", "--to", to)
+
+    assert result.status == 0, result.stderr
+    assert (to / "foreign").read_bytes() == b"content"
+    assert int((to / "foreign").stat().st_mtime) == int(stored.timestamp())
+
+
+def test_prefix_and_remote_path_are_not_part_of_what_comes_back(archive, faulty, to):
+    settings = {**WARM, "S3_PREFIX": "my-box/", "REMOTE_PATH": "base"}
+    fill(faulty.root, {"base/a/file": b"content", "other": b"x"})
+    assert archive(**settings).status == 0
+
+    result = archive("restore", "base/a", "--to", to, **settings)
+
+    assert result.status == 0, result.stderr
+    assert set(tree(to)) == {b"a/file"}
+    assert archive("restore", "a/file", "--to", to / "2", **settings).status == 0
+    assert set(tree(to / "2")) == {b"a/file"}
+
+
+def test_every_name_comes_back_byte_for_byte(archive, to):
+    files = {name: b"content of " + name for name in HOSTILE}
+    files.update({b"folder " + name[:200] + b"/file": name for name in HOSTILE})
+    expected = archived(archive, files, **WARM)
+    lose_state(archive)
+
+    result = archive("restore", "--to", to)
+
+    assert result.status == 0, result.stderr
+    assert whole(to) == expected
+
+
+def test_every_name_comes_back_to_the_box_byte_for_byte(boxed, box):
+    files = {name: b"content of " + name for name in HOSTILE}
+    files.update({b"folder " + name[:200] + b"/file": name for name in HOSTILE})
+    expected = archived(boxed, files, **WARM)
+
+    result = boxed("restore", "--to-box", "back")
+
+    assert result.status == 0, result.stderr
+    assert whole(box.root / "back") == expected
+
+
+# --- Which files ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (["a"], {b"a/x", b"a/deep/y"}),
+        (["./a/", "a/x", "a/deep"], {b"a/x", b"a/deep/y"}),
+        (["a/x"], {b"a/x"}),
+        (["ab", "a.txt"], {b"ab/x", b"a.txt"}),
+        (["new\nline"], {b"new\nline"}),
+        (["latin-\udce9"], {b"latin-\xe9"}),
+        ([], {b"a/x", b"a/deep/y", b"ab/x", b"a.txt", b"new\nline", b"latin-\xe9"}),
+    ],
+)
+def test_only_the_files_and_folders_that_were_named_come_back(archive, s3, to, paths, expected):
+    names = ["a/x", "a/deep/y", "ab/x", "a.txt", "new\nline", b"latin-\xe9"]
+    archived(archive, dict.fromkeys(names, b"content"), **WARM)
+    s3.requests.clear()
+
+    result = archive("restore", *paths, "--to", to)
+
+    assert result.status == 0, result.stderr
+    assert set(tree(to)) == expected
+    assert s3.requests["GetObject"] == len(expected)
+
+
+@pytest.mark.parametrize("state", ["with state", "without state"])
+def test_path_under_which_nothing_is_archived_is_a_failure(archive, bucket, to, state):
+    archived(archive, {"a/x": b"content", "ab": b"content"}, **WARM)
+    if state == "without state":
+        lose_state(archive, bucket)
+
+    result = archive("restore", "ab", "b", "a/x/y", "../a", "--to", to)
+
+    assert result.status == 3
+    assert set(failed(result)) == {"b", "a/x/y", "../a"}
+    assert set(tree(to)) == {b"ab"}
+
+
+# --- Cold, under way, ready -------------------------------------------------
+
+
+def test_nothing_is_asked_for_or_fetched_before_the_cost_is_agreed_to(archive, s3, to):
+    archived(archive, {"cold": b"content"})
+    archived(archive, {"warm": b"content"}, **WARM)
+    s3.requests.clear()
+
+    result = archive("restore", "--to", to)
+
+    assert result.status == 2, result.stderr
+    assert "--yes" in result.stderr
+    assert "ESTIMATE" in result.stdout
+    assert set(s3.requests) == {"ListObjectsV2"}
+    assert not to.exists()
+
+
+@pytest.mark.parametrize(("answer", "ending", "asked"), [("n", 2, 0), ("", 2, 0), ("y", 75, 1)])
+def test_at_a_terminal_the_cost_is_asked_about(archive, s3, to, answer, ending, asked):
+    archived(archive, {"cold": b"content"})
+    terminal, theirs = pty.openpty()
+    os.write(terminal, f"{answer}\n".encode())
+    command = [sys.executable, PROGRAM, "--env-file", archive.env_file, "restore", "--to", to]
+
+    done = subprocess.run(
+        command,
+        check=False,
+        env=archive.environment(),
+        stdin=theirs,
+        capture_output=True,
+        timeout=60,
+    )
+
+    os.close(terminal)
+    os.close(theirs)
+    assert done.returncode == ending, done.stderr
+    assert b"ESTIMATE" in done.stdout
+    assert s3.requests["RestoreObject"] == asked
+
+
+def test_what_is_cold_is_asked_for_what_is_under_way_waited_for_what_is_ready_fetched(
+    archive, bucket, s3, to
+):
+    archived(archive, {name: name.encode() for name in ("cold", "busy", "ready")})
+    archived(archive, {"warm": b"warm"}, **WARM)
+    days = {"Days": 1, "GlacierJobParameters": {"Tier": "Bulk"}}
+    bucket.client.restore_object(Bucket=bucket.name, Key="ready", RestoreRequest=days)
+    s3.always("ListObjectsV2", listed(busy=BUSY, ready=READY))
+    s3.about.clear()
+
+    result = archive("restore", "--to", to, "--yes")
+
+    assert result.status == 75, result.stderr
+    assert result.failures == []
+    assert {path.name: path.read_bytes() for path in to.iterdir()} == {
+        "ready": b"ready",
+        "warm": b"warm",
+    }
+    touched = {about for about in s3.about if about[1]}
+    assert touched == {("RestoreObject", "cold"), ("GetObject", "ready"), ("GetObject", "warm")}
+
+
+def test_nothing_has_to_be_agreed_to_while_all_is_under_way(archive, s3, to):
+    archived(archive, {"busy": b"content"})
+    s3.always("ListObjectsV2", listed(busy=BUSY))
+    s3.requests.clear()
+
+    assert archive("restore", "--to", to).status == 75
+    assert set(s3.requests) == {"ListObjectsV2"}
+
+
+def test_copy_that_has_expired_since_it_was_listed_is_asked_for_by_a_later_pass(
+    archive, s3, to
+):
+    expected = archived(archive, {"late": b"content"})
+    s3.on("ListObjectsV2", listed(late=READY), times=2)
+
+    first = archive("restore", "--to", to)
+
+    assert (first.status, first.failures) == (75, []), first.stderr
+    assert s3.requests["RestoreObject"] == 0
+    assert whole(to) == {} if to.exists() else True
+    s3.rules.clear()
+    assert archive("restore", "--to", to, "--yes").status == 75
+    assert s3.requests["RestoreObject"] == 1
+    assert archive("restore", "--to", to, "--yes").status == 0
+    assert whole(to) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "ending"),
+    [
+        (409, "RestoreAlreadyInProgress", 75),
+        (403, "ObjectAlreadyInActiveTierError", 0),
+        (403, "AccessDenied", 1),
+        (400, "MalformedXML", 3),
+    ],
+)
+def test_what_s3_says_to_a_request_for_a_copy(archive, bucket, s3, to, answer, code, ending):
+    archived(archive, {"file": b"content"})
+    days = {"Days": 1, "GlacierJobParameters": {"Tier": "Bulk"}}
+    bucket.client.restore_object(Bucket=bucket.name, Key="file", RestoreRequest=days)
+    s3.always("RestoreObject", error(answer, code))
+
+    result = archive("restore", "--to", to, "--yes")
+
+    assert result.status == ending, result.stderr
+    assert bool(result.failures) == (ending == 3)
+    assert (to / "file").exists() == (ending == 0)
+    assert s3.requests["RestoreObject"] == 1
+
+
+def test_manifest_lists_what_is_cold_and_nothing_is_asked_for(archive, bucket, s3, to):
+    names = ["a b", "comma,quote\"'", "new\nline", "per%cent+", b"latin-\xe9", "photos/é"]
+    archived(archive, dict.fromkeys(names, b"content"))
+    archived(archive, {"warm": b"warm"}, **WARM)
+    cold = set(archive.objects()) - {"warm"}
+    manifest = archive.folder / "manifest.csv"
+
+    result = archive("restore", "--to", to, "--manifest", manifest)
+
+    assert result.status == 75, result.stderr
+    assert s3.requests["RestoreObject"] == 0
+    assert set(tree(to)) == {b"warm"}
+    assert manifest.read_bytes().isascii()
+    rows = list(csv.reader(manifest.read_text().splitlines()))
+    assert {(name, unquote(key)) for name, key in rows} == {(bucket.name, k) for k in cold}
+    assert len(rows) == len(cold)
+
+
+def test_requests_are_as_few_as_can_be(archive, s3, to):
+    names = [f"f{number}" for number in range(30)]
+    archived(archive, dict.fromkeys(names, b"content"))
+    s3.requests.clear()
+    assert archive("restore", "--to", to, "--yes").status == 75
+    assert s3.requests == {"RestoreObject": 30, "ListObjectsV2": s3.requests["ListObjectsV2"]}
+    assert s3.requests["ListObjectsV2"] <= 2
+
+    s3.always("ListObjectsV2", listed(**dict.fromkeys(names, READY)))
+    s3.requests.clear()
+    assert archive("restore", "--to", to).status == 0
+    assert s3.requests == {"GetObject": 30, "ListObjectsV2": s3.requests["ListObjectsV2"]}
+    assert s3.requests["ListObjectsV2"] <= 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--to", "x", "--to-box", "y"],
+        ["--to", "x", "--tier", "expedited"],
+        ["--to", "x", "--days", "0"],
+        ["--to-box", ""],
+        ["--to", ""],
+    ],
+    ids=" ".join,
+)
+def test_wrong_use_is_told_with_status_2(archive, s3, arguments):
+    result = archive("restore", *arguments)
+
+    assert result.status == 2, result.stderr
+    assert s3.requests.total() == 0
+
+
+# --- What is there already --------------------------------------------------
+
+
+def put_in_the_way(root):
+    """Files that differ from the archived ones, a link, a folder, and one that agrees."""
+    fill(root, {"other size": b"my own", "folder/inside": b"my own"})
+    fill(root, {"other time": b"CONTENT"}, mtime=OLD + 1)
+    fill(root, {"same": b"content"})
+    os.symlink("other size", root / "link")
+    for folder, _, _ in os.walk(root):
+        os.chmod(folder, 0o777)
+
+
+OTHERS = ["link", "folder", "other size", "other time"]
+NAMES = ["other size", "other time", "same", "new"]
+
+
+def test_other_files_are_kept_until_told_to_overwrite_them(archive, s3, to):
+    archived(archive, dict.fromkeys([*OTHERS, "same", "new"], b"content"), **WARM)
+    put_in_the_way(to)
+    before = whole(to)
+    s3.requests.clear()
+
+    kept = archive("restore", "--to", to)
+
+    assert kept.status == 3
+    assert set(failed(kept)) == set(OTHERS)
+    assert whole(to).pop(b"new")
+    assert whole(to).items() > before.items()
+    assert os.readlink(to / "link") == "other size"
+    assert s3.requests["GetObject"] == 1  # only what was missing
+
+    replaced = archive("restore", "--to", to, "--overwrite")
+
+    assert set(failed(replaced)) == {"link", "folder"}  # never anything but a file
+    assert os.readlink(to / "link") == "other size"
+    for name in NAMES:
+        assert (to / name).read_bytes() == b"content"
+        assert (to / name).stat().st_mtime == OLD
+    assert set(tree(to)) == {b"other size", b"other time", b"same", b"new", b"folder/inside"}
+
+
+def test_other_files_on_the_box_are_kept_until_told_to_overwrite_them(boxed, box, s3):
+    archived(boxed, dict.fromkeys([*OTHERS, "same", "new"], b"content"), **WARM)
+    back = box.root / "back"
+    put_in_the_way(back)
+    for path in (back / "other size", back / "other time"):
+        os.chown(path, back.stat().st_uid, back.stat().st_gid)
+    before = whole(back)
+    s3.requests.clear()
+
+    kept = boxed("restore", "--to-box", "back")
+
+    assert kept.status == 3
+    assert set(failed(kept)) == set(OTHERS)
+    assert whole(back).items() > before.items()
+    assert os.readlink(back / "link") == "other size"
+    assert s3.requests["GetObject"] == 1
+
+    os.unlink(back / "link")  # ProFTPD takes a link for what it points to
+    replaced = boxed("restore", "folder", *NAMES, "--to-box", "back", "--overwrite")
+
+    assert set(failed(replaced)) == {"folder"}
+    for name in NAMES:
+        assert (back / name).read_bytes() == b"content"
+        assert (back / name).stat().st_mtime == OLD
+    assert set(tree(back)) == {b"other size", b"other time", b"same", b"new", b"folder/inside"}
+
+
+@pytest.mark.parametrize("place", ["--to", "--to-box"])
+def test_file_that_appears_while_its_object_is_fetched_is_kept(boxed, box, s3, to, place):
+    archived(boxed, {"file": BODY}, **WARM)
+    target = to if place == "--to" else box.root / "back"
+
+    def appear():
+        wait_for_partial(target)
+        fill(target, {"file": b"my own"})
+
+    s3.on("GetObject", halfway(appear), key="file")
+
+    result = boxed("restore", place, to if place == "--to" else "back")
+
+    assert result.status == 3
+    assert set(failed(result)) == {"file"}
+    found = whole(to) if place == "--to" else restored_in(box, "back")
+    assert (target / "file").read_bytes() == b"my own"
+    assert set(found) == {b"file"}
+
+
+# --- What S3 may do to it ---------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["small", "large"])
+def test_body_that_is_cut_goes_on_where_it_was_cut(archive, s3, to, name):
+    expected = archived(archive, {"small": MIB - 1, "large": LARGE}, **WARM)
+    ranges = []
+    s3.on("GetObject", halfway(then_all=False), key=name)
+    s3.always("GetObject", note(ranges, lambda exchange: exchange.headers.get("range")), name)
+
+    result = archive("restore", name, "--to", to)
+
+    assert (result.status, result.failures) == (0, []), result.stderr
+    assert whole(to).items() <= expected.items()
+    assert s3.about["GetObject", name] == 2
+    (asked,) = ranges
+    assert 0 < int(re.fullmatch(r"bytes=(\d+)-\d*", asked)[1]) <= expected[name.encode()][0]
+
+
+def test_trouble_of_s3_that_passes_costs_nothing(archive, s3, to):
+    expected = archived(archive, {"file": b"content"})
+    rules = [
+        s3.on("ListObjectsV2", error(500, "InternalError")),
+        s3.on("RestoreObject", error(503, "SlowDown")),
+        s3.on("GetObject", error(503, "SlowDown")),
+    ]
+
+    assert archive("restore", "--to", to, "--yes").status == 75
+    result = archive("restore", "--to", to, "--yes")
+
+    assert (result.status, result.failures) == (0, []), result.stderr
+    assert [rule.fired for rule in rules] == [1, 1, 1]
+    assert whole(to) == expected
+
+
+@pytest.mark.parametrize("operation", ["ListObjectsV2", "RestoreObject", "GetObject"])
+def test_refusal_that_concerns_every_file_ends_the_pass_at_the_first(
+    archive, s3, to, operation
+):
+    kind = {"RestoreObject": "DEEP_ARCHIVE"}.get(operation, "STANDARD")
+    archived(archive, {f"f{number:02}": b"" for number in range(20)}, STORAGE_CLASS=kind)
+    s3.requests.clear()
+    s3.always(operation, error(403, "AccessDenied"))
+
+    result = archive("restore", "--to", to, "--yes", TRANSFERS=1)
+
+    assert result.status == 1, result.stderr
+    assert result.failures == []
+    assert f"{operation}: AccessDenied" in result.stderr
+    assert s3.requests[operation] <= 5
+
+
+def test_state_of_another_bucket_is_refused(archive, moto, s3, to):
+    archived(archive, {"file": b"content"}, **WARM)
+    moto.client().create_bucket(Bucket="quite-another")
+
+    result = archive("restore", "--to", to, S3_BUCKET="quite-another")
+
+    assert result.status == 1, result.stderr
+    assert not to.exists()
+
+
+def test_body_that_is_always_cut_fails_alone_and_leaves_nothing(archive, s3, to):
+    """Nothing comes of any request, or else it would get on."""
+    archived(archive, {"cut": BODY, "well": b"content"}, **WARM)
+
+    def nothing_of_it(exchange):
+        exchange.handler.send_response_only(200)
+        for name, value in exchange.forward().headers.items():
+            exchange.handler.send_header(name, value)
+        exchange.handler.end_headers()
+
+    rule = s3.always("GetObject", nothing_of_it, key="cut")
+
+    result = archive("restore", "--to", to, constants={"S3_ATTEMPTS": 3})
+
+    assert result.status == 3
+    assert list(failed(result)) == ["cut"]
+    assert 2 <= rule.fired <= 3
+    assert set(whole(to)) == {b"well"}
+    s3.rules.clear()
+    assert archive("restore", "--to", to).status == 0
+
+
+@pytest.mark.parametrize("name", ["small", "large"])
+@pytest.mark.parametrize("state", ["with state", "without state"])
+def test_body_that_is_damaged_on_its_way_is_not_kept(archive, bucket, s3, to, state, name):
+    expected = archived(archive, {"small": 3000, "large": LARGE}, **WARM)
+    if state == "without state":
+        lose_state(archive, bucket)
+    s3.always("GetObject", damaged, key=name)
+
+    result = archive("restore", "--to", to)
+
+    assert result.status == 3
+    assert set(failed(result)) == {name}
+    kept = {path: what for path, what in expected.items() if path != name.encode()}
+    assert whole(to) == kept
+
+
+def test_object_that_is_not_what_was_recorded_is_not_kept(archive, bucket, to):
+    names = ["other bytes", "other size", "gone", "well"]
+    archived(archive, dict.fromkeys(names, b"content"), **WARM)
+    for name, body in (("other bytes", b"CONTENT"), ("other size", b"content and more")):
+        bucket.client.put_object(Bucket=bucket.name, Key=name, Body=body)
+    bucket.client.delete_object(Bucket=bucket.name, Key="gone")
+
+    result = archive("restore", "--to", to)
+
+    assert result.status == 3
+    assert set(failed(result)) == {"other bytes", "other size", "gone"}
+    assert set(whole(to)) == {b"well"}
+
+
+def test_object_that_was_replaced_while_it_was_fetched_is_not_mixed(archive, bucket, s3, to):
+    """Not even where no checksum would tell."""
+    archived(archive, {"file": b"1" * BODY}, **WARM)
+    lose_state(archive, bucket)
+
+    def replace():
+        bucket.client.put_object(Bucket=bucket.name, Key="file", Body=b"2" * BODY)
+
+    def half_and_unsummed(exchange):
+        del exchange.headers["x-amz-checksum-mode"]
+        return halfway(replace, then_all=False)(exchange)
+
+    s3.on("GetObject", half_and_unsummed, key="file")
+
+    result = archive("restore", "--to", to)
+
+    assert result.status == 3
+    assert whole(to) == {}
+
+
+ESCAPE = "\u201b"
+
+
+def test_keys_that_lead_out_of_the_folder_are_refused_one_by_one(archive, bucket, s3, to):
+    keys = {
+        "k0": "../x",
+        "k1": "/x",
+        "k2": "a/../../x",
+        "k3": "a//x",
+        "k4": f"..{ESCAPE}2Fx",
+        "k5": f"{ESCAPE}2Fx",
+        "k6": f"{ESCAPE}2E{ESCAPE}2E/x",
+        "k7": f"a{ESCAPE}00x",
+        "k8": "./x",
+        "k9": "a/..",
+        "l0": "folder/",
+    }
+    archived(archive, dict.fromkeys([*keys, "well"], b"content"), **WARM)
+    lose_state(archive, bucket)
+    s3.always("ListObjectsV2", renamed(**keys))
+    s3.requests.clear()
+
+    result = archive("restore", "--to", to / "1/2")
+
+    assert result.status == 3
+    assert len(result.failures) == len(keys)
+    assert set(tree(to)) == {b"1/2/well"}
+    assert s3.requests["GetObject"] == 2  # the snapshot, and the one that is well
+    assert not os.path.lexists("/x")
+
+
+def test_two_keys_of_one_name_do_not_mix(archive, bucket, s3, to):
+    """The second is none that archive.py would make: some other program has stored it.
+
+    It breaks off in the middle of its object when the first is whole.
+    """
+    first, second = "ab", f"a{ESCAPE}62"
+    for key, byte in ((first, b"1"), (second, b"2")):
+        bucket.client.put_object(Bucket=bucket.name, Key=key, Body=byte * BODY)
+    both = threading.Barrier(2)
+
+    def meet():
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.5)  # in vain, if only one is fetched
+
+    def meet_and_fall_behind():
+        meet()
+        limit = time.monotonic() + 0.5
+        while not (to / "ab").exists() and time.monotonic() < limit:
+            time.sleep(0.01)
+
+    s3.on("GetObject", halfway(meet), key=first)
+    s3.on("GetObject", halfway(meet_and_fall_behind, then_all=False), key=second)
+    s3.always("GetObject", error(404, "NoSuchKey"), key=second)
+
+    result = archive("restore", "--to", to)
+
+    assert result.status == 3
+    assert result.failures
+    for path in to.iterdir():
+        assert path.name == "ab"
+        assert path.read_bytes() == b"1" * BODY
+
+
+# --- It is stopped, killed, or started twice --------------------------------
+
+
+@pytest.mark.parametrize("place", ["--to", "--to-box"])
+@pytest.mark.parametrize(("end", "ending"), [(stop, 143), (kill, -9)])
+def test_pass_that_is_ended_in_the_middle_of_a_file_is_completed_by_the_next(
+    boxed, box, s3, to, place, end, ending
+):
+    expected = archived(boxed, {"a": 1000, "b": BODY, "c": 1000}, **WARM)
+    folder = to if place == "--to" else "back"
+    target = to if place == "--to" else box.root / "back"
+    seen = []
+
+    def ended():
+        wait_for_partial(target)
+        seen.extend(os.listdir(target))
+        end(boxed)
+
+    s3.on("GetObject", halfway(ended), key="b")
+
+    running = boxed.start("restore", place, folder, TRANSFERS=1)
+    result = running.wait()
+
+    assert result.status == ending, result.stderr
+    assert "b" not in seen
+    assert not (target / "b").exists()
+    again = boxed("restore", place, folder)
+    assert again.status == 0, again.stderr
+    assert whole(target) == expected
+
+
+def test_pass_that_is_killed_between_two_names_leaves_no_temporary_file(archive, to):
+    """The whole file may have its name already, and its temporary one still."""
+    expected = archived(archive, {"file": b"content"}, **WARM)
+    killed = (
+        "import os\n"
+        "for name in ('link', 'rename', 'replace'):\n"
+        "    def act(*args, real=getattr(os, name), **more):\n"
+        "        real(*args, **more)\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "    setattr(os, name, act)\n"
+    )
+    assert archive.start("restore", "--to", to, before=killed).wait().status == -9
+    assert (to / "file").exists()
+
+    assert archive("restore", "--to", to).status == 0
+
+    assert whole(to) == expected
+
+
+def test_signal_ends_the_asking(archive, s3, to):
+    """Every request is paid for."""
+    archived(archive, {f"f{number:02}": b"" for number in range(40)})
+
+    def stop_then_answer(exchange):
+        stop(archive)
+        return exchange.forward()
+
+    s3.on("RestoreObject", stop_then_answer, nth=3)
+
+    running = archive.start("restore", "--to", to, "--yes", TRANSFERS=1)
+    result = running.wait()
+
+    assert result.status == 143, result.stderr
+    assert s3.requests["RestoreObject"] <= 5
+
+
+def test_second_restore_at_once_ends_with_11(archive, s3, to):
+    expected = archived(archive, {"file": BODY}, **WARM)
+    results = []
+
+    def second():
+        results.append(archive("restore", "--to", to))
+
+    s3.on("GetObject", halfway(second), key="file")
+
+    first = archive("restore", "--to", to)
+
+    assert [result.status for result in results] == [11]
+    assert first.status == 0, first.stderr
+    assert whole(to) == expected
+
+
+# --- The place to restore to ------------------------------------------------
+
+
+def test_file_that_cannot_be_stored_fails_alone(archive, to):
+    archived(archive, {"a/file": b"content", "b": b"content"}, **WARM)
+    fill(to, {"a": b"no folder"})
+
+    result = archive("restore", "--to", to)
+
+    assert result.status == 3
+    assert set(failed(result)) == {"a/file"}
+    assert set(tree(to)) == {b"a", b"b"}
+
+
+def test_folder_that_cannot_be_made_is_told_of(archive, tmp_path):
+    archived(archive, {"file": b"content"}, **WARM)
+    (tmp_path / "no folder").write_bytes(b"")
+
+    result = archive("restore", "--to", tmp_path / "no folder" / "in it")
+
+    assert result.status in (1, 3)
+    assert "no folder" in result.stderr or "Not a directory" in result.stderr
+    assert "unexpected" not in result.stderr
+
+
+def test_disk_that_is_full_ends_the_pass_and_leaves_nothing_half_done(archive, to):
+    expected = archived(archive, {"a": b"content", "b": BODY}, **WARM)
+    full = (
+        "import os\n"
+        "def full(_):\n"
+        "    raise OSError(28, 'No space left on device')\n"
+        "os.fsync = full\n"
+    )
+
+    result = archive.start("restore", "--to", to, before=full).wait()
+
+    assert result.status == 1
+    assert "No space left" in result.stderr
+    assert whole(to) == {}
+    assert archive("restore", "--to", to).status == 0
+    assert whole(to) == expected
+
+
+def test_box_that_may_not_be_written_to_is_told_of(boxed, box):
+    archived(boxed, {"file": b"content"}, **WARM)
+    os.chmod(box.root, 0o755)
+
+    result = boxed("restore", "--to-box", "back")
+
+    # A box of our own user can be written to, and there is nothing to see.
+    assert (result.status, list(failed(result))) == (3, ["file"]) or os.getuid()
+    assert not (box.root / "back").exists() or os.getuid()
+
+
+def test_connection_that_is_lost_in_the_middle_of_a_write_costs_nothing(boxed, box, s3):
+    expected = archived(boxed, {"file": BODY, "other": 1000}, **WARM)
+
+    def cut():
+        wait_for_partial(box.root / "back")
+        relay.cut()
+
+    with Relay(box.host, box.port) as relay:
+        s3.on("GetObject", halfway(cut), key="file")
+
+        settings = box.settings(port=relay.port)
+        result = boxed("restore", "--to-box", "back", constants=SOON, **settings)
+
+        assert relay.connections == 2
+    assert (result.status, result.failures) == (0, []), result.stderr
+    assert whole(box.root / "back") == expected
+
+
+def test_box_that_is_gone_ends_the_pass_and_the_next_completes_it(boxed, box, s3):
+    expected = archived(boxed, {"file": BODY, "other": 1000}, **WARM)
+
+    def vanish():
+        wait_for_partial(box.root / "back")
+        relay.stop()
+
+    with Relay(box.host, box.port) as relay:
+        settings = box.settings(port=relay.port)
+        s3.on("GetObject", halfway(vanish), key="file")
+
+        result = boxed("restore", "--to-box", "back", constants=SOON, **settings)
+
+        assert result.status == 1, result.stderr
+        assert not (box.root / "back/file").exists()
+        relay.start()
+        assert boxed("restore", "--to-box", "back", **settings).status == 0
+    assert whole(box.root / "back") == expected
+
+
+def done_then_drop(request):
+    """Do what is asked, and cut the connection before the answer."""
+    request.reply()
+    raise Dropped
+
+
+@pytest.mark.parametrize("fault", [drop, done_then_drop, answer_then_drop])
+@pytest.mark.parametrize("kind", ["MKDIR", "OPEN", "WRITE", "FSETSTAT", "CLOSE", "RENAME"])
+def test_connection_that_is_cut_at_any_request_costs_nothing(archive, faulty, kind, fault):
+    expected = archived(archive, {"folder/file": 100_000}, **WARM)
+    cut = faulty.on(kind, None, fault)
+
+    result = archive("restore", "--to-box", "back", constants=SOON)
+
+    assert cut.fired == 1
+    assert (result.status, result.failures) == (0, []), result.stderr
+    assert whole(faulty.root / "back") == expected
+
+
+@pytest.mark.parametrize("kind", ["OPEN", "WRITE", "FSETSTAT", "CLOSE", "RENAME"])
+def test_file_that_the_box_refuses_fails_and_leaves_nothing(archive, faulty, kind):
+    archived(archive, {"file": 100_000}, **WARM)
+    refused = faulty.on(kind, None, status(FAILURE))  # of the WRITEs one: a hole
+
+    result = archive("restore", "--to-box", "back")
+
+    assert refused.fired
+    assert result.status == 3, result.stderr
+    assert list(failed(result)) == ["file"]
+    assert restored_in(faulty, "back") == {}
+
+
+def test_file_that_fails_leaves_nothing_on_the_box_and_nothing_open(archive, faulty, s3):
+    archived(archive, dict.fromkeys("abc", b"content"), **WARM)
+    s3.always("GetObject", damaged)
+    faulty.requests.clear()
+
+    result = archive("restore", "--to-box", "back")
+
+    assert result.status == 3
+    assert set(failed(result)) == set("abc")
+    assert restored_in(faulty, "back") == {}
+    assert faulty.requests["OPEN"] == faulty.requests["CLOSE"] == 3
+
+
+@pytest.mark.parametrize(
+    ("folder", "place"), [("/back//", "back"), ("./back", "back"), ("/", ""), (".", "")]
+)
+def test_folder_on_the_box_may_be_written_in_any_way(archive, faulty, folder, place):
+    expected = archived(archive, {"a/b": b"content", "c": b"content"}, **WARM)
+    for name in ("a/b", "c"):
+        os.unlink(faulty.root / name)
+
+    result = archive("restore", "--to-box", folder)
+
+    assert (result.status, result.failures) == (0, []), result.stderr
+    assert whole(faulty.root / place) == expected
+
+
+def test_box_without_posix_rename_has_files_replaced_too(archive, faulty):
+    expected = archived(archive, {"file": b"content"}, **WARM)
+    fill(faulty.root, {"back/file": b"my own"})
+
+    result = archive("restore", "--to-box", "back", "--overwrite")
+
+    assert faulty.requests["EXTENDED"]
+    assert (result.status, result.failures) == (0, []), result.stderr
+    assert whole(faulty.root / "back") == expected
+
+
+def test_write_that_the_box_cuts_short_is_noticed(archive, faulty):
+    archived(archive, {"file": 100_000}, **WARM)
+
+    def less(request):
+        request.data = request.data[:-1]
+        return request.reply()
+
+    faulty.on("WRITE", None, less, at=99_999)
+
+    result = archive("restore", "--to-box", "back")
+
+    assert result.status == 3
+    assert list(failed(result)) == ["file"]
+    assert restored_in(faulty, "back") == {}
