@@ -1,0 +1,287 @@
+"""`status`: what is archived and how both ends are, also when they cannot be reached."""
+
+import json
+import os
+import re
+import signal
+import socket
+
+import pytest
+from conftest import OLD, fill, real
+from faults import wait_for
+from faulty_sftp import FaultyBox, drop, unanswered
+from scripted_s3 import ScriptedS3, error, hang
+from servers import OpenSSH, ProFTPD
+
+GB = 2**30
+COLD = "DEEP_ARCHIVE"
+EMPTY = {
+    "archived": {},
+    "usd_a_month": 0,
+    "runs": [],
+    "unfinished_uploads": 0,
+    "lifecycle_rule": False,
+    "versioning": False,
+}
+
+
+@pytest.fixture
+def box():
+    with FaultyBox() as running:
+        yield running
+
+
+@pytest.fixture
+def s3(moto):
+    with ScriptedS3(moto.url) as running:
+        yield running
+
+
+@pytest.fixture
+def archive(archive_of, box, s3):
+    return archive_of(box, AWS_ENDPOINT_URL=s3.url)
+
+
+def told(archive, **settings):
+    """The status as JSON."""
+    result = archive("status", "--json", **settings)
+    assert result.status == 0, result.output
+    return json.loads(result.stdout)
+
+
+# --- What is archived ---
+
+
+def test_files_and_bytes_are_told_by_class_with_their_price(archive, box):
+    fill(box.root, {"a": 1, "b": 1, "c": 1})
+    archive()
+    archive.execute("UPDATE files SET size = ?", 50 * GB)
+    archive.execute("UPDATE objects SET storage_class = 'STANDARD' WHERE path = './c'")
+
+    status = told(archive)
+
+    assert status["archived"] == {
+        COLD: {"files": 2, "bytes": 100 * GB},
+        "STANDARD": {"files": 1, "bytes": 50 * GB},
+    }
+    # 100 GB x 0.00099 = 0.099, two objects add 0.0000004; 50 GB x 0.023 = 1.15.
+    assert status["usd_a_month"] == pytest.approx(1.2490004, abs=1e-6)
+    assert told(archive, PRICES="STANDARD.month=0")["usd_a_month"] == pytest.approx(0.099, 1e-4)
+    text = archive("status").stdout
+    for note in (text, status["prices"]["note"]):
+        assert "estimate" in note
+        assert status["prices"]["of"] in note
+
+
+def test_rows_of_an_earlier_script_count_as_the_class_that_is_set(archive):
+    archive()
+    archive.execute("INSERT INTO files VALUES ('./a', 5, ?, NULL)", OLD)
+    archive.execute("INSERT INTO files VALUES ('./b', 6, ?, 1)", OLD)
+
+    assert told(archive)["archived"] == {COLD: {"files": 2, "bytes": 11}}
+
+
+def test_status_changes_nothing(archive, box, s3):
+    fill(box.root, {"a": 1})
+    archive()
+    state, objects = archive.state_db.read_bytes(), archive.objects()
+    others = {path.name for path in archive.folder.iterdir()}
+    before = len(archive.bucket.writes())
+
+    assert archive("status").status == 0
+
+    assert archive.state_db.read_bytes() == state
+    assert {path.name for path in archive.folder.iterdir()} == others
+    assert archive.objects() == objects
+    assert archive.bucket.writes()[before:] == []
+
+
+def test_status_before_the_first_run_tells_that_there_is_nothing(archive):
+    status = told(archive)
+
+    assert {name: status[name] for name in EMPTY} == EMPTY
+    assert not archive.state_db.exists()
+    assert "no run" in archive("status").stdout
+
+
+# --- The runs ---
+
+
+def test_each_run_is_told_with_its_result(archive, box):
+    fill(box.root, {"good": 1_000, "bad": 1})
+    box.always("OPEN", b"bad", lambda request: request.status(3))
+    assert archive().status == 3
+    archive.execute("UPDATE runs SET started_at = 1000, ended_at = 1010")
+    archive.execute("INSERT INTO runs (started_at) VALUES (2000)")  # killed
+    archive.execute("INSERT INTO runs VALUES (3000, 3005, 143, 7, 8, 9, 10)")
+
+    status = told(archive)
+    lines = re.findall(r"^(?:19|20)\d\d-.*", archive("status").stdout, re.MULTILINE)
+
+    names = ("started_at", "ended_at", "status", "uploaded", "failed", "bytes")
+    assert [tuple(run[name] for name in names) for run in status["runs"]] == [
+        (3000, 3005, 143, 7, 9, 10),
+        (2000, None, None, None, None, None),
+        (1000, 1010, 3, 1, 1, 1_000),
+    ]
+    assert len(lines) == 3
+    assert " 143 " in lines[0]
+    assert " 143 " not in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGKILL, None)], ids=["TERM", "KILL"]
+)
+def test_run_that_was_ended_by_a_signal_is_told_as_such(archive, box, number, status):
+    fill(box.root, {"good": 1_000, "stuck": 1})
+    stuck = box.always("OPEN", b"stuck", unanswered)
+    running = archive.start()
+    wait_for(lambda: stuck.fired and archive.rows())
+    os.kill(running.process.pid, number)
+    running.wait()
+
+    [run] = told(archive)["runs"]
+
+    assert run["status"] == status
+    assert (run["ended_at"] is None) is (status is None)
+    assert run["uploaded"] == (None if status is None else 1)
+
+
+# --- The box ---
+
+
+@pytest.mark.parametrize("server", [OpenSSH, ProFTPD])
+def test_room_on_the_box_is_what_the_server_tells(archive_of, server):
+    with real(server) as box:
+        fill(box.root, {"f": 1})
+        room = told(archive_of(box))["box"]
+        disk = os.statvfs(box.root)
+
+    used = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
+    # Others write on this disk, too.
+    assert room["used"] == pytest.approx(used, rel=0.1)
+    assert room["free"] == pytest.approx(disk.f_bavail * disk.f_frsize, rel=0.1)
+
+
+def test_server_that_does_not_tell_the_room_is_said_to(archive):
+    result = archive("status")
+
+    assert result.status == 0
+    assert re.search("^Box .*does not tell", result.stdout, re.MULTILINE)
+    assert told(archive)["box"] is None
+
+
+@pytest.mark.parametrize("trouble", ["refuses", "drops", "refuses the login"])
+def test_box_that_cannot_be_asked_leaves_the_rest(archive, box, trouble):
+    fill(box.root, {"a": 10})
+    archive()
+    before = box.connections
+    box.always("INIT", None, drop)
+
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # taken, but nobody listens
+        settings = {
+            "refuses": {"HETZNER_PORT": closed.getsockname()[1]},
+            "drops": {},
+            "refuses the login": {"HETZNER_PASSWORD": "wrong"},
+        }[trouble]
+        status = told(archive, **settings)
+
+    assert status["box"] is None
+    assert status["archived"] == {COLD: {"files": 1, "bytes": 10}}
+    assert (status["unfinished_uploads"], status["versioning"]) == (0, False)
+    assert box.connections - before <= 1, "it is not tried again and again"
+
+
+# --- The bucket ---
+
+
+def test_what_the_bucket_has_set_is_told(archive):
+    client, at = archive.bucket.client, {"Bucket": archive.bucket.name}
+    for key in ("mine/a", "mine/b", "other"):
+        client.create_multipart_upload(**at, Key=key)
+    abort = {"AbortIncompleteMultipartUpload": {"DaysAfterInitiation": 7}}
+    rule = {"ID": "r", "Status": "Enabled", "Filter": {"Prefix": "mine/"}, **abort}
+    client.put_bucket_lifecycle_configuration(**at, LifecycleConfiguration={"Rules": [rule]})
+    client.put_bucket_versioning(**at, VersioningConfiguration={"Status": "Enabled"})
+
+    mine, all_of_it = told(archive, S3_PREFIX="mine/"), told(archive)
+
+    names = ("unfinished_uploads", "lifecycle_rule", "versioning")
+    assert [mine[name] for name in names] == [2, True, True]
+    assert [all_of_it[name] for name in names] == [3, False, True]
+
+
+def test_lifecycle_rule_that_aborts_nothing_is_none(archive):
+    abort = {"AbortIncompleteMultipartUpload": {"DaysAfterInitiation": 7}}
+    rules = [
+        {"ID": "off", "Status": "Disabled", "Filter": {"Prefix": ""}, **abort},
+        {
+            "ID": "other",
+            "Status": "Enabled",
+            "Filter": {"Prefix": ""},
+            "Expiration": {"Days": 9},
+        },
+    ]
+    archive.bucket.client.put_bucket_lifecycle_configuration(
+        Bucket=archive.bucket.name, LifecycleConfiguration={"Rules": rules}
+    )
+
+    assert told(archive)["lifecycle_rule"] is False
+
+
+def test_what_the_credentials_may_not_ask_is_said_to_be_so(archive, box, s3):
+    fill(box.root, {"a": 10})
+    archive()
+    s3.always("GET", error(403, "AccessDenied"))
+    s3.always("ListMultipartUploads", error(403, "AccessDenied"))
+
+    result, status = archive("status"), told(archive)
+
+    assert result.status == 0
+    asked = ("Unfinished uploads", "Lifecycle rule", "Versioning")
+    for label in asked:
+        assert re.search(f"^{label} .*may not ask", result.stdout, re.MULTILINE)
+    names = ("unfinished_uploads", "lifecycle_rule", "versioning")
+    assert [status[name] for name in names] == [None] * 3
+    assert status["archived"] == {COLD: {"files": 1, "bytes": 10}}
+
+
+@pytest.mark.parametrize("state", ["state", "no state"])
+@pytest.mark.parametrize("trouble", ["unreachable", "hangs", "fails", "no such bucket"])
+def test_bucket_that_cannot_be_asked_leaves_the_rest(archive, box, s3, trouble, state):
+    fill(box.root, {"a": 10})
+    archive()
+    if state == "no state":
+        archive.state_db.unlink()
+    faults = {
+        "hangs": hang,
+        "fails": error(503, "SlowDown"),
+        "no such bucket": error(404, "NoSuchBucket"),
+    }
+    if trouble in faults:
+        s3.always(None, faults[trouble])
+    settings = {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"} if trouble == "unreachable" else {}
+    before = box.connections
+    s3.requests.clear()
+
+    status = told(archive, constants={"S3_READ_LIMIT": 0.3}, **settings)
+
+    # Not none: it is not known what is archived.
+    held = {COLD: {"files": 1, "bytes": 10}} if state == "state" else None
+    assert status["archived"] == held
+    assert (status["usd_a_month"] is None) is (held is None)
+    names = ("unfinished_uploads", "lifecycle_rule", "versioning")
+    assert [status[name] for name in names] == [None] * 3
+    assert box.connections == before + 1, "the box is asked all the same"
+    assert s3.requests.total() <= 2, "who does not answer is not asked again and again"
+
+
+def test_damaged_state_leaves_the_rest(archive):
+    archive()
+    archive.state_db.write_bytes(b"SQLite format 3\0" + b"x" * 5_000)
+
+    status = told(archive)
+
+    assert status["archived"] is status["usd_a_month"] is None
+    assert status["unfinished_uploads"] == 0
