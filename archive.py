@@ -1243,7 +1243,7 @@ class Box:
         self._lock = threading.Lock()
         self._connection: Connection | None = None
         self._tries = 0
-        self._given_up = ""
+        self._given_up: Fatal | None = None
         self._suspects = threading.Lock()
         self.pace = Pace(config.bandwidth_limit, stopping).wait
 
@@ -1261,6 +1261,8 @@ class Box:
             old = self._connection
             if self.stopping.is_set():
                 raise Stopped("stopped")
+            if self._given_up is not None:  # nobody need find out once more
+                raise self._given_up
             if old is not None and old.lost is None:
                 return old
             reason = old.lost if old is not None else None
@@ -1275,15 +1277,17 @@ class Box:
                 self._tries += 1
                 try:
                     self._connection = connect(self._config)
+                except Fatal as error:
+                    self._given_up = error
+                    raise
                 except ConnectionLost as error:
                     reason = error
                 else:
                     break
             if self._connection is None:
-                # The others that waited for this outage's end get the same.
                 tries = f"gave up after {self._tries} tries: " if self._tries > 1 else ""
-                self._given_up = self._given_up or f"{tries}{reason}"
-                raise Fatal(self._given_up)
+                self._given_up = Fatal(f"{tries}{reason}")
+                raise self._given_up
         if self.stopping.is_set():
             self.close()
         return self._connection
@@ -2819,7 +2823,7 @@ class Archive:
 
     def put_snapshot(self, database: Path) -> None:
         """Stores a copy of the state below the prefix; no transaction is open."""
-        extra = {"StorageClass": "STANDARD", "ChecksumAlgorithm": "CRC32"}
+        extra = {"ChecksumAlgorithm": "CRC32"}  # and the class that needs no restore
         # One PUT: parts would be left when a run is killed.
         config = TransferConfig(
             multipart_threshold=MAX_PART, preferred_transfer_client="classic"
