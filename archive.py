@@ -158,10 +158,9 @@ CLOCK_LIMIT = 900
 
 # RestoreObject: S3 takes about 1,000 a second from an account.
 RESTORES_A_SECOND = 500
-DOWNLOAD_BLOCK = MIB
-# What a server must take in one WRITE is 32 KiB; OpenSSH and ProFTPD take this.
-WRITE_SIZE = 32 * KIB
-WRITES_AHEAD = 4  # blocks of DOWNLOAD_BLOCK
+DOWNLOAD_BLOCK = 256 * KIB
+WRITE_SIZE = 32 * KIB  # what every server takes in one WRITE, says the draft
+WRITES_AHEAD = 8  # blocks of a file that the box has not confirmed
 
 # ---------------------------------------------------------------------- Prices
 #
@@ -1823,10 +1822,7 @@ class BoxFolder:
             raise FileError(f"SFTP cannot carry its time, {mtime}")
         path = join(self._folder, name)
         folder, _, last = path.rpartition(b"/")
-        partial_path = (folder + b"/" if folder or path[:1] == b"/" else b"") + partial_name(
-            last
-        )
-
+        partial_path = path[: len(path) - len(last)] + partial_name(last)
         written: int | None = None
 
         def write(connection: Connection) -> None:
@@ -3831,10 +3827,8 @@ class Wanted(NamedTuple):
 
 
 # What is the case with one, in the words of the summary.
-THERE, RESTORED, ASKED, BUSY, COLD, FAILED = (
-    *("Already there", "Restored files", "Asked of S3", "Under way at S3", "Not asked for"),
-    "Failed files",
-)
+THERE, RESTORED, FAILED = "Already there", "Restored files", "Failed files"
+ASKED, BUSY, COLD = "Asked of S3", "Under way at S3", "Not asked for"
 READY = "Ready"
 
 
@@ -3850,7 +3844,8 @@ class Restore:
     tier: str
     days: int
     replace: bool
-    manifest: Any = None  # a csv writer, for what is cold, in place of asking
+    manifest: Any = None  # a csv writer, for what is cold
+    may_ask: bool = False  # for what is cold: it costs money
     bytes: int = 0
 
     def __post_init__(self) -> None:
@@ -3969,7 +3964,7 @@ class Restore:
     def _bring_back(self, wanted: Wanted) -> str:
         """Does what can be done now, and says what was; FileError."""
         case = self._sort(wanted)
-        if case == COLD and self.manifest is None:
+        if case == COLD and self.may_ask:
             self._pace.wait(1)
             case = ASKED
             if self.tools.archive.ask_for(wanted.key, self.tier, self.days):
@@ -4036,7 +4031,7 @@ def restore(tools: Tools, options: argparse.Namespace, agreed: Callable[[str], b
                 raise ConfigError(f"--manifest: {error}") from None
             work.manifest = csv.writer(stack.enter_context(file), lineterminator="\n")
         elif cold:
-            ask(tools, cold, options, agreed)
+            work.may_ask = agreed_to(tools, cold, options, agreed)
         tools.found(ready)
         counts = work.bring_back()
     rows: list[tuple[str, object]] = [(what, count) for what, count in counts.items()]
@@ -4068,13 +4063,13 @@ def restore_paths(given: Iterable[str], root: bytes) -> list[bytes]:
     return sorted(p for p in inner if not any(p.startswith(join(q, b"")) for q in inner))
 
 
-def ask(
+def agreed_to(
     tools: Tools,
     cold: dict[str, Count],
     options: argparse.Namespace,
     agreed: Callable[[str], bool],
-) -> None:
-    """Tells what the restore costs; ConfigError unless that is agreed to."""
+) -> bool:
+    """Tells what the restore costs; True, or ConfigError unless that is agreed to."""
     money = Money(tools.archive.region, tools.config.prices)
     total = Count(sum(c.files for c in cold.values()), sum(c.bytes for c in cold.values()))
     tier, days = options.tier, options.days
@@ -4091,6 +4086,7 @@ def ask(
     tools.tell([f"({money.note})"])
     if not options.yes and not agreed("Ask S3 for it?"):
         raise ConfigError("nothing was asked for: it costs money; --yes agrees to it")
+    return True
 
 
 # check
