@@ -25,7 +25,7 @@ Everything else may fail, be killed or be retried.  When in doubt: no row.
 
 Not part of it: deletion or retention, versions beyond S3's own, bundling of
 small files, encryption of its own, a daemon.  Nothing is ever deleted from the
-bucket or changed on the box.
+bucket, nor changed on the box but by `restore --to-box`.
 
 Exit statuses: 0 all is archived (restore: is there; verify: agrees), 1 fatal, 2
 usage or configuration, 3 some file failed, 11 another run holds the lock, 75
@@ -85,6 +85,7 @@ import botocore.config
 import botocore.handlers
 import dotenv
 import paramiko
+import urllib3
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore import exceptions as aws
@@ -146,7 +147,7 @@ KEEPALIVE = 60  # the box cuts idle sessions; parts may take minutes to upload
 S3_CONNECT_LIMIT = 20
 S3_READ_LIMIT = 60  # one answer of S3, per attempt
 S3_ATTEMPTS = 5
-LOCKED_LIMIT = 10  # another program holds the state database
+LOCKED_LIMIT = 300  # another program reads the state database: plan copies it
 STOP_LIMIT = 5  # a signal arrived: uploads wind up; then the process ends
 
 # A file that changed this shortly before it was read may change again within
@@ -165,7 +166,7 @@ WRITES_AHEAD = 8  # blocks of a file that the box has not confirmed
 # ---------------------------------------------------------------------- Prices
 #
 # USD, from "Amazon S3 pricing" (storage, requests, retrieval, transfer); `month`
-# is a GB (2**30 bytes) and month, `put`, `part`, `get`, `list` and `request` are a
+# is a GB (2**30 bytes) and month, `put`, `part`, `get` and `request` are a
 # thousand requests, `gb` and `egress` a GB.  Where a region is not in the table,
 # its prices are not known, and those of us-east-1 are taken and named.
 PRICES_OF = "November 2026"
@@ -188,7 +189,6 @@ US_PRICES = {
     "DEEP_ARCHIVE.standard.gb": 0.02,
     "DEEP_ARCHIVE.standard.request": 0.10,
     "get": 0.0004,
-    "list": 0.005,
     "egress": 0.09,
 }
 PRICES = {"us-east-1": US_PRICES, "us-east-2": US_PRICES, "us-west-2": US_PRICES}
@@ -1843,12 +1843,28 @@ class BoxFolder:
                 raise FileError(f"the box cannot store it: {error}") from None
             raise
 
+    def try_out(self) -> None:
+        """Fatal unless files can be made there; leaves the folder."""
+        probe = join(self._folder, partial_name(b""))
+
+        def write(connection: Connection) -> None:
+            self._make(connection, self._folder.rstrip(b"/"))
+            handle = open_file(connection, probe, FXF_WRITE | FXF_CREAT | FXF_TRUNC)
+            connection.ask((FXP_CLOSE, handle), (FXP_REMOVE, blob(probe)))
+
+        try:
+            self._box.insist(write)
+        except Status as error:
+            raise Fatal(f"{printable(self._folder)} cannot be written to: {error}") from None
+
     def _make(self, connection: Connection, folder: bytes) -> None:
         """The folder and those above it; what is wrong with them shows later."""
         parts = folder.split(b"/")
         above = [b"/".join(parts[: depth + 1]) for depth in range(len(parts))]
         if folder and folder not in self._made:
             connection.ask(*((FXP_MKDIR, blob(path) + U32.pack(0)) for path in above if path))
+            if len(self._made) >= PAGE:  # they come in order: the rest is not met again
+                self._made.clear()
             self._made.add(folder)
 
     def _write(
@@ -1916,17 +1932,26 @@ def expect_all_ok(flight: Flight) -> None:
 
 
 class LocalFolder:
-    """A folder of this machine to restore to, with the same two methods."""
+    """A folder of this machine to restore to, with the same methods."""
 
     def __init__(self, folder: Path):
         self._folder = os.fsencode(folder)
+
+    def try_out(self) -> None:
+        """Fatal unless files can be made there; leaves the folder."""
+        try:
+            os.makedirs(self._folder, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._folder):
+                pass
+        except OSError as error:
+            raise Fatal(f"{printable(self._folder)} cannot be written to: {error}") from None
 
     def find(self, name: bytes) -> tuple[int, int] | None:
         """Size and mtime of the file, None if there is none, NO_FILE if something
         else is in its place; FileError."""
         try:
             found = os.lstat(self._path(name))
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return None
         except OSError as error:
             raise FileError(f"cannot be stored: {error.strerror}") from None
@@ -2390,6 +2415,7 @@ class S3Object(NamedTuple):
     size: int
     storage_class: str
     restored: bool | None
+    stored_at: float
 
 
 def lifecycle_prefix(rule: Mapping[str, Any]) -> str:
@@ -2437,7 +2463,7 @@ class Download:
                 reason = "it ended early"
             except aws.FlexibleChecksumError as error:
                 raise FileError(f"damaged on the way: {error}") from None
-            except aws.BotoCoreError as error:
+            except (aws.BotoCoreError, urllib3.exceptions.HTTPError) as error:
                 reason = str(error)
             if at >= size:
                 break
@@ -2524,7 +2550,7 @@ class Archive:
         """What S3 said, for those who only see s3transfer's result."""
         key = context["archive_key"]
         answer = parsed or {}
-        if "Error" in answer or parsed is None:
+        if ("Error" in answer or parsed is None) and key in self._part_sums:
             self._refused.add(key)
         if event_name.endswith(".CreateMultipartUpload"):
             if "UploadId" in answer:
@@ -2674,7 +2700,8 @@ class Archive:
                         restored = False
                     if entry["Key"] != self._prefix + SNAPSHOT:
                         kind = entry.get("StorageClass", "STANDARD")
-                        yield S3Object(entry["Key"], entry["Size"], kind, restored)
+                        at = entry["LastModified"].timestamp()
+                        yield S3Object(entry["Key"], entry["Size"], kind, restored, at)
 
     @property
     def region(self) -> str | None:
@@ -2908,14 +2935,16 @@ class Money:
         """The charge for an object that is overwritten `age_days` after its upload:
         its storage for what is left of the class's minimum ("Amazon S3 pricing",
         early deletion, pro rata by days)."""
-        left = max(0.0, MINIMUM_DAYS.get(kind, 0) - age_days)
+        if kind not in MINIMUM_DAYS:
+            return 0.0 if kind == "STANDARD" else math.nan
+        left = max(0.0, MINIMUM_DAYS[kind] - age_days)
         return self.month(kind, 1, size) * left / DAYS_A_MONTH if left else 0.0
 
     def restore(self, kind: str, tier: str, files: int, size: int, days: int) -> float:
         """Requests and bytes at the tier's price, and the copies at STANDARD's for
         `days` (S3 user guide, "Restoring an archived object")."""
         if kind not in COLD_CLASSES:
-            return 0.0
+            return 0.0 if kind == "STANDARD" else math.nan
         request = files / 1000 * self._price(kind, tier, "request")
         read = size / GIB * self._price(kind, tier, "gb")
         copies = size / GIB * self._price("STANDARD", "month") * days / DAYS_A_MONTH
@@ -3029,7 +3058,7 @@ class Run:
         # TRANSFERS files are on their way to S3 at once, and nearly as many small
         # ones are being read, or wait for their turn: so S3 need not wait for the
         # box's round trips.  With 1, one file comes after another.
-        self._under_way = 2 * self.config.transfers - 1
+        self._most_under_way = 2 * self.config.transfers - 1
         self._turns = threading.Semaphore(self.config.transfers)
         self._over = False  # something failed that ends the run
 
@@ -3101,7 +3130,7 @@ class Run:
         finished: queue.SimpleQueue[Future[Outcome]] = queue.SimpleQueue()
         held: dict[Future[Outcome], Job] = {}  # what is under way
         errors: list[BaseException] = []
-        pool = ThreadPoolExecutor(self._under_way)
+        pool = ThreadPoolExecutor(self._most_under_way)
 
         def outcomes() -> list[Outcome]:
             done = [finished.get()]
@@ -3117,7 +3146,7 @@ class Run:
             memory = job.plan.memory + sum(other.plan.memory for other in held.values())
             # A name may be listed twice while its folder changes.
             twice = any(job.key == other.key for other in held.values())
-            room = len(held) < self._under_way and memory <= self.config.memory_limit
+            room = len(held) < self._most_under_way and memory <= self.config.memory_limit
             return room and not twice
 
         try:
@@ -3166,7 +3195,7 @@ class Run:
     def _turn(self) -> Iterator[None]:
         """Waits for one of the TRANSFERS turns; Stopped if the run is over by then."""
         with self._turns:
-            if self._over:
+            if self._over or self.box.stopping.is_set():
                 raise Stopped("stopped")
             try:
                 yield
@@ -3370,7 +3399,8 @@ class Tools:
     box: Box
     archive: Archive
     stopping: Stopping
-    tell: Callable[[list[str]], None]  # lines of the result, on stdout
+    show: Callable[[str], None]  # on stdout
+    tell: Callable[[list[str]], None]  # lines of the result, in LOG_FILE as well
     counting: Callable[[str], contextlib.AbstractContextManager[Sent]]
     found: Sent
     sending: Callable[[RemoteFile], contextlib.AbstractContextManager[Sent]]
@@ -3513,7 +3543,7 @@ def plan(tools: Tools, as_json: bool) -> int:
                 looked(len(page))
     told = foretold(forecast, walk, config.storage_class, money)
     if as_json:
-        print(json.dumps(told, indent=2))
+        tools.show(json.dumps(told, indent=2))
     else:
         show_plan(tools, forecast, told, money)
     return 3 if forecast.unreadable else 0
@@ -3665,7 +3695,7 @@ def status(tools: Tools, as_json: bool) -> int:
             "lifecycle_rule": rule,
             "versioning": versions,
         }
-        print(json.dumps(told, indent=2))
+        tools.show(json.dumps(told, indent=2))
         return 0
     total = Count(sum(c.files for c in held.values()), sum(c.bytes for c in held.values()))
     no_rule = "none that aborts unfinished uploads: see the README"
@@ -3747,6 +3777,7 @@ def verify(tools: Tools, checksums: bool, repair: bool) -> int:
     labels = ("Agree", "Missing", "Wrong size", "Wrong class", "Wrong checksum")
     counts = dict.fromkeys((*labels, "No checksum", "Not recorded", "Failed"), 0)
     threads = config.transfers if checksums else 1
+    forgotten = 0
 
     def judge(pair: tuple[S3Object | None, Recorded | None]) -> Finding:
         found, row = pair
@@ -3770,6 +3801,7 @@ def verify(tools: Tools, checksums: bool, repair: bool) -> int:
             if state_is_empty(config.state_db):
                 raise Fatal(f"no state in {config.state_db} to repair: archive.py run")
             real = stack.enter_context(contextlib.closing(State(config.state_db)))
+            real.pin(destination(config) | source(config))
         state = stack.enter_context(contextlib.closing(tools.state(destination(config))))
         looked = stack.enter_context(tools.counting("verifying"))
         pairs = matched(
@@ -3785,20 +3817,35 @@ def verify(tools: Tools, checksums: bool, repair: bool) -> int:
             counts[finding.label] += 1
             if finding.fault:
                 log.error("FAIL %s: %s", printable(finding.key), finding.fault)
-            if repair and finding.wrong is not None:
+            if repair and finding.wrong is not None and surely(tools.archive, finding):
                 real.forget(finding.wrong)
+                forgotten += 1
     bad = sum(counts.values()) - counts["Agree"] - counts["No checksum"]
     shown = [(label, count) for label, count in counts.items() if count or label in labels]
     tools.table("VERIFY", shown)
-    if repair and bad:
-        log.warning("missing and wrong ones are forgotten: the next run archives them again")
+    if forgotten:
+        log.warning("%s are forgotten: the next run archives them again", f"{forgotten:,}")
     return 3 if bad else 0
+
+
+def surely(archive: Archive, finding: Finding) -> bool:
+    """Whether a finding may cost a row: what is missing from the listing is asked
+    for by name, too."""
+    if finding.label != "Missing":
+        return True
+    try:
+        archive.head(finding.key)
+    except FileError as error:
+        return "404" in str(error)
+    return False
 
 
 def compare(found: S3Object | None, row: Recorded | None) -> Finding:
     """What the listing has against what is recorded."""
     if row is None:
         key = found.key if found else ""
+        if found and not found.size and key.endswith("/"):
+            return Finding("Agree", key)  # a folder, as S3's console makes them
         return Finding("Not recorded", key, "in the bucket, but not recorded")
     if found is None:
         return Finding("Missing", str(row.key), "recorded, but not in the bucket", row.path)
@@ -3845,7 +3892,7 @@ class Restore:
     days: int
     replace: bool
     manifest: Any = None  # a csv writer, for what is cold
-    may_ask: bool = False  # for what is cold: it costs money
+    may_ask: int = 0  # for how many that are cold: it costs money
     bytes: int = 0
 
     def __post_init__(self) -> None:
@@ -3902,7 +3949,10 @@ class Restore:
                     return wanted, judge(wanted), None
             except FileError as error:
                 fault = error
-            except (OSError, ValueError) as error:
+            except ArchiveError:
+                raise
+            except Exception as error:  # whatever a library did not expect of a server
+                log.debug("traceback of %s", printable(wanted.key), exc_info=True)
                 fault = FileError(f"unexpected {type(error).__name__}: {error}")
             return wanted, FAILED, fault
 
@@ -3930,10 +3980,15 @@ class Restore:
         self, key: str, found: S3Object | None, row: Recorded | None
     ) -> tuple[Wanted, FileError | None]:
         name = unescape(key[len(self.tools.config.prefix) :])
-        size, kind, restored = found[1:] if found else (0, "", None)
+        size, kind, restored = found[1:4] if found else (0, "", None)
+        # A run that was lost with its state has replaced it: S3's own word holds.
+        if found and row and found.stored_at > (row.uploaded_at or math.inf) + CLOCK_LIMIT:
+            log.warning("%s was stored anew after it was recorded", printable(key))
+            row = None
         mtime, crc32 = (row.mtime, row.crc32) if row else (None, None)
         wanted = Wanted(key, name, size, mtime, crc32, kind, restored)
-        if {b"", b".", b".."} & set(name.split(b"/")) or b"\0" in name:
+        windows = os.name == "nt" and (b"\\" in name or b":" in name)
+        if {b"", b".", b".."} & set(name.split(b"/")) or b"\0" in name or windows:
             return wanted, FileError("no file can have this name")
         if found is None:
             return wanted, FileError("recorded, but not in the bucket")
@@ -3964,7 +4019,7 @@ class Restore:
     def _bring_back(self, wanted: Wanted) -> str:
         """Does what can be done now, and says what was; FileError."""
         case = self._sort(wanted)
-        if case == COLD and self.may_ask:
+        if case == COLD and self._may_ask():
             self._pace.wait(1)
             case = ASKED
             if self.tools.archive.ask_for(wanted.key, self.tier, self.days):
@@ -3979,6 +4034,12 @@ class Restore:
             kind = wanted.storage_class
             raise FileError(f"is in an archive tier of {kind}: restore it there") from None
         return RESTORED
+
+    def _may_ask(self) -> bool:
+        """Counts down what was agreed to: more may have become cold since."""
+        with self._names:
+            self.may_ask -= 1
+            return self.may_ask >= 0
 
     def _fetch(self, wanted: Wanted) -> None:
         """The object's bytes to their place; FileError."""
@@ -4024,6 +4085,8 @@ def restore(tools: Tools, options: argparse.Namespace, agreed: Callable[[str], b
             tools, state, target, paths, options.tier, options.days, options.overwrite
         )
         ready, cold = work.look()
+        if cold:
+            estimate(tools, cold, ready, options)
         if cold and options.manifest:
             try:
                 file = options.manifest.open("w", newline="", encoding="ascii")
@@ -4031,7 +4094,10 @@ def restore(tools: Tools, options: argparse.Namespace, agreed: Callable[[str], b
                 raise ConfigError(f"--manifest: {error}") from None
             work.manifest = csv.writer(stack.enter_context(file), lineterminator="\n")
         elif cold:
-            work.may_ask = agreed_to(tools, cold, options, agreed)
+            if not options.yes and not agreed("Ask S3 for it?"):
+                raise ConfigError("nothing was asked for: it costs money; --yes agrees to it")
+            target.try_out()
+            work.may_ask = sum(count.files for count in cold.values())
         tools.found(ready)
         counts = work.bring_back()
     rows: list[tuple[str, object]] = [(what, count) for what, count in counts.items()]
@@ -4063,30 +4129,25 @@ def restore_paths(given: Iterable[str], root: bytes) -> list[bytes]:
     return sorted(p for p in inner if not any(p.startswith(join(q, b"")) for q in inner))
 
 
-def agreed_to(
-    tools: Tools,
-    cold: dict[str, Count],
-    options: argparse.Namespace,
-    agreed: Callable[[str], bool],
-) -> bool:
-    """Tells what the restore costs; True, or ConfigError unless that is agreed to."""
+def estimate(
+    tools: Tools, cold: dict[str, Count], ready: int, options: argparse.Namespace
+) -> None:
+    """Tells what the restore costs; `ready` are the bytes that need not be asked for."""
     money = Money(tools.archive.region, tools.config.prices)
     total = Count(sum(c.files for c in cold.values()), sum(c.bytes for c in cold.values()))
     tier, days = options.tier, options.days
     hours = 48 if tier == "bulk" else 12
+    download = money.download(total.files, total.bytes + ready)
     tools.table(
         "ESTIMATE",
         [
             ("To be asked of S3", total),
             ("Tier", f"{tier.capitalize()}, ready within {hours} hours, for {days} days"),
             ("Restore", usd_text(restore_cost(money, cold.items(), tier, days))),
-            ("Download", f"{usd_text(money.download(total.files, total.bytes))} out of AWS"),
+            ("Download", f"{usd_text(download)} out of AWS"),
         ],
     )
     tools.tell([f"({money.note})"])
-    if not options.yes and not agreed("Ask S3 for it?"):
-        raise ConfigError("nothing was asked for: it costs money; --yes agrees to it")
-    return True
 
 
 # check
@@ -4295,17 +4356,20 @@ def start_logging(config: Config, verbosity: int, bars: bool) -> None:
         log.addHandler(handler)
 
 
-def tell(secrets: Iterable[str], lines: list[str]) -> None:
-    """Lines of a result, on stdout and in LOG_FILE; a closed output (`| head`) is
-    no error."""
-    text = "\n".join(lines)
-    for secret in secrets:  # S3's words may be among them
+def show(text: str, secrets: Iterable[str]) -> None:
+    """Prints to stdout; a closed output (`| head`) is no error."""
+    for secret in secrets:  # S3's words may be among it
         text = text.replace(secret, "***")
     try:
         with tqdm.external_write_mode(sys.stdout):  # above the bars, if there are any
             print(text, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def tell(secrets: Iterable[str], lines: list[str]) -> None:
+    """Lines of a result, on stdout and in LOG_FILE."""
+    show("\n".join(lines), secrets)
     for line in lines:
         logfile_log.info("%s", line)
 
@@ -4499,8 +4563,15 @@ def command(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
     try:
         archive = Archive(config, stopping, patient)
         tools = Tools(
-            *(config, box, archive, stopping, partial(tell, config.secrets)),
-            *(progress.counting, progress.found, progress.sending),
+            config=config,
+            box=box,
+            archive=archive,
+            stopping=stopping,
+            show=partial(show, secrets=config.secrets),
+            tell=partial(tell, config.secrets),
+            counting=progress.counting,
+            found=progress.found,
+            sending=progress.sending,
         )
         with Signals(box, archive, summarize):
             return perform(tools, arguments, report)
@@ -4545,7 +4616,7 @@ def agreed(question: str) -> bool:
     """Whether a person at the terminal says yes."""
     if not (sys.stdin and sys.stdin.isatty()):
         return False
-    print(f"{question} [y/N] ", end="", flush=True)
+    print(f"{question} [y/N] ", end="", flush=True, file=sys.stderr)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 

@@ -1053,3 +1053,46 @@ def test_write_that_the_box_cuts_short_is_noticed(archive, faulty):
     assert result.status == 3
     assert list(failed(result)) == ["file"]
     assert restored_in(faulty, "back") == {}
+
+
+# --- What only the state or only S3 knows -----------------------------------
+
+
+def test_object_that_is_newer_than_its_record_comes_back_by_what_s3_knows(archive, bucket, to):
+    """The run that replaced it was lost, and its snapshot with it."""
+    archived(archive, {"file": b"old"})
+    newer = b"newer content"
+    bucket.client.put_object(
+        Bucket=bucket.name,
+        Key="file",
+        Body=newer,
+        Metadata={"mtime": "1700000000"},
+        ChecksumAlgorithm="CRC32",
+    )
+    archive.execute("UPDATE files SET uploaded_at = uploaded_at - 86400")
+
+    result = archive("restore", "--to", to, "--yes")
+
+    assert result.status == 0, result.stderr
+    assert (to / "file").read_bytes() == newer
+    assert int((to / "file").stat().st_mtime) == 1_700_000_000
+
+
+def test_folder_that_cannot_be_made_is_told_of_before_anything_is_paid(archive, s3):
+    archived(archive, {"file": b"content"})
+
+    result = archive("restore", "--to", "/proc/no such folder", "--yes")  # not even root can
+
+    assert result.status == 1, result.stderr
+    assert "/proc/no such folder" in result.stderr
+    assert s3.requests["RestoreObject"] == 0
+
+
+def test_box_that_is_read_only_is_told_of_before_anything_is_paid(boxed, box, s3):
+    archived(boxed, {"file": b"content"})
+    os.chmod(box.root, 0o555)
+
+    result = boxed("restore", "--to-box", "back", "--yes")
+
+    assert result.status == 1, result.stderr
+    assert s3.requests["RestoreObject"] == 0

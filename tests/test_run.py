@@ -531,8 +531,8 @@ def test_after_max_runtime_nothing_new_is_started(archive_of, asyncssh_box):
 
 @pytest.fixture
 def slow(archive_of, asyncssh_box):
-    """An archive behind a relay, with a large file to read."""
-    fill(asyncssh_box.root, {"large": 12 * MIB, "small": b"small"})
+    """An archive behind a relay, with a large file to read, and a small one before it."""
+    fill(asyncssh_box.root, {"large": 12 * MIB, "early": b"small"})
     with Relay(asyncssh_box.host, asyncssh_box.port) as relay:
         archive = archive_of(asyncssh_box)
         archive.settings.update(asyncssh_box.settings(port=relay.port))
@@ -551,7 +551,7 @@ def until(condition, limit=30):
 def test_a_second_run_ends_with_11_and_touches_nothing(slow):
     slow.relay.freeze(after=8 * MIB)
     first = slow.start(constants=SMALL_PARTS)
-    until(lambda: slow.bucket.uploads() and "./small" in slow.rows())
+    until(lambda: slow.bucket.uploads() and "./early" in slow.rows())
     database = slow.state_db.read_bytes()
 
     with (
