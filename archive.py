@@ -147,7 +147,8 @@ KEEPALIVE = 60  # the box cuts idle sessions; parts may take minutes to upload
 S3_CONNECT_LIMIT = 20
 S3_READ_LIMIT = 60  # one answer of S3, per attempt
 S3_ATTEMPTS = 5
-LOCKED_LIMIT = 300  # another program reads the state database: plan copies it
+LOCKED_LIMIT = 10  # another program holds the state database at the start
+COMMIT_LIMIT = 60  # and later: `plan` may be copying it
 STOP_LIMIT = 5  # a signal arrived: uploads wind up; then the process ends
 
 # A file that changed this shortly before it was read may change again within
@@ -2109,6 +2110,7 @@ class State:
             self._db.execute("PRAGMA journal_mode = DELETE")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
+            self._db.execute(f"PRAGMA busy_timeout = {COMMIT_LIMIT * 1000}")
         self._recheck = {path for (path,) in self._rows("SELECT path FROM recheck")}
         due = "SELECT 1 FROM meta WHERE name = 'snapshot'"
         self.snapshot_due = bool(self._rows(due))  # since a file was archived

@@ -10,7 +10,7 @@ from conftest import SNAPSHOT
 from faults import SMALL, assert_all_archived, write
 from faulty_sftp import FaultyBox, first
 
-IMPATIENT = {"LOCKED_LIMIT": 1}
+IMPATIENT = {"LOCKED_LIMIT": 1, "COMMIT_LIMIT": 1}
 
 
 @pytest.fixture
