@@ -35,6 +35,8 @@ from pathlib import Path
 from zlib import crc32
 
 import pytest
+from faulty_sftp import FaultyBox
+from scripted_s3 import ScriptedS3
 from servers import AsyncSSHBox, Moto, OpenSSH, ProFTPD
 
 PROGRAM = Path(__file__).resolve().parent.parent / "archive.py"
@@ -317,6 +319,13 @@ def asyncssh_box():
         yield running
 
 
+@pytest.fixture
+def faulty_box():
+    """A server that misbehaves where it is told to, and counts."""
+    with FaultyBox() as running:
+        yield running
+
+
 @pytest.fixture(scope="session")
 def moto():
     with Moto() as running:
@@ -330,6 +339,13 @@ def bucket(moto):
     moto.requests.clear()
     yield bucket
     moto.reset()
+
+
+@pytest.fixture
+def s3(moto):
+    """A way to moto that counts, and answers by script."""
+    with ScriptedS3(moto.url) as running:
+        yield running
 
 
 @pytest.fixture

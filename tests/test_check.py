@@ -12,7 +12,7 @@ from email.utils import formatdate
 import asyncssh
 import pytest
 from conftest import SNAPSHOT, fill, tree
-from scripted_s3 import ScriptedS3, error, headers
+from scripted_s3 import error, headers
 from servers import SECRET_KEY
 
 # The request that each permission is tried with.
@@ -31,12 +31,6 @@ import socket
 real = socket.create_connection
 socket.create_connection = lambda address, *rest: real(("127.0.0.1", {}), *rest)
 """
-
-
-@pytest.fixture
-def s3(moto):
-    with ScriptedS3(moto.url) as running:
-        yield running
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from conftest import MIB, SNAPSHOT
 from faults import EFFORT, LARGE, SIZES, SMALL, assert_all_archived, write
 from faulty_sftp import LONG_AGO, FaultyBox, many_files
-from scripted_s3 import ScriptedS3, until
+from scripted_s3 import until
 
 QUIET = 0.15  # s without a request, after which a flight is taken to have ended
 
@@ -26,12 +26,6 @@ if child:
     print("peak", usage.ru_maxrss, "KiB", file=sys.stderr, flush=True)
     os._exit(os.waitstatus_to_exitcode(status))
 """
-
-
-@pytest.fixture
-def s3(moto):
-    with ScriptedS3(moto.url) as running:
-        yield running
 
 
 # --- Round trips to the box -------------------------------------------------

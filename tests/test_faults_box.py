@@ -43,9 +43,8 @@ FILES = {"small": SMALL, "large": LARGE}
 
 
 @pytest.fixture
-def box():
-    with FaultyBox() as running:
-        yield running
+def box(faulty_box):
+    return faulty_box
 
 
 def fill(box):

@@ -8,16 +8,7 @@ import pytest
 from conftest import MIB, SNAPSHOT, tree
 from faults import LARGE, SIZES, SMALL, assert_all_archived, assert_failed, wait_for, write
 from faulty_sftp import FaultyBox, ends_at, one_file
-from scripted_s3 import (
-    ScriptedS3,
-    error,
-    first,
-    hang,
-    headers,
-    lost_answer,
-    no_checksums,
-    reset,
-)
+from scripted_s3 import error, first, hang, headers, lost_answer, no_checksums, reset
 
 IMPATIENT = {**SIZES, "S3_CONNECT_LIMIT": 1, "S3_READ_LIMIT": 1, "S3_ATTEMPTS": 2}
 
@@ -32,15 +23,8 @@ OPERATIONS = {
 
 
 @pytest.fixture
-def box():
-    with FaultyBox() as running:
-        yield running
-
-
-@pytest.fixture
-def s3(moto):
-    with ScriptedS3(moto.url) as running:
-        yield running
+def box(faulty_box):
+    return faulty_box
 
 
 @pytest.fixture

@@ -8,15 +8,14 @@ import sqlite3
 import pytest
 from conftest import SNAPSHOT
 from faults import SMALL, assert_all_archived, write
-from faulty_sftp import FaultyBox, first
+from faulty_sftp import first
 
 IMPATIENT = {"LOCKED_LIMIT": 1, "COMMIT_LIMIT": 1}
 
 
 @pytest.fixture
-def box():
-    with FaultyBox() as running:
-        yield running
+def box(faulty_box):
+    return faulty_box
 
 
 def fill(archive, box, count=40):

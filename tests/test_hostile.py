@@ -9,16 +9,15 @@ from zlib import crc32
 import pytest
 from conftest import MIB, SNAPSHOT
 from faults import SIZES, SMALL, assert_all_archived, assert_failed, write
-from faulty_sftp import PERMISSION_DENIED, Attributes, FaultyBox, drop, names, status
+from faulty_sftp import PERMISSION_DENIED, Attributes, drop, names, status
 from scripted_s3 import ScriptedS3, error
 
 FOLDER = Attributes(mode=stat.S_IFDIR | 0o755, size=0, mtime=1)
 
 
 @pytest.fixture
-def box():
-    with FaultyBox() as running:
-        yield running
+def box(faulty_box):
+    return faulty_box
 
 
 @pytest.fixture

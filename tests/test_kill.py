@@ -20,8 +20,8 @@ from faults import (
     wait_for,
     write,
 )
-from faulty_sftp import FaultyBox, freeze
-from scripted_s3 import ScriptedS3, first, lost_answer, reset
+from faulty_sftp import freeze
+from scripted_s3 import first, lost_answer, reset
 
 ROUNDS = 8 * EFFORT
 A_RUN = 2.5  # s, about what a whole run takes here
@@ -40,15 +40,8 @@ INSTANTS = [
 
 
 @pytest.fixture
-def box():
-    with FaultyBox() as running:
-        yield running
-
-
-@pytest.fixture
-def s3(moto):
-    with ScriptedS3(moto.url) as running:
-        yield running
+def box(faulty_box):
+    return faulty_box
 
 
 @pytest.fixture

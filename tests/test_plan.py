@@ -10,7 +10,6 @@ import pytest
 from conftest import MIB, SNAPSHOT, fill, tree
 from faults import SMALL, write
 from faulty_sftp import PERMISSION_DENIED, FaultyBox, many_files, one_file, status
-from scripted_s3 import ScriptedS3
 
 GB = 2**30
 LIMIT = 5 * MIB
@@ -29,15 +28,8 @@ OPERATIONS = {
 
 
 @pytest.fixture
-def box():
-    with FaultyBox() as running:
-        yield running
-
-
-@pytest.fixture
-def s3(moto):
-    with ScriptedS3(moto.url) as running:
-        yield running
+def box(faulty_box):
+    return faulty_box
 
 
 @pytest.fixture

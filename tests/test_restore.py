@@ -19,9 +19,9 @@ from urllib.parse import unquote
 import pytest
 from conftest import MIB, OLD, PROGRAM, SNAPSHOT, fill, tree
 from faults import LARGE, SIZES, wait_for
-from faulty_sftp import FAILURE, Dropped, FaultyBox, answer_then_drop, drop, status
+from faulty_sftp import FAILURE, Dropped, answer_then_drop, drop, status
 from relay import Relay
-from scripted_s3 import ScriptedS3, error
+from scripted_s3 import error
 from test_names import HOSTILE
 
 WARM = {"STORAGE_CLASS": "STANDARD"}
@@ -35,20 +35,8 @@ SOON = {"RECONNECT_PAUSES": (0, 0.1, 0.2)}
 
 
 @pytest.fixture
-def s3(moto):
-    with ScriptedS3(moto.url) as running:
-        yield running
-
-
-@pytest.fixture
-def faulty():
-    with FaultyBox() as running:
-        yield running
-
-
-@pytest.fixture
-def archive(archive_of, faulty, s3):
-    return archive_of(faulty, AWS_ENDPOINT_URL=s3.url)
+def archive(archive_of, faulty_box, s3):
+    return archive_of(faulty_box, AWS_ENDPOINT_URL=s3.url)
 
 
 @pytest.fixture
@@ -267,9 +255,9 @@ def test_object_that_somebody_else_stored_gets_the_time_when_it_was_stored(archi
     assert int((to / "foreign").stat().st_mtime) == int(stored.timestamp())
 
 
-def test_prefix_and_remote_path_are_not_part_of_what_comes_back(archive, faulty, to):
+def test_prefix_and_remote_path_are_not_part_of_what_comes_back(archive, faulty_box, to):
     settings = {**WARM, "S3_PREFIX": "my-box/", "REMOTE_PATH": "base"}
-    fill(faulty.root, {"base/a/file": b"content", "other": b"x"})
+    fill(faulty_box.root, {"base/a/file": b"content", "other": b"x"})
     assert archive(**settings).status == 0
 
     result = archive("restore", "base/a", "--to", to, **settings)
@@ -977,82 +965,82 @@ def done_then_drop(request):
 
 @pytest.mark.parametrize("fault", [drop, done_then_drop, answer_then_drop])
 @pytest.mark.parametrize("kind", ["MKDIR", "OPEN", "WRITE", "FSETSTAT", "CLOSE", "RENAME"])
-def test_connection_that_is_cut_at_any_request_costs_nothing(archive, faulty, kind, fault):
+def test_connection_that_is_cut_at_any_request_costs_nothing(archive, faulty_box, kind, fault):
     expected = archived(archive, {"folder/file": 100_000}, **WARM)
-    cut = faulty.on(kind, None, fault)
+    cut = faulty_box.on(kind, None, fault)
 
     result = archive("restore", "--to-box", "back", constants=SOON)
 
     assert cut.fired == 1
     assert (result.status, result.failures) == (0, []), result.stderr
-    assert whole(faulty.root / "back") == expected
+    assert whole(faulty_box.root / "back") == expected
 
 
 @pytest.mark.parametrize("kind", ["OPEN", "WRITE", "FSETSTAT", "CLOSE", "RENAME"])
-def test_file_that_the_box_refuses_fails_and_leaves_nothing(archive, faulty, kind):
+def test_file_that_the_box_refuses_fails_and_leaves_nothing(archive, faulty_box, kind):
     archived(archive, {"file": 100_000}, **WARM)
-    refused = faulty.on(kind, None, status(FAILURE))  # of the WRITEs one: a hole
+    refused = faulty_box.on(kind, None, status(FAILURE))  # of the WRITEs one: a hole
 
     result = archive("restore", "--to-box", "back")
 
     assert refused.fired
     assert result.status == 3, result.stderr
     assert list(failed(result)) == ["file"]
-    assert restored_in(faulty, "back") == {}
+    assert restored_in(faulty_box, "back") == {}
 
 
-def test_file_that_fails_leaves_nothing_on_the_box_and_nothing_open(archive, faulty, s3):
+def test_file_that_fails_leaves_nothing_on_the_box_and_nothing_open(archive, faulty_box, s3):
     archived(archive, dict.fromkeys("abc", b"content"), **WARM)
     s3.always("GetObject", damaged)
-    faulty.requests.clear()
+    faulty_box.requests.clear()
 
     result = archive("restore", "--to-box", "back")
 
     assert result.status == 3
     assert set(failed(result)) == set("abc")
-    assert restored_in(faulty, "back") == {}
-    assert faulty.requests["OPEN"] == faulty.requests["CLOSE"] == 3
+    assert restored_in(faulty_box, "back") == {}
+    assert faulty_box.requests["OPEN"] == faulty_box.requests["CLOSE"] == 3
 
 
 @pytest.mark.parametrize(
     ("folder", "place"), [("/back//", "back"), ("./back", "back"), ("/", ""), (".", "")]
 )
-def test_folder_on_the_box_may_be_written_in_any_way(archive, faulty, folder, place):
+def test_folder_on_the_box_may_be_written_in_any_way(archive, faulty_box, folder, place):
     expected = archived(archive, {"a/b": b"content", "c": b"content"}, **WARM)
     for name in ("a/b", "c"):
-        os.unlink(faulty.root / name)
+        os.unlink(faulty_box.root / name)
 
     result = archive("restore", "--to-box", folder)
 
     assert (result.status, result.failures) == (0, []), result.stderr
-    assert whole(faulty.root / place) == expected
+    assert whole(faulty_box.root / place) == expected
 
 
-def test_box_without_posix_rename_has_files_replaced_too(archive, faulty):
+def test_box_without_posix_rename_has_files_replaced_too(archive, faulty_box):
     expected = archived(archive, {"file": b"content"}, **WARM)
-    fill(faulty.root, {"back/file": b"my own"})
+    fill(faulty_box.root, {"back/file": b"my own"})
 
     result = archive("restore", "--to-box", "back", "--overwrite")
 
-    assert faulty.requests["EXTENDED"]
+    assert faulty_box.requests["EXTENDED"]
     assert (result.status, result.failures) == (0, []), result.stderr
-    assert whole(faulty.root / "back") == expected
+    assert whole(faulty_box.root / "back") == expected
 
 
-def test_write_that_the_box_cuts_short_is_noticed(archive, faulty):
+def test_write_that_the_box_cuts_short_is_noticed(archive, faulty_box):
     archived(archive, {"file": 100_000}, **WARM)
 
     def less(request):
         request.data = request.data[:-1]
         return request.reply()
 
-    faulty.on("WRITE", None, less, at=99_999)
+    faulty_box.on("WRITE", None, less, at=99_999)
 
     result = archive("restore", "--to-box", "back")
 
     assert result.status == 3
     assert list(failed(result)) == ["file"]
-    assert restored_in(faulty, "back") == {}
+    assert restored_in(faulty_box, "back") == {}
 
 
 # --- What only the state or only S3 knows -----------------------------------

@@ -9,8 +9,8 @@ import socket
 import pytest
 from conftest import OLD, fill, real
 from faults import wait_for
-from faulty_sftp import FaultyBox, drop, unanswered
-from scripted_s3 import ScriptedS3, error, hang
+from faulty_sftp import drop, unanswered
+from scripted_s3 import error, hang
 from servers import OpenSSH, ProFTPD
 
 GB = 2**30
@@ -26,15 +26,8 @@ EMPTY = {
 
 
 @pytest.fixture
-def box():
-    with FaultyBox() as running:
-        yield running
-
-
-@pytest.fixture
-def s3(moto):
-    with ScriptedS3(moto.url) as running:
-        yield running
+def box(faulty_box):
+    return faulty_box
 
 
 @pytest.fixture

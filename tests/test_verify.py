@@ -8,10 +8,9 @@ from zlib import crc32
 
 import pytest
 from conftest import MIB, OLD, SNAPSHOT, fill
-from faulty_sftp import FaultyBox
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
-from scripted_s3 import ScriptedS3, error, no_checksums
+from scripted_s3 import error, no_checksums
 
 COLD = "DEEP_ARCHIVE"
 SMALL_PARTS = {"SMALL_FILE": 5 * MIB, "PART_SIZE": 5 * MIB}
@@ -38,15 +37,8 @@ ALL_SCRIPTS = [
 
 
 @pytest.fixture
-def box():
-    with FaultyBox() as running:
-        yield running
-
-
-@pytest.fixture
-def s3(moto):
-    with ScriptedS3(moto.url) as running:
-        yield running
+def box(faulty_box):
+    return faulty_box
 
 
 @pytest.fixture
