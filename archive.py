@@ -204,7 +204,12 @@ FREE_EGRESS = 100  # GB a month
 
 
 class ArchiveError(Exception):
-    """Told to the user in one line, without a traceback."""
+    """Told to the user in one line, without a traceback; `code` is S3's, or HTTP's
+    where S3 gave none, if it was S3 that refused."""
+
+    def __init__(self, told: str, code: str = ""):
+        super().__init__(told)
+        self.code = code
 
 
 class ConfigError(ArchiveError):
@@ -2371,8 +2376,8 @@ def s3_failure(error: Exception) -> ArchiveError:
         code = HEAD_CODES.get(str(about.get("Code")), str(about.get("Code")))
         said = f"S3 refused {error.operation_name}: {code} {about.get('Message', '')}"
         if code in REMEDIES:
-            return Fatal(f"{said}; {REMEDIES[code]}")
-        return FileError(said)
+            return Fatal(f"{said}; {REMEDIES[code]}", code)
+        return FileError(said, code)
     if isinstance(error, NO_CREDENTIALS):
         keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         return Fatal(f"no AWS credentials: {error}; set {keys}")
@@ -2727,11 +2732,10 @@ class Archive:
                     Bucket=self._bucket, Key=key, RestoreRequest=request
                 )
         except FileError as error:
-            said = str(error)
-            if "RestoreAlreadyInProgress" in said:
+            if error.code == "RestoreAlreadyInProgress":
                 return False
             # Its class is none that has to be restored, or it is back already.
-            if "ObjectAlreadyInActiveTierError" in said or "InvalidObjectState" in said:
+            if error.code in ("ObjectAlreadyInActiveTierError", "InvalidObjectState"):
                 return True
             raise
         return bool(answer["ResponseMetadata"]["HTTPStatusCode"] == 200)
@@ -2745,7 +2749,7 @@ class Archive:
                     answer = self._client.get_object(Bucket=self._bucket, Key=key, **more)
                     return dict(answer)
             except FileError as error:
-                if "InvalidObjectState" in str(error):
+                if error.code == "InvalidObjectState":
                     raise Cold("has to be restored first") from None
                 raise
 
@@ -2765,7 +2769,7 @@ class Archive:
             with s3_errors():
                 answer = self._client.get_bucket_lifecycle_configuration(Bucket=self._bucket)
         except FileError as error:
-            if "NoSuchLifecycleConfiguration" in str(error):
+            if error.code == "NoSuchLifecycleConfiguration":
                 return False
             raise
         return any(
@@ -2830,13 +2834,12 @@ class Archive:
 
     def _not_refused(self, request: Callable[[], Any]) -> None:
         """Passes also where S3 says that there is no such thing: it has looked."""
-        with s3_errors():
-            try:
+        try:
+            with s3_errors():
                 request()
-            except aws.ClientError as error:
-                code = error.response["Error"]["Code"]
-                if code not in ("404", "NoSuchKey", "NoSuchUpload"):
-                    raise
+        except FileError as error:
+            if error.code not in ("404", "NoSuchKey", "NoSuchUpload"):
+                raise
 
     def has_objects(self) -> bool:
         """Whether anything is below the prefix."""
@@ -3736,7 +3739,7 @@ def asked(question: Callable[[], T], unknown: str = "") -> tuple[T | None, str]:
     except Stopped:
         raise
     except (ArchiveError, ConnectionLost) as error:
-        if "AccessDenied" in str(error):
+        if getattr(error, "code", "") == "AccessDenied":
             return None, "the credentials may not ask"
         log.warning("%s", error)
         return None, NOT_KNOWN
@@ -3838,7 +3841,7 @@ def surely(archive: Archive, finding: Finding) -> bool:
     try:
         archive.head(finding.key)
     except FileError as error:
-        return "404" in str(error)
+        return error.code == "404"
     return False
 
 
