@@ -155,8 +155,11 @@ STOP_LIMIT = 5  # a signal arrived: uploads wind up; then the process ends
 # the same second, with the same size: the next run has to look again.
 RECENT = 2
 
-# Seconds between which S3 takes no request from a clock that is wrong.
+# S3 takes no request from a clock that is wrong by more than these seconds.
 CLOCK_LIMIT = 900
+
+# Hours until a copy of an object in DEEP_ARCHIVE can be read, at most.
+TIERS = {"bulk": 48, "standard": 12}
 
 # RestoreObject: S3 takes about 1,000 a second from an account.
 RESTORES_A_SECOND = 500
@@ -236,14 +239,14 @@ class Cold(FileError):
     """Its object has to be restored before it can be read."""
 
 
+class Vanished(FileError):
+    """Listed, but gone when it was opened: not a failure, only counted."""
+
+
 class Stopping(threading.Event):
     """Set when the program is to end; `number` is that of the signal, if it was one."""
 
     number: int | None = None
-
-
-class Vanished(FileError):
-    """Listed, but gone when it was opened: not a failure, only counted."""
 
 
 # --------------------------------------------------------------- Configuration
@@ -470,7 +473,7 @@ def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
         if not option.metadata:
             continue
         name, parse, default = (option.metadata[key] for key in ("name", "parse", "default"))
-        text = settings.get(name) or default  # an empty value is none
+        text = settings.get(name) or default
         if name == "LOG_FILE" and settings.get(name) == "":
             text = None
         values[option.name] = None
@@ -815,24 +818,28 @@ def take_names(body: memoryview) -> list[tuple[bytes, Attributes]]:
     return entries
 
 
-def expect_ok(reply: Reply) -> None:
-    """Status unless the server did what was asked."""
-    try:
-        expect(FXP_HANDLE, reply)
-    except Status as status:
-        if status.code != FX_OK:
-            raise
+def status_of(reply: Reply, wanted: int) -> Status:
+    """What a reply says of a request; ConnectionLost if it is of another kind."""
+    if reply.kind != FXP_STATUS:
+        raise ConnectionLost(f"the box sent a reply of type {reply.kind}, not {wanted}")
+    (code,) = U32.unpack_from(reply.body, 0)
+    text = take_blob(reply.body, 4)[0] if len(reply.body) >= 8 else b""
+    return Status(code, text[:500].decode("utf-8", "replace"))
 
 
 def expect(kind: int, reply: Reply) -> memoryview:
     """The body of a reply of this kind; Status if the server refused."""
     if reply.kind == kind:
         return reply.body
-    if reply.kind != FXP_STATUS:
-        raise ConnectionLost(f"the box sent a reply of type {reply.kind}, not {kind}")
-    (code,) = U32.unpack_from(reply.body, 0)
-    text = take_blob(reply.body, 4)[0] if len(reply.body) >= 8 else b""
-    raise Status(code, text[:500].decode("utf-8", "replace"))
+    raise status_of(reply, kind)
+
+
+def expect_ok(flight: Flight) -> None:
+    """Status unless the server did all that was asked."""
+    for reply in flight.replies():
+        status = status_of(reply, FXP_STATUS)
+        if status.code != FX_OK:
+            raise status
 
 
 class Flight:
@@ -1067,9 +1074,8 @@ def connect(config: Config, passed: Callable[[str], None] = lambda _: None) -> C
             raise
         final = isinstance(error, paramiko.ssh_exception.IncompatiblePeer)
         reason = str(error) or "the connection was closed"
-        if (
-            "banner" in reason or "protocol version" in reason
-        ):  # something listens, but it is no SSH server
+        # Something listens, but it is no SSH server.
+        if "banner" in reason or "protocol version" in reason:
             reason += f"; {connect_remedy(config, error)}"
         kind = Fatal if final else ConnectionLost
         raise kind(f"no SFTP session with {where}: {reason}") from None
@@ -1332,11 +1338,7 @@ class Box:
     def attributes(self, path: bytes) -> Attributes:
         """Of `path` itself, not of what a link points to; Status, FileError."""
 
-        def lstat(connection: Connection) -> Attributes:
-            (reply,) = connection.ask((FXP_LSTAT, blob(path)))
-            return take_attributes(expect(FXP_ATTRS, reply), 0)[0]
-
-        return self.insist(lstat)
+        return self.insist(lambda connection: lstat(connection, path))
 
     def failure(self, path: bytes, error: Status) -> FileError:
         """What a refusal to open `path` means; Vanished only if it is gone.
@@ -1389,6 +1391,12 @@ class Box:
             reader.must_fit(file)
             data = reader.read()
             return reader.file, data, reader.fresh
+
+
+def lstat(connection: Connection, path: bytes) -> Attributes:
+    """Of `path` itself, not of what a link points to; Status, ConnectionLost."""
+    (reply,) = connection.ask((FXP_LSTAT, blob(path)))
+    return take_attributes(expect(FXP_ATTRS, reply), 0)[0]
 
 
 def open_file(connection: Connection, path: bytes, flags: int = FXF_READ) -> bytes:
@@ -1827,8 +1835,8 @@ class BoxFolder:
         if not 0 <= mtime < 1 << 32:
             raise FileError(f"SFTP cannot carry its time, {mtime}")
         path = join(self._folder, name)
-        folder, _, last = path.rpartition(b"/")
-        partial_path = path[: len(path) - len(last)] + partial_name(last)
+        folder = path.rpartition(b"/")[0]
+        partial_path = join(self._folder, partial_name(name))
         written: int | None = None
 
         def write(connection: Connection) -> None:
@@ -1894,15 +1902,15 @@ class BoxFolder:
                 at += len(block)
                 flights.append(connection.flight(*writes))
                 if len(flights) > WRITES_AHEAD:
-                    expect_all_ok(flights.popleft())
+                    expect_ok(flights.popleft())
             for flight in flights:
-                expect_all_ok(flight)
+                expect_ok(flight)
             times = U32.pack(ATTR_ACMODTIME) + U32.pack(mtime) + U32.pack(mtime)
-            expect_all_ok(connection.flight((FXP_FSETSTAT, handle + times)))
+            expect_ok(connection.flight((FXP_FSETSTAT, handle + times)))
         except BaseException:
             connection.flight((FXP_CLOSE, handle))
             raise
-        expect_all_ok(connection.flight((FXP_CLOSE, handle)))
+        expect_ok(connection.flight((FXP_CLOSE, handle)))
         if found(connection, path) != (at, mtime):
             raise FileError(f"the box does not have {at:,} bytes of mtime {mtime} then")
         connection.useful = True
@@ -1913,28 +1921,21 @@ class BoxFolder:
     ) -> None:
         names = blob(source) + blob(target)
         if replace:
-            (reply,) = connection.ask((FXP_EXTENDED, blob(b"posix-rename@openssh.com") + names))
+            extended = (FXP_EXTENDED, blob(b"posix-rename@openssh.com") + names)
             try:
-                return expect_ok(reply)
+                return expect_ok(connection.flight(extended))
             except Status as error:
                 if error.code != FX_UNSUPPORTED:
                     raise
             connection.ask((FXP_REMOVE, blob(target)))
-        expect_all_ok(connection.flight((FXP_RENAME, names)))
+        expect_ok(connection.flight((FXP_RENAME, names)))
 
 
 def found(connection: Connection, path: bytes) -> tuple[int | None, int | None]:
     """Size and mtime of `path`, None where the server tells none."""
-    (reply,) = connection.ask((FXP_LSTAT, blob(path)))
     with contextlib.suppress(Status):
-        return take_attributes(expect(FXP_ATTRS, reply), 0)[0][:2]
+        return lstat(connection, path)[:2]
     return None, None
-
-
-def expect_all_ok(flight: Flight) -> None:
-    """Status unless the server did all that was asked."""
-    for reply in flight.replies():
-        expect_ok(reply)
 
 
 class LocalFolder:
@@ -1962,9 +1963,8 @@ class LocalFolder:
         except OSError as error:
             raise FileError(f"cannot be stored: {error.strerror}") from None
         if found.st_nlink > 1:  # killed between link and unlink
-            folder, last = os.path.split(self._path(name))
             with contextlib.suppress(OSError):
-                os.unlink(os.path.join(folder, partial_name(last)))
+                os.unlink(self._path(partial_name(name)))
         is_file = stat.S_ISREG(found.st_mode)
         return (found.st_size, int(found.st_mtime)) if is_file else NO_FILE
 
@@ -1973,11 +1973,9 @@ class LocalFolder:
     ) -> None:
         """Writes the file under another name and renames it; FileError, also if
         there is one already and it is not to be replaced; Fatal if the disk is full."""
-        path = self._path(name)
-        folder, last = os.path.split(path)
-        partial_path = os.path.join(folder, partial_name(last))
+        path, partial_path = self._path(name), self._path(partial_name(name))
         try:
-            os.makedirs(folder, exist_ok=True)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(partial_path)  # of a run that was killed
             try:
@@ -2004,9 +2002,11 @@ class LocalFolder:
 
 
 def partial_name(name: bytes) -> bytes:
-    """What a file is called until it is whole: the same in each run, so that
-    nothing piles up, and short enough for every name."""
-    return b".archive-" + hashlib.sha256(name).hexdigest()[:32].encode() + b".partial"
+    """What a file is called until it is whole, in the same folder: the same in each
+    run, so that nothing piles up, and short enough for every name."""
+    folder, slash, last = name.rpartition(b"/")
+    hidden = b".archive-" + hashlib.sha256(last).hexdigest()[:32].encode() + b".partial"
+    return folder + slash + hidden
 
 
 def rename_to_new(source: bytes, target: bytes) -> None:
@@ -2435,14 +2435,11 @@ class Download:
     """One object's bytes, checked.  `mtime` is that of the metadata, else the time
     when it was stored; `crc32` None if S3 tells none of the whole object."""
 
-    def __init__(
-        self, key: str, get: Callable[[dict[str, str]], dict[str, Any]], stopping: Stopping
-    ):
+    def __init__(self, get: Callable[[dict[str, str]], dict[str, Any]], stopping: Stopping):
         """`get` sends the GET with further parameters; FileError, Cold, Fatal."""
-        self.key = key
         self._get, self._stopping = get, stopping
-        self._first: dict[str, Any] | None = get({"ChecksumMode": "ENABLED"})
-        answer = self._first
+        answer = get({"ChecksumMode": "ENABLED"})
+        self._first: dict[str, Any] | None = answer
         self._etag = answer["ETag"]
         self.size: int = answer["ContentLength"]
         self.mtime, self.crc32 = about(answer)
@@ -2712,7 +2709,8 @@ class Archive:
 
     @property
     def region(self) -> str | None:
-        return str(self._client.meta.region_name) if self._client.meta.region_name else None
+        region: str | None = self._client.meta.region_name
+        return region
 
     def head(self, key: str) -> tuple[int, int | None]:
         """The file's mtime, and the CRC-32 that S3 keeps of the whole object, None
@@ -2753,7 +2751,7 @@ class Archive:
                     raise Cold("has to be restored first") from None
                 raise
 
-        return Download(key, get, self._stopping)
+        return Download(get, self._stopping)
 
     def unfinished(self) -> int:
         """The number of multipart uploads below the prefix that are not ended."""
@@ -2911,6 +2909,10 @@ class Money:
         if changed:
             self.note += " with PRICES"
 
+    def about(self) -> dict[str, str]:
+        """What the prices are, as JSON has it."""
+        return {"of": PRICES_OF, "region": self.region, "note": self.note}
+
     def _price(self, *name: str) -> float:
         return self._usd.get(".".join(name), math.nan)
 
@@ -2997,6 +2999,10 @@ Outcome = Stored | Unchanged | Failed
 Sent = Callable[[int], None]  # called with each number of bytes sent
 
 
+def tell_failure(name: bytes | str, reason: object) -> None:
+    log.error("FAIL %s: %s", printable(name), reason)
+
+
 @dataclass
 class Report:
     """What a run did, as the summary tells it."""
@@ -3013,7 +3019,7 @@ class Report:
 
     def failure(self, path: bytes, reason: object) -> None:
         self.failed += 1
-        log.error("FAIL %s: %s", printable(path), reason)
+        tell_failure(path, reason)
 
     def summary(self) -> list[str]:
         """The five lines that are always there, and what else was met."""
@@ -3034,6 +3040,26 @@ class Report:
             ]
             lines += [(label, count) for label, count in others if count]
         return ["==== SUMMARY ====", *(f"{label:<15}: {count:,}" for label, count in lines)]
+
+
+class Patience:
+    """Counts the files in a row that S3 gave no answer to."""
+
+    def __init__(self, transfers: int):
+        self._most = max(4, transfers)
+        self._unanswered = 0
+
+    def met(self, error: FileError | None) -> None:
+        """Another file has ended so; Fatal if S3 has gone."""
+        self._unanswered = self._unanswered + 1 if isinstance(error, Unreachable) else 0
+        if self._unanswered >= self._most:
+            raise Fatal(f"{error}; {self._unanswered} files in a row failed so")
+
+
+def walk_of(config: Config, box: Box, failed: Callable[[bytes, object], None]) -> Walk:
+    """The walk over all that is selected."""
+    rules = Rules(config.remote_path, config.exclude, config.include_hidden)
+    return Walk(box, config.remote_path, rules, failed)
 
 
 def key_and_plan(file: RemoteFile, config: Config, state: State) -> tuple[str, Plan]:
@@ -3057,9 +3083,9 @@ class Run:
     report: Report
     found: Sent  # told of the bytes that are to be uploaded
     sending: Callable[[RemoteFile], contextlib.AbstractContextManager[Sent]]
-    _unanswered: int = 0  # files in a row that S3 gave no answer to
 
     def __post_init__(self) -> None:
+        self._patience = Patience(self.config.transfers)
         # TRANSFERS files are on their way to S3 at once, and nearly as many small
         # ones are being read, or wait for their turn: so S3 need not wait for the
         # box's round trips.  With 1, one file comes after another.
@@ -3070,9 +3096,7 @@ class Run:
     def archive_all(self) -> None:
         """Archives what is new or changed; Fatal, Stopped.  What S3 has
         acknowledged by then is committed in any case."""
-        root = self.config.remote_path
-        rules = Rules(root, self.config.exclude, self.config.include_hidden)
-        self.report.walk = Walk(self.box, root, rules, self.report.failure)
+        self.report.walk = walk_of(self.config, self.box, self.report.failure)
         pending = (self._jobs(page) for page in self.report.walk)
         with contextlib.closing(self._transfer(pending)) as transfer:
             for outcomes in transfer:
@@ -3274,8 +3298,7 @@ class Run:
                     self.state.settle(outcome.file)
             else:
                 self._settle_failure(*outcome)
-            if not isinstance(outcome, Failed) or not isinstance(outcome.error, Unreachable):
-                self._unanswered = 0
+            self._patience.met(outcome.error if isinstance(outcome, Failed) else None)
 
     def _settle_failure(self, job: Job, error: FileError) -> None:
         if isinstance(error, Vanished):
@@ -3285,10 +3308,6 @@ class Run:
             self.report.failure(job.file.path, error)
         if job.plan.parts_at_once and self.archive.is_clean(job.key):
             self.state.end_upload(job.key)
-        if isinstance(error, Unreachable):
-            self._unanswered += 1
-            if self._unanswered >= max(4, self.config.transfers):
-                raise Fatal(f"{error}; {self._unanswered} files in a row failed so")
 
 
 def open_state(config: Config, archive: Archive, new_state: bool) -> State:
@@ -3334,19 +3353,28 @@ def journal(database: Path) -> Path:
     return database.with_name(database.name + "-journal")
 
 
+def fetch_snapshot(archive: Archive, target: Path) -> tuple[datetime | None, bool]:
+    """When the bucket's snapshot was stored, None if there is none, and whether it is
+    of any use: only then it is in `target`."""
+    stored_at = archive.get_snapshot(target)
+    try:
+        usable = not state_is_empty(target)
+    except Fatal as error:
+        log.debug("%s", error)
+        usable = False
+    if not usable:
+        target.unlink(missing_ok=True)
+    return stored_at, usable
+
+
 def take_snapshot(path: Path, archive: Archive, way_out: str) -> bool:
     """Puts the snapshot in the bucket, if there is one, in the state's place;
     Fatal with the `way_out` if it is of no use."""
     partial = path.with_name(path.name + ".partial")
-    stored_at = archive.get_snapshot(partial)
+    stored_at, usable = fetch_snapshot(archive, partial)
     if stored_at is None:
         return False
-    try:
-        usable = not state_is_empty(partial)
-    except Fatal:
-        usable = False
     if not usable:
-        partial.unlink()
         raise Fatal(f"no state in {path}, and the snapshot in the bucket is damaged: {way_out}")
     # Left by a killed run, it would be rolled back into the snapshot.
     journal(path).unlink(missing_ok=True)
@@ -3403,7 +3431,6 @@ class Tools:
     config: Config
     box: Box
     archive: Archive
-    stopping: Stopping
     show: Callable[[str], None]  # on stdout
     tell: Callable[[list[str]], None]  # lines of the result, in LOG_FILE as well
     counting: Callable[[str], contextlib.AbstractContextManager[Sent]]
@@ -3434,20 +3461,14 @@ class Tools:
 
     def _snapshot(self, target: Path) -> str:
         """Takes the bucket's snapshot, if it is of any use; what to tell of it."""
-        stored_at = self.archive.get_snapshot(target)
-        if stored_at is None:
-            if self.archive.has_objects():
-                return (
-                    "nor a snapshot of it beside the bucket's objects: run would not start so"
-                )
-            return "nor a snapshot of it in the bucket"
-        try:
-            if not state_is_empty(target):
-                return f"taking the snapshot of {time_text(stored_at.timestamp())}"
-        except Fatal as error:
-            log.debug("%s", error)
-        target.unlink()
-        return "and its snapshot in the bucket is damaged"
+        stored_at, usable = fetch_snapshot(self.archive, target)
+        if stored_at is not None and usable:
+            return f"taking the snapshot of {time_text(stored_at.timestamp())}"
+        if stored_at is not None:
+            return "and its snapshot in the bucket is damaged"
+        if self.archive.has_objects():
+            return "nor a snapshot of it beside the bucket's objects: run would not start so"
+        return "nor a snapshot of it in the bucket"
 
     def key_of(self, path: str) -> str | None:
         """The key of a row that has none, made by an earlier script."""
@@ -3504,6 +3525,11 @@ def number(usd: float) -> float | None:
     return None if math.isnan(usd) else round(usd, 6)
 
 
+def total(counts: Iterable[Count]) -> Count:
+    counts = list(counts)
+    return Count(sum(count.files for count in counts), sum(count.bytes for count in counts))
+
+
 def by_class(state: State, default: str) -> dict[str, Count]:
     """What is archived, by storage class; `default` where none was recorded."""
     held: dict[str, Count] = {}
@@ -3530,7 +3556,7 @@ class Forecast:
 
     def failure(self, path: bytes, reason: object) -> None:
         self.unreadable += 1
-        log.error("FAIL %s: %s", printable(path), reason)
+        tell_failure(path, reason)
 
 
 def plan(tools: Tools, as_json: bool) -> int:
@@ -3538,19 +3564,18 @@ def plan(tools: Tools, as_json: bool) -> int:
     something could not be listed."""
     config, money = tools.config, Money(tools.archive.region, tools.config.prices)
     forecast = Forecast()
-    rules = Rules(config.remote_path, config.exclude, config.include_hidden)
-    walk = Walk(tools.box, config.remote_path, rules, forecast.failure)
+    walk = walk_of(config, tools.box, forecast.failure)
     with contextlib.closing(tools.state(destination(config) | source(config))) as state:
         forecast.afterwards = by_class(state, config.storage_class)
         with tools.counting("looking") as looked:
             for page in walk:
                 foresee(forecast, state, page, config, money)
                 looked(len(page))
-    told = foretold(forecast, walk, config.storage_class, money)
+    usd = forecast_usd(forecast, config.storage_class, money)
     if as_json:
-        tools.show(json.dumps(told, indent=2))
+        tools.show(json.dumps(foretold(forecast, walk, usd, money), indent=2))
     else:
-        show_plan(tools, forecast, told, money)
+        show_plan(tools, forecast, walk, usd, money)
     return 3 if forecast.unreadable else 0
 
 
@@ -3583,33 +3608,18 @@ def foresee(
         forecast.afterwards.setdefault(config.storage_class, Count()).add(file.size)
 
 
-def foretold(forecast: Forecast, walk: Walk, kind: str, money: Money) -> dict[str, Any]:
-    """The forecast as JSON has it."""
+def forecast_usd(forecast: Forecast, kind: str, money: Money) -> dict[str, float]:
+    """What comes of the forecast, in USD; `kind` is the class of what is uploaded."""
     after = forecast.afterwards.items()
-    files = sum(held.files for _, held in after)
-    size = sum(held.bytes for _, held in after)
-    costs = {
+    archived = total(forecast.afterwards.values())
+    return {
         "upload": money.upload(kind, forecast.requests),
         "overwritten_early": forecast.early,
         "storage_a_month": sum(money.month(k, c.files, c.bytes) for k, c in after),
         "of_it_per_object": sum(money.index(k, c.files) for k, c in after),
         "full_restore_bulk": restore_cost(money, after, "bulk"),
         "full_restore_standard": restore_cost(money, after, "standard"),
-        "full_download": money.download(files, size),
-    }
-    return {
-        "new": dataclasses.asdict(forecast.new),
-        "changed": dataclasses.asdict(forecast.changed),
-        "unchanged": dataclasses.asdict(forecast.unchanged),
-        "unreadable": forecast.unreadable,
-        "hidden": walk.hidden,
-        "excluded": walk.excluded,
-        "links": walk.links,
-        "special": walk.special,
-        "requests": forecast.requests._asdict(),
-        "afterwards": {"files": files, "bytes": size},
-        "usd": {name: number(usd) for name, usd in costs.items()},
-        "prices": {"of": PRICES_OF, "region": money.region, "note": money.note},
+        "full_download": money.download(archived.files, archived.bytes),
     }
 
 
@@ -3620,16 +3630,33 @@ def restore_cost(
     return sum(money.restore(kind, tier, c.files, c.bytes, days) for kind, c in held)
 
 
-def show_plan(tools: Tools, forecast: Forecast, told: dict[str, Any], money: Money) -> None:
-    def usd(name: str) -> str:
-        amount = told["usd"][name]
-        return usd_text(math.nan if amount is None else amount)
+def foretold(
+    forecast: Forecast, walk: Walk, usd: dict[str, float], money: Money
+) -> dict[str, Any]:
+    """The forecast as JSON has it."""
+    return {
+        "new": dataclasses.asdict(forecast.new),
+        "changed": dataclasses.asdict(forecast.changed),
+        "unchanged": dataclasses.asdict(forecast.unchanged),
+        "unreadable": forecast.unreadable,
+        "hidden": walk.hidden,
+        "excluded": walk.excluded,
+        "links": walk.links,
+        "special": walk.special,
+        "requests": forecast.requests._asdict(),
+        "afterwards": dataclasses.asdict(total(forecast.afterwards.values())),
+        "usd": {name: number(amount) for name, amount in usd.items()},
+        "prices": money.about(),
+    }
 
-    others = [(name.capitalize(), told[name]) for name in ("links", "special")]
-    upload = Count(
-        forecast.new.files + forecast.changed.files, forecast.new.bytes + forecast.changed.bytes
-    )
-    requests = ", ".join(f"{n:,} {kind}" for kind, n in told["requests"].items() if n)
+
+def show_plan(
+    tools: Tools, forecast: Forecast, walk: Walk, usd: dict[str, float], money: Money
+) -> None:
+    others = (("Links", walk.links), ("Special", walk.special))
+    requests = (f"{n:,} {kind}" for kind, n in forecast.requests._asdict().items() if n)
+    archived = total(forecast.afterwards.values())
+    told = {name: usd_text(amount) for name, amount in usd.items()}
     tools.table(
         "PLAN",
         [
@@ -3637,33 +3664,31 @@ def show_plan(tools: Tools, forecast: Forecast, told: dict[str, Any], money: Mon
             ("Changed files", forecast.changed),
             ("Unchanged files", forecast.unchanged),
             ("Unreadable", forecast.unreadable),
-            ("Hidden", told["hidden"]),
-            ("Excluded", told["excluded"]),
+            ("Hidden", walk.hidden),
+            ("Excluded", walk.excluded),
             *((label, count) for label, count in others if count),
-            ("To upload", upload),
-            ("Requests", requests or "none"),
-            ("Upload", usd("upload")),
-            ("Overwritten early", usd("overwritten_early")),
-            ("Archive afterwards", Count(**told["afterwards"])),
-            ("Storage a month", usd("storage_a_month")),
-            ("Restore all, Bulk", f"{usd('full_restore_bulk')}, within 48 hours, for 7 days"),
+            ("To upload", total((forecast.new, forecast.changed))),
+            ("Requests", ", ".join(requests) or "none"),
+            ("Upload", told["upload"]),
+            ("Overwritten early", told["overwritten_early"]),
+            ("Archive afterwards", archived),
+            ("Storage a month", told["storage_a_month"]),
+            ("Restore all, Bulk", f"{told['full_restore_bulk']}, within 48 hours, for 7 days"),
             (
                 "Restore, Standard",
-                f"{usd('full_restore_standard')}, within 12 hours, for 7 days",
+                f"{told['full_restore_standard']}, within 12 hours, for 7 days",
             ),
-            ("and download it", f"{usd('full_download')} out of AWS"),
+            ("and download it", f"{told['full_download']} out of AWS"),
         ],
     )
     tools.tell([f"({money.note})"])
-    after = forecast.afterwards.items()
-    index = sum(money.index(kind, held.files) for kind, held in after)
-    data = sum(money.month(kind, held.files, held.bytes) for kind, held in after) - index
+    index = usd["of_it_per_object"]
+    data = usd["storage_a_month"] - index
     if index > data:
-        total = told["afterwards"]
         times = f"{index / data:,.1f} times as much as" if data else "more than"
         log.warning(
             "files have %s on average: the 40 KB that S3 adds to each object cost %s the data",
-            *(size_text(total["bytes"] / total["files"]), times),
+            *(size_text(archived.bytes / archived.files), times),
         )
 
 
@@ -3693,7 +3718,7 @@ def status(tools: Tools, as_json: bool) -> int:
         told = {
             "archived": archived if state else None,
             "usd_a_month": number(month) if state else None,
-            "prices": {"of": PRICES_OF, "region": money.region, "note": money.note},
+            "prices": money.about(),
             "runs": [run._asdict() for run in runs],
             "box": {"used": room[0], "free": room[1]} if room else None,
             "unfinished_uploads": leftovers,
@@ -3702,13 +3727,12 @@ def status(tools: Tools, as_json: bool) -> int:
         }
         tools.show(json.dumps(told, indent=2))
         return 0
-    total = Count(sum(c.files for c in held.values()), sum(c.bytes for c in held.values()))
     no_rule = "none that aborts unfinished uploads: see the README"
     box = f"{size_text(room[0])} used, {size_text(room[1])} free" if room else room_told
     tools.table(
         "STATUS",
         [
-            ("Archived", total if state else NOT_KNOWN),
+            ("Archived", total(held.values()) if state else NOT_KNOWN),
             *held.items(),
             ("Storage a month", usd_text(month) if state else NOT_KNOWN),
             ("Box", box),
@@ -3813,7 +3837,7 @@ def verify(tools: Tools, checksums: bool, repair: bool) -> int:
             tools.archive.objects(config.prefix), state.recorded(tools.key_of, config.prefix)
         )
         findings = (
-            in_parallel(judge, pairs, threads, tools.stopping)
+            in_parallel(judge, pairs, threads, tools.box.stopping)
             if checksums
             else map(judge, pairs)
         )
@@ -3821,7 +3845,7 @@ def verify(tools: Tools, checksums: bool, repair: bool) -> int:
             looked(1)
             counts[finding.label] += 1
             if finding.fault:
-                log.error("FAIL %s: %s", printable(finding.key), finding.fault)
+                tell_failure(finding.key, finding.fault)
             if repair and finding.wrong is not None and surely(tools.archive, finding):
                 real.forget(finding.wrong)
                 forgotten += 1
@@ -3901,7 +3925,7 @@ class Restore:
     bytes: int = 0
 
     def __post_init__(self) -> None:
-        self._pace = Pace(RESTORES_A_SECOND, self.tools.stopping)
+        self._pace = Pace(RESTORES_A_SECOND, self.tools.box.stopping)
         self._threads = self.tools.config.transfers
         self._names = threading.Lock()
         self._under_way: set[bytes] = set()  # names that are being written
@@ -3922,14 +3946,12 @@ class Restore:
     def bring_back(self) -> dict[str, int]:
         """Numbers by what was done; failures are told."""
         counts = dict.fromkeys((THERE, RESTORED, ASKED, BUSY, COLD, FAILED), 0)
-        unanswered = 0
+        patience = Patience(self._threads)
         for wanted, case, fault in self._each(self._bring_back):
             counts[case] += 1
-            unanswered = unanswered + 1 if isinstance(fault, Unreachable) else 0
-            if unanswered >= max(4, self._threads):
-                raise Fatal(f"{fault}; {unanswered} files in a row failed so")
+            patience.met(fault)
             if case == FAILED:
-                log.error("FAIL %s: %s", printable(wanted.name), fault)
+                tell_failure(wanted.name, fault)
             elif case == RESTORED:
                 self.bytes += wanted.size
                 size = f"{wanted.size:,}"
@@ -3947,7 +3969,7 @@ class Restore:
             found: tuple[Wanted, FileError | None],
         ) -> tuple[Wanted, str, FileError | None]:
             wanted, fault = found
-            if self.tools.stopping.is_set():
+            if self.tools.box.stopping.is_set():
                 raise Stopped("stopped")
             try:
                 if fault is None:
@@ -3961,7 +3983,7 @@ class Restore:
                 fault = FileError(f"unexpected {type(error).__name__}: {error}")
             return wanted, FAILED, fault
 
-        return in_parallel(judged, self._wanted(), self._threads, self.tools.stopping)
+        return in_parallel(judged, self._wanted(), self._threads, self.tools.box.stopping)
 
     def _wanted(self) -> Iterator[tuple[Wanted, FileError | None]]:
         prefix = self.tools.config.prefix
@@ -4115,10 +4137,9 @@ def restore(tools: Tools, options: argparse.Namespace, agreed: Callable[[str], b
             *(options.manifest, f"{counts[COLD]:,}", options.days, options.tier.capitalize()),
         )
     elif waiting:
-        hours = 48 if options.tier == "bulk" else 12
         log.warning(
             "%s files cannot be read yet: run the same command again, it may take %d hours",
-            *(f"{waiting:,}", hours),
+            *(f"{waiting:,}", TIERS[options.tier]),
         )
     return 75 if waiting else 3 if counts[FAILED] else 0
 
@@ -4139,15 +4160,14 @@ def estimate(
 ) -> None:
     """Tells what the restore costs; `ready` are the bytes that need not be asked for."""
     money = Money(tools.archive.region, tools.config.prices)
-    total = Count(sum(c.files for c in cold.values()), sum(c.bytes for c in cold.values()))
+    asked_for = total(cold.values())
     tier, days = options.tier, options.days
-    hours = 48 if tier == "bulk" else 12
-    download = money.download(total.files, total.bytes + ready)
+    download = money.download(asked_for.files, asked_for.bytes + ready)
     tools.table(
         "ESTIMATE",
         [
-            ("To be asked of S3", total),
-            ("Tier", f"{tier.capitalize()}, ready within {hours} hours, for {days} days"),
+            ("To be asked of S3", asked_for),
+            ("Tier", f"{tier.capitalize()}, ready within {TIERS[tier]} hours, for {days} days"),
             ("Restore", usd_text(restore_cost(money, cold.items(), tier, days))),
             ("Download", f"{usd_text(download)} out of AWS"),
         ],
@@ -4221,11 +4241,9 @@ def check_box(tools: Tools, passed: Callable[[str], None]) -> str:
 
 
 def check_root(tools: Tools) -> str:
-    root = tools.config.remote_path
-    rules = Rules(root, tools.config.exclude, tools.config.include_hidden)
-    walk = Walk(tools.box, root, rules, lambda *_: None)
+    walk = walk_of(tools.config, tools.box, lambda *_: None)
     deque(itertools.islice(walk, 2), 0)  # what is wrong with the first page, shows at the next
-    return f"REMOTE_PATH {printable(root)} can be listed"
+    return f"REMOTE_PATH {printable(tools.config.remote_path)} can be listed"
 
 
 def check_bucket(tools: Tools) -> str:
@@ -4486,8 +4504,7 @@ def add_restore(command: argparse.ArgumentParser) -> None:
     where.add_argument("--to", type=not_empty, metavar="FOLDER", help=local)
     box = "a folder of the Storage Box"
     where.add_argument("--to-box", type=not_empty, metavar="FOLDER", help=box)
-    tiers = ("bulk", "standard")
-    add("--tier", choices=tiers, default="bulk", help="bulk: 48 hours; standard: 12, dearer")
+    add("--tier", choices=TIERS, default="bulk", help="bulk: 48 hours; standard: 12, dearer")
     days = "how long the copies can be read (default: 7)"
     add("--days", type=whole_days, default=7, metavar="N", help=days)
     add("--yes", action="store_true", help="agree to the cost without being asked")
@@ -4571,7 +4588,6 @@ def command(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
             config=config,
             box=box,
             archive=archive,
-            stopping=stopping,
             show=partial(show, secrets=config.secrets),
             tell=partial(tell, config.secrets),
             counting=progress.counting,
