@@ -136,6 +136,7 @@ MAX_PATH_BYTES = 8192  # no system opens more; ends an endless nesting of folder
 LISTINGS_AT_ONCE = 64
 READDIRS_PER_FLIGHT = 4
 PAGE = 2_000
+WALK_PAUSE = 1  # s; while the box is silent, what S3 acknowledged is committed
 
 # Every wait has a limit; these are all of them, in seconds.
 CONNECT_LIMIT = 30  # TCP connect; and again from the banner to SFTP's version
@@ -1731,7 +1732,8 @@ class Walk:
         self.hidden = self.excluded = self.links = self.special = self.vanished = 0
 
     def __iter__(self) -> Iterator[list[RemoteFile]]:
-        """Raises Fatal (also if `root` itself cannot be listed), Stopped."""
+        """Raises Fatal (also if `root` itself cannot be listed), Stopped.  Yields an
+        empty page after each WALK_PAUSE that the box is silent."""
         arrived: queue.SimpleQueue[Listing] = queue.SimpleQueue()
         waiting = [self._root]
         begun: deque[Listing] = deque()
@@ -1741,7 +1743,10 @@ class Walk:
                 begun.append(Listing(self._box, waiting.pop(), arrived))
             listing = begun[0]
             while not listing.complete and len(listing.entries) < PAGE:
-                arrived.get().advance()
+                try:
+                    arrived.get(timeout=WALK_PAUSE).advance()
+                except queue.Empty:
+                    yield []
             last = listing.complete
             files = []
             for name, attributes in listing.page():

@@ -17,10 +17,11 @@ from faults import (
     SMALL,
     assert_all_archived,
     assert_rows_are_true,
+    recorded,
     wait_for,
     write,
 )
-from faulty_sftp import freeze
+from faulty_sftp import freeze, unanswered
 from scripted_s3 import first, lost_answer, reset
 
 ROUNDS = 8 * EFFORT
@@ -120,6 +121,19 @@ def test_upload_of_a_killed_run_is_aborted_by_the_next_and_nobody_elses(
     assert uploads(bucket) == others
     assert ("aborted" in result.stderr) == bool(left)
     assert "aborted" not in archive(constants=SIZES).stderr
+
+
+@pytest.mark.timeout(45)  # the box owes its answer for 60 s
+def test_what_s3_has_is_recorded_while_the_box_is_silent_about_a_folder(archive, box):
+    write(box.root / "a", SMALL)
+    write(box.root / "b" / "c", SMALL)
+    box.always("OPENDIR", b"b", unanswered)
+    running = archive.start(constants=SIZES)
+    wait_for(lambda: archive.objects() and archive.rows())
+    running.process.kill()
+    running.process.wait()
+    assert recorded(archive).keys() == {"./a"}
+    assert_rows_are_true(archive, box)
 
 
 def uploads(bucket):
