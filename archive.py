@@ -287,13 +287,10 @@ def parse_bool(text: str) -> bool:
     return word in ("true", "yes", "on", "1")
 
 
-def parse_whole(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"\d{1,9}", text.strip()) or not low <= int(text) <= high:
-            raise ValueError(f"expected a whole number from {low} to {high}")
-        return int(text)
-
-    return parse
+def parse_whole(low: int, high: int, text: str) -> int:
+    if not re.fullmatch(r"\d{1,9}", text.strip()) or not low <= int(text) <= high:
+        raise ValueError(f"expected a whole number from {low} to {high}")
+    return int(text)
 
 
 def parse_host(text: str) -> str:
@@ -382,7 +379,7 @@ class Config:
 
     host: str = setting("HETZNER_HOST", parse_host, REQUIRED)
     user: str = setting("HETZNER_USER", str, REQUIRED)
-    port: int = setting("HETZNER_PORT", parse_whole(1, 65535), "23")
+    port: int = setting("HETZNER_PORT", partial(parse_whole, 1, 65535), "23")
     password: str | None = setting("HETZNER_PASSWORD")
     key_file: Path | None = setting("HETZNER_KEY_FILE", parse_path)
     key_passphrase: str | None = setting("HETZNER_KEY_PASSPHRASE")
@@ -397,7 +394,7 @@ class Config:
     log_file: Path | None = setting("LOG_FILE", parse_path, "archive.log")
     exclude: tuple[str, ...] = setting("EXCLUDE_PATHS", parse_list, "")
     include_hidden: bool = setting("INCLUDE_HIDDEN", parse_bool, "false")
-    transfers: int = setting("TRANSFERS", parse_whole(1, 256), "32")
+    transfers: int = setting("TRANSFERS", partial(parse_whole, 1, 256), "32")
     memory_limit: int = setting("MEMORY_LIMIT", parse_memory, "128M")
     bandwidth_limit: int | None = setting("BANDWIDTH_LIMIT", parse_size)
     max_runtime: int | None = setting("MAX_RUNTIME", parse_duration)
@@ -4527,7 +4524,7 @@ def not_empty(text: str) -> str:
 
 def whole_days(text: str) -> int:
     try:
-        return parse_whole(1, 3650)(text)
+        return parse_whole(1, 3650, text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
