@@ -687,14 +687,6 @@ STORAGE_BOX_KEYS = (
 )
 
 
-UNREADABLE_LINE = (
-    paramiko.SSHException,
-    paramiko.hostkeys.InvalidHostKey,
-    ValueError,
-    AssertionError,
-)
-
-
 class ConnectionLost(Exception):
     """The connection is gone, frozen or out of step: only a new one helps."""
 
@@ -1111,7 +1103,9 @@ def pinned_keys(config: Config) -> tuple[list[paramiko.PKey], list[paramiko.PKey
         found = revoked if line.startswith("@revoked ") else pinned
         # HostKeys.load() gives up at the first line that it does not know, and
         # keeps one key of a kind; such a line says nothing about the box.
-        with contextlib.suppress(*UNREADABLE_LINE):
+        with contextlib.suppress(
+            paramiko.SSHException, paramiko.hostkeys.InvalidHostKey, ValueError, AssertionError
+        ):
             entry = paramiko.hostkeys.HostKeyEntry.from_line(line.removeprefix("@revoked "))
             if entry is not None and not line.startswith(("#", "@cert-authority ")):
                 known = paramiko.HostKeys()
