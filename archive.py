@@ -725,6 +725,8 @@ class Reply(NamedTuple):
 
 
 Request = tuple[int, bytes]  # type, and what follows the request id
+Entry = tuple[bytes, Attributes]  # of a folder: its name there, and what it is
+Keys = list[paramiko.PKey]
 
 
 def crc32_combine(first: int, second: int, length: int) -> int:
@@ -793,7 +795,7 @@ def take_attributes(body: bytes | memoryview, at: int) -> tuple[Attributes, int]
     return Attributes(size, mtime, mode), at
 
 
-def take_names(body: memoryview) -> list[tuple[bytes, Attributes]]:
+def take_names(body: memoryview) -> list[Entry]:
     """The entries of a reply to READDIR.  The walk's inner loop."""
     data = bytes(body)  # whose slices are cheaper than a memoryview's
     entries = []
@@ -1088,7 +1090,7 @@ def known_name(config: Config) -> str:
     return config.host if config.port == 22 else f"[{config.host}]:{config.port}"
 
 
-def pinned_keys(config: Config) -> tuple[list[paramiko.PKey], list[paramiko.PKey]]:
+def pinned_keys(config: Config) -> tuple[Keys, Keys]:
     """The keys that known_hosts has for the box, and those it has revoked;
     Fatal if it cannot be read."""
     try:
@@ -1097,8 +1099,8 @@ def pinned_keys(config: Config) -> tuple[list[paramiko.PKey], list[paramiko.PKey
         lines = []
     except OSError as error:
         raise Fatal(f"HETZNER_KNOWN_HOSTS {config.known_hosts}: {error}") from None
-    pinned: list[paramiko.PKey] = []
-    revoked: list[paramiko.PKey] = []
+    pinned: Keys = []
+    revoked: Keys = []
     for line in lines:
         found = revoked if line.startswith("@revoked ") else pinned
         # HostKeys.load() gives up at the first line that it does not know, and
@@ -1116,7 +1118,7 @@ def pinned_keys(config: Config) -> tuple[list[paramiko.PKey], list[paramiko.PKey
     return pinned, revoked
 
 
-def prefer(options: paramiko.SecurityOptions, pinned: list[paramiko.PKey]) -> None:
+def prefer(options: paramiko.SecurityOptions, pinned: Keys) -> None:
     """AES-GCM first, it is the fastest by far; and of the host keys the kind
     that is pinned, since the server shows only one."""
     options.ciphers = sorted(options.ciphers, key=lambda name: "gcm" not in name)
@@ -1126,12 +1128,7 @@ def prefer(options: paramiko.SecurityOptions, pinned: list[paramiko.PKey]) -> No
     options.key_types = sorted(options.key_types, key=lambda name: name not in kinds)
 
 
-def check_host_key(
-    config: Config,
-    key: paramiko.PKey,
-    pinned: list[paramiko.PKey],
-    revoked: list[paramiko.PKey],
-) -> None:
+def check_host_key(config: Config, key: paramiko.PKey, pinned: Keys, revoked: Keys) -> None:
     """Fatal unless the box's key is a pinned one; no credential was sent yet."""
     digest = base64.b64encode(hashlib.sha256(key.asbytes()).digest())
     fingerprint = "SHA256:" + digest.decode().rstrip("=")
@@ -1613,9 +1610,6 @@ class Reader:
             raise FileError(f"does not end at its size of {self.file.size:,} bytes")
         self.fresh = recent(self.file)
         self._checked = True
-
-
-Entry = tuple[bytes, Attributes]
 
 
 class Listing:
