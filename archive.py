@@ -938,15 +938,14 @@ class Connection:
         flight = Flight(len(requests), arrived)
         packets = bytearray()
         with self._lock:
-            lost = self.lost
-            for index, (kind, payload) in enumerate(requests if lost is None else ()):
+            if self.lost is not None:
+                flight.lose(self.lost)
+                return flight
+            for index, (kind, payload) in enumerate(requests):
                 self._number = (self._number + 1) & 0xFFFFFFFF
                 self._owed[self._number] = (flight, index)
                 packets += HEADER.pack(len(payload) + 5, kind, self._number)
                 packets += payload
-        if lost is not None:
-            flight.lose(lost)
-            return flight
         try:
             with self._sending:
                 self._channel.sendall(packets)
