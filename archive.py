@@ -1063,12 +1063,11 @@ def connect(config: Config, passed: Callable[[str], None] = lambda _: None) -> C
         transport.close()
         if isinstance(error, Fatal):
             raise
-        final = isinstance(error, paramiko.ssh_exception.IncompatiblePeer)
         reason = str(error) or "the connection was closed"
         # Something listens, but it is no SSH server.
         if "banner" in reason or "protocol version" in reason:
             reason += f"; {connect_remedy(config, error)}"
-        kind = Fatal if final else ConnectionLost
+        kind = Fatal if isinstance(error, paramiko.IncompatiblePeer) else ConnectionLost
         raise kind(f"no SFTP session with {where}: {reason}") from None
     finally:
         limit.cancel()
