@@ -1248,9 +1248,8 @@ class Box:
     def close(self) -> None:
         """Ends the connection for good; whoever waits on the box gets Stopped."""
         self.stopping.set()
-        connection = self._connection
-        if connection is not None:
-            connection.close("stopped")
+        if self._connection is not None:
+            self._connection.close("stopped")
 
     def connection(self) -> Connection:
         """The connection, a new one if it was lost; Fatal when the box is gone,
@@ -1266,7 +1265,6 @@ class Box:
             reason = old.lost if old is not None else None
             if old is not None and old.useful:
                 self._tries = 0
-            self._connection = None
             for pause in self._pauses[self._tries :]:
                 if reason is not None:
                     log.warning("%s; trying again in %s s", reason, pause)
@@ -1275,14 +1273,13 @@ class Box:
                 self._tries += 1
                 try:
                     self._connection = connect(self._config)
+                    break
                 except Fatal as error:
                     self._given_up = error
                     raise
                 except ConnectionLost as error:
                     reason = error
-                else:
-                    break
-            if self._connection is None:
+            else:
                 tries = f"gave up after {self._tries} tries: " if self._tries > 1 else ""
                 self._given_up = Fatal(f"{tries}{reason}")
                 raise self._given_up
