@@ -1557,16 +1557,12 @@ class Reader:
 
     def _receive(self) -> None:
         """Keeps the window full and takes in the oldest flight."""
-        while (
-            self._asked < self.file.size
-            and self._asked - self._got < READ_WINDOW
-            and len(self._flights) < FLIGHTS_AHEAD
-        ):
-            spans: list[tuple[int, int]] = []
-            while self._asked < self.file.size and len(spans) < READS_PER_FLIGHT:
-                spans.append((self._asked, min(self._read_size, self.file.size - self._asked)))
-                self._asked += spans[-1][1]
-            self._box.pace(sum(size for _, size in spans))
+        window_end = min(self.file.size, self._got + READ_WINDOW)
+        while self._asked < window_end and len(self._flights) < FLIGHTS_AHEAD:
+            start, step = self._asked, self._read_size
+            end = self._asked = min(self.file.size, start + READS_PER_FLIGHT * step)
+            spans = [(at, min(step, end - at)) for at in range(start, end, step)]
+            self._box.pace(end - start)
             requests = (read_request(self._handle, *span) for span in spans)
             self._flights.append((self._connection.flight(*requests), spans))
         flight, spans = self._flights.popleft()
