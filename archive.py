@@ -1623,7 +1623,6 @@ class Listing:
         self.complete = False
         self.error: FileError | None = None
         self._handle = b""
-        self._paused = False
         self._readdirs = READDIRS_PER_FLIGHT
         given = b"/".join(self._given).split(b"/") if self._given else ()
         self._skip = {b".", b"..", *given}
@@ -1654,8 +1653,7 @@ class Listing:
             self._end(FileError(f"lost the connection {self._losses} times, last: {lost}"))
         except Status as error:
             self._end(self._box.failure(self.path, error))
-        self._paused = len(self.entries) >= PAGE
-        if not self.complete and not self._paused:
+        if not self.complete and len(self.entries) < PAGE:
             self._ask()
 
     def _ask(self) -> None:
@@ -1682,13 +1680,11 @@ class Listing:
             self._connection.flight((FXP_CLOSE, self._handle))
 
     def page(self) -> list[Entry]:
-        """The entries that wait, by name; lets the listing go on."""
+        """The entries, by name, once PAGE wait or all are there; lets the listing go on."""
         entries, self.entries = self.entries, []
         entries.sort(key=lambda entry: entry[0])
         if not self.complete:
             self._given.append(b"/".join(name for name, _ in entries))
-        if self._paused and not self.complete:
-            self._paused = False
             self._ask()
         return entries
 
