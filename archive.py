@@ -1719,7 +1719,6 @@ class Walk:
                     arrived.get(timeout=WALK_PAUSE).advance()
                 except queue.Empty:
                     yield []
-            last = listing.complete
             files = []
             for name, attributes in listing.page():
                 path = join(listing.path, name)
@@ -1727,7 +1726,7 @@ class Walk:
                 if file is not None:
                     files.append(file)
             yield files
-            if last:
+            if listing.complete:
                 begun.popleft()
                 self._unlisted(listing)
                 waiting += sorted(folders, reverse=True)
