@@ -1321,7 +1321,6 @@ class Box:
 
     def attributes(self, path: bytes) -> Attributes:
         """Of `path` itself, not of what a link points to; Status, FileError."""
-
         return self.insist(lambda connection: lstat(connection, path))
 
     def failure(self, path: bytes, error: Status) -> FileError:
