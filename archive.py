@@ -1780,6 +1780,7 @@ class Walk:
 # ------------------------------------------------------- Places to restore to
 
 NO_FILE = (-1, -1)
+Blocks = Callable[[], Iterator[bytes]]  # a file's bytes, from the start at each call
 
 
 class BoxFolder:
@@ -1802,9 +1803,7 @@ class BoxFolder:
             return NO_FILE
         return size, mtime
 
-    def store(
-        self, name: bytes, mtime: int, blocks: Callable[[], Iterator[bytes]], replace: bool
-    ) -> None:
+    def store(self, name: bytes, mtime: int, blocks: Blocks, replace: bool) -> None:
         """Writes the file under another name and renames it; FileError, also if
         there is one already and it is not to be replaced."""
         if not 0 <= mtime < 1 << 32:
@@ -1920,7 +1919,6 @@ class LocalFolder:
         self._folder = os.fsencode(folder)
 
     def try_out(self) -> None:
-        """Fatal unless files can be made there; leaves the folder."""
         try:
             os.makedirs(self._folder, exist_ok=True)
             with tempfile.TemporaryFile(dir=self._folder):
@@ -1929,8 +1927,6 @@ class LocalFolder:
             raise Fatal(f"{printable(self._folder)} cannot be written to: {error}") from None
 
     def find(self, name: bytes) -> tuple[int, int] | None:
-        """Size and mtime of the file, None if there is none, NO_FILE if something
-        else is in its place; FileError."""
         try:
             found = os.lstat(self._path(name))
         except FileNotFoundError:
@@ -1943,11 +1939,8 @@ class LocalFolder:
         is_file = stat.S_ISREG(found.st_mode)
         return (found.st_size, int(found.st_mtime)) if is_file else NO_FILE
 
-    def store(
-        self, name: bytes, mtime: int, blocks: Callable[[], Iterator[bytes]], replace: bool
-    ) -> None:
-        """Writes the file under another name and renames it; FileError, also if
-        there is one already and it is not to be replaced; Fatal if the disk is full."""
+    def store(self, name: bytes, mtime: int, blocks: Blocks, replace: bool) -> None:
+        """Fatal if the disk is full."""
         path, partial_path = self._path(name), self._path(partial_name(name))
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
