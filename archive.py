@@ -1847,9 +1847,8 @@ class BoxFolder:
 
     def _make(self, connection: Connection, folder: bytes) -> None:
         """The folder and those above it; what is wrong with them shows later."""
-        parts = folder.split(b"/")
-        above = [b"/".join(parts[: depth + 1]) for depth in range(len(parts))]
         if folder and folder not in self._made:
+            above = itertools.accumulate(folder.split(b"/"), join)
             connection.ask(*((FXP_MKDIR, blob(path) + U32.pack(0)) for path in above if path))
             if len(self._made) >= PAGE:  # they come in order: the rest is not met again
                 self._made.clear()
