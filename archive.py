@@ -1865,14 +1865,11 @@ class BoxFolder:
         at = 0
         try:
             for block in blocks:
-                writes = [
-                    (
-                        FXP_WRITE,
-                        handle + U64.pack(at + start) + blob(block[start:][:WRITE_SIZE]),
-                    )
-                    for start in range(0, len(block), WRITE_SIZE)
-                ]
-                at += len(block)
+                writes = []
+                for start in range(0, len(block), WRITE_SIZE):
+                    piece = block[start : start + WRITE_SIZE]
+                    writes.append((FXP_WRITE, handle + U64.pack(at) + blob(piece)))
+                    at += len(piece)
                 flights.append(connection.flight(*writes))
                 if len(flights) > WRITES_AHEAD:
                     expect_ok(flights.popleft())
