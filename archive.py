@@ -2090,16 +2090,10 @@ class State:
 
     def _commit(self, *statements: tuple[Any, ...]) -> None:
         """(SQL, value, …) statements in one transaction."""
-        with state_errors(self._path):
+        with state_errors(self._path), self._db:  # which commits or rolls back
             self._db.execute("BEGIN IMMEDIATE")
-            try:
-                for sql, *values in statements:
-                    self._db.execute(sql, values)
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+            for sql, *values in statements:
+                self._db.execute(sql, values)
 
     def close(self) -> None:
         self._db.close()
