@@ -2121,16 +2121,12 @@ class State:
         for start in range(0, len(files), PATHS_PER_QUERY):
             some = {path_text(file.path): file for file in files[start:][:PATHS_PER_QUERY]}
             marks = ",".join("?" * len(some))
-            known = {
-                path: (size, mtime)
-                for path, size, mtime in self._rows(
-                    f"SELECT path, size, mtime FROM files WHERE path IN ({marks})", *some
-                )
-            }
+            query = f"SELECT path, size, mtime FROM files WHERE path IN ({marks})"
+            known = set(self._rows(query, *some))
             missing += [
                 file
                 for path, file in some.items()
-                if known.get(path) != (file.size, file.mtime) or path in self._recheck
+                if (path, file.size, file.mtime) not in known or path in self._recheck
             ]
         return missing
 
