@@ -2130,15 +2130,10 @@ class State:
             ]
         return missing
 
-    def earlier(self, files: list[RemoteFile]) -> dict[RemoteFile, Recorded]:
-        """What is recorded of the paths of `files`, whatever their size and mtime."""
-        found = {}
-        for file in files:
-            for row in self._rows(
-                RECORDED.format(key="key") + " WHERE path = ?", path_text(file.path)
-            ):
-                found[file] = Recorded(*row)
-        return found
+    def earlier(self, file: RemoteFile) -> Recorded | None:
+        """What is recorded of the path of `file`, whatever its size and mtime."""
+        rows = self._rows(RECORDED.format(key="key") + " WHERE path = ?", path_text(file.path))
+        return Recorded(*rows[0]) if rows else None
 
     def recorded(self, key_of: Callable[[str], str | None], start: str) -> Iterator[Recorded]:
         """All rows whose key begins with `start`, in the order of their keys, which
@@ -2172,15 +2167,9 @@ class State:
     def crc_to_recheck(self, file: RemoteFile) -> int | None:
         """The CRC-32 of `file`'s object if its row says that it has this size
         and mtime, and that it was read too soon after a change."""
-        path = path_text(file.path)
-        if path not in self._recheck:
-            return None
-        rows = self._rows(
-            "SELECT crc32 FROM files JOIN objects USING (path)"
-            " WHERE path = ? AND size = ? AND mtime = ?",
-            *(path, file.size, file.mtime),
-        )
-        return rows[0][0] if rows else None
+        row = self.earlier(file) if path_text(file.path) in self._recheck else None
+        same = row and (row.size, row.mtime) == (file.size, file.mtime)
+        return row.crc32 if row and same else None
 
     def owner(self, key: str) -> str | None:
         """The path whose object has `key`, as text."""
@@ -3538,11 +3527,10 @@ def foresee(
 ) -> None:
     """Adds a page of files to the forecast."""
     pending = state.not_archived(page)
-    earlier = state.earlier(pending)
     for file in set(page) - set(pending):
         forecast.unchanged.add(file.size)
     for file in pending:
-        row = earlier.get(file)
+        row = state.earlier(file)
         if row and (row.size, row.mtime) == (file.size, file.mtime):
             forecast.unchanged.add(file.size)  # to be looked at again
             continue
