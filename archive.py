@@ -229,7 +229,7 @@ class Locked(ArchiveError):
 
 
 class Stopped(ArchiveError):
-    """A signal asked for the end; status 128 + its number."""
+    """The end was asked for: by a signal (status 128 + its number), or after a Fatal."""
 
 
 class FileError(ArchiveError):
@@ -414,8 +414,8 @@ SETTINGS = (
 def read_settings(env_file: Path | None, environ: Mapping[str, str]) -> dict[str, str]:
     """The settings of the env file, overruled by those of the environment.
 
-    An empty value is kept: it switches a setting off.  ConfigError if the file
-    cannot be read.
+    An empty value is kept: it overrules, too, and an empty LOG_FILE means none.
+    ConfigError if the file cannot be read.
     """
     settings: dict[str, str] = {}
     if env_file is not None:
@@ -920,7 +920,7 @@ class Connection:
         self._owed: dict[int, tuple[Flight, int]] = {}
         self._watched = time.monotonic()
         self.lost: ConnectionLost | None = None
-        self.useful = False  # whether anything was listed or read over it
+        self.useful = False  # whether anything was listed, read or written over it
         channel.in_buffer = Pipe()
         # Nobody reads it: it would only pile up.
         channel.in_stderr_buffer = SimpleNamespace(feed=lambda _: None, close=lambda: None)
@@ -1229,8 +1229,8 @@ class Box:
     """The Storage Box: one connection at a time, renewed when it is lost.
 
     Whoever meets the dead connection first reconnects, the others wait for it.
-    An outage ends when something is listed or read again; RECONNECT_PAUSES bounds
-    the tries of one.
+    An outage ends when something is listed, read or written again; RECONNECT_PAUSES
+    bounds the tries of one.
     """
 
     def __init__(self, config: Config, stopping: Stopping, patient: bool = True):
