@@ -920,7 +920,7 @@ class Connection:
         self._owed: dict[int, tuple[Flight, int]] = {}
         self._watched = time.monotonic()
         self.lost: ConnectionLost | None = None
-        self.useful = False  # whether anything was listed, read or written over it
+        self.useful = False  # whether anything was looked at, read or written over it
         channel.in_buffer = Pipe()
         # Nobody reads it: it would only pile up.
         channel.in_stderr_buffer = SimpleNamespace(feed=lambda _: None, close=lambda: None)
@@ -1229,7 +1229,7 @@ class Box:
     """The Storage Box: one connection at a time, renewed when it is lost.
 
     Whoever meets the dead connection first reconnects, the others wait for it.
-    An outage ends when something is listed, read or written again; RECONNECT_PAUSES
+    An outage ends when something is looked at, read or written again; RECONNECT_PAUSES
     bounds the tries of one.
     """
 
@@ -1379,6 +1379,7 @@ class Box:
 def lstat(connection: Connection, path: bytes) -> Attributes:
     """Of `path` itself, not of what a link points to; Status, ConnectionLost."""
     (reply,) = connection.ask((FXP_LSTAT, blob(path)))
+    connection.useful = True
     return take_attributes(expect(FXP_ATTRS, reply), 0)[0]
 
 
