@@ -1099,7 +1099,7 @@ def pinned_keys(config: Config) -> tuple[Keys, Keys]:
         raise Fatal(f"HETZNER_KNOWN_HOSTS {config.known_hosts}: {error}") from None
     pinned: Keys = []
     revoked: Keys = []
-    for line in lines:
+    for line in (" ".join(line.split()) for line in lines):  # any blanks, as for OpenSSH
         found = revoked if line.startswith("@revoked ") else pinned
         # HostKeys.load() gives up at the first line that it does not know, and
         # keeps one key of a kind; such a line says nothing about the box.
