@@ -1111,7 +1111,8 @@ def pinned_keys(config: Config) -> tuple[Keys, Keys]:
                 known = paramiko.HostKeys()
                 for name in entry.hostnames:
                     known.add(name, entry.key.get_name(), entry.key)
-                if known.lookup(known_name(config)):
+                all_hosts = found is revoked and "*" in entry.hostnames  # as in sshd(8)
+                if all_hosts or known.lookup(known_name(config)):
                     found.append(entry.key)
     return pinned, revoked
 
