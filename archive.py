@@ -2508,16 +2508,19 @@ class Archive:
             if answer.get("ResponseMetadata", {}).get("RetryAttempts", 1):
                 self._doubtful.add(key)
 
+    def _ask(self, request: Callable[..., Any], **parameters: Any) -> Any:
+        """The client's answer to a request about our bucket; FileError, Fatal."""
+        with s3_errors():
+            return request(Bucket=self._bucket, **parameters)
+
     def put(self, key: str, data: bytes, crc32: int, mtime: int) -> None:
         """One PUT, with the CRC-32 for S3 to hold the bytes against.
 
         Not by upload_fileobj, which takes half as much CPU again for it.
         """
         checksum = {"ChecksumAlgorithm": "CRC32", "ChecksumCRC32": crc_text(crc32)}
-        with s3_errors():
-            answer = self._client.put_object(
-                Bucket=self._bucket, Key=key, Body=data, **checksum, **self._extra(mtime)
-            )
+        extra = self._extra(mtime) | checksum
+        answer = self._ask(self._client.put_object, Key=key, Body=data, **extra)
         # A server that says nothing of the checksum may not have looked at it.
         if answer.get("ChecksumCRC32") != crc_text(crc32):
             self._confirm(key, len(data), crc32)
@@ -2568,10 +2571,7 @@ class Archive:
 
     def _confirm(self, key: str, size: int, crc32: int) -> None:
         """Holds what S3 stored against what was read; FileError if they differ."""
-        with s3_errors():
-            head = self._client.head_object(
-                Bucket=self._bucket, Key=key, ChecksumMode="ENABLED"
-            )
+        head = self._ask(self._client.head_object, Key=key, ChecksumMode="ENABLED")
         stored_size, stored_crc = head["ContentLength"], head.get("ChecksumCRC32")
         if stored_size != size:
             raise FileError(f"S3 holds {stored_size:,} bytes, read {size:,}")
@@ -2587,13 +2587,12 @@ class Archive:
         not tell how it went."""
         upload_id = self._uploads.get(key)
         try:
-            with s3_errors():
-                if upload_id is not None:
-                    self._abort(key, upload_id)
-                    self._uploads.pop(key, None)
-                if key in self._doubtful:
-                    self.abort_leftovers(key)
-                    self._doubtful.discard(key)
+            if upload_id is not None:
+                self._abort(key, upload_id)
+                self._uploads.pop(key, None)
+            if key in self._doubtful:
+                self.abort_leftovers(key)
+                self._doubtful.discard(key)
         except ArchiveError as error:
             log.warning(
                 "the upload %s of %s could not be aborted, its parts cost money: %s; the "
@@ -2602,10 +2601,11 @@ class Archive:
             )
 
     def _abort(self, key: str, upload_id: str) -> None:
-        with contextlib.suppress(self._client.exceptions.NoSuchUpload):
-            self._client.abort_multipart_upload(
-                Bucket=self._bucket, Key=key, UploadId=upload_id
-            )
+        try:
+            self._ask(self._client.abort_multipart_upload, Key=key, UploadId=upload_id)
+        except FileError as error:
+            if error.code != "NoSuchUpload":
+                raise
 
     def is_clean(self, key: str) -> bool:
         """Whether no multipart upload of `key` is left."""
@@ -2628,8 +2628,8 @@ class Archive:
                 for upload in page.get("Uploads", ())
                 if upload["Key"] == key
             ]
-            for upload_id in found:
-                self._abort(key, upload_id)
+        for upload_id in found:
+            self._abort(key, upload_id)
         return len(found)
 
     def objects(self, prefix: str) -> Iterator[S3Object]:
@@ -2660,20 +2660,14 @@ class Archive:
     def head(self, key: str) -> tuple[int, int | None]:
         """The file's mtime, and the CRC-32 that S3 keeps of the whole object, None
         if it has none.  Also of a cold one; FileError."""
-        with s3_errors():
-            return about(
-                self._client.head_object(Bucket=self._bucket, Key=key, ChecksumMode="ENABLED")
-            )
+        return about(self._ask(self._client.head_object, Key=key, ChecksumMode="ENABLED"))
 
     def ask_for(self, key: str, tier: str, days: int) -> bool:
         """Asks S3 for a copy that can be read; whether there is one already.
         FileError, Fatal."""
         request = {"Days": days, "GlacierJobParameters": {"Tier": tier.capitalize()}}
         try:
-            with s3_errors():
-                answer = self._client.restore_object(
-                    Bucket=self._bucket, Key=key, RestoreRequest=request
-                )
+            answer = self._ask(self._client.restore_object, Key=key, RestoreRequest=request)
         except FileError as error:
             if error.code == "RestoreAlreadyInProgress":
                 return False
@@ -2688,9 +2682,7 @@ class Archive:
 
         def get(more: dict[str, str]) -> dict[str, Any]:
             try:
-                with s3_errors():
-                    answer = self._client.get_object(Bucket=self._bucket, Key=key, **more)
-                    return dict(answer)
+                return dict(self._ask(self._client.get_object, Key=key, **more))
             except FileError as error:
                 if error.code == "InvalidObjectState":
                     raise Cold("has to be restored first") from None
@@ -2709,8 +2701,7 @@ class Archive:
     def aborts_leftovers(self) -> bool:
         """Whether a lifecycle rule ends unfinished uploads below the prefix."""
         try:
-            with s3_errors():
-                answer = self._client.get_bucket_lifecycle_configuration(Bucket=self._bucket)
+            answer = self._ask(self._client.get_bucket_lifecycle_configuration)
         except FileError as error:
             if error.code == "NoSuchLifecycleConfiguration":
                 return False
@@ -2724,8 +2715,7 @@ class Archive:
 
     def versioned(self) -> bool:
         """Whether the bucket keeps earlier versions of its objects."""
-        with s3_errors():
-            answer = self._client.get_bucket_versioning(Bucket=self._bucket)
+        answer = self._ask(self._client.get_bucket_versioning)
         return bool(answer.get("Status") == "Enabled")
 
     def look(self) -> tuple[str, float]:
@@ -2744,52 +2734,41 @@ class Archive:
     def permissions(self) -> Iterator[tuple[str, Callable[[], None]]]:
         """Each permission that a run needs, and what raises FileError or Fatal if
         it is missing, to be called in this order; nothing is left behind."""
-        bucket, client = {"Bucket": self._bucket}, self._client
-        below = {**bucket, "Prefix": self._prefix}
-        probe = {**bucket, "Key": self._prefix + PROBE}
+        prefix, key, client = self._prefix, self._prefix + PROBE, self._client
 
         def upload() -> None:
-            with s3_errors():
-                begun = client.create_multipart_upload(**probe)
-                self._abort(probe["Key"], begun["UploadId"])
+            self._abort(key, self._ask(client.create_multipart_upload, Key=key)["UploadId"])
 
-        def tried(request: Callable[..., Any], **parameters: Any) -> Callable[[], None]:
-            return partial(self._not_refused, partial(request, **parameters))
-
-        yield "s3:ListBucket", tried(client.list_objects_v2, **below, MaxKeys=1)
-        yield "s3:GetObject", tried(client.head_object, **probe)
-        uploads = tried(client.list_multipart_uploads, **below, MaxUploads=1)
+        tried = self._not_refused
+        yield "s3:ListBucket", partial(tried, client.list_objects_v2, Prefix=prefix, MaxKeys=1)
+        yield "s3:GetObject", partial(tried, client.head_object, Key=key)
+        uploads = partial(tried, client.list_multipart_uploads, Prefix=prefix, MaxUploads=1)
         yield "s3:ListBucketMultipartUploads", uploads
-        aborted = tried(client.abort_multipart_upload, **probe, UploadId="none")
+        aborted = partial(tried, client.abort_multipart_upload, Key=key, UploadId="none")
         yield "s3:AbortMultipartUpload", aborted
         yield "s3:PutObject", upload
 
     def may_restore(self) -> bool:
         """Whether `restore` has the permission that it needs."""
         request = {"Days": 1, "GlacierJobParameters": {"Tier": "Bulk"}}
-        probe = {"Bucket": self._bucket, "Key": self._prefix + PROBE}
-        restore = partial(self._client.restore_object, **probe, RestoreRequest=request)
+        probe = {"Key": self._prefix + PROBE, "RestoreRequest": request}
         try:
-            self._not_refused(restore)
+            self._not_refused(self._client.restore_object, **probe)
         except Fatal:
             return False
         return True
 
-    def _not_refused(self, request: Callable[[], Any]) -> None:
+    def _not_refused(self, request: Callable[..., Any], **parameters: Any) -> None:
         """Passes also where S3 says that there is no such thing: it has looked."""
         try:
-            with s3_errors():
-                request()
+            self._ask(request, **parameters)
         except FileError as error:
             if error.code not in ("404", "NoSuchKey", "NoSuchUpload"):
                 raise
 
     def has_objects(self) -> bool:
         """Whether anything is below the prefix."""
-        with s3_errors():
-            found = self._client.list_objects_v2(
-                Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1
-            )
+        found = self._ask(self._client.list_objects_v2, Prefix=self._prefix, MaxKeys=1)
         return bool(found.get("Contents"))
 
     def put_snapshot(self, database: Path) -> None:
