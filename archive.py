@@ -2322,7 +2322,7 @@ def s3_failure(error: Exception) -> ArchiveError:
         said = f"S3 refused {error.operation_name}: {code} {about.get('Message', '')}"
         if code in REMEDIES:
             return Fatal(f"{said}; {REMEDIES[code]}", code)
-        return FileError(said, code)
+        return (Cold if code == "InvalidObjectState" else FileError)(said, code)
     if isinstance(error, NO_CREDENTIALS):
         keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         return Fatal(f"no AWS credentials: {error}; set {keys}")
@@ -2380,10 +2380,10 @@ class Download:
     """One object's bytes, checked.  `mtime` is that of the metadata, else the time
     when it was stored; `crc32` None if S3 tells none of the whole object."""
 
-    def __init__(self, get: Callable[[dict[str, str]], dict[str, Any]], stopping: Stopping):
+    def __init__(self, get: Callable[..., Any], stopping: Stopping):
         """`get` sends the GET with further parameters; FileError, Cold, Fatal."""
         self._get, self._stopping = get, stopping
-        answer = get({"ChecksumMode": "ENABLED"})
+        answer = get(ChecksumMode="ENABLED")
         self._first: dict[str, Any] | None = answer
         self._etag = answer["ETag"]
         self.size: int = answer["ContentLength"]
@@ -2429,7 +2429,7 @@ class Download:
         if answer is None:
             # The very object that was begun with, not one that has replaced it.
             part = {"Range": f"bytes={at}-"} if at else {}
-            answer = self._get({"IfMatch": self._etag, **part})
+            answer = self._get(IfMatch=self._etag, **part)
         return answer["Body"]
 
 
@@ -2679,16 +2679,7 @@ class Archive:
 
     def download(self, key: str) -> Download:
         """The object; FileError, Cold if it has to be restored first."""
-
-        def get(more: dict[str, str]) -> dict[str, Any]:
-            try:
-                return dict(self._ask(self._client.get_object, Key=key, **more))
-            except FileError as error:
-                if error.code == "InvalidObjectState":
-                    raise Cold("has to be restored first") from None
-                raise
-
-        return Download(get, self._stopping)
+        return Download(partial(self._ask, self._client.get_object, Key=key), self._stopping)
 
     def unfinished(self) -> int:
         """The number of multipart uploads below the prefix that are not ended."""
