@@ -2513,6 +2513,12 @@ class Archive:
         with s3_errors():
             return request(Bucket=self._bucket, **parameters)
 
+    def _pages(self, listing: str, prefix: str, **parameters: Any) -> Iterator[Any]:
+        """The answers to a listing of what is below `prefix`; FileError, Fatal."""
+        paginator = self._client.get_paginator(listing)
+        with s3_errors():
+            yield from paginator.paginate(Bucket=self._bucket, Prefix=prefix, **parameters)
+
     def put(self, key: str, data: bytes, crc32: int, mtime: int) -> None:
         """One PUT, with the CRC-32 for S3 to hold the bytes against.
 
@@ -2618,16 +2624,12 @@ class Archive:
 
     def abort_leftovers(self, key: str) -> int:
         """Aborts the unfinished uploads of exactly `key`; their number."""
-        with s3_errors():
-            pages = self._client.get_paginator("list_multipart_uploads").paginate(
-                Bucket=self._bucket, Prefix=key
-            )
-            found = [
-                upload["UploadId"]
-                for page in pages
-                for upload in page.get("Uploads", ())
-                if upload["Key"] == key
-            ]
+        found = [
+            upload["UploadId"]
+            for page in self._pages("list_multipart_uploads", key)
+            for upload in page.get("Uploads", ())
+            if upload["Key"] == key
+        ]
         for upload_id in found:
             self._abort(key, upload_id)
         return len(found)
@@ -2635,22 +2637,19 @@ class Archive:
     def objects(self, prefix: str) -> Iterator[S3Object]:
         """What is in the bucket below `prefix`, in the order of the keys; a
         request for 1,000 of them.  Not the snapshot."""
-        with s3_errors():
-            pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self._bucket, Prefix=prefix, OptionalObjectAttributes=["RestoreStatus"]
-            )
-            for page in pages:
-                if self._stopping.is_set():
-                    raise Stopped("stopped")
-                for entry in page.get("Contents", ()):
-                    status = entry.get("RestoreStatus", {})
-                    restored = True if "RestoreExpiryDate" in status else None
-                    if status.get("IsRestoreInProgress"):
-                        restored = False
-                    if entry["Key"] != self._prefix + SNAPSHOT:
-                        kind = entry.get("StorageClass", "STANDARD")
-                        at = entry["LastModified"].timestamp()
-                        yield S3Object(entry["Key"], entry["Size"], kind, restored, at)
+        more = {"OptionalObjectAttributes": ["RestoreStatus"]}
+        for page in self._pages("list_objects_v2", prefix, **more):
+            if self._stopping.is_set():
+                raise Stopped("stopped")
+            for entry in page.get("Contents", ()):
+                status = entry.get("RestoreStatus", {})
+                restored = True if "RestoreExpiryDate" in status else None
+                if status.get("IsRestoreInProgress"):
+                    restored = False
+                if entry["Key"] != self._prefix + SNAPSHOT:
+                    kind = entry.get("StorageClass", "STANDARD")
+                    at = entry["LastModified"].timestamp()
+                    yield S3Object(entry["Key"], entry["Size"], kind, restored, at)
 
     @property
     def region(self) -> str | None:
@@ -2683,11 +2682,8 @@ class Archive:
 
     def unfinished(self) -> int:
         """The number of multipart uploads below the prefix that are not ended."""
-        with s3_errors():
-            pages = self._client.get_paginator("list_multipart_uploads").paginate(
-                Bucket=self._bucket, Prefix=self._prefix
-            )
-            return sum(len(page.get("Uploads", ())) for page in pages)
+        pages = self._pages("list_multipart_uploads", self._prefix)
+        return sum(len(page.get("Uploads", ())) for page in pages)
 
     def aborts_leftovers(self) -> bool:
         """Whether a lifecycle rule ends unfinished uploads below the prefix."""
