@@ -86,7 +86,6 @@ import botocore.handlers
 import dotenv
 import paramiko
 import urllib3
-from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore import exceptions as aws
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -2317,9 +2316,10 @@ class Unreachable(FileError):
 def s3_failure(error: Exception) -> ArchiveError:
     """What boto3 raised, as Fatal where every file would fail alike."""
     if isinstance(error, aws.ClientError):
-        about = error.response.get("Error", {})
-        code = HEAD_CODES.get(str(about.get("Code")), str(about.get("Code")))
-        said = f"S3 refused {error.operation_name}: {code} {about.get('Message', '')}"
+        told = error.response.get("Error", {})
+        code = str(told.get("Code"))
+        code = HEAD_CODES.get(code, code)
+        said = f"S3 refused {error.operation_name}: {code} {told.get('Message', '')}"
         if code in REMEDIES:
             return Fatal(f"{said}; {REMEDIES[code]}", code)
         return (Cold if code == "InvalidObjectState" else FileError)(said, code)
@@ -2336,7 +2336,7 @@ def s3_errors() -> Iterator[None]:
     """Turns what boto3 raises into our own errors."""
     try:
         yield
-    except (aws.ClientError, aws.BotoCoreError, Boto3Error) as error:
+    except (aws.ClientError, aws.BotoCoreError) as error:
         raise s3_failure(error) from None
 
 
@@ -2470,6 +2470,7 @@ class Archive:
             parse_endpoint(self._client.meta.endpoint_url)
         except ValueError as error:  # boto3 has other sources for it than ours
             raise Fatal(f"S3 endpoint {self._client.meta.endpoint_url}: {error}") from None
+        self.region: str | None = self._client.meta.region_name
         events = self._client.meta.events
         # "Expect: 100-continue" costs every PUT a round trip.
         events.unregister("before-call.s3", botocore.handlers.add_expect_header)
@@ -2650,11 +2651,6 @@ class Archive:
                     kind = entry.get("StorageClass", "STANDARD")
                     at = entry["LastModified"].timestamp()
                     yield S3Object(entry["Key"], entry["Size"], kind, restored, at)
-
-    @property
-    def region(self) -> str | None:
-        region: str | None = self._client.meta.region_name
-        return region
 
     def head(self, key: str) -> tuple[int, int | None]:
         """The file's mtime, and the CRC-32 that S3 keeps of the whole object, None
