@@ -3046,15 +3046,13 @@ class Run:
         jobs = []
         for file in files:
             try:
-                jobs.append(self._job(file))
+                key, plan = key_and_plan(file, self.config, self.state)
             except FileError as error:
                 self.report.failure(file.path, error)
+                continue
+            jobs.append(Job(file, key, plan, self.state.crc_to_recheck(file)))
         self.found(sum(job.file.size for job in jobs))
         return jobs
-
-    def _job(self, file: RemoteFile) -> Job:
-        key, plan = key_and_plan(file, self.config, self.state)
-        return Job(file, key, plan, self.state.crc_to_recheck(file))
 
     def _transfer(self, pages: Iterable[list[Job]]) -> Iterator[list[Outcome]]:
         """Sends many files at once and yields what became of them, as many as
