@@ -3325,6 +3325,9 @@ class Count:
         self.files += 1
         self.bytes += size
 
+    def __add__(self, other: Count) -> Count:
+        return Count(self.files + other.files, self.bytes + other.bytes)
+
     def __str__(self) -> str:
         return f"{self.files:,} ({size_text(self.bytes)})"
 
@@ -3430,17 +3433,11 @@ def number(usd: float) -> float | None:
     return None if math.isnan(usd) else round(usd, 6)
 
 
-def total(counts: Iterable[Count]) -> Count:
-    counts = list(counts)
-    return Count(sum(count.files for count in counts), sum(count.bytes for count in counts))
-
-
 def by_class(state: State, default: str) -> dict[str, Count]:
     """What is archived, by storage class; `default` where none was recorded."""
     held: dict[str, Count] = {}
     for kind, files, size in state.totals():
-        count = held.setdefault(kind or default, Count())
-        count.files, count.bytes = count.files + files, count.bytes + size
+        held[kind or default] = held.get(kind or default, Count()) + Count(files, size)
     return held
 
 
@@ -3515,7 +3512,7 @@ def foresee(
 def forecast_usd(forecast: Forecast, kind: str, money: Money) -> dict[str, float]:
     """What comes of the forecast, in USD; `kind` is the class of what is uploaded."""
     after = forecast.afterwards.items()
-    archived = total(forecast.afterwards.values())
+    archived = sum(forecast.afterwards.values(), Count())
     return {
         "upload": money.upload(kind, forecast.requests),
         "overwritten_early": forecast.early,
@@ -3548,7 +3545,7 @@ def foretold(
         "links": walk.links,
         "special": walk.special,
         "requests": forecast.requests._asdict(),
-        "afterwards": dataclasses.asdict(total(forecast.afterwards.values())),
+        "afterwards": dataclasses.asdict(sum(forecast.afterwards.values(), Count())),
         "usd": {name: number(amount) for name, amount in usd.items()},
         "prices": money.about(),
     }
@@ -3559,7 +3556,7 @@ def show_plan(
 ) -> None:
     others = (("Links", walk.links), ("Special", walk.special))
     requests = (f"{n:,} {kind}" for kind, n in forecast.requests._asdict().items() if n)
-    archived = total(forecast.afterwards.values())
+    archived = sum(forecast.afterwards.values(), Count())
     told = {name: usd_text(amount) for name, amount in usd.items()}
     tools.table(
         "PLAN",
@@ -3571,7 +3568,7 @@ def show_plan(
             ("Hidden", walk.hidden),
             ("Excluded", walk.excluded),
             *((label, count) for label, count in others if count),
-            ("To upload", total((forecast.new, forecast.changed))),
+            ("To upload", forecast.new + forecast.changed),
             ("Requests", ", ".join(requests) or "none"),
             ("Upload", told["upload"]),
             ("Overwritten early", told["overwritten_early"]),
@@ -3636,7 +3633,7 @@ def status(tools: Tools, as_json: bool) -> int:
     tools.table(
         "STATUS",
         [
-            ("Archived", total(held.values()) if state else NOT_KNOWN),
+            ("Archived", sum(held.values(), Count()) if state else NOT_KNOWN),
             *held.items(),
             ("Storage a month", usd_text(month) if state else NOT_KNOWN),
             ("Box", box),
@@ -4064,7 +4061,7 @@ def estimate(
 ) -> None:
     """Tells what the restore costs; `ready` are the bytes that need not be asked for."""
     money = Money(tools.archive.region, tools.config.prices)
-    asked_for = total(cold.values())
+    asked_for = sum(cold.values(), Count())
     tier, days = options.tier, options.days
     download = money.download(asked_for.files, asked_for.bytes + ready)
     tools.table(
