@@ -3475,7 +3475,21 @@ def plan(tools: Tools, as_json: bool) -> int:
                 looked(len(page))
     usd = forecast_usd(forecast, config.storage_class, money)
     if as_json:
-        tools.show(json.dumps(foretold(forecast, walk, usd, money), indent=2))
+        told = {
+            "new": forecast.new,
+            "changed": forecast.changed,
+            "unchanged": forecast.unchanged,
+            "unreadable": forecast.unreadable,
+            "hidden": walk.hidden,
+            "excluded": walk.excluded,
+            "links": walk.links,
+            "special": walk.special,
+            "requests": forecast.requests._asdict(),
+            "afterwards": sum(forecast.afterwards.values(), Count()),
+            "usd": {name: number(amount) for name, amount in usd.items()},
+            "prices": money.about(),
+        }
+        tools.show(json.dumps(told, indent=2, default=vars))
     else:
         show_plan(tools, forecast, walk, usd, money)
     return 3 if forecast.unreadable else 0
@@ -3529,26 +3543,6 @@ def restore_cost(
 ) -> float:
     """USD for copies of all of it that can be read for `days`."""
     return sum(money.restore(kind, tier, c.files, c.bytes, days) for kind, c in held)
-
-
-def foretold(
-    forecast: Forecast, walk: Walk, usd: dict[str, float], money: Money
-) -> dict[str, Any]:
-    """The forecast as JSON has it."""
-    return {
-        "new": dataclasses.asdict(forecast.new),
-        "changed": dataclasses.asdict(forecast.changed),
-        "unchanged": dataclasses.asdict(forecast.unchanged),
-        "unreadable": forecast.unreadable,
-        "hidden": walk.hidden,
-        "excluded": walk.excluded,
-        "links": walk.links,
-        "special": walk.special,
-        "requests": forecast.requests._asdict(),
-        "afterwards": dataclasses.asdict(sum(forecast.afterwards.values(), Count())),
-        "usd": {name: number(amount) for name, amount in usd.items()},
-        "prices": money.about(),
-    }
 
 
 def show_plan(
@@ -3615,9 +3609,8 @@ def status(tools: Tools, as_json: bool) -> int:
         rule, rule_told = asked(tools.archive.aborts_leftovers)
         versions, versions_told = asked(tools.archive.versioned)
     if as_json:
-        archived = {kind: dataclasses.asdict(count) for kind, count in held.items()}
         told = {
-            "archived": archived if state else None,
+            "archived": held if state else None,
             "usd_a_month": number(month) if state else None,
             "prices": money.about(),
             "runs": [run._asdict() for run in runs],
@@ -3626,7 +3619,7 @@ def status(tools: Tools, as_json: bool) -> int:
             "lifecycle_rule": rule,
             "versioning": versions,
         }
-        tools.show(json.dumps(told, indent=2))
+        tools.show(json.dumps(told, indent=2, default=vars))
         return 0
     no_rule = "none that aborts unfinished uploads: see the README"
     box = f"{size_text(room[0])} used, {size_text(room[1])} free" if room else room_told
