@@ -3422,10 +3422,9 @@ def in_parallel(
                 yield ahead.popleft().result()
         except BaseException:
             stopping.set()
-            raise
-        finally:
             for future in ahead:
                 future.cancel()
+            raise
 
 
 def number(usd: float) -> float | None:
@@ -3699,13 +3698,12 @@ def verify(tools: Tools, checksums: bool, repair: bool) -> int:
     config = tools.config
     labels = ("Agree", "Missing", "Wrong size", "Wrong class", "Wrong checksum")
     counts = dict.fromkeys((*labels, "No checksum", "Not recorded", "Failed"), 0)
-    threads = config.transfers if checksums else 1
     forgotten = 0
 
     def judge(pair: tuple[S3Object | None, Recorded | None]) -> Finding:
         found, row = pair
         finding = compare(found, row)
-        if finding.label != "Agree" or not checksums or row is None or found is None:
+        if finding.label != "Agree" or row is None or found is None:
             return finding
         try:
             _, stored = tools.archive.head(found.key)
@@ -3730,11 +3728,9 @@ def verify(tools: Tools, checksums: bool, repair: bool) -> int:
         pairs = matched(
             tools.archive.objects(config.prefix), state.recorded(tools.key_of, config.prefix)
         )
-        findings = (
-            in_parallel(judge, pairs, threads, tools.box.stopping)
-            if checksums
-            else map(judge, pairs)
-        )
+        findings: Iterator[Finding] = itertools.starmap(compare, pairs)
+        if checksums:
+            findings = in_parallel(judge, pairs, config.transfers, tools.box.stopping)
         for finding in findings:
             looked(1)
             counts[finding.label] += 1
