@@ -3790,6 +3790,7 @@ class Wanted(NamedTuple):
     crc32: int | None
     storage_class: str
     restored: bool | None  # as in S3Object
+    fault: str = ""  # why it cannot be
 
 
 # What is the case with one, in the words of the summary.
@@ -3817,7 +3818,7 @@ class Restore:
     def __post_init__(self) -> None:
         self._pace = Pace(RESTORES_A_SECOND, self.tools.box.stopping)
         self._threads = self.tools.config.transfers
-        self._names = threading.Lock()
+        self._lock = threading.Lock()
         self._under_way: set[bytes] = set()  # names that are being written
 
     def look(self) -> tuple[int, dict[str, Count]]:
@@ -3855,27 +3856,23 @@ class Restore:
     ) -> Iterator[tuple[Wanted, str, FileError | None]]:
         """Each that is wanted, what `judge` says of it, and the FileError."""
 
-        def judged(
-            found: tuple[Wanted, FileError | None],
-        ) -> tuple[Wanted, str, FileError | None]:
-            wanted, fault = found
+        def judged(wanted: Wanted) -> tuple[Wanted, str, FileError | None]:
             if self.tools.box.stopping.is_set():
                 raise Stopped("stopped")
             try:
-                if fault is None:
-                    return wanted, judge(wanted), None
+                return wanted, judge(wanted), None
             except FileError as error:
-                fault = error
+                return wanted, FAILED, error
             except ArchiveError:
                 raise
             except Exception as error:  # whatever a library did not expect of a server
                 log.debug("traceback of %s", printable(wanted.key), exc_info=True)
-                fault = FileError(f"unexpected {type(error).__name__}: {error}")
-            return wanted, FAILED, fault
+                reason = f"unexpected {type(error).__name__}: {error}"
+                return wanted, FAILED, FileError(reason)
 
         return in_parallel(judged, self._wanted(), self._threads, self.tools.box.stopping)
 
-    def _wanted(self) -> Iterator[tuple[Wanted, FileError | None]]:
+    def _wanted(self) -> Iterator[Wanted]:
         prefix = self.tools.config.prefix
         for path in self.paths or [b""]:
             start = prefix + escape(path, KEY_ESCAPES)
@@ -3890,12 +3887,10 @@ class Restore:
                 met += 1
                 yield self._describe(key, found, row)
             if path and not met:
-                nothing = Wanted(start, path, 0, None, None, "", None)
-                yield nothing, FileError("nothing is archived under this path")
+                nothing = "nothing is archived under this path"
+                yield Wanted(start, path, 0, None, None, "", None, nothing)
 
-    def _describe(
-        self, key: str, found: S3Object | None, row: Recorded | None
-    ) -> tuple[Wanted, FileError | None]:
+    def _describe(self, key: str, found: S3Object | None, row: Recorded | None) -> Wanted:
         name = unescape(key[len(self.tools.config.prefix) :])
         size, kind, restored = found[1:4] if found else (0, "", None)
         # A run that was lost with its state has replaced it: S3's own word holds.
@@ -3903,18 +3898,20 @@ class Restore:
             log.warning("%s was stored anew after it was recorded", printable(key))
             row = None
         mtime, crc32 = (row.mtime, row.crc32) if row else (None, None)
-        wanted = Wanted(key, name, size, mtime, crc32, kind, restored)
+        fault = ""
         windows = os.name == "nt" and (b"\\" in name or b":" in name)
         if {b"", b".", b".."} & set(name.split(b"/")) or b"\0" in name or windows:
-            return wanted, FileError("no file can have this name")
-        if found is None:
-            return wanted, FileError("recorded, but not in the bucket")
-        if row and row.size != size:
-            return wanted, FileError(f"S3 holds {size:,} bytes, recorded are {row.size:,}")
-        return wanted, None
+            fault = "no file can have this name"
+        elif found is None:
+            fault = "recorded, but not in the bucket"
+        elif row and row.size != size:
+            fault = f"S3 holds {size:,} bytes, recorded are {row.size:,}"
+        return Wanted(key, name, size, mtime, crc32, kind, restored, fault)
 
     def _sort(self, wanted: Wanted) -> str:
         """What is the case; FileError."""
+        if wanted.fault:
+            raise FileError(wanted.fault)
         there = self.target.find(wanted.name)
         if there is not None:
             mtime = wanted.mtime
@@ -3954,14 +3951,14 @@ class Restore:
 
     def _may_ask(self) -> bool:
         """Counts down what was agreed to: more may have become cold since."""
-        with self._names:
+        with self._lock:
             self.may_ask -= 1
             return self.may_ask >= 0
 
     def _fetch(self, wanted: Wanted) -> None:
         """The object's bytes to their place; FileError."""
         name = wanted.name
-        with self._names:
+        with self._lock:
             if name in self._under_way:
                 raise FileError("another object gives the same name")
             self._under_way.add(name)
@@ -3977,7 +3974,7 @@ class Restore:
 
                 self.target.store(name, mtime, blocks, self.replace)
         finally:
-            with self._names:
+            with self._lock:
                 self._under_way.discard(name)
 
 
