@@ -3984,12 +3984,10 @@ def restore(tools: Tools, options: argparse.Namespace, agreed: Callable[[str], b
     `agreed` is asked before anything is requested that costs money.
     """
     config = tools.config
-    local = options.to is not None
-    target = (
-        LocalFolder(Path(options.to))
-        if local
-        else BoxFolder(tools.box, parse_root(options.to_box))
-    )
+    if options.to is not None:
+        target: LocalFolder | BoxFolder = LocalFolder(Path(options.to))
+    else:
+        target = BoxFolder(tools.box, parse_root(options.to_box))
     lock = config.state_db.with_name(config.state_db.name + ".restore")
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(lock))
@@ -4014,8 +4012,7 @@ def restore(tools: Tools, options: argparse.Namespace, agreed: Callable[[str], b
             work.may_ask = sum(count.files for count in cold.values())
         tools.found(ready)
         counts = work.bring_back()
-    rows: list[tuple[str, object]] = [(what, count) for what, count in counts.items()]
-    tools.table("RESTORE", [*rows, ("Restored bytes", work.bytes)])
+    tools.table("RESTORE", [*counts.items(), ("Restored bytes", work.bytes)])
     waiting = counts[ASKED] + counts[BUSY] + counts[COLD]
     if options.manifest and counts[COLD]:
         log.warning(
