@@ -2766,8 +2766,8 @@ class Archive:
                 source, self._bucket, self._prefix + SNAPSHOT, extra, Config=config
             )
 
-    def get_snapshot(self, target: Path) -> datetime | None:
-        """Writes the state's copy to `target`; the time when it was stored, None
+    def get_snapshot(self, target: Path) -> str | None:
+        """Writes the state's copy to `target`; when it was stored, as text, None
         if there is none."""
         key = self._prefix + SNAPSHOT
         with s3_errors():
@@ -2778,7 +2778,7 @@ class Archive:
             with target.open("wb") as copy:
                 for block in answer["Body"].iter_chunks(MIB):
                     copy.write(block)
-        return answer["LastModified"]
+        return time_text(answer["LastModified"].timestamp())
 
 
 # ----------------------------------------------------------------------- Money
@@ -3258,7 +3258,7 @@ def journal(database: Path) -> Path:
     return database.with_name(database.name + "-journal")
 
 
-def fetch_snapshot(archive: Archive, target: Path) -> tuple[datetime | None, bool]:
+def fetch_snapshot(archive: Archive, target: Path) -> tuple[str | None, bool]:
     """When the bucket's snapshot was stored, None if there is none, and whether it is
     of any use: only then it is in `target`."""
     stored_at = archive.get_snapshot(target)
@@ -3284,10 +3284,7 @@ def take_snapshot(path: Path, archive: Archive, way_out: str) -> bool:
     # Left by a killed run, it would be rolled back into the snapshot.
     journal(path).unlink(missing_ok=True)
     os.replace(partial, path)
-    log.warning(
-        "no state in %s: took the snapshot of %s from the bucket",
-        *(path, time_text(stored_at.timestamp())),
-    )
+    log.warning("no state in %s: took the snapshot of %s from the bucket", path, stored_at)
     return True
 
 
@@ -3361,8 +3358,7 @@ class Tools:
         else:
             with tempfile.TemporaryDirectory(prefix="archive-") as folder:
                 snapshot = Path(folder) / "snapshot"
-                instead = self._snapshot(snapshot)
-                log.warning("no state in %s, %s", path, instead)
+                log.warning("no state in %s, %s", path, self._snapshot(snapshot))
                 state = State(snapshot, private=True)
         state.pin(pins)
         return state
@@ -3370,8 +3366,8 @@ class Tools:
     def _snapshot(self, target: Path) -> str:
         """Takes the bucket's snapshot, if it is of any use; what to tell of it."""
         stored_at, usable = fetch_snapshot(self.archive, target)
-        if stored_at is not None and usable:
-            return f"taking the snapshot of {time_text(stored_at.timestamp())}"
+        if usable:
+            return f"taking the snapshot of {stored_at}"
         if stored_at is not None:
             return "and its snapshot in the bucket is damaged"
         if self.archive.has_objects():
