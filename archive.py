@@ -3288,10 +3288,10 @@ def take_snapshot(path: Path, archive: Archive, way_out: str) -> bool:
     return True
 
 
-def run(state: State, work: Run) -> int:
+def run(work: Run) -> int:
     """Archives the box: 0, or 3 if something is incomplete; ArchiveError."""
     report = work.report
-    state.begin_run(report.started_at)
+    work.state.begin_run(report.started_at)
     status = 1
     try:
         work.box.connection()
@@ -3304,7 +3304,7 @@ def run(state: State, work: Run) -> int:
         raise
     finally:
         counts = (report.uploaded, report.skipped, report.failed, report.bytes_uploaded)
-        state.end_run(report.started_at, status, *counts)
+        work.state.end_run(report.started_at, status, *counts)
     return status
 
 
@@ -4509,8 +4509,7 @@ def perform(tools: Tools, arguments: argparse.Namespace, report: Report) -> int:
         stack.enter_context(locked(config.state_db))
         state = open_state(config, archive, arguments.new_state)
         stack.enter_context(contextlib.closing(state))
-        work = Run(config, tools.box, archive, state, report, tools.found, tools.sending)
-        return run(state, work)
+        return run(Run(config, tools.box, archive, state, report, tools.found, tools.sending))
 
 
 def agreed(question: str) -> bool:
