@@ -4150,12 +4150,18 @@ exit statuses:
 """
 
 
+def redacted(text: str, secrets: Iterable[str]) -> str:
+    for secret in sorted(secrets, key=len, reverse=True):  # one may begin another
+        text = text.replace(secret, "***")
+    return text
+
+
 class OneLine(logging.Formatter):
     """Any message on one line, whoever wrote it, and without secrets."""
 
     def __init__(self, form: str, secrets: Iterable[str]):
         super().__init__(form, "%Y-%m-%dT%H:%M:%S%z")
-        self._secrets = sorted(secrets, key=len, reverse=True)
+        self._secrets = secrets
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         kind = {logging.WARNING: "warning: ", logging.CRITICAL: "error: "}
@@ -4168,10 +4174,7 @@ class OneLine(logging.Formatter):
         return printable(super().formatException(ei))
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return text
+        return redacted(super().format(record), self._secrets)
 
 
 class Progress:
@@ -4261,11 +4264,9 @@ def start_logging(config: Config, verbosity: int, bars: bool) -> None:
 
 def show(text: str, secrets: Iterable[str]) -> None:
     """Prints to stdout; a closed output (`| head`) is no error."""
-    for secret in secrets:  # S3's words may be among it
-        text = text.replace(secret, "***")
     try:
         with tqdm.external_write_mode(sys.stdout):  # above the bars, if there are any
-            print(text, flush=True)
+            print(redacted(text, secrets), flush=True)  # S3's words may be among it
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
