@@ -4196,8 +4196,8 @@ class Progress:
     @contextlib.contextmanager
     def counting(self, doing: str) -> Iterator[Sent]:
         """A function to be called with each number of files that were looked at."""
-        more = {"total": None, "unit": " files", "unit_scale": False, "leave": False}
-        with tqdm(desc=doing, disable=not self._shown, dynamic_ncols=True, **more) as bar:
+        form = {"unit": " files", "dynamic_ncols": True, "leave": False}
+        with tqdm(desc=doing, disable=not self._shown, **form) as bar:
             yield bar.update
 
     def found(self, size: int) -> None:
