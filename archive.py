@@ -3443,32 +3443,72 @@ def by_class(state: State, default: str) -> dict[str, Count]:
 class Forecast:
     """What a run would do, and what that costs in USD."""
 
+    config: Config
+    money: Money
+    afterwards: dict[str, Count]  # what is archived, by class
     new: Count = dataclasses.field(default_factory=Count)
     changed: Count = dataclasses.field(default_factory=Count)
     unchanged: Count = dataclasses.field(default_factory=Count)
     unreadable: int = 0
     requests: Requests = Requests()
     early: float = 0.0
-    afterwards: dict[str, Count] = dataclasses.field(default_factory=dict)  # by class
 
     def failure(self, path: bytes, reason: object) -> None:
         self.unreadable += 1
         tell_failure(path, reason)
+
+    def add(self, page: list[RemoteFile], state: State) -> None:
+        """Foresees what becomes of a page of files."""
+        pending = state.not_archived(page)
+        for file in set(page) - set(pending):
+            self.unchanged.add(file.size)
+        for file in pending:
+            row = state.earlier(file)
+            if row and (row.size, row.mtime) == (file.size, file.mtime):
+                self.unchanged.add(file.size)  # to be looked at again
+                continue
+            try:
+                requests = requests_of(file.size, key_and_plan(file, self.config, state)[1])
+            except FileError as error:
+                self.failure(file.path, error)
+                continue
+            (self.changed if row else self.new).add(file.size)
+            self.requests = Requests(*map(sum, zip(self.requests, requests)))
+            if row:
+                kind = row.storage_class or self.config.storage_class
+                age = (time.time() - (row.uploaded_at or 0)) / 86400
+                self.early += self.money.early(kind, row.size, age)
+                self.afterwards[kind].files -= 1
+                self.afterwards[kind].bytes -= row.size
+            self.afterwards.setdefault(self.config.storage_class, Count()).add(file.size)
+
+    def usd(self) -> dict[str, float]:
+        """What comes of it, in USD."""
+        money, after = self.money, self.afterwards.items()
+        archived = sum(self.afterwards.values(), Count())
+        return {
+            "upload": money.upload(self.config.storage_class, self.requests),
+            "overwritten_early": self.early,
+            "storage_a_month": sum(money.month(k, c.files, c.bytes) for k, c in after),
+            "of_it_per_object": sum(money.index(k, c.files) for k, c in after),
+            "full_restore_bulk": restore_cost(money, after, "bulk"),
+            "full_restore_standard": restore_cost(money, after, "standard"),
+            "full_download": money.download(archived.files, archived.bytes),
+        }
 
 
 def plan(tools: Tools, as_json: bool) -> int:
     """Walks the box and tells what `run` would do; changes nothing.  0, or 3 if
     something could not be listed."""
     config, money = tools.config, Money(tools.archive.region, tools.config.prices)
-    forecast = Forecast()
-    walk = walk_of(config, tools.box, forecast.failure)
     with contextlib.closing(tools.state(destination(config) | source(config))) as state:
-        forecast.afterwards = by_class(state, config.storage_class)
+        forecast = Forecast(config, money, by_class(state, config.storage_class))
+        walk = walk_of(config, tools.box, forecast.failure)
         with tools.counting("looking") as looked:
             for page in walk:
-                foresee(forecast, state, page, config, money)
+                forecast.add(page, state)
                 looked(len(page))
-    usd = forecast_usd(forecast, config.storage_class, money)
+    usd = forecast.usd()
     if as_json:
         told = {
             "new": forecast.new,
@@ -3486,51 +3526,8 @@ def plan(tools: Tools, as_json: bool) -> int:
         }
         tools.show(json.dumps(told, indent=2, default=vars))
     else:
-        show_plan(tools, forecast, walk, usd, money)
+        show_plan(tools, forecast, walk, usd)
     return 3 if forecast.unreadable else 0
-
-
-def foresee(
-    forecast: Forecast, state: State, page: list[RemoteFile], config: Config, money: Money
-) -> None:
-    """Adds a page of files to the forecast."""
-    pending = state.not_archived(page)
-    for file in set(page) - set(pending):
-        forecast.unchanged.add(file.size)
-    for file in pending:
-        row = state.earlier(file)
-        if row and (row.size, row.mtime) == (file.size, file.mtime):
-            forecast.unchanged.add(file.size)  # to be looked at again
-            continue
-        try:
-            requests = requests_of(file.size, key_and_plan(file, config, state)[1])
-        except FileError as error:
-            forecast.failure(file.path, error)
-            continue
-        (forecast.changed if row else forecast.new).add(file.size)
-        forecast.requests = Requests(*map(sum, zip(forecast.requests, requests)))
-        if row:
-            kind = row.storage_class or config.storage_class
-            age = (time.time() - (row.uploaded_at or 0)) / 86400
-            forecast.early += money.early(kind, row.size, age)
-            forecast.afterwards[kind].files -= 1
-            forecast.afterwards[kind].bytes -= row.size
-        forecast.afterwards.setdefault(config.storage_class, Count()).add(file.size)
-
-
-def forecast_usd(forecast: Forecast, kind: str, money: Money) -> dict[str, float]:
-    """What comes of the forecast, in USD; `kind` is the class of what is uploaded."""
-    after = forecast.afterwards.items()
-    archived = sum(forecast.afterwards.values(), Count())
-    return {
-        "upload": money.upload(kind, forecast.requests),
-        "overwritten_early": forecast.early,
-        "storage_a_month": sum(money.month(k, c.files, c.bytes) for k, c in after),
-        "of_it_per_object": sum(money.index(k, c.files) for k, c in after),
-        "full_restore_bulk": restore_cost(money, after, "bulk"),
-        "full_restore_standard": restore_cost(money, after, "standard"),
-        "full_download": money.download(archived.files, archived.bytes),
-    }
 
 
 def restore_cost(
@@ -3540,9 +3537,7 @@ def restore_cost(
     return sum(money.restore(kind, tier, c.files, c.bytes, days) for kind, c in held)
 
 
-def show_plan(
-    tools: Tools, forecast: Forecast, walk: Walk, usd: dict[str, float], money: Money
-) -> None:
+def show_plan(tools: Tools, forecast: Forecast, walk: Walk, usd: dict[str, float]) -> None:
     others = (("Links", walk.links), ("Special", walk.special))
     requests = (f"{n:,} {kind}" for kind, n in forecast.requests._asdict().items() if n)
     archived = sum(forecast.afterwards.values(), Count())
@@ -3571,7 +3566,7 @@ def show_plan(
             ("and download it", f"{told['full_download']} out of AWS"),
         ],
     )
-    tools.tell([f"({money.note})"])
+    tools.tell([f"({forecast.money.note})"])
     index = usd["of_it_per_object"]
     data = usd["storage_a_month"] - index
     if index > data:
