@@ -3385,21 +3385,18 @@ class Tools:
 
 def matched(
     objects: Iterable[S3Object], rows: Iterable[Recorded]
-) -> Iterator[tuple[S3Object | None, Recorded | None]]:
-    """Those with the same key together, None where there is no other; both come
+) -> Iterator[tuple[str, S3Object | None, Recorded | None]]:
+    """Each key with its object and its row, None where there is none; both come
     in the order of their keys."""
     left, right = iter(objects), iter(rows)
     found, row = next(left, None), next(right, None)
-    while found is not None or row is not None:
-        if found is not None and row is not None and found.key == row.key:
-            yield found, row
-            found, row = next(left, None), next(right, None)
-        elif row is None or (found is not None and found.key < str(row.key)):
-            yield found, None
-            found = next(left, None)
-        else:
-            yield None, row
-            row = next(right, None)
+    while found or row:
+        key = min(str(one.key) for one in (found, row) if one)
+        held = found if found and found.key == key else None
+        known = row if row and row.key == key else None
+        yield key, held, known
+        found = next(left, None) if held else found
+        row = next(right, None) if known else row
 
 
 def in_parallel(
@@ -3691,21 +3688,21 @@ def verify(tools: Tools, checksums: bool, repair: bool) -> int:
     counts = dict.fromkeys((*labels, "No checksum", "Not recorded", "Failed"), 0)
     forgotten = 0
 
-    def judge(pair: tuple[S3Object | None, Recorded | None]) -> Finding:
-        found, row = pair
-        finding = compare(found, row)
-        if finding.label != "Agree" or row is None or found is None:
+    def judge(pair: tuple[str, S3Object | None, Recorded | None]) -> Finding:
+        key, _, row = pair
+        finding = compare(*pair)
+        if finding.label != "Agree" or row is None:
             return finding
         try:
-            _, stored = tools.archive.head(found.key)
+            _, stored = tools.archive.head(key)
         except FileError as error:
-            return Finding("Failed", found.key, str(error))
+            return Finding("Failed", key, str(error))
         if stored is None or row.crc32 is None:
             return finding._replace(label="No checksum")
         if stored == row.crc32:
             return finding
         fault = f"S3 holds CRC-32 {crc_text(stored)}, recorded is {crc_text(row.crc32)}"
-        return Finding("Wrong checksum", found.key, fault, row.path)
+        return Finding("Wrong checksum", key, fault, row.path)
 
     with contextlib.ExitStack() as stack:
         if repair:
@@ -3750,22 +3747,21 @@ def surely(archive: Archive, finding: Finding) -> bool:
     return False
 
 
-def compare(found: S3Object | None, row: Recorded | None) -> Finding:
-    """What the listing has against what is recorded."""
+def compare(key: str, found: S3Object | None, row: Recorded | None) -> Finding:
+    """What the listing has of `key` against what is recorded."""
     if row is None:
-        key = found.key if found else ""
         if found and not found.size and key.endswith("/"):
             return Finding("Agree", key)  # a folder, as S3's console makes them
         return Finding("Not recorded", key, "in the bucket, but not recorded")
     if found is None:
-        return Finding("Missing", str(row.key), "recorded, but not in the bucket", row.path)
+        return Finding("Missing", key, "recorded, but not in the bucket", row.path)
     if found.size != row.size:
         fault = f"S3 holds {found.size:,} bytes, recorded are {row.size:,}"
-        return Finding("Wrong size", found.key, fault, row.path)
+        return Finding("Wrong size", key, fault, row.path)
     if row.storage_class not in (None, found.storage_class):
         fault = f"S3 holds it in {found.storage_class}, recorded is {row.storage_class}"
-        return Finding("Wrong class", found.key, fault, row.path)
-    return Finding("Agree", found.key)
+        return Finding("Wrong class", key, fault, row.path)
+    return Finding("Agree", key)
 
 
 # restore
@@ -3869,8 +3865,7 @@ class Restore:
             start = prefix + escape(path, KEY_ESCAPES)
             rows = self.state.recorded(self.tools.key_of, start)
             met = 0
-            for found, row in matched(self.tools.archive.objects(start), rows):
-                key = found.key if found else str(row.key if row else "")
+            for key, found, row in matched(self.tools.archive.objects(start), rows):
                 if path and key[len(start) :][:1] not in ("", "/"):
                     continue
                 if found and not found.size and key.endswith("/"):
