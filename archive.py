@@ -2827,8 +2827,7 @@ class Money:
         """Storage for a month: bytes at the class's price; for a cold class also
         8 KB a file at STANDARD's and 32 KB at its own ("Amazon S3 pricing", note
         on metadata of archived objects)."""
-        index = self.index(kind, files)
-        return size / GIB * self._price(kind, "month") + index
+        return size / GIB * self._price(kind, "month") + self.index(kind, files)
 
     def index(self, kind: str, files: int) -> float:
         """The part of `month` that does not depend on the files' size."""
@@ -2852,7 +2851,7 @@ class Money:
         if kind not in MINIMUM_DAYS:
             return 0.0 if kind == "STANDARD" else math.nan
         left = max(0.0, MINIMUM_DAYS[kind] - age_days)
-        return self.month(kind, 1, size) * left / DAYS_A_MONTH if left else 0.0
+        return self.month(kind, 1, size) * left / DAYS_A_MONTH
 
     def restore(self, kind: str, tier: str, files: int, size: int, days: int) -> float:
         """Requests and bytes at the tier's price, and the copies at STANDARD's for
@@ -3617,7 +3616,7 @@ def status(tools: Tools, as_json: bool) -> int:
             *held.items(),
             ("Storage a month", usd_text(month) if state else NOT_KNOWN),
             ("Box", box),
-            ("Unfinished uploads", leftovers_told or leftovers or 0),
+            ("Unfinished uploads", leftovers_told or leftovers),
             ("Lifecycle rule", rule_told or ("aborts unfinished uploads" if rule else no_rule)),
             ("Versioning", versions_told or ("on" if versions else "off")),
         ],
@@ -3921,9 +3920,8 @@ class Restore:
         case = self._sort(wanted)
         if case == COLD and self._may_ask():
             self._pace.wait(1)
-            case = ASKED
-            if self.tools.archive.ask_for(wanted.key, self.tier, self.days):
-                case = READY
+            ready = self.tools.archive.ask_for(wanted.key, self.tier, self.days)
+            case = READY if ready else ASKED
         if case != READY:
             return case
         try:
@@ -4105,8 +4103,7 @@ def check_state(config: Config) -> str:
 
 
 def check_box(tools: Tools, passed: Callable[[str], None]) -> str:
-    connection = connect(tools.config, passed)
-    connection.close("checked")
+    connect(tools.config, passed).close("checked")
     return "SFTP answers"
 
 
