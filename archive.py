@@ -4221,11 +4221,10 @@ class Console(logging.StreamHandler):
             super().emit(record)
 
 
-def start_logging(config: Config, verbosity: int, bars: bool) -> None:
-    """To stderr and LOG_FILE; `verbosity` -1 quiet, 0, 1 verbose.  ConfigError
-    if LOG_FILE cannot be written."""
+def start_logging(config: Config, level: int, bars: bool) -> None:
+    """To stderr from `level` on, and to LOG_FILE; ConfigError if that cannot be
+    written."""
     logging.raiseExceptions = False  # a closed pipe or a full disk is no traceback
-    level = {-1: logging.WARNING, 0: logging.INFO, 1: logging.DEBUG}[verbosity]
     console = Console(sys.stderr)
     console.setLevel(level)
     # The bars tell of each file already.
@@ -4327,9 +4326,9 @@ def make_parser() -> argparse.ArgumentParser:
     env_help = "the settings (default: .env beside archive.py)"
     parser.add_argument("--env-file", type=Path, metavar="FILE", help=env_help)
     loudness = parser.add_mutually_exclusive_group()
-    choice = partial(loudness.add_argument, dest="verbosity", action="store_const")
-    choice("-v", const=1, help="tell of unchanged files too")
-    choice("-q", const=-1, help="only warnings, failures and the summary")
+    choice = partial(loudness.add_argument, dest="level", action="store_const")
+    choice("-v", const=logging.DEBUG, help="tell of unchanged files too")
+    choice("-q", const=logging.WARNING, help="only warnings, failures and the summary")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command")
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
@@ -4358,7 +4357,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_restore(add("restore", "bring files back; to be run again until it ends with 0"))
     add("check", "try settings, box, bucket and permissions, with the remedy for each")
-    parser.set_defaults(verbosity=0, command="run", new_state=False)
+    parser.set_defaults(level=logging.INFO, command="run", new_state=False)
     return parser
 
 
@@ -4418,7 +4417,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = make_parser().parse_args(argv)
     except SystemExit as end:  # argparse has printed help or a usage error
         return int(end.code or 0)
-    bars = bool(sys.stderr and sys.stderr.isatty()) and arguments.verbosity >= 0
+    bars = bool(sys.stderr and sys.stderr.isatty()) and arguments.level <= logging.INFO
     # State, lock and log tell all names, and whoever can read the lock can hold it.
     os.umask(0o077)
     tune_memory()
@@ -4426,7 +4425,7 @@ def main(argv: list[str] | None = None) -> int:
         beside = Path(__file__).resolve().parent / ".env"
         env_file = arguments.env_file or (beside if beside.is_file() else None)
         config = load_config(env_file, os.environ)
-        start_logging(config, arguments.verbosity, bars)
+        start_logging(config, arguments.level, bars)
     except ConfigError as error:
         for fault in str(error).splitlines():
             print(f"error: {fault}", file=sys.stderr)
