@@ -2345,10 +2345,9 @@ def crc_text(crc32: int) -> str:
     return base64.b64encode(U32.pack(crc32)).decode()
 
 
-def about(answer: Mapping[str, Any]) -> tuple[int, int | None]:
-    """mtime and CRC-32 of what a HEAD or GET answered: the mtime of the metadata,
-    in rclone's form, else the time when it was stored; no CRC-32 but one of the
-    whole object."""
+def mtime_and_crc32(answer: Mapping[str, Any]) -> tuple[int, int | None]:
+    """Of what a HEAD or GET answered: the mtime of the metadata, in rclone's form,
+    else the time when it was stored; no CRC-32 but one of the whole object."""
     told, sum_of = answer["Metadata"].get("mtime", ""), answer.get("ChecksumCRC32", "-")
     stored = answer["LastModified"].timestamp()
     mtime = float(told) if re.fullmatch(r"-?\d{1,12}(\.\d*)?", told) else stored
@@ -2387,7 +2386,7 @@ class Download:
         self._first: dict[str, Any] | None = answer
         self._etag = answer["ETag"]
         self.size: int = answer["ContentLength"]
-        self.mtime, self.crc32 = about(answer)
+        self.mtime, self.crc32 = mtime_and_crc32(answer)
 
     def blocks(self, size: int | None, crc32: int | None) -> Iterator[bytes]:
         """All of it, from the start at each call; FileError in place of the end
@@ -2655,7 +2654,8 @@ class Archive:
     def head(self, key: str) -> tuple[int, int | None]:
         """The file's mtime, and the CRC-32 that S3 keeps of the whole object, None
         if it has none.  Also of a cold one; FileError."""
-        return about(self._ask(self._client.head_object, Key=key, ChecksumMode="ENABLED"))
+        answer = self._ask(self._client.head_object, Key=key, ChecksumMode="ENABLED")
+        return mtime_and_crc32(answer)
 
     def ask_for(self, key: str, tier: str, days: int) -> bool:
         """Asks S3 for a copy that can be read; whether there is one already.
