@@ -2314,7 +2314,8 @@ class Unreachable(FileError):
 
 
 def s3_failure(error: Exception) -> ArchiveError:
-    """What boto3 raised, as Fatal where every file would fail alike."""
+    """What boto3 raised, as Fatal where every file would fail alike, as Cold where
+    the object has to be restored first."""
     if isinstance(error, aws.ClientError):
         told = error.response.get("Error", {})
         code = str(told.get("Code"))
@@ -2388,13 +2389,12 @@ class Download:
         self.size: int = answer["ContentLength"]
         self.mtime, self.crc32 = mtime_and_crc32(answer)
 
-    def blocks(self, size: int | None, crc32: int | None) -> Iterator[bytes]:
+    def blocks(self, size: int, crc32: int | None) -> Iterator[bytes]:
         """All of it, from the start at each call; FileError in place of the end
-        unless size and CRC-32 are those given, or else those that S3 told.
+        unless it has `size` bytes and that CRC-32, or the one that S3 told.
 
         A connection that breaks is renewed at the offset where it broke.
         """
-        size = self.size if size is None else size
         crc32 = self.crc32 if crc32 is None else crc32
         if size != self.size:
             raise FileError(f"S3 holds {self.size:,} bytes, recorded are {size:,}")
