@@ -3073,7 +3073,13 @@ class Run:
                 del held[future]
             raised = [(future, future.exception()) for future in done]
             errors.extend(error for _, error in raised if error is not None)
-            return [future.result() for future, error in raised if error is None]
+            ended = [future.result() for future, error in raised if error is None]
+            try:
+                for outcome in ended:
+                    self._patience.met(outcome.error if isinstance(outcome, Failed) else None)
+            except Fatal as error:  # like the others: what is under way is still settled
+                errors.append(error)
+            return ended
 
         def fits(job: Job) -> bool:
             memory = job.plan.memory + sum(other.plan.memory for other in held.values())
@@ -3185,7 +3191,7 @@ class Run:
             return Stored(file, job.key, reader.crc32, parts, reader.fresh)
 
     def _settle(self, outcomes: list[Outcome]) -> None:
-        """Commits and counts what has finished; Fatal if S3 has gone."""
+        """Commits and counts what has finished."""
         stored = [outcome for outcome in outcomes if isinstance(outcome, Stored)]
         self.state.record(stored, self.config.storage_class)
         for outcome in outcomes:
@@ -3202,7 +3208,6 @@ class Run:
                     self.state.settle(outcome.file)
             else:
                 self._settle_failure(*outcome)
-            self._patience.met(outcome.error if isinstance(outcome, Failed) else None)
 
     def _settle_failure(self, job: Job, error: FileError) -> None:
         if isinstance(error, Vanished):
