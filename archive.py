@@ -2436,7 +2436,7 @@ class Archive:
     """The bucket, below the prefix.  Nothing in it is ever deleted, except
     unfinished multipart uploads of our own."""
 
-    def __init__(self, config: Config, stopping: Stopping, patient: bool = True):
+    def __init__(self, config: Config, stopping: Stopping, patient: bool):
         """`patient`: makes S3_ATTEMPTS of each request, not one."""
         self._bucket = config.bucket
         self._prefix = config.prefix
@@ -3543,6 +3543,7 @@ def show_plan(tools: Tools, forecast: Forecast, walk: Walk, usd: dict[str, float
     requests = (f"{n:,} {kind}" for kind, n in forecast.requests._asdict().items() if n)
     archived = sum(forecast.afterwards.values(), Count())
     told = {name: usd_text(amount) for name, amount in usd.items()}
+    bulk, standard = told["full_restore_bulk"], told["full_restore_standard"]
     tools.table(
         "PLAN",
         [
@@ -3559,11 +3560,8 @@ def show_plan(tools: Tools, forecast: Forecast, walk: Walk, usd: dict[str, float
             ("Overwritten early", told["overwritten_early"]),
             ("Archive afterwards", archived),
             ("Storage a month", told["storage_a_month"]),
-            ("Restore all, Bulk", f"{told['full_restore_bulk']}, within 48 hours, for 7 days"),
-            (
-                "Restore, Standard",
-                f"{told['full_restore_standard']}, within 12 hours, for 7 days",
-            ),
+            ("Restore all, Bulk", f"{bulk}, within 48 hours, for 7 days"),
+            ("Restore, Standard", f"{standard}, within 12 hours, for 7 days"),
             ("and download it", f"{told['full_download']} out of AWS"),
         ],
     )
