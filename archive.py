@@ -4111,9 +4111,10 @@ def check_box(tools: Tools, passed: Callable[[str], None]) -> str:
 
 
 def check_root(tools: Tools) -> str:
-    walk = walk_of(tools.config, tools.box, lambda *_: None)
-    deque(itertools.islice(walk, 2), 0)  # what is wrong with the first page, shows at the next
-    return f"REMOTE_PATH {printable(tools.config.remote_path)} can be listed"
+    root = tools.config.remote_path
+    walk = Walk(tools.box, root, Rules(root, ("*",), True), lambda *_: None)
+    deque(walk, 0)  # this folder alone, to its end: all that is in it is excluded
+    return f"REMOTE_PATH {printable(root)} can be listed"
 
 
 def check_bucket(tools: Tools) -> str:
