@@ -58,6 +58,7 @@ import math
 import os
 import queue
 import re
+import shlex
 import signal
 import socket
 import sqlite3
@@ -83,7 +84,7 @@ from urllib.parse import quote, urlsplit
 import boto3
 import botocore.config
 import botocore.handlers
-import dotenv
+import dotenv.parser
 import paramiko
 import urllib3
 from boto3.s3.transfer import TransferConfig
@@ -239,6 +240,10 @@ class Cold(FileError):
     """Its object has to be restored before it can be read."""
 
 
+class Unusable(FileError):
+    """The state's snapshot is in the bucket, but cannot be taken."""
+
+
 class Vanished(FileError):
     """Listed, but gone when it was opened: not a failure, only counted."""
 
@@ -331,6 +336,8 @@ def parse_endpoint(text: str) -> str:
     local = url.hostname in ("localhost", "127.0.0.1", "::1")
     if not url.hostname or url.scheme not in (("https", "http") if local else ("https",)):
         raise ValueError("expected an https:// URL (http:// only to this machine)")
+    if "@" in url.netloc:
+        raise ValueError("expected no user name or password in it")
     return text
 
 
@@ -414,7 +421,7 @@ def read_settings(env_file: Path | None, environ: Mapping[str, str]) -> dict[str
     """The settings of the env file, overruled by those of the environment.
 
     An empty value is kept: it overrules, too, and an empty LOG_FILE means none.
-    ConfigError if the file cannot be read.
+    ConfigError if the file cannot be read, or a line of it.
     """
     settings: dict[str, str] = {}
     if env_file is not None:
@@ -422,10 +429,15 @@ def read_settings(env_file: Path | None, environ: Mapping[str, str]) -> dict[str
             text = env_file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read the env file {env_file}: {error}") from None
-        # find_dotenv() would walk upwards, and interpolation would take ${...}
-        # out of passwords.
-        found = dotenv.dotenv_values(stream=io.StringIO(text), interpolate=False)
-        settings = {name: value or "" for name, value in found.items()}
+        # find_dotenv() would walk upwards, and load_dotenv() takes ${...} out of
+        # passwords and leaves out what it cannot read.
+        for found in dotenv.parser.parse_stream(io.StringIO(text)):
+            if found.error:
+                source, line = found.original  # with the empty lines before it
+                line += source[: -len(source.lstrip())].count("\n")
+                raise ConfigError(f"{env_file}, line {line}: expected NAME=value")
+            if found.key is not None:
+                settings[found.key] = found.value or ""
     ours = (n for n in environ if n in SETTINGS or n.startswith(("HETZNER_", "AWS_")))
     settings.update({name: environ[name] for name in ours})
     return settings
@@ -481,8 +493,10 @@ def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
                 value = parse(text)
                 values[option.name] = base / value if isinstance(value, Path) else value
             except ValueError as error:
-                told = any(secret in text for secret in secrets)
+                told = "@" in text or any(secret in text for secret in secrets)
                 faults.append(f"{name}: {error}" + ("" if told else f", not {text!r}"))
+    # Beside the file itself, not beside a link to it, are its lock and its journal.
+    values["state_db"] = values["state_db"] and values["state_db"].resolve()
     # Windows' agent has no variable to tell.
     agent = environ.get("SSH_AUTH_SOCK") or sys.platform == "win32"
     if not (values["password"] or values["key_file"] or agent):
@@ -592,7 +606,10 @@ def object_key(prefix: str, relative: bytes) -> str:
     key = prefix + escape(relative, KEY_ESCAPES)
     size = len(key.encode())
     if size > MAX_KEY_BYTES:
-        raise FileError(f"its key has {size:,} bytes; S3 takes {MAX_KEY_BYTES:,}")
+        raise FileError(
+            f"its key has {size:,} bytes, S3 takes {MAX_KEY_BYTES:,}: give it a shorter "
+            "path, or exclude it"
+        )
     if key == prefix + SNAPSHOT:
         raise FileError(f"{key} is the key of the state's own snapshot")
     return key
@@ -1131,7 +1148,7 @@ def check_host_key(config: Config, key: paramiko.PKey, pinned: Keys, revoked: Ke
     digest = base64.b64encode(hashlib.sha256(key.asbytes()).digest())
     fingerprint = "SHA256:" + digest.decode().rstrip("=")
     shown = f"{config.host}:{config.port} is {key.get_name()} {fingerprint}"
-    file = f"{config.known_hosts} (HETZNER_KNOWN_HOSTS)"
+    file = f"HETZNER_KNOWN_HOSTS {config.known_hosts}"
     if key in revoked:
         raise Fatal(f"the host key of {shown}, which is revoked in {file}")
     built_in = config.host.lower().endswith(STORAGE_BOX) and fingerprint in STORAGE_BOX_KEYS
@@ -1145,9 +1162,12 @@ def check_host_key(config: Config, key: paramiko.PKey, pinned: Keys, revoked: Ke
         )
     # The very key that was seen: asking for it again may bring another one.
     line = f"{known_name(config)} {key.get_name()} {key.get_base64()}"
+    place = shlex.quote(str(config.known_hosts))
+    folder = shlex.quote(str(config.known_hosts.parent))
+    make = "" if config.known_hosts.parent.is_dir() else f"mkdir -p {folder} && "
     raise Fatal(
-        f"the host key of {shown}, and is not known; if that is its fingerprint, accept "
-        f"it with: echo '{line}' >> {file}"
+        f"the host key of {shown}, and is not in HETZNER_KNOWN_HOSTS; if that is its "
+        f"fingerprint, accept it with: {make}echo '{line}' >> {place}"
     )
 
 
@@ -1737,9 +1757,9 @@ class Walk:
         if isinstance(listing.error, Vanished) and listing.path != self._root:
             self.vanished += 1
         elif listing.error and listing.path == self._root:
-            raise Fatal(
-                f"REMOTE_PATH {printable(self._root)} cannot be listed: {listing.error}"
-            )
+            gone = isinstance(listing.error, Vanished)
+            reason = "there is no such folder on the box" if gone else listing.error
+            raise Fatal(f"REMOTE_PATH {printable(self._root)} cannot be listed: {reason}")
         elif listing.error:
             self._failed(listing.path, f"this folder cannot be listed: {listing.error}")
 
@@ -1781,6 +1801,7 @@ class Walk:
 # ------------------------------------------------------- Places to restore to
 
 NO_FILE = (-1, -1)
+THROUGH_LINK = "a folder above it is a link, which may lead anywhere: nothing is written there"
 Blocks = Callable[[], Iterator[bytes]]  # a file's bytes, from the start at each call
 
 
@@ -1847,10 +1868,20 @@ class BoxFolder:
             raise Fatal(f"{printable(self._folder)} cannot be written to: {error}") from None
 
     def _make(self, connection: Connection, folder: bytes) -> None:
-        """The folder and those above it; what is wrong with them shows later."""
+        """The folder and those above it; FileError if one below the folder that is
+        restored to is a link.  What else is wrong with them shows later."""
         if folder and folder not in self._made:
-            above = itertools.accumulate(folder.split(b"/"), join)
-            connection.ask(*((FXP_MKDIR, blob(path) + U32.pack(0)) for path in above if path))
+            above = [path for path in itertools.accumulate(folder.split(b"/"), join) if path]
+            inner = [path for path in above if path.startswith(join(self._folder, b""))]
+            replies = connection.ask(
+                *((FXP_MKDIR, blob(path) + U32.pack(0)) for path in above),
+                *((FXP_LSTAT, blob(path)) for path in inner),
+            )
+            for reply in replies[len(above) :]:
+                with contextlib.suppress(Status):
+                    mode = take_attributes(expect(FXP_ATTRS, reply), 0)[0].mode
+                    if stat.S_ISLNK(mode or 0):
+                        raise FileError(THROUGH_LINK)
             if len(self._made) >= PAGE:  # they come in order: the rest is not met again
                 self._made.clear()
             self._made.add(folder)
@@ -1941,6 +1972,9 @@ class LocalFolder:
         path, partial_path = self._path(name), self._path(partial_name(name))
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
+            inside = os.path.join(os.path.realpath(self._folder), os.path.dirname(name))
+            if os.path.realpath(os.path.dirname(path)) != os.path.normpath(inside):
+                raise FileError(THROUGH_LINK)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(partial_path)  # of a run that was killed
             try:
@@ -1949,6 +1983,9 @@ class LocalFolder:
                         file.write(block)
                     file.flush()
                     os.fsync(file.fileno())  # the next run believes size and mtime
+                    ours = os.fstat(file.fileno())
+                if not os.path.samestat(ours, os.lstat(partial_path)):
+                    raise FileError("another restore to this folder is writing it")
                 os.utime(partial_path, (mtime, mtime))
                 if replace:
                     os.replace(partial_path, path)
@@ -2016,10 +2053,14 @@ class Recorded(NamedTuple):
     storage_class: str | None
 
 
+# Without what an earlier script may have written in another form: that is unknown.
 RECORDED = (
-    "SELECT {key} AS key, path, size, mtime, uploaded_at, crc32,"
-    " storage_class FROM files LEFT JOIN objects USING (path)"
+    "SELECT {key} AS key, path, size, mtime,"
+    " CASE typeof(uploaded_at) WHEN 'integer' THEN uploaded_at END, crc32, storage_class"
+    " FROM files LEFT JOIN objects USING (path) WHERE typeof(path) = 'text'"
+    " AND typeof(size) = 'integer' AND typeof(mtime) = 'integer'"
 )
+PLACED = RECORDED.format(key="coalesce(key, key_of(path))")
 
 
 class PastRun(NamedTuple):
@@ -2109,11 +2150,14 @@ class State:
                 raise Fatal(
                     f"the state database {self._path} belongs to {name}="
                     f"{printable(known[name])}, but the setting is {printable(value)}: "
-                    "set it back, or give the other one a STATE_DB of its own"
+                    "set it back, or give the other one a STATE_DB and S3_PREFIX of its own"
                 )
         new = pins.items() - known.items()
         if new:
             self._commit(*(("INSERT INTO meta VALUES (?, ?)", *pin) for pin in new))
+
+    def is_pinned(self) -> bool:
+        return bool(self._rows("SELECT 1 FROM meta WHERE name = 'S3_BUCKET'"))
 
     def not_archived(self, files: list[RemoteFile]) -> list[RemoteFile]:
         """Those of `files` that have no row of their size and mtime, or one
@@ -2133,7 +2177,7 @@ class State:
 
     def earlier(self, file: RemoteFile) -> Recorded | None:
         """What is recorded of the path of `file`, whatever its size and mtime."""
-        rows = self._rows(RECORDED.format(key="key") + " WHERE path = ?", path_text(file.path))
+        rows = self._rows(RECORDED.format(key="key") + " AND path = ?", path_text(file.path))
         return Recorded(*rows[0]) if rows else None
 
     def recorded(self, key_of: Callable[[str], str | None], start: str) -> Iterator[Recorded]:
@@ -2141,10 +2185,16 @@ class State:
         is S3's; `key_of` gives that of a path, None if it can have none."""
         with state_errors(self._path):
             self._db.create_function("key_of", 1, key_of, deterministic=True)
-            rows = RECORDED.format(key="coalesce(key, key_of(path))")
-            query = f"SELECT * FROM ({rows}) WHERE substr(key, 1, ?) = ? ORDER BY key"
+            query = f"SELECT * FROM ({PLACED}) WHERE substr(key, 1, ?) = ? ORDER BY key"
             for row in self._db.execute(query, (len(start), start)):
                 yield Recorded(*row)
+
+    def without_key(self, key_of: Callable[[str], str | None]) -> int:
+        """The number of rows that `recorded` cannot give."""
+        with state_errors(self._path):
+            self._db.create_function("key_of", 1, key_of, deterministic=True)
+        query = f"SELECT count(*) - (SELECT count(key) FROM ({PLACED})) FROM files"
+        return int(self._rows(query)[0][0])
 
     def totals(self) -> list[tuple[str | None, int, int]]:
         """(storage class, None where it was not recorded; files; bytes)."""
@@ -2494,7 +2544,12 @@ class Archive:
             raise Stopped("stopped")
 
     def _after(
-        self, context: dict[str, Any], event_name: str, parsed: Any = None, **_: object
+        self,
+        context: dict[str, Any],
+        event_name: str,
+        parsed: Any = None,
+        exception: Exception | None = None,
+        **_: object,
     ) -> None:
         """What S3 said, for those who only see s3transfer's result."""
         key = context["archive_key"]
@@ -2505,7 +2560,8 @@ class Archive:
             if "UploadId" in answer:
                 self._uploads[key] = answer["UploadId"]
             # The answer to an earlier attempt may have been lost on its way.
-            if answer.get("ResponseMetadata", {}).get("RetryAttempts", 1):
+            sent = not isinstance(exception, NO_CREDENTIALS)
+            if sent and answer.get("ResponseMetadata", {}).get("RetryAttempts", 1):
                 self._doubtful.add(key)
 
     def _ask(self, request: Callable[..., Any], **parameters: Any) -> Any:
@@ -2603,7 +2659,7 @@ class Archive:
             log.warning(
                 "the upload %s of %s could not be aborted, its parts cost money: %s; the "
                 "next run tries again, a lifecycle rule is the safety net",
-                *(upload_id or "", printable(key), error),
+                *(upload_id or "of unknown id", printable(key), error),
             )
 
     def _abort(self, key: str, upload_id: str) -> None:
@@ -2674,7 +2730,16 @@ class Archive:
 
     def download(self, key: str) -> Download:
         """The object; FileError, Cold if it has to be restored first."""
-        return Download(partial(self._ask, self._client.get_object, Key=key), self._stopping)
+
+        def get(**more: str) -> dict[str, Any]:
+            try:
+                return self._ask(self._client.get_object, Key=key, **more)
+            except Fatal as error:
+                if error.code == "AccessDenied":  # perhaps to this one alone
+                    raise FileError(str(error), error.code) from None
+                raise
+
+        return Download(get, self._stopping)
 
     def unfinished(self) -> int:
         """The number of multipart uploads below the prefix that are not ended."""
@@ -2768,13 +2833,16 @@ class Archive:
 
     def get_snapshot(self, target: Path) -> str | None:
         """Writes the state's copy to `target`; when it was stored, as text, None
-        if there is none."""
+        if there is none; Unusable."""
         key = self._prefix + SNAPSHOT
         with s3_errors():
             try:
                 answer = self._client.get_object(Bucket=self._bucket, Key=key)
             except self._client.exceptions.NoSuchKey:
                 return None
+            except self._client.exceptions.InvalidObjectState as error:
+                kind = error.response["Error"].get("StorageClass", "an archive class")
+                raise Unusable(f"its snapshot {key} has gone to {kind}") from None
             with target.open("wb") as copy:
                 for block in answer["Body"].iter_chunks(MIB):
                     copy.write(block)
@@ -2920,7 +2988,8 @@ class Report:
     failed: int = 0
     vanished: int = 0
     bytes_uploaded: int = 0
-    complete: bool = True
+    ended_early: str = ""  # why
+    snapshot_failed: bool = False
     walk: Walk | None = None
 
     def failure(self, path: bytes, reason: object) -> None:
@@ -2945,11 +3014,14 @@ class Report:
                 ("Vanished", self.vanished + self.walk.vanished),
             ]
             lines += [(label, count) for label, count in others if count]
-        return ["==== SUMMARY ====", *(f"{label:<15}: {count:,}" for label, count in lines)]
+        told = [f"{label:<15}: {count:,}" for label, count in lines]
+        if self.ended_early:
+            told.append(f"{'Ended early':<15}: {self.ended_early}")
+        return ["==== SUMMARY ====", *told]
 
 
 class Patience:
-    """Counts the files in a row that S3 gave no answer to."""
+    """Counts the files in a row that S3 gave no answer to, or denied."""
 
     def __init__(self, transfers: int):
         self._most = max(4, transfers)
@@ -2957,7 +3029,8 @@ class Patience:
 
     def met(self, error: FileError | None) -> None:
         """Another file has ended so; Fatal if S3 has gone."""
-        self._unanswered = self._unanswered + 1 if isinstance(error, Unreachable) else 0
+        vain = isinstance(error, Unreachable) or getattr(error, "code", "") == "AccessDenied"
+        self._unanswered = self._unanswered + 1 if vain else 0
         if self._unanswered >= self._most:
             raise Fatal(f"{error}; {self._unanswered} files in a row failed so")
 
@@ -3030,7 +3103,7 @@ class Run:
             try:
                 self.archive.put_snapshot(self.config.state_db)
             except ArchiveError as error:
-                self.report.complete = False
+                self.report.snapshot_failed = True
                 log.warning("the state's snapshot could not be stored: %s", error)
             else:
                 self.state.snapshot_stored()
@@ -3099,6 +3172,8 @@ class Run:
                         break
                     if job is None:
                         continue
+                    if self._time_is_over():  # by now
+                        break
                     if job.plan.parts_at_once:
                         self.state.begin_upload(job.key)
                     future = pool.submit(self._send, job)
@@ -3121,14 +3196,20 @@ class Run:
     def _in_time(self, pages: Iterable[list[Job]]) -> Iterator[Job | None]:
         """The jobs, until MAX_RUNTIME is over; None after each page, so that
         what has finished is committed though nothing new is found."""
-        limit = self.config.max_runtime
         for page in pages:
             for job in (*page, None):
-                if limit is not None and time.monotonic() - self.report.started >= limit:
-                    log.warning("MAX_RUNTIME is over: the rest is left to the next run")
-                    self.report.complete = False
+                if self._time_is_over():
                     return
                 yield job
+
+    def _time_is_over(self) -> bool:
+        """Whether nothing new may be started; tells so."""
+        limit = self.config.max_runtime
+        if limit is None or time.monotonic() - self.report.started < limit:
+            return False
+        log.warning("MAX_RUNTIME is over: the rest is left to the next run")
+        self.report.ended_early = "MAX_RUNTIME was over"
+        return True
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -3226,25 +3307,65 @@ def open_state(config: Config, archive: Archive, new_state: bool) -> State:
     everything would be paid for again.  Fatal then, unless `new_state`.
     """
     path = config.state_db
+    taken = False
     if new_state and path.exists():
         aside = path.with_name(f"{path.name}.{int(time.time())}")
         path.rename(aside)
-        if journal(path).exists():
-            journal(path).rename(journal(aside))
+        for old, new in zip(sidecars(path), sidecars(aside)):
+            if old.exists():
+                old.rename(new)
         log.warning("the old state is kept as %s", aside)
     elif not new_state and state_is_empty(path):
         way_out = (
             "put the state database back, or correct STATE_DB, S3_BUCKET or S3_PREFIX; only "
             "if everything may be uploaded and paid for again: archive.py run --new-state"
         )
-        if not take_snapshot(path, archive, way_out) and archive.has_objects():
+        taken = take_snapshot(path, archive, way_out)
+        if not taken and archive.has_objects():
             raise Fatal(
                 f"no state in {path} and no snapshot in the bucket, but s3://{config.bucket}/"
                 f"{config.prefix} has objects: {way_out}"
             )
     state = State(path)
-    state.pin(destination(config) | source(config))
+    if not state.is_pinned() and state.totals():
+        doubt_unpinned(state, archive, config)
+    try:
+        state.pin(destination(config) | source(config))
+    except Fatal:
+        state.close()
+        if taken:  # another box's, of no use here
+            path.unlink()
+        raise
     return state
+
+
+def key_of_row(config: Config, path: str) -> str | None:
+    """The key of a row that has none, made by an earlier script."""
+    root, name = config.remote_path, unescape(path)
+    with contextlib.suppress(FileError):
+        if name.startswith(join(root, b"")):
+            return object_key(config.prefix, below(root, name))
+    return None
+
+
+def doubt_unpinned(state: State, archive: Archive, config: Config) -> None:
+    """Warns if an earlier script's state does not seem to be that of this bucket:
+    what it says is archived would never be archived here."""
+
+    def is_there(row: Recorded) -> bool:
+        try:
+            archive.head(str(row.key))
+        except ArchiveError as error:
+            return error.code != "404"
+        return True
+
+    rows = state.recorded(partial(key_of_row, config), config.prefix)
+    if not any(is_there(row) for row in itertools.islice(rows, 10)):
+        log.warning(
+            "%s was made by an earlier script, and what it has recorded is not in s3://%s/%s: "
+            "if S3_BUCKET, S3_PREFIX or REMOTE_PATH is wrong, nothing of it will be archived",
+            *(config.state_db, config.bucket, config.prefix),
+        )
 
 
 def destination(config: Config) -> dict[str, str]:
@@ -3257,36 +3378,40 @@ def source(config: Config) -> dict[str, str]:
     return {"HETZNER_USER": config.user, "REMOTE_PATH": path_text(config.remote_path)}
 
 
-def journal(database: Path) -> Path:
-    """What SQLite rolls back when it opens `database` after a kill."""
-    return database.with_name(database.name + "-journal")
+def sidecars(database: Path) -> list[Path]:
+    """What SQLite takes in when it opens `database` after a kill; -wal beside that of
+    an earlier script."""
+    names = (f"{database.name}{suffix}" for suffix in ("-journal", "-wal", "-shm"))
+    return [database.with_name(name) for name in names]
 
 
-def fetch_snapshot(archive: Archive, target: Path) -> tuple[str | None, bool]:
-    """When the bucket's snapshot was stored, None if there is none, and whether it is
-    of any use: only then it is in `target`."""
+def fetch_snapshot(archive: Archive, target: Path) -> str | None:
+    """Writes the bucket's snapshot to `target`; when it was stored, as text, None if
+    there is none; Unusable."""
     stored_at = archive.get_snapshot(target)
+    if stored_at is None:
+        return None
     try:
-        usable = not state_is_empty(target)
+        if not state_is_empty(target):
+            return stored_at
     except Fatal as error:
         log.debug("%s", error)
-        usable = False
-    if not usable:
-        target.unlink(missing_ok=True)
-    return stored_at, usable
+    target.unlink()
+    raise Unusable("its snapshot in the bucket is damaged")
 
 
 def take_snapshot(path: Path, archive: Archive, way_out: str) -> bool:
     """Puts the snapshot in the bucket, if there is one, in the state's place;
     Fatal with the `way_out` if it is of no use."""
     partial = path.with_name(path.name + ".partial")
-    stored_at, usable = fetch_snapshot(archive, partial)
+    try:
+        stored_at = fetch_snapshot(archive, partial)
+    except Unusable as error:
+        raise Fatal(f"no state in {path}, and {error}: {way_out}") from None
     if stored_at is None:
         return False
-    if not usable:
-        raise Fatal(f"no state in {path}, and the snapshot in the bucket is damaged: {way_out}")
-    # Left by a killed run, it would be rolled back into the snapshot.
-    journal(path).unlink(missing_ok=True)
+    for left in sidecars(path):  # by a killed run: it would go into the snapshot
+        left.unlink(missing_ok=True)
     os.replace(partial, path)
     log.warning("no state in %s: took the snapshot of %s from the bucket", path, stored_at)
     return True
@@ -3302,7 +3427,7 @@ def run(work: Run) -> int:
         work.abort_leftovers()
         work.archive_all()
         work.store_snapshot()
-        status = 0 if report.complete and not report.failed else 3
+        status = 3 if report.failed or report.ended_early or report.snapshot_failed else 0
     except Stopped:
         status = 128 + (work.box.stopping.number or 0)
         raise
@@ -3364,27 +3489,26 @@ class Tools:
                 snapshot = Path(folder) / "snapshot"
                 log.warning("no state in %s, %s", path, self._snapshot(snapshot))
                 state = State(snapshot, private=True)
+            # It belongs where it was found, be it a copy of the bucket.
+            found_at = destination(self.config)
+            pins = {name: pins[name] for name in pins if name not in found_at}
         state.pin(pins)
         return state
 
     def _snapshot(self, target: Path) -> str:
         """Takes the bucket's snapshot, if it is of any use; what to tell of it."""
-        stored_at, usable = fetch_snapshot(self.archive, target)
-        if usable:
-            return f"taking the snapshot of {stored_at}"
+        try:
+            stored_at = fetch_snapshot(self.archive, target)
+        except Unusable as error:
+            return f"and {error}"
         if stored_at is not None:
-            return "and its snapshot in the bucket is damaged"
+            return f"taking the snapshot of {stored_at}"
         if self.archive.has_objects():
             return "nor a snapshot of it beside the bucket's objects: run would not start so"
         return "nor a snapshot of it in the bucket"
 
-    def key_of(self, path: str) -> str | None:
-        """The key of a row that has none, made by an earlier script."""
-        relative = below(self.config.remote_path, unescape(path))
-        try:
-            return object_key(self.config.prefix, relative)
-        except FileError:
-            return None
+    def __post_init__(self) -> None:
+        self.key_of = partial(key_of_row, self.config)
 
 
 def matched(
@@ -3401,6 +3525,14 @@ def matched(
         yield key, held, known
         found = next(left, None) if held else found
         row = next(right, None) if known else row
+
+
+def nothing_there(config: Config) -> Fatal:
+    """A mistyped prefix is not to look like an archive in order."""
+    return Fatal(
+        f"nothing is archived in s3://{config.bucket}/{config.prefix}: correct S3_BUCKET or "
+        "S3_PREFIX, unless nothing was archived yet"
+    )
 
 
 def in_parallel(
@@ -3662,7 +3794,7 @@ def past_runs(runs: list[PastRun]) -> list[str]:
     ]
     for run in runs:
         took = "" if run.ended_at is None else f"{run.ended_at - run.started_at:,} s"
-        ended = "no end" if run.status is None else str(run.status)
+        ended = "no end" if run.status is None else str(run.status)  # or at work
         lines.append(
             f"{time_text(run.started_at):<25}  {ended:<8}{run.uploaded or 0:>10,}"
             f"{run.failed or 0:>8,}{size_text(run.bytes or 0):>12}{took:>10}"
@@ -3729,6 +3861,12 @@ def verify(tools: Tools, checksums: bool, repair: bool) -> int:
             if repair and finding.wrong is not None and surely(tools.archive, finding):
                 real.forget(finding.wrong)
                 forgotten += 1
+        counts["No key"] = state.without_key(tools.key_of)
+    if not any(counts.values()):
+        raise nothing_there(config)
+    if counts["No key"]:
+        told = f"{counts['No key']:,} rows cannot have been made with these settings"
+        log.warning("%s: correct S3_PREFIX or REMOTE_PATH", told)
     bad = sum(counts.values()) - counts["Agree"] - counts["No checksum"]
     shown = [(label, count) for label, count in counts.items() if count or label in labels]
     tools.table("VERIFY", shown)
@@ -3877,6 +4015,8 @@ class Restore:
             if path and not met:
                 nothing = "nothing is archived under this path"
                 yield Wanted(start, path, 0, None, None, "", None, nothing)
+            elif not met:
+                raise nothing_there(self.tools.config)
 
     def _describe(self, key: str, found: S3Object | None, row: Recorded | None) -> Wanted:
         name = unescape(key[len(self.tools.config.prefix) :])
@@ -3890,6 +4030,8 @@ class Restore:
         windows = os.name == "nt" and (b"\\" in name or b":" in name)
         if {b"", b".", b".."} & set(name.split(b"/")) or b"\0" in name or windows:
             fault = "no file can have this name"
+        elif self.tools.config.prefix + escape(name, KEY_ESCAPES) != key:
+            fault = "another program's: its name is that of another key"
         elif found is None:
             fault = "recorded, but not in the bucket"
         elif row and row.size != size:
@@ -4019,7 +4161,9 @@ def restore_paths(given: Iterable[str], root: bytes) -> list[bytes]:
     """The paths below REMOTE_PATH, given as on the box, whole or relative to it;
     none of them below another."""
     start = join(root, b"")
-    names = (os.fsencode(path).rstrip(b"/") for path in given)
+    names = [os.fsencode(path).rstrip(b"/") for path in given]
+    if b"" in names and root != b"/":  # `$unset/`, perhaps
+        raise ConfigError(f"/ is not below REMOTE_PATH {printable(root)}: name none for all")
     inner = {name.removeprefix(start).removeprefix(b"./") for name in names}
     if inner & {b"", b".", root}:
         return []
@@ -4089,6 +4233,8 @@ def check(tools: Tools) -> int:
         advised(rule, tools.archive.aborts_leftovers, "none: see the README, The bucket")
         off = "no: what changes on the box replaces its object"
         advised("versioning", tools.archive.versioned, off)
+        if not wrong and state_is_empty(tools.config.state_db):
+            tried("snapshot of the state", lambda: check_snapshot(tools))
     return 1 if wrong else 0
 
 
@@ -4103,6 +4249,15 @@ def check_state(config: Config) -> str:
             state.pin(destination(config) | source(config))
             files = sum(count for _, count, _ in state.totals())
     return f"state: {files:,} files in {config.state_db}"
+
+
+def check_snapshot(tools: Tools) -> str:
+    """That a run could start, though there is no state here; Fatal."""
+    with contextlib.closing(tools.state(destination(tools.config) | source(tools.config))) as s:
+        files = sum(count for _, count, _ in s.totals())
+    if not files and tools.archive.has_objects():
+        raise Fatal("none, but the bucket has objects: put the state database back")
+    return f"snapshot of the state: {files:,} files"
 
 
 def check_box(tools: Tools, passed: Callable[[str], None]) -> str:
@@ -4177,12 +4332,19 @@ class Progress:
     def __init__(self, shown: bool):
         self._shown = shown
         self._total = tqdm(disable=True)
+        self._over = threading.Event()
+        self._clock = threading.Thread(target=self._tick, daemon=True)
 
     def _bar(self, name: str, size: int) -> Any:
         return tqdm(
             total=size, desc=name, unit="B", unit_scale=True, unit_divisor=1024,
-            dynamic_ncols=True, leave=not size,
+            dynamic_ncols=True, leave=False,
         )  # fmt: skip
+
+    def _tick(self) -> None:
+        """So that a slow line does not look like a dead one."""
+        while not self._over.wait(1):
+            self._total.refresh()
 
     @contextlib.contextmanager
     def counting(self, doing: str) -> Iterator[Sent]:
@@ -4195,6 +4357,7 @@ class Progress:
         """`size` more bytes are to be moved."""
         if self._shown and self._total.disable:
             self._total = self._bar("all files", 0)
+            self._clock.start()
         if self._shown and size:
             self._total.total += size
             self._total.refresh()
@@ -4214,6 +4377,9 @@ class Progress:
             yield sent
 
     def close(self) -> None:
+        self._over.set()
+        if self._clock.ident:
+            self._clock.join()
         self._total.close()
 
 
@@ -4425,12 +4591,14 @@ def main(argv: list[str] | None = None) -> int:
     # State, lock and log tell all names, and whoever can read the lock can hold it.
     os.umask(0o077)
     tune_memory()
+    beside = Path(__file__).resolve().parent / ".env"
+    env_file = arguments.env_file or (beside if beside.is_file() else None)
     try:
-        beside = Path(__file__).resolve().parent / ".env"
-        env_file = arguments.env_file or (beside if beside.is_file() else None)
         config = load_config(env_file, os.environ)
         start_logging(config, arguments.level, bars)
     except ConfigError as error:
+        if env_file is None:
+            print(f"error: there is no {beside}: copy .env.example to it", file=sys.stderr)
         for fault in str(error).splitlines():
             print(f"error: {fault}", file=sys.stderr)
         return 2
@@ -4449,8 +4617,9 @@ def command(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
     report = Report()
 
     def summarize() -> None:
-        stopped = arguments.command == "run" and stopping.number is not None
-        if report.walk is not None or stopped:
+        if stopping.number is not None:
+            report.ended_early = f"by {signal.Signals(stopping.number).name}"
+        if report.walk is not None or (arguments.command == "run" and report.ended_early):
             tell(config.secrets, report.summary())
 
     try:
@@ -4507,8 +4676,16 @@ def agreed(question: str) -> bool:
     """Whether a person at the terminal says yes."""
     if not (sys.stdin and sys.stdin.isatty()):
         return False
+
+    def leave(*_: object) -> None:
+        raise Stopped("stopped")
+
     print(f"{question} [y/N] ", end="", flush=True, file=sys.stderr)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    before = signal.signal(signal.SIGINT, leave)  # else the line would be waited for
+    try:
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import time
 
 import pytest
 from conftest import MIB, SNAPSHOT, tree
@@ -372,3 +373,25 @@ def test_no_secret_is_in_the_process_list(archive, box, s3):
     assert archive().status == 0
     assert any("archive.py" in line for line in seen)
     assert not [line for line in seen for secret in archive.secrets if secret in line]
+
+
+def test_file_that_s3_takes_while_it_fails_the_others_is_recorded(archive, box, s3):
+    write(box.root / "0slow", SMALL)
+    for n in range(12):
+        write(box.root / f"f{n}", SMALL)
+    s3.always("PutObject", first(lambda: time.sleep(4)), key="0slow")
+    s3.always("PutObject", reset)
+    result = archive(constants={**SIZES, "S3_ATTEMPTS": 1}, TRANSFERS="4")
+    assert result.status == 1
+    assert archive.rows().keys() == {"./0slow"}
+
+
+def test_upload_that_could_not_begin_costs_nothing_and_so_is_not_told(archive, box):
+    write(box.root / "small", SMALL)
+    assert archive(constants=SIZES).status == 0
+    write(box.root / "large", LARGE)
+    nobody = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}
+    result = archive(constants=SIZES, **nobody)
+    assert result.status == 1
+    assert "no AWS credentials" in result.stderr
+    assert "could not be aborted" not in result.stderr

@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import sqlite3
+from pathlib import Path
 
 import pytest
 from conftest import SNAPSHOT
@@ -229,6 +230,49 @@ def test_snapshot_of_another_box_is_not_taken(archive, box, bucket):
     write(box.root / "elsewhere" / "f", SMALL)
     result = assert_refused(archive, bucket, REMOTE_PATH="./elsewhere")
     assert "REMOTE_PATH" in result.stderr
+    assert "S3_PREFIX of its own" in result.stderr
+    assert not archive.state_db.exists(), "it is another's, here as in the bucket"
+    checked = archive("check", REMOTE_PATH="./elsewhere")
+    assert checked.status == 1
+    assert "WRONG  snapshot of the state: " in checked.stdout
+
+
+def test_snapshot_that_went_to_a_cold_class_is_named(archive, box, bucket):
+    fill(archive, box)
+    archive.state_db.unlink()
+    snapshot = bucket.content(SNAPSHOT)
+    bucket.client.put_object(
+        Bucket=bucket.name, Key=SNAPSHOT, Body=snapshot, StorageClass="DEEP_ARCHIVE"
+    )
+    result = assert_refused(archive, bucket)
+    assert f"{SNAPSHOT} has gone to DEEP_ARCHIVE" in result.stderr
+
+
+def test_wal_of_a_lost_database_does_not_get_into_the_snapshot(archive, box):
+    """An earlier script's, killed, whose database was deleted since."""
+    fill(archive, box)
+    with contextlib.closing(sqlite3.connect(archive.state_db)) as db:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("INSERT INTO files VALUES ('./ghost', 1, 1, 1)")
+        db.commit()
+        wal = Path(f"{archive.state_db}-wal").read_bytes()
+    for left in archive.state_db.parent.glob("state.db*"):
+        left.unlink()
+    Path(f"{archive.state_db}-wal").write_bytes(wal)
+    result = archive()
+    assert result.status == 0, result.stderr
+    assert_all_archived(archive, box)
+
+
+def test_state_behind_a_link_has_one_lock(archive, box):
+    fill(archive, box)
+    linked = archive.folder / "elsewhere" / "linked.db"
+    linked.parent.mkdir()
+    linked.symlink_to(archive.state_db)
+    with contextlib.closing(sqlite3.connect(f"{archive.state_db}.lock")) as holder:
+        holder.isolation_level = None
+        holder.execute("BEGIN EXCLUSIVE")
+        assert archive(STATE_DB=linked).status == 11
 
 
 def test_new_state_starts_beside_nothing_too(archive, box):

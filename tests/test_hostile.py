@@ -46,10 +46,12 @@ def test_known_hosts_lines_of_others_do_no_harm_however_odd(archive, box, tmp_pa
     assert archive(HETZNER_KNOWN_HOSTS=str(known_hosts)).status == 0
 
 
-def test_revoked_host_key_is_refused_though_it_is_also_known(archive, box, tmp_path):
+@pytest.mark.parametrize("form", ["@revoked {} {}", "@revoked\t{}  {}", "@revoked * {1}"])
+def test_revoked_host_key_is_refused_though_it_is_also_known(archive, box, tmp_path, form):
     known_hosts = tmp_path / "known_hosts"
     line = box.known_hosts.read_text().strip()
-    known_hosts.write_text(f"{line}\n@revoked {line}\n")
+    revoked = form.format(*line.split(" ", 1))
+    known_hosts.write_text(f"{line}\n{revoked}\n")
     result = archive(HETZNER_KNOWN_HOSTS=str(known_hosts))
     assert result.status == 1
     assert "revoked" in result.stderr

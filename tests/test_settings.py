@@ -465,3 +465,18 @@ def test_the_example_env_file_lacks_only_what_only_the_user_knows(archive, tmp_p
 
     assert result.status == 0, result.stderr
     assert result.counts == (1, 0, 0)
+
+
+def test_line_of_the_env_file_that_says_nothing_is_a_fault(archive):
+    archive.env_file.write_text("TRANSFERS=4\n\nS3_PREFIX my-box/\nHETZNER_PORT=23\n")
+    result = archive()
+    assert result.status == 2
+    assert f"{archive.env_file}, line 3: " in result.stderr
+    assert archive.box.connections == 0
+
+
+def test_password_in_the_endpoint_is_refused_and_not_shown(archive):
+    result = archive(AWS_ENDPOINT_URL="https://me:hush@s3.example")
+    assert result.status == 2
+    assert "AWS_ENDPOINT_URL" in result.stderr
+    assert "hush" not in result.output + result.log

@@ -337,3 +337,13 @@ def test_the_crc_that_is_kept_is_that_of_the_content(archive, box):
 
     assert kept["./a"] == crc32(b"aa")
     assert kept["./large"] == crc32((box.root / "large").read_bytes())
+
+
+@pytest.mark.parametrize("prefix", ["", "typo/"])
+def test_an_earlier_scripts_state_of_another_bucket_is_doubted(archive, bucket, prefix):
+    earlier_database(archive, [("./a", 2, OLD), ("./folder/b", 3, OLD)])
+    bucket.client.put_object(Bucket=bucket.name, Key="folder/b", Body=b"abc")
+    result = archive(S3_PREFIX=prefix)
+    assert result.status == 0
+    assert ("is not in s3://" in result.stderr) == bool(prefix)
+    assert "is not in s3://" not in archive(S3_PREFIX=prefix).stderr, "it is tied to it now"

@@ -341,3 +341,37 @@ def test_repair_without_a_state_is_refused(archive):
     assert result.status == 1
     assert os.fspath(archive.state_db) in result.stderr
     assert SNAPSHOT in [entry["Key"] for entry in archive.bucket.list()]
+
+
+# --- Rows that these settings cannot have made ---
+
+
+def test_archive_that_holds_nothing_does_not_agree(archive):
+    result = archive("verify", S3_PREFIX="typo/")
+    assert result.status == 1
+    assert "nothing is archived in s3://" in result.stderr
+
+
+def test_rows_of_another_root_are_told_and_not_taken_for_others(archive, store):
+    """Cut by position, "xyz.txt" would be the row of the object "z.txt"."""
+    earlier_database(archive, [("xyz.txt", 3, OLD), ("./z.txt", 1, OLD), ("./a//b", 1, OLD)])
+    store("z.txt", b"z")
+    result = archive("verify")
+    assert (result.status, counts(result)) == (3, {"agree": 1, "no key": 2})
+    assert "2 rows" in result.stderr
+    assert archive("verify", "--repair").status == 3
+    assert len(archive.rows()) == 3
+
+
+@pytest.mark.parametrize(
+    "row",
+    [("./a", None, OLD), ("./a", 1, OLD + 0.5), (None, 1, OLD), (b"./a", 1, OLD)],
+    ids=["no size", "half a second", "no path", "a blob"],
+)
+def test_row_in_another_form_is_none(archive, store, row):
+    earlier_database(archive, [row, ("./b", 1, OLD)])
+    for key in "ab":
+        store(key, b"x")
+    result = archive("verify")
+    assert result.status == 3, result.stderr
+    assert counts(result) == {"agree": 1, "not recorded": 1, "no key": 1}
