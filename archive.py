@@ -2199,7 +2199,7 @@ class State:
     def totals(self) -> list[tuple[str | None, int, int]]:
         """(storage class, None where it was not recorded; files; bytes)."""
         return self._rows(
-            "SELECT storage_class, count(*), sum(size) FROM files"
+            "SELECT storage_class, count(*), coalesce(sum(size), 0) FROM files"
             " LEFT JOIN objects USING (path) GROUP BY 1 ORDER BY 2 DESC"
         )
 
@@ -3794,7 +3794,7 @@ def past_runs(runs: list[PastRun]) -> list[str]:
     ]
     for run in runs:
         took = "" if run.ended_at is None else f"{run.ended_at - run.started_at:,} s"
-        ended = "no end" if run.status is None else str(run.status)  # or at work
+        ended = "no end" if run.status is None else str(run.status)
         lines.append(
             f"{time_text(run.started_at):<25}  {ended:<8}{run.uploaded or 0:>10,}"
             f"{run.failed or 0:>8,}{size_text(run.bytes or 0):>12}{took:>10}"

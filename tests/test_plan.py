@@ -151,6 +151,15 @@ def test_file_that_the_run_would_refuse_is_not_foretold(archive, box, s3, why):
     assert plan["unreadable"] == run.counts[2] == 1
 
 
+def test_row_of_an_earlier_script_without_a_size_is_as_if_it_were_not_there(archive, box):
+    fill(box.root, {"a": 10, "b": 20})
+    archive()
+    archive.execute("UPDATE files SET size = NULL")
+
+    assert planned(archive)["new"] == files_and_bytes(10, 20)
+    assert archive("status").status == 0
+
+
 # --- What is left alone ---
 
 

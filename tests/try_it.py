@@ -56,7 +56,8 @@ def main():
         (Path(folder) / "archive_state.db").unlink()
         back = Path(folder) / "back"
         asked = run(env_file, "restore", "--to", "back", "--yes")
-        print("\nThe same again brings back what is ready:\n")
+        print("\nThe same again brings back what is ready.  (This server's listing does not")
+        print("tell what that is, so the estimate comes again; Amazon's tells.)\n")
         restored = run(env_file, "restore", "--to", "back", "--yes")
         whole = tree(os.fsencode(back)) == tree(os.fsencode(box.root))
 
