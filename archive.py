@@ -4019,7 +4019,8 @@ class Restore:
                 raise nothing_there(self.tools.config)
 
     def _describe(self, key: str, found: S3Object | None, row: Recorded | None) -> Wanted:
-        name = unescape(key[len(self.tools.config.prefix) :])
+        inner = key[len(self.tools.config.prefix) :]
+        name = unescape(inner)
         size, kind, restored = found[1:4] if found else (0, "", None)
         # A run that was lost with its state has replaced it: S3's own word holds.
         if found and row and found.stored_at > (row.uploaded_at or math.inf) + CLOCK_LIMIT:
@@ -4030,7 +4031,7 @@ class Restore:
         windows = os.name == "nt" and (b"\\" in name or b":" in name)
         if {b"", b".", b".."} & set(name.split(b"/")) or b"\0" in name or windows:
             fault = "no file can have this name"
-        elif self.tools.config.prefix + escape(name, KEY_ESCAPES) != key:
+        elif inner not in (escape(name, KEY_ESCAPES), name.decode("utf-8", "replace")):
             fault = "another program's: its name is that of another key"
         elif found is None:
             fault = "recorded, but not in the bucket"
