@@ -432,12 +432,12 @@ def read_settings(env_file: Path | None, environ: Mapping[str, str]) -> dict[str
         # find_dotenv() would walk upwards, and load_dotenv() takes ${...} out of
         # passwords and leaves out what it cannot read.
         for found in dotenv.parser.parse_stream(io.StringIO(text)):
-            if found.error:
+            if found.error or (found.key is not None and found.value is None):
                 source, line = found.original  # with the empty lines before it
                 line += source[: -len(source.lstrip())].count("\n")
                 raise ConfigError(f"{env_file}, line {line}: expected NAME=value")
             if found.key is not None:
-                settings[found.key] = found.value or ""
+                settings[found.key] = str(found.value)
     ours = (n for n in environ if n in SETTINGS or n.startswith(("HETZNER_", "AWS_")))
     settings.update({name: environ[name] for name in ours})
     return settings
@@ -2518,7 +2518,7 @@ class Archive:
         try:
             parse_endpoint(self._client.meta.endpoint_url)
         except ValueError as error:  # boto3 has other sources for it than ours
-            raise Fatal(f"S3 endpoint {self._client.meta.endpoint_url}: {error}") from None
+            raise Fatal(f"the S3 endpoint of boto3's own settings: {error}") from None
         self.region: str | None = self._client.meta.region_name
         events = self._client.meta.events
         # "Expect: 100-continue" costs every PUT a round trip.

@@ -467,8 +467,9 @@ def test_the_example_env_file_lacks_only_what_only_the_user_knows(archive, tmp_p
     assert result.counts == (1, 0, 0)
 
 
-def test_line_of_the_env_file_that_says_nothing_is_a_fault(archive):
-    archive.env_file.write_text("TRANSFERS=4\n\nS3_PREFIX my-box/\nHETZNER_PORT=23\n")
+@pytest.mark.parametrize("line", ["S3_PREFIX my-box/", "S3_PREFIX", "S3_PREFIX='my-box/"])
+def test_line_of_the_env_file_that_says_nothing_is_a_fault(archive, line):
+    archive.env_file.write_text(f"TRANSFERS=4\n\n{line}\nHETZNER_PORT=23\n")
     result = archive()
     assert result.status == 2
     assert f"{archive.env_file}, line 3: " in result.stderr
