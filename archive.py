@@ -4681,9 +4681,9 @@ def agreed(question: str) -> bool:
     def leave(*_: object) -> None:
         raise Stopped("stopped")
 
-    print(f"{question} [y/N] ", end="", flush=True, file=sys.stderr)
     before = signal.signal(signal.SIGINT, leave)  # else the line would be waited for
     try:
+        print(f"{question} [y/N] ", end="", flush=True, file=sys.stderr)
         return sys.stdin.readline().strip().lower() in ("y", "yes")
     finally:
         signal.signal(signal.SIGINT, before)
