@@ -437,7 +437,7 @@ def read_settings(env_file: Path | None, environ: Mapping[str, str]) -> dict[str
                 line += source[: -len(source.lstrip())].count("\n")
                 raise ConfigError(f"{env_file}, line {line}: expected NAME=value")
             if found.key is not None:
-                settings[found.key] = str(found.value)
+                settings[found.key] = found.value or ""
     ours = (n for n in environ if n in SETTINGS or n.startswith(("HETZNER_", "AWS_")))
     settings.update({name: environ[name] for name in ours})
     return settings
@@ -1400,6 +1400,11 @@ def lstat(connection: Connection, path: bytes) -> Attributes:
     """Of `path` itself, not of what a link points to; Status, ConnectionLost."""
     (reply,) = connection.ask((FXP_LSTAT, blob(path)))
     connection.useful = True
+    return attributes_of(reply)
+
+
+def attributes_of(reply: Reply) -> Attributes:
+    """What a reply to LSTAT or FSTAT tells; Status."""
     return take_attributes(expect(FXP_ATTRS, reply), 0)[0]
 
 
@@ -1439,7 +1444,7 @@ def data_of(reply: Reply) -> memoryview:
 def regular_file(path: bytes, reply: Reply) -> RemoteFile:
     """What FSTAT says of `path`; FileError if that is not a whole answer."""
     try:
-        size, mtime, mode = take_attributes(expect(FXP_ATTRS, reply), 0)[0]
+        size, mtime, mode = attributes_of(reply)
     except Status as error:
         if error.code == FX_NO_SUCH_FILE:
             raise Vanished("vanished while it was read") from None
@@ -1879,8 +1884,7 @@ class BoxFolder:
             )
             for reply in replies[len(above) :]:
                 with contextlib.suppress(Status):
-                    mode = take_attributes(expect(FXP_ATTRS, reply), 0)[0].mode
-                    if stat.S_ISLNK(mode or 0):
+                    if stat.S_ISLNK(attributes_of(reply).mode or 0):
                         raise FileError(THROUGH_LINK)
             if len(self._made) >= PAGE:  # they come in order: the rest is not met again
                 self._made.clear()
@@ -2180,19 +2184,21 @@ class State:
         rows = self._rows(RECORDED.format(key="key") + " AND path = ?", path_text(file.path))
         return Recorded(*rows[0]) if rows else None
 
-    def recorded(self, key_of: Callable[[str], str | None], start: str) -> Iterator[Recorded]:
+    def give_keys(self, key_of: Callable[[str], str | None]) -> None:
+        """Rows of an earlier script have no key: from now on `key_of` gives that of a
+        path, None if it can have none.  Before `recorded` and `without_key`."""
+        self._db.create_function("key_of", 1, key_of, deterministic=True)
+
+    def recorded(self, start: str) -> Iterator[Recorded]:
         """All rows whose key begins with `start`, in the order of their keys, which
-        is S3's; `key_of` gives that of a path, None if it can have none."""
+        is S3's."""
         with state_errors(self._path):
-            self._db.create_function("key_of", 1, key_of, deterministic=True)
             query = f"SELECT * FROM ({PLACED}) WHERE substr(key, 1, ?) = ? ORDER BY key"
             for row in self._db.execute(query, (len(start), start)):
                 yield Recorded(*row)
 
-    def without_key(self, key_of: Callable[[str], str | None]) -> int:
+    def without_key(self) -> int:
         """The number of rows that `recorded` cannot give."""
-        with state_errors(self._path):
-            self._db.create_function("key_of", 1, key_of, deterministic=True)
         query = f"SELECT count(*) - (SELECT count(key) FROM ({PLACED})) FROM files"
         return int(self._rows(query)[0][0])
 
@@ -2202,6 +2208,10 @@ class State:
             "SELECT storage_class, count(*), coalesce(sum(size), 0) FROM files"
             " LEFT JOIN objects USING (path) GROUP BY 1 ORDER BY 2 DESC"
         )
+
+    def count(self) -> int:
+        """The number of files that are recorded."""
+        return sum(files for _, files, _ in self.totals())
 
     def last_runs(self, count: int) -> list[PastRun]:
         """The latest first."""
@@ -2712,6 +2722,14 @@ class Archive:
         if it has none.  Also of a cold one; FileError."""
         answer = self._ask(self._client.head_object, Key=key, ChecksumMode="ENABLED")
         return mtime_and_crc32(answer)
+
+    def lacks(self, key: str) -> bool:
+        """Whether S3 says that there is no such object, not merely nothing; Fatal."""
+        try:
+            self.head(key)
+        except FileError as error:
+            return error.code == "404"
+        return False
 
     def ask_for(self, key: str, tier: str, days: int) -> bool:
         """Asks S3 for a copy that can be read; whether there is one already.
@@ -3327,7 +3345,8 @@ def open_state(config: Config, archive: Archive, new_state: bool) -> State:
                 f"{config.prefix} has objects: {way_out}"
             )
     state = State(path)
-    if not state.is_pinned() and state.totals():
+    state.give_keys(partial(key_of_row, config))
+    if not state.is_pinned() and state.count():
         doubt_unpinned(state, archive, config)
     try:
         state.pin(destination(config) | source(config))
@@ -3351,21 +3370,16 @@ def key_of_row(config: Config, path: str) -> str | None:
 def doubt_unpinned(state: State, archive: Archive, config: Config) -> None:
     """Warns if an earlier script's state does not seem to be that of this bucket:
     what it says is archived would never be archived here."""
-
-    def is_there(row: Recorded) -> bool:
-        try:
-            archive.head(str(row.key))
-        except ArchiveError as error:
-            return error.code != "404"
-        return True
-
-    rows = state.recorded(partial(key_of_row, config), config.prefix)
-    if not any(is_there(row) for row in itertools.islice(rows, 10)):
-        log.warning(
-            "%s was made by an earlier script, and what it has recorded is not in s3://%s/%s: "
-            "if S3_BUCKET, S3_PREFIX or REMOTE_PATH is wrong, nothing of it will be archived",
-            *(config.state_db, config.bucket, config.prefix),
-        )
+    some = itertools.islice(state.recorded(config.prefix), 10)
+    # Not being allowed to look is no reason not to archive.
+    with contextlib.suppress(Fatal):
+        if all(archive.lacks(str(row.key)) for row in some):
+            log.warning(
+                "%s was made by an earlier script, and what it has recorded is not in "
+                "s3://%s/%s: if S3_BUCKET, S3_PREFIX or REMOTE_PATH is wrong, nothing of it "
+                "will be archived",
+                *(config.state_db, config.bucket, config.prefix),
+            )
 
 
 def destination(config: Config) -> dict[str, str]:
@@ -3492,6 +3506,7 @@ class Tools:
             # It belongs where it was found, be it a copy of the bucket.
             found_at = destination(self.config)
             pins = {name: pins[name] for name in pins if name not in found_at}
+        state.give_keys(partial(key_of_row, self.config))
         state.pin(pins)
         return state
 
@@ -3506,9 +3521,6 @@ class Tools:
         if self.archive.has_objects():
             return "nor a snapshot of it beside the bucket's objects: run would not start so"
         return "nor a snapshot of it in the bucket"
-
-    def __post_init__(self) -> None:
-        self.key_of = partial(key_of_row, self.config)
 
 
 def matched(
@@ -3847,9 +3859,7 @@ def verify(tools: Tools, checksums: bool, repair: bool) -> int:
             real.pin(destination(config) | source(config))
         state = stack.enter_context(contextlib.closing(tools.state(destination(config))))
         looked = stack.enter_context(tools.counting("verifying"))
-        pairs = matched(
-            tools.archive.objects(config.prefix), state.recorded(tools.key_of, config.prefix)
-        )
+        pairs = matched(tools.archive.objects(config.prefix), state.recorded(config.prefix))
         findings: Iterator[Finding] = itertools.starmap(compare, pairs)
         if checksums:
             findings = in_parallel(judge, pairs, config.transfers, tools.box.stopping)
@@ -3861,7 +3871,7 @@ def verify(tools: Tools, checksums: bool, repair: bool) -> int:
             if repair and finding.wrong is not None and surely(tools.archive, finding):
                 real.forget(finding.wrong)
                 forgotten += 1
-        counts["No key"] = state.without_key(tools.key_of)
+        counts["No key"] = state.without_key()
     if not any(counts.values()):
         raise nothing_there(config)
     if counts["No key"]:
@@ -3878,13 +3888,7 @@ def verify(tools: Tools, checksums: bool, repair: bool) -> int:
 def surely(archive: Archive, finding: Finding) -> bool:
     """Whether a finding may cost a row: what is missing from the listing is asked
     for by name, too."""
-    if finding.label != "Missing":
-        return True
-    try:
-        archive.head(finding.key)
-    except FileError as error:
-        return error.code == "404"
-    return False
+    return finding.label != "Missing" or archive.lacks(finding.key)
 
 
 def compare(key: str, found: S3Object | None, row: Recorded | None) -> Finding:
@@ -4003,7 +4007,7 @@ class Restore:
         prefix = self.tools.config.prefix
         for path in self.paths or [b""]:
             start = prefix + escape(path, KEY_ESCAPES)
-            rows = self.state.recorded(self.tools.key_of, start)
+            rows = self.state.recorded(start)
             met = 0
             for key, found, row in matched(self.tools.archive.objects(start), rows):
                 if path and key[len(start) :][:1] not in ("", "/"):
@@ -4248,14 +4252,15 @@ def check_state(config: Config) -> str:
             return f"state: none yet in {config.state_db}"
         with contextlib.closing(State(config.state_db, private=True)) as state:
             state.pin(destination(config) | source(config))
-            files = sum(count for _, count, _ in state.totals())
+            files = state.count()
     return f"state: {files:,} files in {config.state_db}"
 
 
 def check_snapshot(tools: Tools) -> str:
     """That a run could start, though there is no state here; Fatal."""
-    with contextlib.closing(tools.state(destination(tools.config) | source(tools.config))) as s:
-        files = sum(count for _, count, _ in s.totals())
+    pins = destination(tools.config) | source(tools.config)
+    with contextlib.closing(tools.state(pins)) as state:
+        files = state.count()
     if not files and tools.archive.has_objects():
         raise Fatal("none, but the bucket has objects: put the state database back")
     return f"snapshot of the state: {files:,} files"
