@@ -3053,6 +3053,51 @@ class Patience:
             raise Fatal(f"{error}; {self._unanswered} files in a row failed so")
 
 
+class UnderWay:
+    """The jobs that are on their way, on threads, and what became of them; used by
+    one thread.  `errors` are those that end the run."""
+
+    def __init__(self, most: int, memory_limit: int, patience: Patience):
+        self._most, self._memory_limit, self._patience = most, memory_limit, patience
+        self._finished: queue.SimpleQueue[Future[Outcome]] = queue.SimpleQueue()
+        self.pool = ThreadPoolExecutor(most)
+        self.jobs: dict[Future[Outcome], Job] = {}
+        self.errors: list[BaseException] = []
+
+    def begin(self, job: Job, send: Callable[[Job], Outcome]) -> None:
+        future = self.pool.submit(send, job)
+        self.jobs[future] = job
+        future.add_done_callback(self._finished.put)
+
+    def must_settle_before(self, job: Job | None) -> bool:
+        """Whether something has finished, or has to before `job` can begin."""
+        return not self._finished.empty() or bool(self.jobs and job and not self._fits(job))
+
+    def _fits(self, job: Job) -> bool:
+        memory = job.plan.memory + sum(other.plan.memory for other in self.jobs.values())
+        # A name may be listed twice while its folder changes.
+        twice = any(job.key == other.key for other in self.jobs.values())
+        room = len(self.jobs) < self._most and memory <= self._memory_limit
+        return room and not twice
+
+    def outcomes(self) -> list[Outcome]:
+        """Waits for one that finishes; of all that have by then."""
+        done = [self._finished.get()]
+        while not self._finished.empty():
+            done.append(self._finished.get())
+        for future in done:
+            del self.jobs[future]
+        raised = [(future, future.exception()) for future in done]
+        self.errors.extend(error for _, error in raised if error is not None)
+        ended = [future.result() for future, error in raised if error is None]
+        try:
+            for outcome in ended:
+                self._patience.met(outcome.error if isinstance(outcome, Failed) else None)
+        except Fatal as error:  # like the others: what is under way is still settled
+            self.errors.append(error)
+        return ended
+
+
 def walk_of(config: Config, box: Box, failed: Callable[[bytes, object], None]) -> Walk:
     """The walk over all that is selected."""
     rules = Rules(config.remote_path, config.exclude, config.include_hidden)
@@ -3082,7 +3127,6 @@ class Run:
     sending: Callable[[RemoteFile], contextlib.AbstractContextManager[Sent]]
 
     def __post_init__(self) -> None:
-        self._patience = Patience(self.config.transfers)
         # TRANSFERS files are on their way to S3 at once, and nearly as many small
         # ones are being read, or wait for their turn: so S3 need not wait for the
         # box's round trips.  With 1, one file comes after another.
@@ -3151,41 +3195,15 @@ class Run:
         Nothing starts that does not fit into MEMORY_LIMIT with what is under
         way.  On an error the rest ends, and is yielded as far as it succeeded.
         """
-        finished: queue.SimpleQueue[Future[Outcome]] = queue.SimpleQueue()
-        held: dict[Future[Outcome], Job] = {}  # what is under way
-        errors: list[BaseException] = []
-        pool = ThreadPoolExecutor(self._most_under_way)
-
-        def outcomes() -> list[Outcome]:
-            done = [finished.get()]
-            while not finished.empty():
-                done.append(finished.get())
-            for future in done:
-                del held[future]
-            raised = [(future, future.exception()) for future in done]
-            errors.extend(error for _, error in raised if error is not None)
-            ended = [future.result() for future, error in raised if error is None]
-            try:
-                for outcome in ended:
-                    self._patience.met(outcome.error if isinstance(outcome, Failed) else None)
-            except Fatal as error:  # like the others: what is under way is still settled
-                errors.append(error)
-            return ended
-
-        def fits(job: Job) -> bool:
-            memory = job.plan.memory + sum(other.plan.memory for other in held.values())
-            # A name may be listed twice while its folder changes.
-            twice = any(job.key == other.key for other in held.values())
-            room = len(held) < self._most_under_way and memory <= self.config.memory_limit
-            return room and not twice
-
+        under_way = UnderWay(
+            self._most_under_way, self.config.memory_limit, Patience(self.config.transfers)
+        )
+        errors = under_way.errors
         try:
             try:
                 for job in self._in_time(pages):
-                    while not errors and (
-                        not finished.empty() or (held and job and not fits(job))
-                    ):
-                        yield outcomes()
+                    while not errors and under_way.must_settle_before(job):
+                        yield under_way.outcomes()
                     if errors:
                         break
                     if job is None:
@@ -3194,22 +3212,20 @@ class Run:
                         break
                     if job.plan.parts_at_once:
                         self.state.begin_upload(job.key)
-                    future = pool.submit(self._send, job)
-                    held[future] = job
-                    future.add_done_callback(finished.put)
+                    under_way.begin(job, self._send)
             except Exception as error:  # of the walk
                 errors.append(error)
-            while held:
+            while under_way.jobs:
                 if errors:
                     self.box.close()
-                yield outcomes()
+                yield under_way.outcomes()
             if errors:
                 # Who waited for a turn was only stopped, by another's error.
                 raise min(errors, key=lambda error: isinstance(error, Stopped))
         finally:
-            if held:
+            if under_way.jobs:
                 self.box.close()
-            pool.shutdown()
+            under_way.pool.shutdown()
 
     def _in_time(self, pages: Iterable[list[Job]]) -> Iterator[Job | None]:
         """The jobs, until MAX_RUNTIME is over; None after each page, so that
