@@ -3341,7 +3341,6 @@ def open_state(config: Config, archive: Archive, new_state: bool) -> State:
     everything would be paid for again.  Fatal then, unless `new_state`.
     """
     path = config.state_db
-    taken = False
     if new_state and path.exists():
         aside = path.with_name(f"{path.name}.{int(time.time())}")
         path.rename(aside)
@@ -3354,8 +3353,7 @@ def open_state(config: Config, archive: Archive, new_state: bool) -> State:
             "put the state database back, or correct STATE_DB, S3_BUCKET or S3_PREFIX; only "
             "if everything may be uploaded and paid for again: archive.py run --new-state"
         )
-        taken = take_snapshot(path, archive, way_out)
-        if not taken and archive.has_objects():
+        if not take_snapshot(config, archive, way_out) and archive.has_objects():
             raise Fatal(
                 f"no state in {path} and no snapshot in the bucket, but s3://{config.bucket}/"
                 f"{config.prefix} has objects: {way_out}"
@@ -3364,13 +3362,7 @@ def open_state(config: Config, archive: Archive, new_state: bool) -> State:
     state.give_keys(partial(key_of_row, config))
     if not state.is_pinned() and state.count():
         doubt_unpinned(state, archive, config)
-    try:
-        state.pin(destination(config) | source(config))
-    except Fatal:
-        state.close()
-        if taken:  # another box's, of no use here
-            path.unlink()
-        raise
+    state.pin(pins_of(config))
     return state
 
 
@@ -3403,9 +3395,10 @@ def destination(config: Config) -> dict[str, str]:
     return {"S3_BUCKET": config.bucket, "S3_PREFIX": config.prefix}
 
 
-def source(config: Config) -> dict[str, str]:
-    """What a state is tied to on the box."""
-    return {"HETZNER_USER": config.user, "REMOTE_PATH": path_text(config.remote_path)}
+def pins_of(config: Config) -> dict[str, str]:
+    """All that a state is tied to: on the box as well."""
+    root = path_text(config.remote_path)
+    return destination(config) | {"HETZNER_USER": config.user, "REMOTE_PATH": root}
 
 
 def sidecars(database: Path) -> list[Path]:
@@ -3430,20 +3423,25 @@ def fetch_snapshot(archive: Archive, target: Path) -> str | None:
     raise Unusable("its snapshot in the bucket is damaged")
 
 
-def take_snapshot(path: Path, archive: Archive, way_out: str) -> bool:
+def take_snapshot(config: Config, archive: Archive, way_out: str) -> bool:
     """Puts the snapshot in the bucket, if there is one, in the state's place;
-    Fatal with the `way_out` if it is of no use."""
+    Fatal with the `way_out` if it is of no use, or another box's."""
+    path = config.state_db
     partial = path.with_name(path.name + ".partial")
     try:
         stored_at = fetch_snapshot(archive, partial)
+        if stored_at is None:
+            return False
+        log.warning("no state in %s: taking the bucket's snapshot of %s", path, stored_at)
+        with contextlib.closing(State(partial, private=True)) as state:
+            state.pin(pins_of(config))
+        for left in sidecars(path):  # by a killed run: it would go into the snapshot
+            left.unlink(missing_ok=True)
+        os.replace(partial, path)
     except Unusable as error:
         raise Fatal(f"no state in {path}, and {error}: {way_out}") from None
-    if stored_at is None:
-        return False
-    for left in sidecars(path):  # by a killed run: it would go into the snapshot
-        left.unlink(missing_ok=True)
-    os.replace(partial, path)
-    log.warning("no state in %s: took the snapshot of %s from the bucket", path, stored_at)
+    finally:
+        partial.unlink(missing_ok=True)
     return True
 
 
@@ -3662,7 +3660,7 @@ def plan(tools: Tools, as_json: bool) -> int:
     """Walks the box and tells what `run` would do; changes nothing.  0, or 3 if
     something could not be listed."""
     config, money = tools.config, Money(tools.archive.region, tools.config.prices)
-    with contextlib.closing(tools.state(destination(config) | source(config))) as state:
+    with contextlib.closing(tools.state(pins_of(config))) as state:
         forecast = Forecast(config, money, by_class(state, config.storage_class))
         walk = walk_of(config, tools.box, forecast.failure)
         with tools.counting("looking") as looked:
@@ -3791,7 +3789,7 @@ def status(tools: Tools, as_json: bool) -> int:
 def state_if_any(tools: Tools) -> State | None:
     """The state, None if it cannot be had."""
     try:
-        return tools.state(destination(tools.config) | source(tools.config))
+        return tools.state(pins_of(tools.config))
     except Stopped:
         raise
     except ArchiveError as error:
@@ -3872,7 +3870,7 @@ def verify(tools: Tools, checksums: bool, repair: bool) -> int:
             if state_is_empty(config.state_db):
                 raise Fatal(f"no state in {config.state_db} to repair: archive.py run")
             real = stack.enter_context(contextlib.closing(State(config.state_db)))
-            real.pin(destination(config) | source(config))
+            real.pin(pins_of(config))
         state = stack.enter_context(contextlib.closing(tools.state(destination(config))))
         looked = stack.enter_context(tools.counting("verifying"))
         pairs = matched(tools.archive.objects(config.prefix), state.recorded(config.prefix))
@@ -4267,15 +4265,14 @@ def check_state(config: Config) -> str:
                 raise Fatal(f"STATE_DB {config.state_db} cannot be created there")
             return f"state: none yet in {config.state_db}"
         with contextlib.closing(State(config.state_db, private=True)) as state:
-            state.pin(destination(config) | source(config))
+            state.pin(pins_of(config))
             files = state.count()
     return f"state: {files:,} files in {config.state_db}"
 
 
 def check_snapshot(tools: Tools) -> str:
     """That a run could start, though there is no state here; Fatal."""
-    pins = destination(tools.config) | source(tools.config)
-    with contextlib.closing(tools.state(pins)) as state:
+    with contextlib.closing(tools.state(pins_of(tools.config))) as state:
         files = state.count()
     if not files and tools.archive.has_objects():
         raise Fatal("none, but the bucket has objects: put the state database back")

@@ -237,6 +237,23 @@ def test_snapshot_of_another_box_is_not_taken(archive, box, bucket):
     assert "WRONG  snapshot of the state: " in checked.stdout
 
 
+def test_run_that_is_killed_does_not_leave_the_snapshot_of_another_box(archive, box):
+    fill(archive, box)
+    archive.state_db.unlink()
+    write(box.root / "elsewhere" / "f", SMALL)
+    killed = (
+        "import os, signal\n"
+        "replace = os.replace\n"
+        "def replace_and_die(source, target):\n"
+        "    replace(source, target)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "os.replace = replace_and_die"
+    )
+    archive.start(before=killed, REMOTE_PATH="./elsewhere").wait()
+    assert not archive.state_db.exists(), "the right settings would be refused by it"
+    assert archive().status == 0
+
+
 def test_snapshot_that_went_to_a_cold_class_is_named(archive, box, bucket):
     fill(archive, box)
     archive.state_db.unlink()
