@@ -59,6 +59,7 @@ import os
 import queue
 import re
 import shlex
+import shutil
 import signal
 import socket
 import sqlite3
@@ -1817,6 +1818,11 @@ class BoxFolder:
         self._box, self._folder = box, folder
         self._made: set[bytes] = set()
 
+    def room(self) -> int | None:
+        """Free bytes, None if nobody tells."""
+        room = self._box.room()
+        return room and room[1]
+
     def find(self, name: bytes) -> tuple[int, int] | None:
         """Size and mtime of the file, None if there is none, NO_FILE if something
         else is in its place; FileError."""
@@ -1949,6 +1955,13 @@ class LocalFolder:
 
     def __init__(self, folder: Path):
         self._folder = os.fsencode(folder)
+
+    def room(self) -> int | None:
+        folder = Path(os.fsdecode(self._folder)).absolute()
+        with contextlib.suppress(OSError):
+            there = next(path for path in (folder, *folder.parents) if path.exists())
+            return shutil.disk_usage(there).free
+        return None
 
     def try_out(self) -> None:
         try:
@@ -3966,18 +3979,18 @@ class Restore:
         self._lock = threading.Lock()
         self._under_way: set[bytes] = set()  # names that are being written
 
-    def look(self) -> tuple[int, dict[str, Count]]:
-        """Bytes that can be fetched, and what is cold by class."""
+    def look(self) -> tuple[int, int, dict[str, Count]]:
+        """Bytes that can be fetched, and that S3 is at work on; what is cold, by class."""
         cold: dict[str, Count] = {}
-        ready = 0
+        sizes = {READY: 0, BUSY: 0}
         with self.tools.counting("looking") as looked:
             for wanted, case, _ in self._each(self._sort):
                 looked(1)
                 if case == COLD:
                     cold.setdefault(wanted.storage_class, Count()).add(wanted.size)
-                if case == READY:
-                    ready += wanted.size
-        return ready, cold
+                if case in sizes:
+                    sizes[case] += wanted.size
+        return sizes[READY], sizes[BUSY], cold
 
     def bring_back(self) -> dict[str, int]:
         """Numbers by what was done; failures are told."""
@@ -4144,9 +4157,10 @@ def restore(tools: Tools, options: argparse.Namespace, agreed: Callable[[str], b
         work = Restore(
             tools, state, target, paths, options.tier, options.days, options.overwrite
         )
-        ready, cold = work.look()
+        ready, busy, cold = work.look()
         if cold:
-            estimate(tools, cold, ready, options)
+            estimate(tools, cold, ready + busy, options)
+        doubt_room(target, ready + busy + sum(count.bytes for count in cold.values()))
         if cold and options.manifest:
             try:
                 file = options.manifest.open("w", newline="", encoding="ascii")
@@ -4176,6 +4190,17 @@ def restore(tools: Tools, options: argparse.Namespace, agreed: Callable[[str], b
     return 75 if waiting else 3 if counts[FAILED] else 0
 
 
+def doubt_room(target: LocalFolder | BoxFolder, needed: int) -> None:
+    """Warns where that many bytes do not fit: before they are paid for."""
+    room = target.room()
+    if room is not None and needed > room:
+        log.warning(
+            "%s are to be restored, but only %s are free there: make room, or restore less at "
+            "a time; S3's copies cost money while they wait",
+            *(size_text(needed), size_text(room)),
+        )
+
+
 def restore_paths(given: Iterable[str], root: bytes) -> list[bytes]:
     """The paths below REMOTE_PATH, given as on the box, whole or relative to it;
     none of them below another."""
@@ -4190,13 +4215,13 @@ def restore_paths(given: Iterable[str], root: bytes) -> list[bytes]:
 
 
 def estimate(
-    tools: Tools, cold: dict[str, Count], ready: int, options: argparse.Namespace
+    tools: Tools, cold: dict[str, Count], more: int, options: argparse.Namespace
 ) -> None:
-    """Tells what the restore costs; `ready` are the bytes that need not be asked for."""
+    """Tells what the restore costs; `more` bytes need not be asked for, but fetched."""
     money = Money(tools.archive.region, tools.config.prices)
     asked_for = sum(cold.values(), Count())
     tier, days = options.tier, options.days
-    download = money.download(asked_for.files, asked_for.bytes + ready)
+    download = money.download(asked_for.files, asked_for.bytes + more)
     tools.table(
         "ESTIMATE",
         [

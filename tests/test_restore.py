@@ -115,6 +115,19 @@ def renamed(**keys):
     return told
 
 
+def resized(size, other):
+    """S3 lists objects of `size` bytes with another size."""
+
+    def told(exchange):
+        answer = exchange.forward()
+        tags = (f"<Size>{number}</Size>".encode() for number in (size, other))
+        answer.body = answer.body.replace(*tags)
+        answer.headers["content-length"] = str(len(answer.body))
+        return answer
+
+    return told
+
+
 def damaged(exchange):
     """The object with one bit turned over on its way."""
     answer = exchange.forward()
@@ -1074,6 +1087,23 @@ def test_folder_that_cannot_be_made_is_told_of_before_anything_is_paid(archive, 
     assert result.status == 1, result.stderr
     assert "/proc/no such folder" in result.stderr
     assert s3.requests["RestoreObject"] == 0
+
+
+@pytest.mark.parametrize("place", ["--to", "--to-box"])
+def test_folder_without_the_room_is_told_of_before_anything_is_paid(
+    boxed, bucket, s3, to, place
+):
+    archived(boxed, {"file": b"content"})
+    lose_state(boxed, bucket)
+    where = (place, to if place == "--to" else "back")
+    s3.on("ListObjectsV2", resized(7, 2 << 60), nth=2)  # the first asks for any object
+
+    result = boxed("restore", *where)
+
+    assert result.status == 2
+    assert "2,097,152.0 TiB are to be restored, but only " in result.stderr
+    assert s3.requests["RestoreObject"] == 0
+    assert "are to be restored" not in boxed("restore", *where, "--yes").stderr
 
 
 def test_box_that_is_read_only_is_told_of_before_anything_is_paid(boxed, box, s3):
