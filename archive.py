@@ -71,7 +71,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -3201,7 +3201,7 @@ class Run:
         self.found(sum(job.file.size for job in jobs))
         return jobs
 
-    def _transfer(self, pages: Iterable[list[Job]]) -> Iterator[list[Outcome]]:
+    def _transfer(self, pages: Iterable[list[Job]]) -> Generator[list[Outcome], None, None]:
         """Sends many files at once and yields what became of them, as many as
         have finished at a time.
 
