@@ -2130,10 +2130,10 @@ class State:
         self._path = path
         with state_errors(path):
             self._db = sqlite3.connect(
-                "" if private else path, LOCKED_LIMIT, isolation_level=None
+                "" if private else path, timeout=LOCKED_LIMIT, isolation_level=None
             )
             if private and path.exists():
-                with contextlib.closing(sqlite3.connect(path, LOCKED_LIMIT)) as source:
+                with contextlib.closing(sqlite3.connect(path, timeout=LOCKED_LIMIT)) as source:
                     source.backup(self._db)
             self._db.execute("PRAGMA journal_mode = DELETE")
             self._db.execute("PRAGMA synchronous = FULL")
@@ -2323,7 +2323,10 @@ def state_is_empty(path: Path) -> bool:
     pins: of no use, and not to be trusted.  Fatal if it is damaged."""
     if not path.exists() or not path.stat().st_size:
         return True
-    with state_errors(path), contextlib.closing(sqlite3.connect(path, LOCKED_LIMIT)) as db:
+    with (
+        state_errors(path),
+        contextlib.closing(sqlite3.connect(path, timeout=LOCKED_LIMIT)) as db,
+    ):
         (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
             raise sqlite3.DatabaseError(verdict)
