@@ -1815,7 +1815,8 @@ class BoxFolder:
     """A folder of the box to restore to.  Nothing is overwritten unless told to."""
 
     def __init__(self, box: Box, folder: bytes):
-        self._box, self._folder = box, folder
+        self._box = box
+        self._folder = re.sub(b"/+", b"/", folder)  # as `_make` takes it apart
         self._made: set[bytes] = set()
 
     def room(self) -> int | None:
@@ -2165,9 +2166,9 @@ class State:
         for name, value in pins.items():
             if known.get(name, value) != value:
                 raise Fatal(
-                    f"the state database {self._path} belongs to {name}="
-                    f"{printable(known[name])}, but the setting is {printable(value)}: "
-                    "set it back, or give the other one a STATE_DB and S3_PREFIX of its own"
+                    f"the state belongs to {name}={printable(known[name])}, but the setting is "
+                    f"{printable(value)}: set it back, or give the other one a STATE_DB and "
+                    "S3_PREFIX of its own"
                 )
         new = pins.items() - known.items()
         if new:
@@ -2199,7 +2200,7 @@ class State:
 
     def give_keys(self, key_of: Callable[[str], str | None]) -> None:
         """Rows of an earlier script have no key: from now on `key_of` gives that of a
-        path, None if it can have none.  Before `recorded` and `without_key`."""
+        path, None if it can have none.  Before `recorded` and `not_below`."""
         self._db.create_function("key_of", 1, key_of, deterministic=True)
 
     def recorded(self, start: str) -> Iterator[Recorded]:
@@ -2210,10 +2211,11 @@ class State:
             for row in self._db.execute(query, (len(start), start)):
                 yield Recorded(*row)
 
-    def without_key(self) -> int:
-        """The number of rows that `recorded` cannot give."""
-        query = f"SELECT count(*) - (SELECT count(key) FROM ({PLACED})) FROM files"
-        return int(self._rows(query)[0][0])
+    def not_below(self, start: str) -> int:
+        """The number of rows that `recorded` does not give."""
+        below = f"SELECT count(*) FROM ({PLACED}) WHERE substr(key, 1, ?) = ?"
+        query = f"SELECT count(*) - ({below}) FROM files"
+        return int(self._rows(query, len(start), start)[0][0])
 
     def totals(self) -> list[tuple[str | None, int, int]]:
         """(storage class, None where it was not recorded; files; bytes)."""
@@ -3376,34 +3378,36 @@ def open_state(config: Config, archive: Archive, new_state: bool) -> State:
             )
     state = State(path)
     state.give_keys(partial(key_of_row, config))
-    if not state.is_pinned() and state.count():
-        doubt_unpinned(state, archive, config)
-    state.pin(pins_of(config))
+    if state.is_pinned() or not doubt_unpinned(state, archive, config):
+        state.pin(pins_of(config))
     return state
 
 
 def key_of_row(config: Config, path: str) -> str | None:
-    """The key of a row that has none, made by an earlier script."""
-    root, name = config.remote_path, unescape(path)
+    """The key of a row that has none, made by an earlier script: nothing is escaped."""
+    start = path_text(join(config.remote_path, b""))
+    inner = path.removeprefix(start)
     with contextlib.suppress(FileError):
-        if name.startswith(join(root, b"")):
-            return object_key(config.prefix, below(root, name))
+        object_key(config.prefix, unescape(inner))  # as far as a file can have it at all
+        return config.prefix + inner if path.startswith(start) else None
     return None
 
 
-def doubt_unpinned(state: State, archive: Archive, config: Config) -> None:
+def doubt_unpinned(state: State, archive: Archive, config: Config) -> bool:
     """Warns if an earlier script's state does not seem to be that of this bucket:
     what it says is archived would never be archived here."""
     some = itertools.islice(state.recorded(config.prefix), 10)
     # Not being allowed to look is no reason not to archive.
     with contextlib.suppress(Fatal):
-        if all(archive.lacks(str(row.key)) for row in some):
+        if state.count() and all(archive.lacks(str(row.key)) for row in some):
             log.warning(
                 "%s was made by an earlier script, and what it has recorded is not in "
                 "s3://%s/%s: if S3_BUCKET, S3_PREFIX or REMOTE_PATH is wrong, nothing of it "
                 "will be archived",
                 *(config.state_db, config.bucket, config.prefix),
             )
+            return True
+    return False
 
 
 def destination(config: Config) -> dict[str, str]:
@@ -3533,9 +3537,9 @@ class Tools:
                 snapshot = Path(folder) / "snapshot"
                 log.warning("no state in %s, %s", path, self._snapshot(snapshot))
                 state = State(snapshot, private=True)
-            # It belongs where it was found, be it a copy of the bucket.
-            found_at = destination(self.config)
-            pins = {name: pins[name] for name in pins if name not in found_at}
+            # From a copy of the bucket files are brought back, but no run goes on there.
+            if pins == destination(self.config):
+                pins = {}
         state.give_keys(partial(key_of_row, self.config))
         state.pin(pins)
         return state
@@ -3886,6 +3890,8 @@ def verify(tools: Tools, checksums: bool, repair: bool) -> int:
             if state_is_empty(config.state_db):
                 raise Fatal(f"no state in {config.state_db} to repair: archive.py run")
             real = stack.enter_context(contextlib.closing(State(config.state_db)))
+            if not real.is_pinned():  # a mistyped setting would make all of it forgotten
+                raise Fatal(f"{config.state_db} is an earlier script's: archive.py run first")
             real.pin(pins_of(config))
         state = stack.enter_context(contextlib.closing(tools.state(destination(config))))
         looked = stack.enter_context(tools.counting("verifying"))
@@ -3901,7 +3907,7 @@ def verify(tools: Tools, checksums: bool, repair: bool) -> int:
             if repair and finding.wrong is not None and surely(tools.archive, finding):
                 real.forget(finding.wrong)
                 forgotten += 1
-        counts["No key"] = state.without_key()
+        counts["No key"] = state.not_below(config.prefix)
     if not any(counts.values()):
         raise nothing_there(config)
     if counts["No key"]:
@@ -4034,23 +4040,29 @@ class Restore:
         return in_parallel(judged, self._wanted(), self._threads, self.tools.box.stopping)
 
     def _wanted(self) -> Iterator[Wanted]:
-        prefix = self.tools.config.prefix
+        config = self.tools.config
         for path in self.paths or [b""]:
-            start = prefix + escape(path, KEY_ESCAPES)
-            rows = self.state.recorded(start)
-            met = 0
-            for key, found, row in matched(self.tools.archive.objects(start), rows):
-                if path and key[len(start) :][:1] not in ("", "/"):
-                    continue
-                if found and not found.size and key.endswith("/"):
-                    continue  # a folder, as S3's console makes them
-                met += 1
-                yield self._describe(key, found, row)
+            met = False
+            # As this program spells a key, and as other ones do.
+            spellings = (escape(path, KEY_ESCAPES), path.decode("utf-8", "replace"))
+            for start in dict.fromkeys(config.prefix + spelling for spelling in spellings):
+                for wanted in self._below(start):
+                    if not path or wanted.key[len(start) :][:1] in ("", "/"):
+                        met = True
+                        yield wanted
             if path and not met:
                 nothing = "nothing is archived under this path"
-                yield Wanted(start, path, 0, None, None, "", None, nothing)
+                yield Wanted("", path, 0, None, None, "", None, nothing)
             elif not met:
-                raise nothing_there(self.tools.config)
+                raise nothing_there(config)
+
+    def _below(self, start: str) -> Iterator[Wanted]:
+        """What has a key that begins with `start`."""
+        rows = self.state.recorded(start)
+        for key, found, row in matched(self.tools.archive.objects(start), rows):
+            # S3's console makes empty objects of folders.
+            if not (found and not found.size and key.endswith("/")):
+                yield self._describe(key, found, row)
 
     def _describe(self, key: str, found: S3Object | None, row: Recorded | None) -> Wanted:
         inner = key[len(self.tools.config.prefix) :]
@@ -4077,6 +4089,9 @@ class Restore:
         """What is the case; FileError."""
         if wanted.fault:
             raise FileError(wanted.fault)
+        ours = self.tools.config.prefix + escape(wanted.name, KEY_ESCAPES)
+        if wanted.key != ours and not self.tools.archive.lacks(ours):
+            raise FileError(f"an earlier one of this name: {printable(ours)} has replaced it")
         there = self.target.find(wanted.name)
         if there is not None:
             mtime = wanted.mtime
@@ -4165,11 +4180,7 @@ def restore(tools: Tools, options: argparse.Namespace, agreed: Callable[[str], b
             estimate(tools, cold, ready + busy, options)
         doubt_room(target, ready + busy + sum(count.bytes for count in cold.values()))
         if cold and options.manifest:
-            try:
-                file = options.manifest.open("w", newline="", encoding="ascii")
-            except OSError as error:
-                raise ConfigError(f"--manifest: {error}") from None
-            work.manifest = csv.writer(stack.enter_context(file), lineterminator="\n")
+            work.manifest = stack.enter_context(manifest(options.manifest))
         elif cold:
             if not options.yes and not agreed("Ask S3 for it?"):
                 raise ConfigError("nothing was asked for: it costs money; --yes agrees to it")
@@ -4179,7 +4190,7 @@ def restore(tools: Tools, options: argparse.Namespace, agreed: Callable[[str], b
         counts = work.bring_back()
     tools.table("RESTORE", [*counts.items(), ("Restored bytes", work.bytes)])
     waiting = counts[ASKED] + counts[BUSY] + counts[COLD]
-    if options.manifest and counts[COLD]:
+    if work.manifest and counts[COLD]:
         log.warning(
             "%s lists %s objects: upload it, and start an S3 Batch Operations job with it, "
             "operation Restore, %d days, %s; then run restore again without --manifest",
@@ -4191,6 +4202,16 @@ def restore(tools: Tools, options: argparse.Namespace, agreed: Callable[[str], b
             *(f"{waiting:,}", TIERS[options.tier]),
         )
     return 75 if waiting else 3 if counts[FAILED] else 0
+
+
+@contextlib.contextmanager
+def manifest(path: Path) -> Iterator[Any]:
+    """A csv writer to a new file; ConfigError."""
+    try:
+        with path.open("w", newline="", encoding="ascii") as file:
+            yield csv.writer(file, lineterminator="\n")
+    except OSError as error:
+        raise ConfigError(f"--manifest: {error}") from None
 
 
 def doubt_room(target: LocalFolder | BoxFolder, needed: int) -> None:

@@ -371,6 +371,17 @@ def archive(archive_of, box):
     return archive_of(box)
 
 
+def earlier_database(archive, rows, uploaded_at=1_700_000_000):
+    """A state as earlier scripts left it: one table, rows of (path, size, mtime)."""
+    with contextlib.closing(sqlite3.connect(archive.state_db)) as db, db:
+        db.execute(
+            "CREATE TABLE files (path TEXT PRIMARY KEY, size INTEGER,"
+            " mtime INTEGER, uploaded_at INTEGER)"
+        )
+        values = [(*row, uploaded_at) for row in rows]
+        db.executemany("INSERT INTO files VALUES (?, ?, ?, ?)", values)
+
+
 def fill(root, files, mtime=OLD):
     """Write {path: content} below a folder; an int stands for that many random bytes.
 

@@ -18,7 +18,7 @@ import time
 from urllib.parse import unquote
 
 import pytest
-from conftest import CHANGED, MIB, OLD, PROGRAM, SNAPSHOT, fill, tree
+from conftest import CHANGED, MIB, OLD, PROGRAM, SNAPSHOT, earlier_database, fill, tree
 from faults import LARGE, SIZES, wait_for
 from faulty_sftp import FAILURE, Dropped, answer_then_drop, drop, status
 from relay import Relay
@@ -473,6 +473,25 @@ def test_manifest_lists_what_is_cold_and_nothing_is_asked_for(archive, bucket, s
     rows = list(csv.reader(manifest.read_text().splitlines()))
     assert {(name, unquote(key)) for name, key in rows} == {(bucket.name, k) for k in cold}
     assert len(rows) == len(cold)
+
+
+def test_manifest_that_cannot_be_written_is_told_of(archive, to):
+    archived(archive, {"cold": b"content"})
+    result = archive("restore", "--to", to, "--manifest", "/dev/full")
+    assert (result.status, result.stdout.count("RESTORE")) == (2, 0)
+    assert "--manifest" in result.stderr
+
+
+def test_manifest_is_not_named_where_none_was_written(archive, s3, to):
+    """The copy has expired since it was listed."""
+    archived(archive, {"late": b"content"})
+    s3.on("ListObjectsV2", listed(late=READY), times=2)
+    manifest = archive.folder / "manifest.csv"
+    result = archive("restore", "--to", to, "--manifest", manifest)
+    assert result.status == 75
+    assert not manifest.exists()
+    assert str(manifest) not in result.stderr
+    assert "run the same command again" in result.stderr
 
 
 def test_requests_are_as_few_as_can_be(archive, s3, to):
@@ -1147,16 +1166,18 @@ def test_nothing_is_written_through_a_link(archive, to, tmp_path):
     assert archive("restore", "--to", linked).status == 0
 
 
-def test_nothing_is_written_through_a_link_of_the_box(archive, faulty_box):
+@pytest.mark.parametrize("folder", ["to/sub", "to//sub/", "./to/sub", "//to/sub"])
+def test_nothing_is_written_through_a_link_of_the_box(archive, faulty_box, folder):
     archived(archive, {"d/x": 10, "y": 10}, **WARM)
     fill(faulty_box.root, {"elsewhere/x": b"precious"})
-    (faulty_box.root / "to").mkdir()
-    (faulty_box.root / "to" / "d").symlink_to(faulty_box.root / "elsewhere")
-    result = archive("restore", "--to-box", "to", "--overwrite", "d", "y")
+    to = faulty_box.root / "to" / "sub"
+    to.mkdir(parents=True)
+    (to / "d").symlink_to(faulty_box.root / "elsewhere")
+    result = archive("restore", "--to-box", folder, "--overwrite", "d", "y")
     assert result.status == 3
     assert "link" in failed(result)["d/x"]
     assert (faulty_box.root / "elsewhere" / "x").read_bytes() == b"precious"
-    assert (faulty_box.root / "to" / "y").exists()
+    assert (to / "y").exists()
 
 
 def test_two_boxes_restored_to_one_folder_do_not_mix(archive, s3, to):
@@ -1225,6 +1246,30 @@ def test_copy_of_the_bucket_is_restored_from(archive, bucket, to):
     result = archive("restore", "--to", to, S3_BUCKET=copy)
     assert result.status == 0, result.stderr
     assert whole(to) == expected
+    for command in ("check", "plan", "run"):  # but no run goes on there
+        refused = archive(command, S3_BUCKET=copy)
+        assert refused.status == 1
+        assert f"the state belongs to S3_BUCKET={bucket.name}" in refused.output
+
+
+def test_object_of_an_earlier_script_gives_way_to_the_one_that_replaced_it(archive, bucket, to):
+    """Both have the same name, the earlier one's key without escapes."""
+    old, new, content = "Icon\r", "Icon\u201b0D", {"Icon\r": b"of an earlier script"}
+    fill(archive.box.root, content)
+    earlier_database(archive, [(f"./{old}", len(content[old]), OLD)], int(time.time()))
+    bucket.client.put_object(Bucket=bucket.name, Key=old, Body=content[old])
+    assert archive(**WARM).counts == (0, 1, 0)
+    assert archive("restore", old, "--to", to).status == 0
+    assert (to / old).stat().st_mtime == OLD
+    fill(archive.box.root, {old: b"new content"}, mtime=OLD + 100)
+    assert archive(**WARM).counts == (1, 0, 0)
+    assert set(archive.objects()) == {old, new}
+
+    for _ in range(3):
+        result = archive("restore", "--to", to, "--overwrite")
+        assert result.status == 3
+        assert f"{new} has replaced it" in failed(result)["Icon\\r"]
+        assert whole(to) == whole(archive.box.root)
 
 
 def test_a_signal_at_the_question_ends_at_once(archive, to):

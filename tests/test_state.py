@@ -6,7 +6,7 @@ import sqlite3
 from zlib import crc32
 
 import pytest
-from conftest import MIB, OLD, SNAPSHOT, fill
+from conftest import MIB, OLD, SNAPSHOT, earlier_database, fill
 
 SMALL_PARTS = {"SMALL_FILE": 5 * MIB, "PART_SIZE": 5 * MIB}
 
@@ -78,16 +78,6 @@ def test_an_object_of_a_failed_file_is_not_recorded(archive, box):
 
 
 # --- A database of an earlier script ---
-
-
-def earlier_database(archive, rows):
-    with sqlite3.connect(archive.state_db) as db:
-        db.execute(
-            "CREATE TABLE files (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER,"
-            " uploaded_at INTEGER)"
-        )
-        db.executemany("INSERT INTO files VALUES (?, ?, ?, 1700000000)", rows)
-    db.close()
 
 
 def test_a_database_of_an_earlier_script_is_taken_over(archive, bucket):
@@ -346,4 +336,24 @@ def test_an_earlier_scripts_state_of_another_bucket_is_doubted(archive, bucket, 
     result = archive(S3_PREFIX=prefix)
     assert result.status == 0
     assert ("is not in s3://" in result.stderr) == bool(prefix)
-    assert "is not in s3://" not in archive(S3_PREFIX=prefix).stderr, "it is tied to it now"
+    assert ("is not in s3://" in archive(S3_PREFIX=prefix).stderr) == bool(prefix)
+
+
+def test_an_earlier_scripts_state_is_not_tied_to_a_mistyped_prefix(archive, box, bucket):
+    contents = {"a": b"aa", "folder/b": b"bbb"}
+    for key, content in contents.items():
+        bucket.client.put_object(Bucket=bucket.name, Key=f"right/{key}", Body=content)
+    earlier_database(archive, [("./a", 2, OLD), ("./folder/b", 3, OLD)])
+    fill(box.root, contents)
+    fill(box.root, {"new": b"new"})
+
+    assert archive(S3_PREFIX="rihgt/").counts == (1, 2, 0)
+    repair = archive("verify", "--repair", S3_PREFIX="rihgt/")
+    assert repair.status == 1
+    assert "archive.py run" in repair.stderr
+    result = archive(S3_PREFIX="right/")
+
+    assert (result.status, result.counts) == (0, (0, 3, 0)), result.stderr
+    told = archive("verify", S3_PREFIX="right/")
+    assert told.status == 3
+    assert "1 rows cannot have been made with these settings" in told.stderr

@@ -7,7 +7,7 @@ import sqlite3
 from zlib import crc32
 
 import pytest
-from conftest import MIB, OLD, SNAPSHOT, fill
+from conftest import MIB, OLD, SNAPSHOT, earlier_database, fill
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
 from scripted_s3 import error, no_checksums
@@ -55,16 +55,6 @@ def store(bucket):
         backend.put_object(bucket.name, key, content, storage=storage_class)
 
     return put
-
-
-def earlier_database(archive, rows):
-    """A state as earlier scripts left it: one table, rows of (path, size, mtime)."""
-    with contextlib.closing(sqlite3.connect(archive.state_db)) as db, db:
-        db.execute(
-            "CREATE TABLE files (path TEXT PRIMARY KEY, size INTEGER,"
-            " mtime INTEGER, uploaded_at INTEGER)"
-        )
-        db.executemany("INSERT INTO files VALUES (?, ?, ?, 1)", rows)
 
 
 def counts(result):
@@ -287,6 +277,7 @@ def test_repair_forgets_rows_of_an_earlier_script_as_well(archive, box, store):
     fill(box.root, {"a": b"1", "gone": b"1"})
     earlier_database(archive, [("./a", 1, OLD), ("./gone", 1, OLD)])
     store("a", b"1")
+    assert archive().counts == (0, 2, 0)  # takes it over
 
     assert archive("verify", "--repair").status == 3
 
@@ -311,6 +302,7 @@ def test_listing_that_breaks_off_makes_no_row_forgotten(archive, s3, store):
     earlier_database(archive, [(f"./{name}", 4, OLD) for name in names])
     for name in names:
         store(name, b"1234")
+    assert archive().status == 0
     s3.on("ListObjectsV2", error(403, "AccessDenied"), nth=2)
 
     result = archive("verify", "--repair")
@@ -359,6 +351,7 @@ def test_rows_of_another_root_are_told_and_not_taken_for_others(archive, store):
     result = archive("verify")
     assert (result.status, counts(result)) == (3, {"agree": 1, "no key": 2})
     assert "2 rows" in result.stderr
+    assert archive().status == 0
     assert archive("verify", "--repair").status == 3
     assert len(archive.rows()) == 3
 
@@ -375,3 +368,14 @@ def test_row_in_another_form_is_none(archive, store, row):
     result = archive("verify")
     assert result.status == 3, result.stderr
     assert counts(result) == {"agree": 1, "not recorded": 1, "no key": 1}
+
+
+def test_row_of_an_earlier_script_has_the_key_that_it_used(archive, box, bucket):
+    """Which escaped nothing: macOS's `Icon\r` was not found, and then forgotten."""
+    fill(box.root, {"Icon\r": b"same"})
+    earlier_database(archive, [("./Icon\r", 4, OLD)])
+    bucket.client.put_object(Bucket=bucket.name, Key="Icon\r", Body=b"same")
+    assert archive().counts == (0, 1, 0)
+    result = archive("verify", "--repair")
+    assert (result.status, counts(result)) == (0, {"agree": 1})
+    assert len(archive.rows()) == 1
