@@ -124,6 +124,7 @@ MIN_MEMORY = 32 * MIB
 # is wider, so that listings and small files pass beside a large one.
 READ_SIZE = 252 * KIB
 READS_PER_FLIGHT = 8
+LEAST_READ = 4 * KIB  # however little a server has answered
 READ_WINDOW = 16 * MIB
 FLIGHTS_AHEAD = 64  # where a server answers so little that the window is never full
 SSH_WINDOW = 32 * MIB
@@ -1370,6 +1371,7 @@ class Box:
         self.pace(file.size)
 
         def read(connection: Connection) -> tuple[RemoteFile, bytes, bool] | None:
+            began = time.time()
             handle = open_file(connection, file.path)
             first, *reads, last, named, _ = connection.ask(
                 (FXP_FSTAT, handle),
@@ -1382,7 +1384,7 @@ class Box:
                 return None
             must_be(now, last, named)
             connection.useful = True
-            return now, b"".join(pieces), recent(now)
+            return now, b"".join(pieces), recent(now, began)
 
         try:
             result = self.insist(read)
@@ -1474,10 +1476,10 @@ def must_be(before: RemoteFile, *replies: Reply) -> None:
             )
 
 
-def recent(file: RemoteFile) -> bool:
-    """Whether `file` changed so shortly before now that another change could
-    have the same time."""
-    return abs(time.time() - file.mtime) <= RECENT
+def recent(file: RemoteFile, began: float) -> bool:
+    """Whether `file`, which was read since `began`, in seconds since the epoch, changed
+    so shortly before that, or since, that another change could have the same time."""
+    return began - RECENT <= file.mtime <= time.time() + RECENT
 
 
 class Reader:
@@ -1496,6 +1498,7 @@ class Reader:
         """Opens `path`; FileError, Vanished."""
         self._box = box
         self._path = path
+        self._began = time.time()
         self.file = self._open()
         self.crc32 = 0  # of all that was delivered
         self.last_crc32 = 0  # of what the last read() delivered
@@ -1543,7 +1546,7 @@ class Reader:
 
     def close(self) -> None:
         """Gives the handle back, if the file was not read to its end."""
-        if not self._checked:
+        if self._handle:
             self._connection.flight((FXP_CLOSE, self._handle))
 
     def _open(self) -> RemoteFile:
@@ -1557,6 +1560,7 @@ class Reader:
                 return regular_file(self._path, reply)
             except FileError:
                 connection.flight((FXP_CLOSE, handle))
+                self._handle = b""
                 raise
 
         try:
@@ -1599,7 +1603,8 @@ class Reader:
         """`size` bytes from offset `at`, of which `data` came; asks for the rest."""
         if 0 < len(data) < size:
             # Twice the same length: that is the most this server answers.
-            self._read_size = len(data) if len(data) == self._short else self._read_size
+            if len(data) == self._short:
+                self._read_size = max(len(data), LEAST_READ)
             self._short = len(data)
         while True:
             if not data:
@@ -1622,10 +1627,11 @@ class Reader:
             read_request(self._handle, self.file.size, 1),
             *look_and_close(self._path, self._handle),
         )
+        self._handle = b""  # closed: on the box it may be another file's by now
         must_be(self.file, last, named)
         if data_of(beyond):
             raise FileError(f"does not end at its size of {self.file.size:,} bytes")
-        self.fresh = recent(self.file)
+        self.fresh = recent(self.file, self._began)
         self._checked = True
 
 
@@ -1642,6 +1648,7 @@ class Listing:
         self._queue = arrived
         self._losses = 0
         self._given: list[bytes] = []  # the names of earlier pages, / between
+        self._furthest = 0  # the most names that it came to
         self._start()
 
     def _start(self) -> None:
@@ -1649,6 +1656,7 @@ class Listing:
         self.complete = False
         self.error: FileError | None = None
         self._handle = b""
+        self._came_to = 0
         self._readdirs = READDIRS_PER_FLIGHT
         given = b"/".join(self._given).split(b"/") if self._given else ()
         self._skip = {b".", b"..", *given}
@@ -1667,7 +1675,9 @@ class Listing:
                 names = sum(self._take(reply) for reply in self._flight.replies())
                 if not names and not self.complete:
                     raise ConnectionLost("the box sent a listing that does not end")
-                self._losses = 0
+                self._came_to += names
+                if self._came_to > self._furthest:  # not merely as far as before
+                    self._furthest, self._losses = self._came_to, 0
                 self._connection.useful = True
             else:
                 (reply,) = self._flight.replies()
@@ -1688,13 +1698,14 @@ class Listing:
 
     def _take(self, reply: Reply) -> int:
         """The number of names that a READDIR brought."""
+        if self.complete:  # sent before that was known
+            return 0
         try:
             entries = take_names(expect(FXP_NAME, reply))
         except Status as error:
             if error.code != FX_EOF:
                 raise
-            if not self.complete:
-                self._end(None)
+            self._end(None)
             return 0
         self.entries += [entry for entry in entries if entry[0] not in self._skip]
         return sum(name not in (b".", b"..") for name, _ in entries)

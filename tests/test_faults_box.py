@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import sqlite3
+import time
 
 import pytest
 from conftest import MIB
@@ -205,6 +206,49 @@ def test_folder_that_always_kills_the_connection_fails_alone(archive, box):
 
 
 @pytest.mark.parametrize("after", [0, 30, 700], ids=["banner", "key exchange", "login"])
+def answered(request):
+    """How many READDIRs of this handle were answered before."""
+    count = vars(request.handle).setdefault("answered", 0)
+    request.handle.answered += 1
+    return count
+
+
+def dies_late(request):
+    return request.reply() if answered(request) < 6 else drop(request)
+
+
+def never_ends(request):
+    return request.reply() if answered(request) < 1 else request.names([])
+
+
+@pytest.mark.parametrize("fault", [dies_late, never_ends])
+def test_listing_that_always_fails_at_the_same_place_fails_alone(archive, box, fault):
+    for number in range(900):
+        write(box.root / "poison" / f"f{number}", 1)
+    write(box.root / "d" / "f", SMALL)
+    box.always("READDIR", b"poison", fault)
+    result = archive(constants=SIZES)
+    assert result.status == 3
+    assert [failure.split(": ")[0] for failure in result.failures] == ["./poison"]
+    assert "d/f" in archive.objects()
+    assert box.requests["OPENDIR"] < 20
+
+
+def failure_after_the_end(request):
+    if vars(request.handle).get("ended"):
+        return request.status(FAILURE)
+    entries = list(request.handle.listing)
+    request.handle.ended = not entries
+    return request.names(entries) if entries else request.status(EOF)
+
+
+def test_refusal_after_the_end_of_a_listing_does_no_harm(archive, box):
+    write(box.root / "d" / "f", SMALL)
+    box.always("READDIR", b"d", failure_after_the_end)
+    assert archive().status == 0
+    assert box.requests["STALE"] == 0
+
+
 def test_freeze_before_the_session_is_there_is_waited_for_only_so_long(archive, box, after):
     write(box.root / "f", SMALL)
     with Relay(box.host, box.port) as relay:
@@ -396,6 +440,45 @@ def test_changed_file_that_fails_leaves_its_row_and_its_earlier_object(archive, 
     archive.assert_invariant()
 
 
+def test_handle_of_a_file_that_changed_is_closed_once(archive, box):
+    """A server gives the number out again: a second CLOSE ends another file's, and the
+    reads after it may be those of a third."""
+    write(box.root / "large", LARGE)
+    box.on("READ", b"large", first(lambda: os.utime(box.root / "large", (5, 5))), nth=3)
+    result = archive(constants=SIZES)
+    assert_failed(result, {"large": "changed while it was read"})
+    assert box.requests["STALE"] == 0
+
+
+def test_handle_of_a_file_that_is_refused_after_a_cut_is_closed_once(archive, box):
+    write(box.root / "large", LARGE)
+    box.on("READ", b"large", drop, nth=3)
+    box.on("FSTAT", b"large", attributes(size=None), nth=2)
+    result = archive(constants=SIZES)
+    assert_failed(result, {"large": "does not tell"})
+    assert box.requests["STALE"] == 0
+
+
+@pytest.mark.parametrize(("kind", "nth"), [("READ", 20), ("CLOSE", 1)])
+def test_file_rewritten_within_its_second_while_it_is_read_is_archived_again(
+    archive, box, kind, nth
+):
+    """Reading takes longer than the time for which a file counts as changed just now."""
+    name, size = {"READ": ("large", LARGE), "CLOSE": ("small", SMALL)}[kind]
+    path, now, constants = box.root / name, int(time.time()), {**SIZES, "RECENT": 5}
+    write(path, size, mtime=now)
+
+    def rewrite():
+        path.write_bytes(b"!" * size)
+        os.utime(path, (now, now))
+        time.sleep(7)
+
+    box.on(kind, name.encode(), first(rewrite), nth=nth)
+    assert archive(constants=constants).status == 0
+    assert archive(constants=constants).status == 0
+    assert_all_archived(archive, box)
+
+
 def test_file_that_changed_since_it_was_listed_is_archived_as_it_is(archive, box):
     """Only one that has grown may be left to the next run: no memory was set aside."""
     files = {f"{change}-{kind}": change for change in CHANGES for kind in FILES}
@@ -409,6 +492,15 @@ def test_file_that_changed_since_it_was_listed_is_archived_as_it_is(archive, box
     archive.assert_invariant()
     assert archive(constants=SIZES).status == 0
     assert_all_archived(archive, box)
+
+
+def test_two_tiny_replies_do_not_slow_the_rest(archive, box):
+    write(box.root / "large", 4 * MIB)
+    for nth in (2, 5):
+        box.on("READ", b"large", at_most(1), nth=nth)
+    assert archive(constants={**SIZES, "READ_WINDOW": MIB}).status == 0
+    assert_all_archived(archive, box)
+    assert box.requests["READ"] < 2_000
 
 
 def test_short_replies_are_asked_to_the_end(archive, box):
