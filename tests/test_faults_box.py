@@ -205,7 +205,6 @@ def test_folder_that_always_kills_the_connection_fails_alone(archive, box):
 # --- The box falls silent ---------------------------------------------------
 
 
-@pytest.mark.parametrize("after", [0, 30, 700], ids=["banner", "key exchange", "login"])
 def answered(request):
     """How many READDIRs of this handle were answered before."""
     count = vars(request.handle).setdefault("answered", 0)
@@ -249,6 +248,7 @@ def test_refusal_after_the_end_of_a_listing_does_no_harm(archive, box):
     assert box.requests["STALE"] == 0
 
 
+@pytest.mark.parametrize("after", [0, 30, 700], ids=["banner", "key exchange", "login"])
 def test_freeze_before_the_session_is_there_is_waited_for_only_so_long(archive, box, after):
     write(box.root / "f", SMALL)
     with Relay(box.host, box.port) as relay:
