@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import concurrent.futures
 import contextlib
 import csv
 import ctypes
@@ -118,6 +119,7 @@ SMALL_FILE = 16 * MIB
 PART_SIZE = 16 * MIB
 PARTS_AT_ONCE = 4
 MIN_MEMORY = 32 * MIB
+GROWTH = 64 * KIB  # of a file since it was listed, for which no memory is set aside
 
 # OpenSSH answers at most 261,120 bytes to one read.  What is in flight divided
 # by the round trip bounds the rate: 16 MiB at 20 ms are 800 MB/s.  The window
@@ -263,7 +265,7 @@ class Stopping(threading.Event):
 
 def parse_size(text: str) -> int:
     """Bytes of `20M`, `1.5G` or `4096`: binary units."""
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.I)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.I | re.A)
     unit = " KMGT".index(match[2].upper() or " ") if match else 0
     size = int(float(match[1]) * 1024**unit) if match else 0
     if not size:
@@ -280,7 +282,7 @@ def parse_memory(text: str) -> int:
 
 def parse_duration(text: str) -> int:
     """Seconds of `90s`, `1h30m`, `2d` or `45`."""
-    if not re.fullmatch(r"\d+|(\d+\s*[smhd]\s*)+", text.strip(), re.I):
+    if not re.fullmatch(r"\d+|(\d+\s*[smhd]\s*)+", text.strip(), re.I | re.A):
         raise ValueError("expected a time like 90m or 6h")
     units = {"s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}
     return sum(int(n) * units[u.lower()] for n, u in re.findall(r"(\d+)\s*(\w?)", text))
@@ -312,7 +314,7 @@ def parse_root(text: str) -> bytes:
 
 def parse_bucket(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]", text):
-        likely = text.removeprefix("s3://").split("/")[0]
+        likely = text.removeprefix("s3://").split("/")[0].rpartition("@")[2]
         raise ValueError(f"expected the bare name of a bucket, like {likely or 'my-archive'}")
     return text
 
@@ -493,12 +495,13 @@ def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
         elif text is not None:
             try:
                 value = parse(text)
-                values[option.name] = base / value if isinstance(value, Path) else value
-            except ValueError as error:
+                value = base / value if isinstance(value, Path) else value
+                if name == "STATE_DB":  # its lock and journal are beside the file itself
+                    value = value.resolve()
+                values[option.name] = value
+            except (ValueError, OSError, RuntimeError) as error:  # of a link to itself
                 told = "@" in text or any(secret in text for secret in secrets)
                 faults.append(f"{name}: {error}" + ("" if told else f", not {text!r}"))
-    # Beside the file itself, not beside a link to it, are its lock and its journal.
-    values["state_db"] = values["state_db"] and values["state_db"].resolve()
     # Windows' agent has no variable to tell.
     agent = environ.get("SSH_AUTH_SOCK") or sys.platform == "win32"
     if not (values["password"] or values["key_file"] or agent):
@@ -1186,8 +1189,12 @@ def log_in(config: Config, transport: paramiko.Transport) -> None:
         # Also answers keyboard-interactive, where that is what the box offers.
         login = partial(transport.auth_password, user, config.password)
         attempts.append(("HETZNER_PASSWORD", login))
-    for known in () if attempts else paramiko.Agent().get_keys():
-        attempts.append(("the SSH agent", partial(transport.auth_publickey, user, known)))
+    if not attempts:
+        keys = within(CONNECT_LIMIT, lambda: paramiko.Agent().get_keys())
+        if keys is None:
+            raise Fatal("the SSH agent does not answer: restart it, or set HETZNER_KEY_FILE")
+        for known in keys:
+            attempts.append(("the SSH agent", partial(transport.auth_publickey, user, known)))
     for _, attempt in attempts:
         try:
             attempt()
@@ -1226,6 +1233,21 @@ def load_key(path: Path, passphrase: str | None) -> paramiko.PKey:
         if secret:
             reason += ", or HETZNER_KEY_PASSPHRASE is wrong"
     raise Fatal(f"HETZNER_KEY_FILE {path} {reason}")
+
+
+def within(seconds: float, act: Callable[[], T]) -> T | None:
+    """act() on a thread of its own, None if it takes longer: it may never end."""
+    future: Future[T] = Future()
+
+    def perform() -> None:
+        try:
+            future.set_result(act())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=perform, daemon=True).start()
+    concurrent.futures.wait((future,), seconds)
+    return future.result() if future.done() else None
 
 
 class Pace:
@@ -1539,7 +1561,7 @@ class Reader:
 
     def must_fit(self, listed: RemoteFile) -> None:
         """FileError if the file has outgrown the memory that was set aside."""
-        if self.file.size > listed.size + MIB:
+        if self.file.size > listed.size + GROWTH:
             raise FileError(
                 f"changed: {listed.size:,} bytes when it was listed, now {self.file.size:,}"
             )
@@ -2061,6 +2083,7 @@ CREATE TABLE IF NOT EXISTS objects
     (path TEXT PRIMARY KEY, key TEXT NOT NULL UNIQUE, crc32 INTEGER NOT NULL,
      parts INTEGER NOT NULL, storage_class TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS recheck (path TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS replacing (path TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS uploads (key TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS runs
@@ -2115,6 +2138,13 @@ class Stored(NamedTuple):
     recheck: bool  # it may have changed again within the second
 
 
+class Unchanged(NamedTuple):
+    """Looked at again, and found to be what is archived."""
+
+    file: RemoteFile
+    recheck: bool
+
+
 @contextlib.contextmanager
 def state_errors(path: Path) -> Iterator[None]:
     """Turns every sqlite3.Error into Fatal: nothing goes on without a state."""
@@ -2152,6 +2182,7 @@ class State:
             self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
             self._db.execute(f"PRAGMA busy_timeout = {COMMIT_LIMIT * 1000}")
         self._recheck = {path for (path,) in self._rows("SELECT path FROM recheck")}
+        self._replacing = {path for (path,) in self._rows("SELECT path FROM replacing")}
         due = "SELECT 1 FROM meta WHERE name = 'snapshot'"
         self.snapshot_due = bool(self._rows(due))  # since a file was archived
 
@@ -2190,19 +2221,37 @@ class State:
 
     def not_archived(self, files: list[RemoteFile]) -> list[RemoteFile]:
         """Those of `files` that have no row of their size and mtime, or one
-        that is to be looked at again."""
+        that is to be looked at again, or may be that of a replaced object."""
         missing = []
+        for some, rows in self._rows_of(files):
+            known = set(rows)
+            missing += [
+                file
+                for path, file in some.items()
+                if (path, file.size, file.mtime) not in known
+                or path in self._recheck
+                or path in self._replacing
+            ]
+        return missing
+
+    def begin_replacing(self, files: list[RemoteFile]) -> None:
+        """Notes those of `files` that have a row: should S3's answer to the new object
+        get lost, the row is not that of the object any more."""
+        paths = {path for _, rows in self._rows_of(files) for path, _, _ in rows}
+        new = paths - self._replacing
+        if new:
+            self._commit(*(("INSERT INTO replacing VALUES (?)", path) for path in new))
+            self._replacing |= new
+
+    def _rows_of(
+        self, files: list[RemoteFile]
+    ) -> Iterator[tuple[dict[str, RemoteFile], list[tuple[str, int, int]]]]:
+        """Some of `files` at a time, by path as text, with their (path, size, mtime)."""
         for start in range(0, len(files), PATHS_PER_QUERY):
             some = {path_text(file.path): file for file in files[start:][:PATHS_PER_QUERY]}
             marks = ",".join("?" * len(some))
             query = f"SELECT path, size, mtime FROM files WHERE path IN ({marks})"
-            known = set(self._rows(query, *some))
-            missing += [
-                file
-                for path, file in some.items()
-                if (path, file.size, file.mtime) not in known or path in self._recheck
-            ]
-        return missing
+            yield some, self._rows(query, *some)
 
     def earlier(self, file: RemoteFile) -> Recorded | None:
         """What is recorded of the path of `file`, whatever its size and mtime."""
@@ -2246,7 +2295,7 @@ class State:
 
     def forget(self, path: str) -> None:
         """Drops all that is recorded of `path`, as text: the next run archives it."""
-        tables = ("files", "objects", "recheck")
+        tables = ("files", "objects", "recheck", "replacing")
         statements = [(f"DELETE FROM {table} WHERE path = ?", path) for table in tables]
         due = ("INSERT OR REPLACE INTO meta VALUES ('snapshot', 'due')",)
         self._commit(*statements, due)
@@ -2254,7 +2303,9 @@ class State:
     def crc_to_recheck(self, file: RemoteFile) -> int | None:
         """The CRC-32 of `file`'s object if its row says that it has this size
         and mtime, and that it was read too soon after a change."""
-        row = self.earlier(file) if path_text(file.path) in self._recheck else None
+        path = path_text(file.path)
+        recheck = path in self._recheck and path not in self._replacing
+        row = self.earlier(file) if recheck else None
         same = row and (row.size, row.mtime) == (file.size, file.mtime)
         return row.crc32 if row and same else None
 
@@ -2288,6 +2339,9 @@ class State:
                 statements.append(("INSERT OR IGNORE INTO recheck VALUES (?)", path))
             elif path in self._recheck:
                 statements.append(("DELETE FROM recheck WHERE path = ?", path))
+            if path in self._replacing:
+                statements.append(("DELETE FROM replacing WHERE path = ?", path))
+                self._replacing.discard(path)
             if parts:
                 statements.append(("DELETE FROM uploads WHERE key = ?", key))
         if statements and not self.snapshot_due:
@@ -2300,9 +2354,12 @@ class State:
         self._commit(("DELETE FROM meta WHERE name = 'snapshot'",))
         self.snapshot_due = False
 
-    def settle(self, file: RemoteFile) -> None:
-        """`file` was looked at again, and is what is archived."""
-        self._commit(("DELETE FROM recheck WHERE path = ?", path_text(file.path)))
+    def settle(self, unchanged: Unchanged) -> None:
+        """Its row is right; if it may have changed again, it is looked at once more."""
+        path = path_text(unchanged.file.path)
+        tables = ("replacing",) if unchanged.recheck else ("replacing", "recheck")
+        self._commit(*((f"DELETE FROM {table} WHERE path = ?", path) for table in tables))
+        self._replacing.discard(path)
 
     def begin_upload(self, key: str) -> None:
         """Notes that a multipart upload of `key` may be under way from now on."""
@@ -2549,15 +2606,15 @@ class Archive:
             user_agent="archive.py",  # boto3's own takes a tenth of a small PUT
             tcp_keepalive=True,
         )
-        with s3_errors():
-            session = boto3.Session(region_name=config.region)
-            self._client = session.client(
-                "s3", endpoint_url=config.endpoint_url, config=settings
-            )
         try:
+            with s3_errors():
+                session = boto3.Session(region_name=config.region)
+                self._client = session.client(
+                    "s3", endpoint_url=config.endpoint_url, config=settings
+                )
             parse_endpoint(self._client.meta.endpoint_url)
-        except ValueError as error:  # boto3 has other sources for it than ours
-            raise Fatal(f"the S3 endpoint of boto3's own settings: {error}") from None
+        except ValueError as error:
+            raise Fatal(f"AWS_ENDPOINT_URL, or what boto3 has for it: {error}") from None
         self.region: str | None = self._client.meta.region_name
         events = self._client.meta.events
         # "Expect: 100-continue" costs every PUT a round trip.
@@ -2673,15 +2730,15 @@ class Archive:
     def _confirm(self, key: str, size: int, crc32: int) -> None:
         """Holds what S3 stored against what was read; FileError if they differ."""
         head = self._ask(self._client.head_object, Key=key, ChecksumMode="ENABLED")
-        stored_size, stored_crc = head["ContentLength"], head.get("ChecksumCRC32")
+        stored_size, (_, stored_crc) = head["ContentLength"], mtime_and_crc32(head)
         if stored_size != size:
             raise FileError(f"S3 holds {stored_size:,} bytes, read {size:,}")
         if stored_crc is None:
             if not self._told_no_checksums:
                 self._told_no_checksums = True
                 log.warning("this S3 server gives no CRC-32: only sizes are compared")
-        elif stored_crc != crc_text(crc32):
-            raise FileError(f"S3 holds CRC-32 {stored_crc}, read {crc_text(crc32)}")
+        elif stored_crc != crc32:
+            raise FileError(f"S3 holds CRC-32 {crc_text(stored_crc)}, read {crc_text(crc32)}")
 
     def _clean_up(self, key: str) -> None:
         """Aborts what is left of an upload: s3transfer tries that too, but does
@@ -2713,9 +2770,18 @@ class Archive:
         return key not in self._uploads and key not in self._doubtful
 
     def abort_all(self) -> None:
-        """Aborts what is under way, for an end that cannot wait for it."""
-        for key in list(self._uploads):
-            self._clean_up(key)
+        """Aborts what is under way, all at once, for an end that cannot wait for it."""
+        keys = list(self._uploads)
+        with ThreadPoolExecutor(len(keys) or 1) as pool:
+            pool.map(self._clean_up, keys)
+
+    def tell_unfinished(self) -> None:
+        """Warns of the uploads that are under way, and will not end."""
+        for key, upload_id in list(self._uploads.items()):
+            log.warning(
+                "upload %s of %s is unfinished, its parts cost money: the next run aborts it",
+                *(upload_id, printable(key)),
+            )
 
     def abort_leftovers(self, key: str) -> int:
         """Aborts the unfinished uploads of exactly `key`; their number."""
@@ -2935,29 +3001,30 @@ class Money:
         """What the prices are, as JSON has it."""
         return {"of": PRICES_OF, "region": self.region, "note": self.note}
 
-    def _price(self, *name: str) -> float:
-        return self._usd.get(".".join(name), math.nan)
+    def _cost(self, count: float, *name: str) -> float:
+        """What `count` at the price of that name costs; nothing costs nothing."""
+        return count * self._usd.get(".".join(name), math.nan) if count else 0.0
 
     def month(self, kind: str, files: int, size: int) -> float:
         """Storage for a month: bytes at the class's price; for a cold class also
         8 KB a file at STANDARD's and 32 KB at its own ("Amazon S3 pricing", note
         on metadata of archived objects)."""
-        return size / GIB * self._price(kind, "month") + self.index(kind, files)
+        return self._cost(size / GIB, kind, "month") + self.index(kind, files)
 
     def index(self, kind: str, files: int) -> float:
         """The part of `month` that does not depend on the files' size."""
         if kind not in COLD_CLASSES:
             return 0.0
-        standard, own = self._price("STANDARD", "month"), self._price(kind, "month")
-        return files * (INDEX_IN_STANDARD * standard + INDEX_IN_CLASS * own) / GIB
+        standard = self._cost(files * INDEX_IN_STANDARD, "STANDARD", "month")
+        return (standard + self._cost(files * INDEX_IN_CLASS, kind, "month")) / GIB
 
     def upload(self, kind: str, requests: Requests) -> float:
         """PUT and Complete at the class's price, Create and parts at that of parts,
         HEAD at that of GET (S3 user guide, "Multipart upload and pricing")."""
         put, create, part, complete, head = requests
-        price = (put + complete) * self._price(kind, "put")
-        price += (create + part) * self._price(kind, "part")
-        return (price + head * self._price("get")) / 1000
+        cost = self._cost(put + complete, kind, "put")
+        cost += self._cost(create + part, kind, "part")
+        return (cost + self._cost(head, "get")) / 1000
 
     def early(self, kind: str, size: int, age_days: float) -> float:
         """The charge for an object that is overwritten `age_days` after its upload:
@@ -2965,24 +3032,24 @@ class Money:
         early deletion, pro rata by days)."""
         if kind not in MINIMUM_DAYS:
             return 0.0 if kind == "STANDARD" else math.nan
-        left = max(0.0, MINIMUM_DAYS[kind] - age_days)
+        left = max(0.0, MINIMUM_DAYS[kind] - max(0.0, age_days))
         return self.month(kind, 1, size) * left / DAYS_A_MONTH
 
     def restore(self, kind: str, tier: str, files: int, size: int, days: int) -> float:
         """Requests and bytes at the tier's price, and the copies at STANDARD's for
         `days` (S3 user guide, "Restoring an archived object")."""
         if kind not in COLD_CLASSES:
-            return 0.0 if kind == "STANDARD" else math.nan
-        request = files / 1000 * self._price(kind, tier, "request")
-        read = size / GIB * self._price(kind, tier, "gb")
-        copies = size / GIB * self._price("STANDARD", "month") * days / DAYS_A_MONTH
+            return 0.0 if kind == "STANDARD" or not files else math.nan
+        request = self._cost(files / 1000, kind, tier, "request")
+        read = self._cost(size / GIB, kind, tier, "gb")
+        copies = self._cost(size / GIB, "STANDARD", "month") * days / DAYS_A_MONTH
         return request + read + copies
 
     def download(self, files: int, size: int) -> float:
         """GETs, and the transfer out of AWS beyond the free 100 GB of a month
         ("Amazon S3 pricing", data transfer; within AWS's region it is free)."""
-        out = max(0.0, size / GIB - FREE_EGRESS) * self._price("egress")
-        return files / 1000 * self._price("get") + out
+        out = self._cost(max(0.0, size / GIB - FREE_EGRESS), "egress")
+        return self._cost(files / 1000, "get") + out
 
 
 def usd_text(usd: float) -> str:
@@ -3002,13 +3069,6 @@ class Job(NamedTuple):
     key: str
     plan: Plan
     known_crc: int | None  # of the object, if the file may not have changed
-
-
-class Unchanged(NamedTuple):
-    """Looked at again, and found to be what is archived."""
-
-    file: RemoteFile
-    recheck: bool
 
 
 class Failed(NamedTuple):
@@ -3036,6 +3096,7 @@ class Report:
     vanished: int = 0
     bytes_uploaded: int = 0
     ended_early: str = ""  # why
+    complete: bool = False
     snapshot_failed: bool = False
     walk: Walk | None = None
 
@@ -3174,14 +3235,18 @@ class Run:
 
     def abort_leftovers(self) -> None:
         """Ends the multipart uploads that a killed run left.  Not being allowed
-        to look is no reason not to archive."""
+        to look is no reason not to archive; Fatal, Stopped."""
         for key in self.state.unfinished_uploads():
             if not key.startswith(self.config.prefix):
                 continue  # a tampered snapshot would have us abort others' uploads
             try:
                 count = self.archive.abort_leftovers(key)
-            except ArchiveError as error:
+            except (Fatal, FileError) as error:
+                if isinstance(error, Fatal) and error.code != "AccessDenied":
+                    raise
                 log.warning("unfinished uploads of %s stay: %s", printable(key), error)
+                if isinstance(error, Unreachable):  # nor will it tell of the next
+                    return
                 continue
             if count:
                 log.info("aborted %d unfinished upload(s) of %s", count, printable(key))
@@ -3193,6 +3258,8 @@ class Run:
         if self.state.snapshot_due:
             try:
                 self.archive.put_snapshot(self.config.state_db)
+            except Stopped:
+                raise
             except ArchiveError as error:
                 self.report.snapshot_failed = True
                 log.warning("the state's snapshot could not be stored: %s", error)
@@ -3214,6 +3281,7 @@ class Run:
                 self.report.failure(file.path, error)
                 continue
             jobs.append(Job(file, key, plan, self.state.crc_to_recheck(file)))
+        self.state.begin_replacing([job.file for job in jobs])
         self.found(sum(job.file.size for job in jobs))
         return jobs
 
@@ -3348,8 +3416,7 @@ class Run:
                     self.state.begin_upload(outcome.key)
             elif isinstance(outcome, Unchanged):
                 self.report.skipped += 1
-                if not outcome.recheck:
-                    self.state.settle(outcome.file)
+                self.state.settle(outcome)
             else:
                 self._settle_failure(*outcome)
 
@@ -3487,6 +3554,7 @@ def run(work: Run) -> int:
         work.archive_all()
         work.store_snapshot()
         status = 3 if report.failed or report.ended_early or report.snapshot_failed else 0
+        report.complete = True
     except Stopped:
         status = 128 + (work.box.stopping.number or 0)
         raise
@@ -4497,18 +4565,25 @@ def start_logging(config: Config, level: int, bars: bool) -> None:
         log.addHandler(handler)
 
 
-def show(text: str, secrets: Iterable[str]) -> None:
+def show(text: str) -> None:
     """Prints to stdout; a closed output (`| head`) is no error."""
     try:
         with tqdm.external_write_mode(sys.stdout):  # above the bars, if there are any
-            print(redacted(text, secrets), flush=True)  # S3's words may be among it
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print(text, flush=True)
+    except OSError as error:
+        let_go(sys.stdout)
+        if not isinstance(error, BrokenPipeError):
+            log.warning("the output could not be written: %s", error)
+
+
+def let_go(stream: Any) -> None:
+    """What nobody takes goes nowhere: else Python ends with a status of its own."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def tell(secrets: Iterable[str], lines: list[str]) -> None:
     """Lines of a result, on stdout and in LOG_FILE."""
-    show("\n".join(lines), secrets)
+    show(redacted("\n".join(lines), secrets))  # S3's words may be among them
     for line in lines:
         logfile_log.info("%s", line)
 
@@ -4553,15 +4628,14 @@ class Signals:
             return
         self._box.stopping.number = number
         self._box.close()
-        log.warning("%s: ending", signal.Signals(number).name)
+        # Where nobody reads what is told, whoever tells it waits for ever.
+        within(1, lambda: log.warning("%s: ending", signal.Signals(number).name))
         self._woken.settimeout(STOP_LIMIT)
         with contextlib.suppress(TimeoutError):
             if self._woken.recv(1) == b"\0":
                 return
-        aborting = threading.Thread(target=self._archive.abort_all, daemon=True)
-        aborting.start()
-        aborting.join(STOP_LIMIT / 2)
-        self._last_words()
+        within(STOP_LIMIT / 2, self._archive.abort_all)
+        within(1, self._last_words)
         os._exit(128 + number)
 
 
@@ -4663,6 +4737,20 @@ def tune_memory() -> None:
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit status; nothing is raised."""
     try:
+        return start(argv)
+    except KeyboardInterrupt:  # before there is anything to end in order
+        return 128 + signal.SIGINT
+    finally:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            try:
+                stream.flush()
+            except OSError:
+                let_go(stream)
+
+
+def start(argv: list[str] | None) -> int:
+    """Reads arguments and settings, and runs the command; its exit status."""
+    try:
         arguments = make_parser().parse_args(argv)
     except SystemExit as end:  # argparse has printed help or a usage error
         return int(end.code or 0)
@@ -4670,6 +4758,8 @@ def main(argv: list[str] | None = None) -> int:
     # State, lock and log tell all names, and whoever can read the lock can hold it.
     os.umask(0o077)
     tune_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is
     beside = Path(__file__).resolve().parent / ".env"
     env_file = arguments.env_file or (beside if beside.is_file() else None)
     try:
@@ -4683,7 +4773,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     for warning in config.warnings:
         log.warning("%s", warning)
-    os.environ.update(config.aws_environ)  # where boto3 looks for them
+    # Where boto3 looks for them; what is empty it would take for a value.
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        del os.environ[name]
+    os.environ.update(config.aws_environ)
     return command(config, arguments, bars)
 
 
@@ -4696,7 +4789,7 @@ def command(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
     report = Report()
 
     def summarize() -> None:
-        if stopping.number is not None:
+        if stopping.number is not None and not report.complete:
             report.ended_early = f"by {signal.Signals(stopping.number).name}"
         if report.walk is not None or (arguments.command == "run" and report.ended_early):
             tell(config.secrets, report.summary())
@@ -4707,18 +4800,24 @@ def command(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
             config=config,
             box=box,
             archive=archive,
-            show=partial(show, secrets=config.secrets),
+            show=show,
             tell=partial(tell, config.secrets),
             counting=progress.counting,
             found=progress.found,
             sending=progress.sending,
         )
-        with Signals(box, archive, summarize):
+
+        def last_words() -> None:
+            archive.tell_unfinished()
+            summarize()
+
+        with Signals(box, archive, last_words):
             return perform(tools, arguments, report)
     except ArchiveError as error:
+        if not isinstance(error, Stopped):
+            log.critical("%s", error)
         if stopping.number is not None:
             return 128 + stopping.number
-        log.critical("%s", error)
         return {Locked: 11, ConfigError: 2}.get(type(error), 1)
     except Exception as error:  # a defect of ours: told in one line all the same
         log.critical("unexpected %s: %s", type(error).__name__, error)

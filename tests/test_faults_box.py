@@ -248,6 +248,17 @@ def test_refusal_after_the_end_of_a_listing_does_no_harm(archive, box):
     assert box.requests["STALE"] == 0
 
 
+def test_signal_ends_a_run_whose_output_nobody_reads(archive, box):
+    for number in range(1_500):
+        write(box.root / ("n" * 60 + str(number)), 1)
+    running = archive.start(LOG_FILE="")
+    previous = -1
+    while previous != (previous := len(archive.objects())) or not previous:
+        time.sleep(2)  # until the pipe is full
+    running.process.terminate()
+    assert running.process.wait(15) == 143
+
+
 @pytest.mark.parametrize("after", [0, 30, 700], ids=["banner", "key exchange", "login"])
 def test_freeze_before_the_session_is_there_is_waited_for_only_so_long(archive, box, after):
     write(box.root / "f", SMALL)

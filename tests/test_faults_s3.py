@@ -375,6 +375,112 @@ def test_no_secret_is_in_the_process_list(archive, box, s3):
     assert not [line for line in seen for secret in archive.secrets if secret in line]
 
 
+def test_row_of_an_object_that_was_replaced_without_an_answer_is_not_believed(archive, box, s3):
+    """The old version, put back with its time, is not what S3 holds."""
+    path = box.root / "f"
+    write(path, SMALL)
+    old, times = path.read_bytes(), (path.stat().st_mtime,) * 2
+    assert archive().status == 0
+    path.write_bytes(b"new!")
+    s3.on("PutObject", lost_answer, key="f", times=2)
+    assert archive(constants=IMPATIENT).status == 3
+    path.write_bytes(old)
+    os.utime(path, times)
+    assert archive().counts == (1, 0, 0)
+    archive.assert_invariant()
+    assert archive().counts == (0, 1, 0)
+
+
+def test_composite_checksum_is_none_of_the_whole(archive, box, s3):
+    write(box.root / "large", LARGE)
+    composite = headers(x_amz_checksum_crc32="nvQJ1w==-2", x_amz_checksum_type="COMPOSITE")
+    s3.always("HeadObject", composite)
+    result = archive(constants=SIZES)
+    assert result.status == 0, result.stderr
+    assert "only sizes are compared" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "told"),
+    [(hang, 1, "f8"), (error(403, "ExpiredToken"), 1, "ExpiredToken")],
+    ids=["hang", "expired"],
+)
+def test_uploads_that_were_left_are_not_asked_about_in_vain(
+    archive, box, s3, fault, status, told
+):
+    """By a killed run: each request may take as long as S3 has time."""
+    write(box.root / "f", SMALL)
+    assert archive().status == 0
+    write(box.root / "g", SMALL)
+    for number in range(20):
+        archive.execute(f"INSERT INTO uploads VALUES ('k{number}')")
+    s3.requests.clear()
+    s3.always(None, fault)
+    result = archive(constants=IMPATIENT)
+    assert result.status in (status, 3)
+    assert s3.requests["ListMultipartUploads"] <= 2
+    if told == "ExpiredToken":
+        assert result.stderr.count(told) == 1
+
+
+def stop_during(running, archive, then):
+    """End the run by a signal while S3 is at work, and answer with `then`."""
+
+    def fault(exchange):
+        exchange.body()
+        running[0].process.terminate()
+        wait_for(lambda: "ending" in archive.log_file.read_text())
+        return then(exchange)
+
+    return fault
+
+
+@pytest.mark.parametrize("key", ["f", SNAPSHOT])
+def test_run_that_was_complete_is_not_called_ended_early(archive, box, s3, key):
+    write(box.root / "f", SMALL)
+    running = []
+    s3.on("PutObject", stop_during(running, archive, lambda asked: asked.forward()), key=key)
+    running.append(archive.start())
+    result = running[0].wait(30)
+    assert (result.status == 143) == ("Ended early" in result.stdout)
+    assert result.status == archive.query("SELECT status FROM runs")[0][0]
+
+
+def test_snapshot_that_a_signal_stopped_is_no_other_failure(archive, box, s3):
+    write(box.root / "f", SMALL)
+    running = []
+    stop = stop_during(running, archive, error(500, "InternalError"))
+    s3.on("PutObject", stop, key=SNAPSHOT)
+    running.append(archive.start())
+    assert running[0].wait(30).status == 143
+
+
+def test_refusal_is_told_though_a_signal_came(archive, box, s3):
+    write(box.root / "f", SMALL)
+    running = []
+    stop = stop_during(running, archive, error(403, "ExpiredToken"))
+    s3.on("PutObject", stop, key="f")
+    running.append(archive.start())
+    result = running[0].wait(30)
+    assert result.status == 143
+    assert "ExpiredToken" in result.stderr
+
+
+def test_uploads_that_a_signal_leaves_are_named(archive, box, s3, bucket):
+    for number in range(8):
+        write(box.root / f"large{number}", LARGE)
+    s3.always("UploadPart", hang)
+    s3.always("AbortMultipartUpload", hang)
+    running = archive.start(constants=SIZES, MEMORY_LIMIT="1G")
+    wait_for(lambda: s3.requests["UploadPart"] >= 16)
+    running.process.terminate()
+    result = running.wait(30)
+    assert result.status == 143
+    left = bucket.uploads()
+    assert len(left) == 8
+    assert all(f" of {key} is unfinished" in result.stderr for key in left)
+
+
 def test_file_that_s3_takes_while_it_fails_the_others_is_recorded(archive, box, s3):
     write(box.root / "0slow", SMALL)
     for n in range(12):

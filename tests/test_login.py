@@ -156,6 +156,19 @@ def test_the_agent_is_asked_where_neither_password_nor_key_file_is_set(
     assert agent.signatures == 1
 
 
+def test_an_agent_that_is_silent_is_waited_for_only_so_long(archive, tmp_path):
+    with socket.socket(socket.AF_UNIX) as agent:
+        agent.bind(str(tmp_path / "silent"))
+        agent.listen()
+        result = archive(
+            constants={"CONNECT_LIMIT": 2},
+            HETZNER_PASSWORD=None,
+            SSH_AUTH_SOCK=str(tmp_path / "silent"),
+        )
+    assert result.status == 1
+    assert "SSH agent" in result.stderr
+
+
 def test_the_agent_is_left_alone_where_a_password_is_set(archive, asyncssh_box, tmp_path):
     agent = Agent(asyncssh_box.user_key, tmp_path)
 

@@ -122,6 +122,16 @@ def test_what_has_no_price_is_unknown_and_not_free(program, money):
     assert program.number(math.nan) is None
 
 
+def test_nothing_of_a_class_without_prices_costs_nothing(program, money):
+    assert money.month("STANDARD_IA", 0, 0) == 0
+    assert money.upload("STANDARD_IA", program.Requests()) == 0
+    assert money.restore("STANDARD_IA", "bulk", 0, 0, 7) == 0
+
+
+def test_object_of_the_future_is_as_new(money):
+    assert money.early(COLD, GB, -1_000_000) == money.early(COLD, GB, 0)
+
+
 def test_prices_that_are_set_replace_the_built_in_ones_and_no_others(program):
     changed = program.parse_prices("DEEP_ARCHIVE.month=0.0018, egress = 0.05")
     money = program.Money("us-east-1", changed)

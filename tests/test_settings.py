@@ -1,5 +1,6 @@
 """Settings, the command line, and what a person sees of a run."""
 
+import json
 import os
 import pty
 import re
@@ -213,6 +214,7 @@ def test_all_faults_are_told_in_one_message_with_status_2(archive, box):
         ("MEMORY_LIMIT", "0"),
         ("BANDWIDTH_LIMIT", "fast"),
         ("MAX_RUNTIME", "6 parsecs"),
+        ("MAX_RUNTIME", "10\u017f"),  # a long s
         ("AWS_ENDPOINT_URL", "ftp://127.0.0.1"),
         ("AWS_ENDPOINT_URL", "http://127.0.0.1.example.com"),
     ],
@@ -476,8 +478,79 @@ def test_line_of_the_env_file_that_says_nothing_is_a_fault(archive, line):
     assert archive.box.connections == 0
 
 
-def test_password_in_the_endpoint_is_refused_and_not_shown(archive):
-    result = archive(AWS_ENDPOINT_URL="https://me:hush@s3.example")
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("AWS_ENDPOINT_URL", "https://me:hush@s3.example"),
+        ("S3_BUCKET", "s3://me:hush@bucket/x"),
+    ],
+)
+def test_password_in_a_setting_is_refused_and_not_shown(archive, setting, value):
+    result = archive(**{setting: value})
     assert result.status == 2
-    assert "AWS_ENDPOINT_URL" in result.stderr
+    assert setting in result.stderr
     assert "hush" not in result.output + result.log
+
+
+def test_endpoint_that_boto3_refuses_is_told(archive):
+    result = archive(AWS_ENDPOINT_URL="https://exam_ple.org")
+    assert result.status == 1
+    assert "AWS_ENDPOINT_URL" in result.stderr
+    assert "unexpected" not in result.stderr
+
+
+def test_state_that_is_a_link_to_itself_is_a_fault(archive, tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    result = archive(STATE_DB=tmp_path / "loop")
+    assert result.status in (1, 2)  # not every Python finds it as early
+    assert "loop" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("name", ["AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_CA_BUNDLE"])
+def test_empty_aws_setting_counts_as_not_set(archive, name):
+    assert archive(**{name: ""}).status == 0
+
+
+def test_text_that_the_terminal_cannot_show_is_escaped(archive, box):
+    fill(box.root, {"\u0444/a": b"1"})
+    result = archive("check", REMOTE_PATH="\u0444", PYTHONIOENCODING="ascii")
+    assert result.status == 0, result.stderr
+    assert "\\u0444" in result.stdout
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("place", ["/dev/full", "a closed pipe"])
+def test_output_that_cannot_be_written_leaves_the_status(archive, stream, place):
+    if place == "/dev/full":
+        output = os.open(place, os.O_WRONLY)
+    else:
+        reader, output = os.pipe()
+        os.close(reader)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: output}
+    command = [sys.executable, PROGRAM, "--env-file", archive.env_file]
+    ended = subprocess.run(
+        command, env=archive.environment(), timeout=60, check=False, text=True, **streams
+    )
+    os.close(output)
+    assert ended.returncode == 0
+    told = "could not be written" in (ended.stderr or "")
+    assert told == ((stream, place) == ("stdout", "/dev/full"))
+
+
+def test_json_is_json_whatever_the_secrets_are(archive):
+    result = archive("plan", "--json", HETZNER_KEY_PASSPHRASE="files")
+    assert json.loads(result.stdout)["new"]["files"] >= 0
+
+
+def test_ctrl_c_before_anything_was_done_is_no_traceback(archive):
+    pressed = (
+        "import boto3, os, signal\n"
+        "real = boto3.Session\n"
+        "def session(**settings):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return real(**settings)\n"
+        "boto3.Session = session"
+    )
+    result = archive.start(before=pressed).wait()
+    assert (result.status, result.stderr) == (130, "")
