@@ -1499,8 +1499,8 @@ def must_be(before: RemoteFile, *replies: Reply) -> None:
 
 
 def recent(file: RemoteFile, began: float) -> bool:
-    """Whether `file`, which was read since `began`, in seconds since the epoch, changed
-    so shortly before that, or since, that another change could have the same time."""
+    """Whether `file`, read since `began` (seconds since the epoch), changed so shortly
+    before that, or since, that another change could have the same time."""
     return began - RECENT <= file.mtime <= time.time() + RECENT
 
 
@@ -1524,7 +1524,7 @@ class Reader:
         self.file = self._open()
         self.crc32 = 0  # of all that was delivered
         self.last_crc32 = 0  # of what the last read() delivered
-        self.fresh = False  # changed shortly before the check at its end
+        self.fresh = False  # `recent`, as the check at its end found
         self._delivered = 0
         self._arrived: deque[memoryview] = deque()
         self._got = 0  # end of what arrived
@@ -2492,14 +2492,17 @@ def crc_text(crc32: int) -> str:
     return base64.b64encode(U32.pack(crc32)).decode()
 
 
-def mtime_and_crc32(answer: Mapping[str, Any]) -> tuple[int, int | None]:
-    """Of what a HEAD or GET answered: the mtime of the metadata, in rclone's form,
-    else the time when it was stored; no CRC-32 but one of the whole object."""
-    told, sum_of = answer["Metadata"].get("mtime", ""), answer.get("ChecksumCRC32", "-")
+def crc32_of(answer: Mapping[str, Any]) -> int | None:
+    """The CRC-32 that a HEAD or GET answered, None unless it is of the whole object."""
+    told = answer.get("ChecksumCRC32", "-")
+    return None if "-" in told else int.from_bytes(base64.b64decode(told)[:4], "big")
+
+
+def mtime_of(answer: Mapping[str, Any]) -> int:
+    """The mtime of the metadata, in rclone's form, else the time when it was stored."""
+    told = answer["Metadata"].get("mtime", "")
     stored = answer["LastModified"].timestamp()
-    mtime = float(told) if re.fullmatch(r"-?\d{1,12}(\.\d*)?", told) else stored
-    crc32 = None if "-" in sum_of else int.from_bytes(base64.b64decode(sum_of), "big")
-    return math.floor(mtime), crc32
+    return math.floor(float(told) if re.fullmatch(r"-?\d{1,12}(\.\d*)?", told) else stored)
 
 
 NO_REGION = "a region that it does not tell"
@@ -2533,7 +2536,7 @@ class Download:
         self._first: dict[str, Any] | None = answer
         self._etag = answer["ETag"]
         self.size: int = answer["ContentLength"]
-        self.mtime, self.crc32 = mtime_and_crc32(answer)
+        self.mtime, self.crc32 = mtime_of(answer), crc32_of(answer)
 
     def blocks(self, size: int, crc32: int | None) -> Iterator[bytes]:
         """All of it, from the start at each call; FileError in place of the end
@@ -2592,6 +2595,7 @@ class Archive:
         self._part_sums: dict[str, list[int]] = {}  # CRC-32 of each part read
         self._refused: set[str] = set()  # keys of which S3 refused a request
         self._doubtful: set[str] = set()  # keys with perhaps a second upload
+        self._told_left: set[str] = set()  # keys whose upload could not be aborted
         self._told_no_checksums = False
         settings = botocore.config.Config(
             connect_timeout=S3_CONNECT_LIMIT,
@@ -2730,7 +2734,7 @@ class Archive:
     def _confirm(self, key: str, size: int, crc32: int) -> None:
         """Holds what S3 stored against what was read; FileError if they differ."""
         head = self._ask(self._client.head_object, Key=key, ChecksumMode="ENABLED")
-        stored_size, (_, stored_crc) = head["ContentLength"], mtime_and_crc32(head)
+        stored_size, stored_crc = head["ContentLength"], crc32_of(head)
         if stored_size != size:
             raise FileError(f"S3 holds {stored_size:,} bytes, read {size:,}")
         if stored_crc is None:
@@ -2752,6 +2756,7 @@ class Archive:
                 self.abort_leftovers(key)
                 self._doubtful.discard(key)
         except ArchiveError as error:
+            self._told_left.add(key)
             log.warning(
                 "the upload %s of %s could not be aborted, its parts cost money: %s; the "
                 "next run tries again, a lifecycle rule is the safety net",
@@ -2771,16 +2776,16 @@ class Archive:
 
     def abort_all(self) -> None:
         """Aborts what is under way, all at once, for an end that cannot wait for it."""
-        keys = list(self._uploads)
+        keys = {*self._uploads, *self._doubtful}
         with ThreadPoolExecutor(len(keys) or 1) as pool:
             pool.map(self._clean_up, keys)
 
     def tell_unfinished(self) -> None:
-        """Warns of the uploads that are under way, and will not end."""
-        for key, upload_id in list(self._uploads.items()):
+        """Warns of the uploads that are left as they are."""
+        for key in {*self._uploads, *self._doubtful} - self._told_left:
             log.warning(
-                "upload %s of %s is unfinished, its parts cost money: the next run aborts it",
-                *(upload_id, printable(key)),
+                "the upload of %s is unfinished, its parts cost money: the next run aborts it",
+                printable(key),
             )
 
     def abort_leftovers(self, key: str) -> int:
@@ -2816,15 +2821,17 @@ class Archive:
         """The file's mtime, and the CRC-32 that S3 keeps of the whole object, None
         if it has none.  Also of a cold one; FileError."""
         answer = self._ask(self._client.head_object, Key=key, ChecksumMode="ENABLED")
-        return mtime_and_crc32(answer)
+        return mtime_of(answer), crc32_of(answer)
 
-    def lacks(self, key: str) -> bool:
-        """Whether S3 says that there is no such object, not merely nothing; Fatal."""
+    def has(self, key: str) -> bool:
+        """Whether there is such an object; FileError, Fatal if S3 does not tell."""
         try:
             self.head(key)
         except FileError as error:
-            return error.code == "404"
-        return False
+            if error.code != "404":
+                raise
+            return False
+        return True
 
     def ask_for(self, key: str, tier: str, days: int) -> bool:
         """Asks S3 for a copy that can be read; whether there is one already.
@@ -3244,10 +3251,8 @@ class Run:
             except (Fatal, FileError) as error:
                 if isinstance(error, Fatal) and error.code != "AccessDenied":
                     raise
-                log.warning("unfinished uploads of %s stay: %s", printable(key), error)
-                if isinstance(error, Unreachable):  # nor will it tell of the next
-                    return
-                continue
+                log.warning("unfinished uploads stay, that of %s: %s", printable(key), error)
+                return  # the next would take as long, and end so, too
             if count:
                 log.info("aborted %d unfinished upload(s) of %s", count, printable(key))
             self.state.end_upload(key)
@@ -3281,7 +3286,8 @@ class Run:
                 self.report.failure(file.path, error)
                 continue
             jobs.append(Job(file, key, plan, self.state.crc_to_recheck(file)))
-        self.state.begin_replacing([job.file for job in jobs])
+        # What is only looked at again is not: its CRC-32 is held against the row's.
+        self.state.begin_replacing([job.file for job in jobs if job.known_crc is None])
         self.found(sum(job.file.size for job in jobs))
         return jobs
 
@@ -3393,8 +3399,9 @@ class Run:
                     return Unchanged(reader.file, reader.fresh)
         with contextlib.closing(Reader(self.box, job.file.path)) as reader:
             file = reader.file
-            reader.must_fit(job.file)
             plan = upload_plan(file.size, self.config.memory_limit)
+            if plan.memory > job.plan.memory:
+                reader.must_fit(job.file)
             if not plan.parts_at_once:
                 data = reader.read()
                 return self._send_small(job, file, data, reader.fresh, sent)
@@ -3472,20 +3479,23 @@ def key_of_row(config: Config, path: str) -> str | None:
 
 
 def doubt_unpinned(state: State, archive: Archive, config: Config) -> bool:
-    """Warns if an earlier script's state does not seem to be that of this bucket:
-    what it says is archived would never be archived here."""
-    some = itertools.islice(state.recorded(config.prefix), 10)
-    # Not being allowed to look is no reason not to archive.
-    with contextlib.suppress(Fatal):
-        if state.count() and all(archive.lacks(str(row.key)) for row in some):
-            log.warning(
-                "%s was made by an earlier script, and what it has recorded is not in "
-                "s3://%s/%s: if S3_BUCKET, S3_PREFIX or REMOTE_PATH is wrong, nothing of it "
-                "will be archived",
-                *(config.state_db, config.bucket, config.prefix),
-            )
+    """Whether an earlier script's state may not be tied to these settings yet; warns if
+    it does not seem to be that of this bucket: what it says is archived would never be
+    archived here."""
+    if not state.count():
+        return False
+    for row in itertools.islice(state.recorded(config.prefix), 10):
+        try:
+            if archive.has(str(row.key)):
+                return False
+        except (Fatal, FileError):  # the next run asks again
             return True
-    return False
+    log.warning(
+        "%s was made by an earlier script, and what it has recorded is not in s3://%s/%s: if "
+        "S3_BUCKET, S3_PREFIX or REMOTE_PATH is wrong, nothing of it will be archived",
+        *(config.state_db, config.bucket, config.prefix),
+    )
+    return True
 
 
 def destination(config: Config) -> dict[str, str]:
@@ -3522,8 +3532,8 @@ def fetch_snapshot(archive: Archive, target: Path) -> str | None:
 
 
 def take_snapshot(config: Config, archive: Archive, way_out: str) -> bool:
-    """Puts the snapshot in the bucket, if there is one, in the state's place;
-    Fatal with the `way_out` if it is of no use, or another box's."""
+    """Puts the snapshot in the bucket, if there is one, in the state's place; Fatal,
+    with the `way_out` if it is of no use, and if it is another box's."""
     path = config.state_db
     partial = path.with_name(path.name + ".partial")
     try:
@@ -3616,7 +3626,8 @@ class Tools:
                 snapshot = Path(folder) / "snapshot"
                 log.warning("no state in %s, %s", path, self._snapshot(snapshot))
                 state = State(snapshot, private=True)
-            # From a copy of the bucket files are brought back, but no run goes on there.
+            # `restore` and `verify` pass no more: they may read a copy of the bucket,
+            # though no run goes on there.
             if pins == destination(self.config):
                 pins = {}
         state.give_keys(partial(key_of_row, self.config))
@@ -3721,10 +3732,10 @@ class Forecast:
         for file in set(page) - set(pending):
             self.unchanged.add(file.size)
         for file in pending:
-            row = state.earlier(file)
-            if row and (row.size, row.mtime) == (file.size, file.mtime):
-                self.unchanged.add(file.size)  # to be looked at again
+            if state.crc_to_recheck(file) is not None:
+                self.unchanged.add(file.size)
                 continue
+            row = state.earlier(file)
             try:
                 requests = requests_of(file.size, key_and_plan(file, self.config, state)[1])
             except FileError as error:
@@ -4002,8 +4013,10 @@ def verify(tools: Tools, checksums: bool, repair: bool) -> int:
 
 def surely(archive: Archive, finding: Finding) -> bool:
     """Whether a finding may cost a row: what is missing from the listing is asked
-    for by name, too."""
-    return finding.label != "Missing" or archive.lacks(finding.key)
+    for by name, too; Fatal."""
+    with contextlib.suppress(FileError):
+        return finding.label != "Missing" or not archive.has(finding.key)
+    return False
 
 
 def compare(key: str, found: S3Object | None, row: Recorded | None) -> Finding:
@@ -4169,7 +4182,7 @@ class Restore:
         if wanted.fault:
             raise FileError(wanted.fault)
         ours = self.tools.config.prefix + escape(wanted.name, KEY_ESCAPES)
-        if wanted.key != ours and not self.tools.archive.lacks(ours):
+        if wanted.key != ours and self.tools.archive.has(ours):
             raise FileError(f"an earlier one of this name: {printable(ours)} has replaced it")
         there = self.target.find(wanted.name)
         if there is not None:
@@ -4299,7 +4312,7 @@ def doubt_room(target: LocalFolder | BoxFolder, needed: int) -> None:
     if room is not None and needed > room:
         log.warning(
             "%s are to be restored, but only %s are free there: make room, or restore less at "
-            "a time; S3's copies cost money while they wait",
+            "a time (copies that S3 makes cost money while they wait)",
             *(size_text(needed), size_text(room)),
         )
 
@@ -4628,15 +4641,19 @@ class Signals:
             return
         self._box.stopping.number = number
         self._box.close()
-        # Where nobody reads what is told, whoever tells it waits for ever.
-        within(1, lambda: log.warning("%s: ending", signal.Signals(number).name))
+        # Where nobody reads what is told, whoever tells it waits for ever; and no thread
+        # may be left to tell it.
+        with contextlib.suppress(RuntimeError):
+            within(1, lambda: log.warning("%s: ending", signal.Signals(number).name))
         self._woken.settimeout(STOP_LIMIT)
         with contextlib.suppress(TimeoutError):
             if self._woken.recv(1) == b"\0":
                 return
-        within(STOP_LIMIT / 2, self._archive.abort_all)
-        within(1, self._last_words)
-        os._exit(128 + number)
+        try:
+            within(STOP_LIMIT / 2, self._archive.abort_all)
+            within(1, self._last_words)
+        finally:
+            os._exit(128 + number)
 
 
 def make_parser() -> argparse.ArgumentParser:

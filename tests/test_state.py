@@ -7,6 +7,7 @@ from zlib import crc32
 
 import pytest
 from conftest import MIB, OLD, SNAPSHOT, earlier_database, fill
+from scripted_s3 import error
 
 SMALL_PARTS = {"SMALL_FILE": 5 * MIB, "PART_SIZE": 5 * MIB}
 
@@ -337,6 +338,20 @@ def test_an_earlier_scripts_state_of_another_bucket_is_doubted(archive, bucket, 
     assert result.status == 0
     assert ("is not in s3://" in result.stderr) == bool(prefix)
     assert ("is not in s3://" in archive(S3_PREFIX=prefix).stderr) == bool(prefix)
+
+
+def test_an_earlier_scripts_state_is_not_tied_while_s3_does_not_tell(
+    archive_of, box, bucket, s3
+):
+    archive = archive_of(box, AWS_ENDPOINT_URL=s3.url)
+    earlier_database(archive, [("./a", 2, OLD), ("./folder/b", 3, OLD)])
+    s3.always("HeadObject", error(403, "AccessDenied"))
+    assert archive(S3_PREFIX="rihgt/").status == 0
+    s3.rules.clear()
+    for key, content in {"a": b"aa", "folder/b": b"bbb"}.items():
+        bucket.client.put_object(Bucket=bucket.name, Key=f"right/{key}", Body=content)
+    assert archive(S3_PREFIX="right/").status == 0
+    assert archive(S3_PREFIX="rihgt/").status == 1, "it is tied now"
 
 
 def test_an_earlier_scripts_state_is_not_tied_to_a_mistyped_prefix(archive, box, bucket):
