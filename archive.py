@@ -140,7 +140,7 @@ MAX_PATH_BYTES = 8192  # no system opens more; ends an endless nesting of folder
 LISTINGS_AT_ONCE = 64
 READDIRS_PER_FLIGHT = 4
 PAGE = 2_000
-WALK_PAUSE = 1  # s; while the box is silent, what S3 acknowledged is committed
+WALK_PAUSE = 1  # s; while no page is full, what S3 acknowledged is committed
 
 # Every wait has a limit; these are all of them, in seconds.
 CONNECT_LIMIT = 30  # TCP connect; and again from the banner to SFTP's version
@@ -1764,7 +1764,7 @@ class Walk:
 
     def __iter__(self) -> Iterator[list[RemoteFile]]:
         """Raises Fatal (also if `root` itself cannot be listed), Stopped.  Yields an
-        empty page after each WALK_PAUSE that the box is silent."""
+        empty page after each WALK_PAUSE without one."""
         arrived: queue.SimpleQueue[Listing] = queue.SimpleQueue()
         waiting = [self._root]
         begun: deque[Listing] = deque()
@@ -1773,11 +1773,13 @@ class Walk:
             while waiting and len(begun) < LISTINGS_AT_ONCE:
                 begun.append(Listing(self._box, waiting.pop(), arrived))
             listing = begun[0]
+            yielded = time.monotonic()
             while not listing.complete and len(listing.entries) < PAGE:
-                try:
+                with contextlib.suppress(queue.Empty):
                     arrived.get(timeout=WALK_PAUSE).advance()
-                except queue.Empty:
+                if time.monotonic() - yielded >= WALK_PAUSE:
                     yield []
+                    yielded = time.monotonic()
             files = []
             for name, attributes in listing.page():
                 path = join(listing.path, name)
@@ -1888,6 +1890,9 @@ class BoxFolder:
             self._make(connection, folder)
             written = self._write(connection, partial_path, mtime, blocks())
             self._rename(connection, partial_path, path, replace)
+            # A lost connection's request may be carried out as late as now.
+            if found(connection, path) != (written, mtime):
+                raise FileError("the box has something else in its place then")
 
         try:
             self._box.insist(write)
@@ -2237,8 +2242,11 @@ class State:
     def begin_replacing(self, files: list[RemoteFile]) -> None:
         """Notes those of `files` that have a row: should S3's answer to the new object
         get lost, the row is not that of the object any more."""
-        paths = {path for _, rows in self._rows_of(files) for path, _, _ in rows}
-        new = paths - self._replacing
+        self.doubt(path for _, rows in self._rows_of(files) for path, _, _ in rows)
+
+    def doubt(self, paths: Iterable[str]) -> None:
+        """Notes the rows of these paths, as text: their objects may be other ones."""
+        new = set(paths) - self._replacing
         if new:
             self._commit(*(("INSERT INTO replacing VALUES (?)", path) for path in new))
             self._replacing |= new
@@ -2578,6 +2586,9 @@ class Download:
             # The very object that was begun with, not one that has replaced it.
             part = {"Range": f"bytes={at}-"} if at else {}
             answer = self._get(IfMatch=self._etag, **part)
+            told = answer.get("ContentRange", "bytes 0-")
+            if answer["ETag"] != self._etag or not told.startswith(f"bytes {at}-"):
+                raise FileError("S3 sent another object, or another part, than was asked for")
         return answer["Body"]
 
 
@@ -2951,9 +2962,9 @@ class Archive:
                 source, self._bucket, self._prefix + SNAPSHOT, extra, Config=config
             )
 
-    def get_snapshot(self, target: Path) -> str | None:
-        """Writes the state's copy to `target`; when it was stored, as text, None
-        if there is none; Unusable."""
+    def get_snapshot(self, target: Path) -> float | None:
+        """Writes the state's copy to `target`; when it was stored, None if there is
+        none; Unusable."""
         key = self._prefix + SNAPSHOT
         with s3_errors():
             try:
@@ -2966,7 +2977,7 @@ class Archive:
             with target.open("wb") as copy:
                 for block in answer["Body"].iter_chunks(MIB):
                     copy.write(block)
-        return time_text(answer["LastModified"].timestamp())
+        return float(answer["LastModified"].timestamp())
 
 
 # ----------------------------------------------------------------------- Money
@@ -3516,9 +3527,9 @@ def sidecars(database: Path) -> list[Path]:
     return [database.with_name(name) for name in names]
 
 
-def fetch_snapshot(archive: Archive, target: Path) -> str | None:
-    """Writes the bucket's snapshot to `target`; when it was stored, as text, None if
-    there is none; Unusable."""
+def fetch_snapshot(archive: Archive, target: Path) -> float | None:
+    """Writes the bucket's snapshot to `target`; when it was stored, None if there is
+    none; Unusable."""
     stored_at = archive.get_snapshot(target)
     if stored_at is None:
         return None
@@ -3536,13 +3547,17 @@ def take_snapshot(config: Config, archive: Archive, way_out: str) -> bool:
     with the `way_out` if it is of no use, and if it is another box's."""
     path = config.state_db
     partial = path.with_name(path.name + ".partial")
+    for left in sidecars(partial):
+        left.unlink(missing_ok=True)
     try:
         stored_at = fetch_snapshot(archive, partial)
         if stored_at is None:
             return False
-        log.warning("no state in %s: taking the bucket's snapshot of %s", path, stored_at)
-        with contextlib.closing(State(partial, private=True)) as state:
+        told = time_text(stored_at)
+        log.warning("no state in %s: taking the bucket's snapshot of %s", path, told)
+        with contextlib.closing(State(partial)) as state:
             state.pin(pins_of(config))
+            doubt_replaced(state, archive, config, stored_at)
         for left in sidecars(path):  # by a killed run: it would go into the snapshot
             left.unlink(missing_ok=True)
         os.replace(partial, path)
@@ -3551,6 +3566,34 @@ def take_snapshot(config: Config, archive: Archive, way_out: str) -> bool:
     finally:
         partial.unlink(missing_ok=True)
     return True
+
+
+def matched(
+    objects: Iterable[S3Object], rows: Iterable[Recorded]
+) -> Iterator[tuple[str, S3Object | None, Recorded | None]]:
+    """Each key with its object and its row, None where there is none; both come
+    in the order of their keys."""
+    left, right = iter(objects), iter(rows)
+    found, row = next(left, None), next(right, None)
+    while found or row:
+        key = min(str(one.key) for one in (found, row) if one)
+        held = found if found and found.key == key else None
+        known = row if row and row.key == key else None
+        yield key, held, known
+        found = next(left, None) if held else found
+        row = next(right, None) if known else row
+
+
+def doubt_replaced(state: State, archive: Archive, config: Config, stored_at: float) -> None:
+    """Notes the rows of a snapshot, stored at that time, whose objects are other ones by
+    now: a run that was lost with its state has replaced them.  FileError, Fatal."""
+    state.give_keys(partial(key_of_row, config))
+    pairs = matched(archive.objects(config.prefix), state.recorded(config.prefix))
+    state.doubt(
+        row.path
+        for _, found, row in pairs
+        if row and (not found or found.size != row.size or found.stored_at > stored_at)
+    )
 
 
 def run(work: Run) -> int:
@@ -3641,26 +3684,10 @@ class Tools:
         except Unusable as error:
             return f"and {error}"
         if stored_at is not None:
-            return f"taking the snapshot of {stored_at}"
+            return f"taking the snapshot of {time_text(stored_at)}"
         if self.archive.has_objects():
             return "nor a snapshot of it beside the bucket's objects: run would not start so"
         return "nor a snapshot of it in the bucket"
-
-
-def matched(
-    objects: Iterable[S3Object], rows: Iterable[Recorded]
-) -> Iterator[tuple[str, S3Object | None, Recorded | None]]:
-    """Each key with its object and its row, None where there is none; both come
-    in the order of their keys."""
-    left, right = iter(objects), iter(rows)
-    found, row = next(left, None), next(right, None)
-    while found or row:
-        key = min(str(one.key) for one in (found, row) if one)
-        held = found if found and found.key == key else None
-        known = row if row and row.key == key else None
-        yield key, held, known
-        found = next(left, None) if held else found
-        row = next(right, None) if known else row
 
 
 def nothing_there(config: Config) -> Fatal:

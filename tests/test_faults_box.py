@@ -233,6 +233,28 @@ def test_listing_that_always_fails_at_the_same_place_fails_alone(archive, box, f
     assert box.requests["OPENDIR"] < 20
 
 
+def test_listing_that_repeats_itself_does_not_outlive_max_runtime(archive, box):
+    """After a page was handed on, the names of the first are not counted again."""
+    write(box.root / "d" / "f", SMALL)
+    one = (b"one", a_file(SMALL))
+    page = names(*[(b"n%d" % n, a_file(0)) for n in range(20)])
+    listings = []
+
+    def endless(request):
+        if request.handle not in listings:
+            listings.append(request.handle)
+            return page(request)
+        if len(listings) == 1 and answered(request) > 3:
+            return drop(request)
+        return names(one)(request)
+
+    box.always("READDIR", b"endless", endless)
+    (box.root / "endless").mkdir()
+    result = archive.start(constants={"PAGE": 10}, MAX_RUNTIME="3s").wait(30)
+    assert result.status == 3
+    assert "MAX_RUNTIME is over" in result.stderr
+
+
 def failure_after_the_end(request):
     if vars(request.handle).get("ended"):
         return request.status(FAILURE)

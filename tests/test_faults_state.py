@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import sqlite3
+import time
 from pathlib import Path
 
 import pytest
@@ -235,6 +236,23 @@ def test_snapshot_of_another_box_is_not_taken(archive, box, bucket):
     checked = archive("check", REMOTE_PATH="./elsewhere")
     assert checked.status == 1
     assert "WRONG  snapshot of the state: " in checked.stdout
+
+
+def test_snapshot_that_is_older_than_an_object_is_not_believed_of_it(archive, box, bucket):
+    """The run that replaced it was lost with its state; then the box was rolled back."""
+    write(box.root / "f", 20)
+    write(box.root / "g", 20)
+    old, times = (box.root / "f").read_bytes(), ((box.root / "f").stat().st_mtime,) * 2
+    assert archive().status == 0
+    (box.root / "f").write_bytes(old[::-1])
+    time.sleep(1.1)  # S3 tells whole seconds
+    killed = "archive.Archive.put_snapshot = lambda *_: __import__('os')._exit(9)"
+    assert archive.start(before=killed).wait().status == 9
+    archive.state_db.unlink()
+    (box.root / "f").write_bytes(old)
+    os.utime(box.root / "f", times)
+    assert archive().counts == (1, 1, 0)
+    assert bucket.content("f") == old
 
 
 def test_run_that_is_killed_does_not_leave_the_snapshot_of_another_box(archive, box):

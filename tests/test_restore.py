@@ -22,7 +22,7 @@ from conftest import CHANGED, MIB, OLD, PROGRAM, SNAPSHOT, earlier_database, fil
 from faults import LARGE, SIZES, wait_for
 from faulty_sftp import FAILURE, Dropped, answer_then_drop, drop, status
 from relay import Relay
-from scripted_s3 import error
+from scripted_s3 import error, no_checksums
 from test_names import HOSTILE
 
 WARM = {"STORAGE_CLASS": "STANDARD"}
@@ -730,6 +730,35 @@ def test_object_that_is_not_what_was_recorded_is_not_kept(archive, bucket, to):
     assert set(whole(to)) == {b"well"}
 
 
+@pytest.mark.parametrize("ignored", ["range", "if-match"])
+def test_server_that_ignores_what_was_asked_for_is_not_believed(
+    archive, bucket, s3, to, ignored
+):
+    """Where no checksum tells: an earlier script's object, on a server without them."""
+    size = 4 * MIB
+    one, two = os.urandom(size), os.urandom(size)
+    bucket.client.put_object(Bucket=bucket.name, Key="f", Body=one)
+    earlier_database(archive, [("./f", size, OLD)], int(time.time()))
+    s3.on("GetObject", halfway(then_all=False), key="f")
+
+    def other(exchange):
+        at = int(exchange.headers["range"][6:-1])
+        if ignored == "if-match":
+            bucket.client.put_object(Bucket=bucket.name, Key="f", Body=two)
+            del exchange.headers["if-match"]
+            return no_checksums(exchange)
+        answer = no_checksums(exchange)
+        answer.body = one[: size - at]
+        answer.headers["content-range"] = f"bytes 0-{size - at - 1}/{size}"
+        return answer
+
+    s3.on("GetObject", other, key="f", nth=2)
+    result = archive("restore", "f", "--to", to)
+    assert result.status == 3
+    assert "than was asked for" in failed(result)["f"]
+    assert not (to / "f").exists()
+
+
 def test_object_that_was_replaced_while_it_was_fetched_is_not_mixed(archive, bucket, s3, to):
     """Not even where no checksum would tell."""
     archived(archive, {"file": b"1" * BODY}, **WARM)
@@ -1057,6 +1086,31 @@ def test_box_without_posix_rename_has_files_replaced_too(archive, faulty_box):
     assert faulty_box.requests["EXTENDED"]
     assert (result.status, result.failures) == (0, []), result.stderr
     assert whole(faulty_box.root / "back") == expected
+
+
+def test_open_that_a_lost_session_carries_out_late_is_noticed(archive, faulty_box):
+    """It empties what the next session has written."""
+    archived(archive, {"f": b"content"}, **WARM)
+    expired, emptied = threading.Event(), threading.Event()
+
+    def late(request):
+        expired.wait(30)
+        reply = request.reply()
+        emptied.set()
+        return reply
+
+    def meanwhile(request):
+        expired.set()
+        emptied.wait(30)
+        return request.reply()
+
+    faulty_box.on("OPEN", None, late)
+    faulty_box.on("RENAME", None, meanwhile)
+    constants = {**SOON, "SILENCE_LIMIT": 2}
+    result = archive("restore", "--to-box", "back", constants=constants)
+    assert emptied.is_set()
+    assert result.status == 3
+    assert "something else" in failed(result)["f"]
 
 
 def test_write_that_the_box_cuts_short_is_noticed(archive, faulty_box):
