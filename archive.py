@@ -2837,7 +2837,7 @@ class Archive:
     def has(self, key: str) -> bool:
         """Whether there is such an object; FileError, Fatal if S3 does not tell."""
         try:
-            self.head(key)
+            self._ask(self._client.head_object, Key=key)
         except FileError as error:
             if error.code != "404":
                 raise
@@ -3585,14 +3585,14 @@ def matched(
 
 
 def doubt_replaced(state: State, archive: Archive, config: Config, stored_at: float) -> None:
-    """Notes the rows of a snapshot, stored at that time, whose objects are other ones by
-    now: a run that was lost with its state has replaced them.  FileError, Fatal."""
+    """Notes the rows of a snapshot, stored at that time, whose objects are newer: a run
+    that was lost with its state has replaced them.  FileError, Fatal."""
     state.give_keys(partial(key_of_row, config))
     pairs = matched(archive.objects(config.prefix), state.recorded(config.prefix))
     state.doubt(
         row.path
         for _, found, row in pairs
-        if row and (not found or found.size != row.size or found.stored_at > stored_at)
+        if row and found and (found.size != row.size or found.stored_at > stored_at)
     )
 
 

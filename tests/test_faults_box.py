@@ -202,7 +202,7 @@ def test_folder_that_always_kills_the_connection_fails_alone(archive, box):
     assert box.connections < 20
 
 
-# --- The box falls silent ---------------------------------------------------
+# --- A listing goes wrong ---------------------------------------------------
 
 
 def answered(request):
@@ -267,6 +267,9 @@ def test_refusal_after_the_end_of_a_listing_does_no_harm(archive, box):
     write(box.root / "d" / "f", SMALL)
     box.always("READDIR", b"d", failure_after_the_end)
     assert archive().status == 0
+
+
+# --- The box falls silent ---------------------------------------------------
 
 
 def test_signal_ends_a_run_whose_output_nobody_reads(archive, box):
