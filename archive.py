@@ -1661,7 +1661,9 @@ class Listing:
     """One folder on its way: opendir, then readdirs together until the end.
 
     It sends and never waits: `arrived` gets it whenever a flight of it is back,
-    for the walk to call `advance`.  It stops asking while PAGE entries wait.
+    for the walk to call `advance`.  It stops asking while PAGE entries wait.  After
+    its connection was lost it is `stalled`, until the walk calls `start`: at its turn,
+    so that a folder that breaks the connection takes no other down with it.
     """
 
     def __init__(self, box: Box, path: bytes, arrived: queue.SimpleQueue[Listing]):
@@ -1671,11 +1673,12 @@ class Listing:
         self._losses = 0
         self._given: list[bytes] = []  # the names of earlier pages, / between
         self._furthest = 0  # the most names that it came to
-        self._start()
+        self.start()
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Lists from the beginning; what was handed on is skipped.  Fatal, Stopped."""
         self.entries: list[Entry] = []
-        self.complete = False
+        self.complete = self.stalled = False
         self.error: FileError | None = None
         self._handle = b""
         self._came_to = 0
@@ -1707,7 +1710,8 @@ class Listing:
         except LOST as lost:
             self._losses += 1
             if self._losses < LOSSES_IN_A_ROW:
-                return self._start()
+                self.entries, self.stalled = [], True
+                return
             self._end(FileError(f"lost the connection {self._losses} times, last: {lost}"))
         except Status as error:
             self._end(self._box.failure(self.path, error))
@@ -1775,6 +1779,8 @@ class Walk:
             listing = begun[0]
             yielded = time.monotonic()
             while not listing.complete and len(listing.entries) < PAGE:
+                if listing.stalled:
+                    listing.start()
                 with contextlib.suppress(queue.Empty):
                     arrived.get(timeout=WALK_PAUSE).advance()
                 if time.monotonic() - yielded >= WALK_PAUSE:
