@@ -985,10 +985,11 @@ class Connection:
                 return
             self.lost = ConnectionLost(printable(reason))
             owed, self._owed = self._owed, {}
-        # paramiko's close() joins its thread, and may wait for a send.
-        threading.Thread(target=self._transport.close, daemon=True).start()
         for flight, _ in list(owed.values()):
             flight.lose(self.lost)
+        # paramiko's close() joins its thread, and may wait for a send.
+        with contextlib.suppress(RuntimeError):  # no thread may be left
+            threading.Thread(target=self._transport.close, daemon=True).start()
 
     def _deliver(self, packets: Iterator[memoryview]) -> None:
         try:
@@ -1367,6 +1368,12 @@ class Box:
         """Of `path` itself, not of what a link points to; Status, FileError."""
         return self.insist(lambda connection: lstat(connection, path))
 
+    def must_answer(self) -> None:
+        """Fatal, Stopped unless the box answers: then what broke the connection again
+        and again is to blame, and the outage is over."""
+        with contextlib.suppress(Status, FileError):
+            self.attributes(self._config.remote_path)
+
     def failure(self, path: bytes, error: Status) -> FileError:
         """What a refusal to open `path` means; Vanished only if it is gone.
 
@@ -1712,6 +1719,7 @@ class Listing:
             if self._losses < LOSSES_IN_A_ROW:
                 self.entries, self.stalled = [], True
                 return
+            self._box.must_answer()
             self._end(FileError(f"lost the connection {self._losses} times, last: {lost}"))
         except Status as error:
             self._end(self._box.failure(self.path, error))
@@ -3100,7 +3108,13 @@ class Failed(NamedTuple):
     error: FileError
 
 
-Outcome = Stored | Unchanged | Failed
+class Changed(NamedTuple):
+    """Looked at again, and found to be another one: to be sent, once that is noted."""
+
+    job: Job
+
+
+Outcome = Stored | Unchanged | Changed | Failed
 Sent = Callable[[int], None]  # called with each number of bytes sent
 
 
@@ -3303,7 +3317,7 @@ class Run:
                 self.report.failure(file.path, error)
                 continue
             jobs.append(Job(file, key, plan, self.state.crc_to_recheck(file)))
-        # What is only looked at again is not: its CRC-32 is held against the row's.
+        # What is only looked at again may be Unchanged.
         self.state.begin_replacing([job.file for job in jobs if job.known_crc is None])
         self.found(sum(job.file.size for job in jobs))
         return jobs
@@ -3323,7 +3337,7 @@ class Run:
             try:
                 for job in self._in_time(pages):
                     while not errors and under_way.must_settle_before(job):
-                        yield under_way.outcomes()
+                        yield from self._outcomes(under_way)
                     if errors:
                         break
                     if job is None:
@@ -3338,7 +3352,7 @@ class Run:
             while under_way.jobs:
                 if errors:
                     self.box.close()
-                yield under_way.outcomes()
+                yield from self._outcomes(under_way)
             if errors:
                 # Who waited for a turn was only stopped, by another's error.
                 raise min(errors, key=lambda error: isinstance(error, Stopped))
@@ -3346,6 +3360,14 @@ class Run:
             if under_way.jobs:
                 self.box.close()
             under_way.pool.shutdown()
+
+    def _outcomes(self, under_way: UnderWay) -> Iterator[list[Outcome]]:
+        """Those that are there; once they are settled, what has Changed is sent."""
+        outcomes = under_way.outcomes()
+        yield outcomes
+        for outcome in outcomes:
+            if isinstance(outcome, Changed) and not under_way.errors:
+                under_way.begin(outcome.job._replace(known_crc=None), self._send)
 
     def _in_time(self, pages: Iterable[list[Job]]) -> Iterator[Job | None]:
         """The jobs, until MAX_RUNTIME is over; None after each page, so that
@@ -3401,8 +3423,9 @@ class Run:
         self, job: Job, file: RemoteFile, data: bytes, fresh: bool, sent: Sent
     ) -> Outcome:
         crc32 = zlib.crc32(data)
-        if job.known_crc == crc32 and file == job.file:
-            return Unchanged(file, fresh)
+        if job.known_crc is not None:
+            same = job.known_crc == crc32 and file == job.file
+            return Unchanged(file, fresh) if same else Changed(job)
         self.archive.put(job.key, data, crc32, file.mtime)
         sent(len(data))
         return Stored(file, job.key, crc32, 0, fresh)
@@ -3414,6 +3437,7 @@ class Run:
                     pass
                 if reader.crc32 == job.known_crc and reader.file == job.file:
                     return Unchanged(reader.file, reader.fresh)
+            return Changed(job)
         with contextlib.closing(Reader(self.box, job.file.path)) as reader:
             file = reader.file
             plan = upload_plan(file.size, self.config.memory_limit)
@@ -3441,6 +3465,8 @@ class Run:
             elif isinstance(outcome, Unchanged):
                 self.report.skipped += 1
                 self.state.settle(outcome)
+            elif isinstance(outcome, Changed):
+                self.state.begin_replacing([outcome.job.file])
             else:
                 self._settle_failure(*outcome)
 
@@ -3501,7 +3527,8 @@ def doubt_unpinned(state: State, archive: Archive, config: Config) -> bool:
     archived here."""
     if not state.count():
         return False
-    for row in itertools.islice(state.recorded(config.prefix), 10):
+    theirs = (row for row in state.recorded(config.prefix) if row.crc32 is None)
+    for row in itertools.islice(theirs, 10):
         try:
             if archive.has(str(row.key)):
                 return False
@@ -3562,7 +3589,8 @@ def take_snapshot(config: Config, archive: Archive, way_out: str) -> bool:
         told = time_text(stored_at)
         log.warning("no state in %s: taking the bucket's snapshot of %s", path, told)
         with contextlib.closing(State(partial)) as state:
-            state.pin(pins_of(config))
+            if state.is_pinned():
+                state.pin(pins_of(config))
             doubt_replaced(state, archive, config, stored_at)
         for left in sidecars(path):  # by a killed run: it would go into the snapshot
             left.unlink(missing_ok=True)

@@ -216,6 +216,20 @@ def dies_after(count):
     return lambda request: request.reply() if answered(request) < count else drop(request)
 
 
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("kind", ["READDIR", "OPENDIR"])
+def test_folders_that_always_kill_the_connection_fail_alone(archive, box, kind, count):
+    """One after another: the box is not gone."""
+    for number in range(count):
+        write(box.root / f"poison{number}" / "f", SMALL)
+        box.always(kind, b"poison%d" % number, drop)
+    write(box.root / "z" / "f", SMALL)
+    pauses = (0, *[0.1] * 5)
+    result = archive(constants={**SIZES, "RECONNECT_PAUSES": pauses})
+    assert result.status == 3, result.stderr
+    assert set(archive.objects()) == {"z/f"}
+
+
 def never_ends(request):
     return request.reply() if answered(request) < 1 else request.names([])
 
@@ -286,6 +300,30 @@ def test_signal_ends_a_run_whose_output_nobody_reads(archive, box):
         time.sleep(2)  # until the pipe is full
         seen.append(len(archive.objects()))
     assert seen[-1] < 1_500
+    running.process.terminate()
+    assert running.process.wait(15) == 143
+
+
+NO_THREADS = """
+import threading
+real, boxes, init = threading.Thread.start, [], archive.Box.__init__
+def made(box, *settings):
+    init(box, *settings)
+    boxes.append(box)
+archive.Box.__init__ = made
+def start(thread):
+    if boxes and boxes[0].stopping.is_set():
+        raise RuntimeError("can't start new thread")
+    real(thread)
+threading.Thread.start = start
+"""
+
+
+def test_signal_ends_a_run_that_can_start_no_thread(archive, box):
+    write(box.root / "f", SMALL)
+    frozen = box.on("READ", b"f", freeze)
+    running = archive.start(before=NO_THREADS)
+    wait_for(lambda: frozen.fired)
     running.process.terminate()
     assert running.process.wait(15) == 143
 

@@ -393,6 +393,28 @@ def test_row_of_an_object_that_was_replaced_without_an_answer_is_not_believed(ar
     assert archive().counts == (0, 1, 0)
 
 
+@pytest.mark.parametrize("how", ["no answer", "killed"])
+def test_row_of_an_object_that_was_looked_at_again_and_replaced_is_not_believed(
+    archive, box, s3, how
+):
+    path = box.root / "f"
+    write(path, SMALL, mtime=int(time.time()))
+    old, times = path.read_bytes(), (int(path.stat().st_mtime),) * 2
+    assert archive().counts == (1, 0, 0)
+    path.write_bytes(old[::-1])
+    os.utime(path, times)
+    if how == "killed":
+        killed = "archive.State.record = lambda _, some, __: some and __import__('os')._exit(9)"
+        assert archive.start(before=killed).wait().status == 9
+    else:
+        s3.on("PutObject", lost_answer, key="f", times=2)
+        assert archive(constants=IMPATIENT).status == 3
+    path.write_bytes(old)
+    os.utime(path, times)
+    assert archive().counts == (1, 0, 0)
+    archive.assert_invariant()
+
+
 def test_file_that_is_looked_at_again_in_vain_is_not_paid_twice(archive, box):
     """Only what is sent may have replaced its object."""
     write(box.root / "f", SMALL, mtime=int(time.time()))

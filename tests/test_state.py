@@ -340,6 +340,19 @@ def test_an_earlier_scripts_state_of_another_bucket_is_doubted(archive, bucket, 
     assert ("is not in s3://" in archive(S3_PREFIX=prefix).stderr) == bool(prefix)
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_is_archived_now_does_not_vouch_for_an_earlier_script(archive, box, lost):
+    """Nor does the snapshot of it."""
+    earlier_database(archive, [("./a", 2, OLD)])
+    fill(box.root, {"new": b"new"})
+    assert "is not in s3://" in archive().stderr
+    if lost:
+        archive.state_db.unlink()
+    result = archive()
+    assert result.status == 0
+    assert "is not in s3://" in result.stderr
+
+
 def test_an_earlier_scripts_state_is_not_tied_while_s3_does_not_tell(
     archive_of, box, bucket, s3
 ):
