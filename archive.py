@@ -2157,13 +2157,6 @@ class Stored(NamedTuple):
     recheck: bool  # it may have changed again within the second
 
 
-class Unchanged(NamedTuple):
-    """Looked at again, and found to be what is archived."""
-
-    file: RemoteFile
-    recheck: bool
-
-
 @contextlib.contextmanager
 def state_errors(path: Path) -> Iterator[None]:
     """Turns every sqlite3.Error into Fatal: nothing goes on without a state."""
@@ -2376,12 +2369,9 @@ class State:
         self._commit(("DELETE FROM meta WHERE name = 'snapshot'",))
         self.snapshot_due = False
 
-    def settle(self, unchanged: Unchanged) -> None:
-        """Its row is right; if it may have changed again, it is looked at once more."""
-        path = path_text(unchanged.file.path)
-        tables = ("replacing",) if unchanged.recheck else ("replacing", "recheck")
-        self._commit(*((f"DELETE FROM {table} WHERE path = ?", path) for table in tables))
-        self._replacing.discard(path)
+    def settle(self, file: RemoteFile) -> None:
+        """`file` was looked at again, and is what is archived."""
+        self._commit(("DELETE FROM recheck WHERE path = ?", path_text(file.path)))
 
     def begin_upload(self, key: str) -> None:
         """Notes that a multipart upload of `key` may be under way from now on."""
@@ -3108,6 +3098,13 @@ class Failed(NamedTuple):
     error: FileError
 
 
+class Unchanged(NamedTuple):
+    """Looked at again, and found to be what is archived."""
+
+    file: RemoteFile
+    recheck: bool
+
+
 class Changed(NamedTuple):
     """Looked at again, and found to be another one: to be sent, once that is noted."""
 
@@ -3279,8 +3276,8 @@ class Run:
                 continue  # a tampered snapshot would have us abort others' uploads
             try:
                 count = self.archive.abort_leftovers(key)
-            except (Fatal, FileError) as error:
-                if isinstance(error, Fatal) and error.code != "AccessDenied":
+            except ArchiveError as error:
+                if not isinstance(error, FileError) and error.code != "AccessDenied":
                     raise
                 log.warning("unfinished uploads stay, that of %s: %s", printable(key), error)
                 return  # the next would take as long, and end so, too
@@ -3464,7 +3461,8 @@ class Run:
                     self.state.begin_upload(outcome.key)
             elif isinstance(outcome, Unchanged):
                 self.report.skipped += 1
-                self.state.settle(outcome)
+                if not outcome.recheck:
+                    self.state.settle(outcome.file)
             elif isinstance(outcome, Changed):
                 self.state.begin_replacing([outcome.job.file])
             else:
