@@ -380,7 +380,7 @@ def earlier_database(archive, rows, uploaded_at=1_700_000_000):
             "CREATE TABLE files (path TEXT PRIMARY KEY, size INTEGER,"
             " mtime INTEGER, uploaded_at INTEGER)"
         )
-        values = [(*row, uploaded_at) for row in rows]
+        values = ((*row, uploaded_at) for row in rows)
         db.executemany("INSERT INTO files VALUES (?, ?, ?, ?)", values)
 
 

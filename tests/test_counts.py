@@ -3,14 +3,12 @@
 Trees of a million files as well: TEST_EFFORT=5.
 """
 
-import contextlib
 import re
-import sqlite3
 import threading
 import time
 
 import pytest
-from conftest import MIB, SNAPSHOT
+from conftest import MIB, SNAPSHOT, earlier_database
 from faults import EFFORT, LARGE, SIZES, SMALL, assert_all_archived, write
 from faulty_sftp import LONG_AGO, FaultyBox, many_files
 from scripted_s3 import until
@@ -134,15 +132,8 @@ def peak_of_an_unchanged_run(archive_of, folders, files):
     """Peak resident memory, in MiB, of a run that finds all of these archived."""
     with FaultyBox(many_files(folders, files, SMALL)) as box:
         archive = archive_of(box, REMOTE_PATH="/")
-        with contextlib.closing(sqlite3.connect(archive.state_db)) as db, db:
-            db.execute(
-                "CREATE TABLE files (path TEXT PRIMARY KEY, size INTEGER,"
-                " mtime INTEGER, uploaded_at INTEGER)"
-            )
-            db.executemany(
-                f"INSERT INTO files VALUES (?, {SMALL}, {LONG_AGO}, {LONG_AGO})",
-                ((f"/d{d}/f{f}",) for d in range(folders) for f in range(files)),
-            )
+        paths = (f"/d{d}/f{f}" for d in range(folders) for f in range(files))
+        earlier_database(archive, ((path, SMALL, LONG_AGO) for path in paths), LONG_AGO)
         result = archive.start(before=MEASURED).wait(timeout=300)
         assert (result.status, result.counts) == (0, (0, folders * files, 0))
         return int(re.search(r"peak (\d+) KiB", result.stderr)[1]) / 1024

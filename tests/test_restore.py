@@ -101,27 +101,14 @@ def listed(**status):
     return told
 
 
-def renamed(**keys):
-    """S3 lists the objects under other keys."""
+def relisted(tag, values):
+    """S3 lists {value: other one} in these tags."""
 
     def told(exchange):
         answer = exchange.forward()
-        for key, other in keys.items():
-            tags = (f"<Key>{name}</Key>".encode() for name in (key, other))
+        for value, other in values.items():
+            tags = (f"<{tag}>{text}</{tag}>".encode() for text in (value, other))
             answer.body = answer.body.replace(*tags)
-        answer.headers["content-length"] = str(len(answer.body))
-        return answer
-
-    return told
-
-
-def resized(size, other):
-    """S3 lists objects of `size` bytes with another size."""
-
-    def told(exchange):
-        answer = exchange.forward()
-        tags = (f"<Size>{number}</Size>".encode() for number in (size, other))
-        answer.body = answer.body.replace(*tags)
         answer.headers["content-length"] = str(len(answer.body))
         return answer
 
@@ -798,7 +785,7 @@ def test_keys_that_lead_out_of_the_folder_are_refused_one_by_one(archive, bucket
     }
     archived(archive, dict.fromkeys([*keys, "well"], b"content"), **WARM)
     lose_state(archive, bucket)
-    s3.always("ListObjectsV2", renamed(**keys))
+    s3.always("ListObjectsV2", relisted("Key", keys))
     s3.requests.clear()
 
     result = archive("restore", "--to", to / "1/2")
@@ -1169,7 +1156,8 @@ def test_folder_without_the_room_is_told_of_before_anything_is_paid(
     archived(boxed, {"file": b"content"})
     lose_state(boxed, bucket)
     where = (place, to if place == "--to" else "back")
-    s3.on("ListObjectsV2", resized(7, 2 << 60), nth=2)  # the first asks for any object
+    # The first listing asks for any object.
+    s3.on("ListObjectsV2", relisted("Size", {7: 2 << 60}), nth=2)
 
     result = boxed("restore", *where)
 
