@@ -2122,12 +2122,14 @@ class Recorded(NamedTuple):
     uploaded_at: int | None
     crc32: int | None
     storage_class: str | None
+    doubtful: bool  # a newer object may have been stored since
 
 
 # Without what an earlier script may have written in another form: that is unknown.
 RECORDED = (
     "SELECT {key} AS key, path, size, mtime,"
-    " CASE typeof(uploaded_at) WHEN 'integer' THEN uploaded_at END, crc32, storage_class"
+    " CASE typeof(uploaded_at) WHEN 'integer' THEN uploaded_at END, crc32, storage_class,"
+    " path IN (SELECT path FROM replacing)"
     " FROM files LEFT JOIN objects USING (path) WHERE typeof(path) = 'text'"
     " AND typeof(size) = 'integer' AND typeof(mtime) = 'integer'"
 )
@@ -4219,9 +4221,12 @@ class Restore:
         inner = key[len(self.tools.config.prefix) :]
         name = unescape(inner)
         size, kind, restored = found[1:4] if found else (0, "", None)
-        # A run that was lost with its state has replaced it: S3's own word holds.
-        if found and row and found.stored_at > (row.uploaded_at or math.inf) + CLOCK_LIMIT:
-            log.warning("%s was stored anew after it was recorded", printable(key))
+        # Replaced by a run that was lost with its state, or was not told so by S3: what
+        # S3 itself says of the object holds.
+        recorded_at = row.uploaded_at if row and row.uploaded_at else math.inf
+        newer = found and found.stored_at > recorded_at + CLOCK_LIMIT
+        if row and (newer or row.doubtful):
+            log.warning("%s may have been stored anew after it was recorded", printable(key))
             row = None
         mtime, crc32 = (row.mtime, row.crc32) if row else (None, None)
         fault = ""

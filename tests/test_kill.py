@@ -82,7 +82,7 @@ def test_run_that_is_killed_again_and_again_ends_complete(archive, box, s3):
         running.process.wait()
         wait_for(lambda: not s3.under_way)
         s3.rules.clear()
-        assert_rows_are_true(archive, box)
+        assert_rows_are_true(archive)
     result = archive(constants=SIZES)
     assert result.status == 0, result.stderr
     assert_all_archived(archive, box)
@@ -110,7 +110,7 @@ def test_upload_of_a_killed_run_is_aborted_by_the_next_and_nobody_elses(
     running = archive.start(constants=SIZES)
     assert running.wait().status == -9
     wait_for(lambda: not s3.under_way)
-    assert_rows_are_true(archive, box)
+    assert_rows_are_true(archive)
     left = uploads(bucket) - others
     assert len(left) == (operation not in ("CompleteMultipartUpload", "HeadObject"))
 
@@ -133,7 +133,7 @@ def test_what_s3_has_is_recorded_while_the_box_is_silent_about_a_folder(archive,
     running.process.kill()
     running.process.wait()
     assert recorded(archive).keys() == {"./a"}
-    assert_rows_are_true(archive, box)
+    assert_rows_are_true(archive)
 
 
 def uploads(bucket):
@@ -169,6 +169,6 @@ def test_run_that_is_told_to_stop_at_any_instant_ends_and_leaves_nothing(
         box.rules.clear()
         s3.rules.clear()
         assert uploads(bucket) == set(), (server, what, nth)
-        assert_rows_are_true(archive, box)
+        assert_rows_are_true(archive)
     assert archive(constants=SIZES).status == 0
     assert_all_archived(archive, box)

@@ -19,10 +19,10 @@ from urllib.parse import unquote
 
 import pytest
 from conftest import CHANGED, MIB, OLD, PROGRAM, SNAPSHOT, earlier_database, fill, tree
-from faults import LARGE, SIZES, wait_for
+from faults import LARGE, SIZES, SMALL, wait_for
 from faulty_sftp import FAILURE, Dropped, answer_then_drop, drop, status
 from relay import Relay
-from scripted_s3 import error, no_checksums
+from scripted_s3 import error, lost_answer, no_checksums
 from test_names import HOSTILE
 
 WARM = {"STORAGE_CLASS": "STANDARD"}
@@ -1137,6 +1137,26 @@ def test_object_that_is_newer_than_its_record_comes_back_by_what_s3_knows(archiv
     assert result.status == 0, result.stderr
     assert (to / "file").read_bytes() == newer
     assert int((to / "file").stat().st_mtime) == 1_700_000_000
+
+
+@pytest.mark.parametrize(("size", "fault"), [(SMALL, "PutObject"), (LARGE, "HeadObject")])
+def test_object_whose_answer_was_lost_comes_back_by_what_s3_knows(archive, s3, to, size, fault):
+    """Its row is that of the one before it, and there is no file any more."""
+    archived(archive, {"file": b"old", "other": b"same"}, **WARM)
+    newer = bytes(size)
+    fill(archive.box.root, {"file": newer}, OLD + 1)
+    s3.always(fault, lost_answer, key="file")
+    assert archive(constants=SIZES, **WARM).status == 3
+    s3.rules.clear()
+    (archive.box.root / "file").unlink()
+
+    result = archive("restore", "--to", to)
+
+    assert result.status == 0, result.stderr
+    assert (to / "file").read_bytes() == newer
+    assert (to / "file").stat().st_mtime == OLD + 1
+    assert "file may have been stored anew" in result.stderr
+    assert "other may" not in result.stderr
 
 
 def test_folder_that_cannot_be_made_is_told_of_before_anything_is_paid(archive, s3):
