@@ -477,7 +477,8 @@ def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
     """
     settings = read_settings(env_file, environ)
     faults = list(misspelt(settings))
-    base = (env_file or Path(__file__)).resolve().parent
+    # The folder as it was named: secrets are links, often to where nothing stays.
+    base = env_file.absolute().parent if env_file else Path(__file__).resolve().parent
     both = (settings.get("EXCLUDE_PATHS", ""), settings.get("EXCLUDE_DIRS", ""))
     settings["EXCLUDE_PATHS"] = ",".join(both)
     secrets = tuple(settings[name] for name in SECRETS if settings.get(name))
@@ -1863,6 +1864,8 @@ Blocks = Callable[[], Iterator[bytes]]  # a file's bytes, from the start at each
 class BoxFolder:
     """A folder of the box to restore to.  Nothing is overwritten unless told to."""
 
+    unit = 1  # s, of the times that it keeps
+
     def __init__(self, box: Box, folder: bytes):
         self._box = box
         self._folder = re.sub(b"/+", b"/", folder)  # as `_make` takes it apart
@@ -1888,7 +1891,7 @@ class BoxFolder:
 
     def store(self, name: bytes, mtime: int, blocks: Blocks, replace: bool) -> None:
         """Writes the file under another name and renames it; FileError, also if
-        there is one already and it is not to be replaced."""
+        there is one already and it is not to be replaced.  Fatal if the box is full."""
         if not 0 <= mtime < 1 << 32:
             raise FileError(f"SFTP cannot carry its time, {mtime}")
         path = join(self._folder, name)
@@ -1914,7 +1917,9 @@ class BoxFolder:
             with contextlib.suppress(Fatal, Stopped):  # not waited for
                 self._box.connection().flight((FXP_REMOVE, blob(partial_path)))
             if isinstance(error, Status):
-                raise FileError(f"the box cannot store it: {error}") from None
+                room = self.room()
+                kind = FileError if room is None or room >= MIB else Fatal
+                raise kind(f"the box cannot store it: {error}") from None
             raise
 
     def try_out(self) -> None:
@@ -1937,14 +1942,12 @@ class BoxFolder:
         if folder and folder not in self._made:
             above = [path for path in itertools.accumulate(folder.split(b"/"), join) if path]
             inner = [path for path in above if path.startswith(join(self._folder, b""))]
-            replies = connection.ask(
-                *((FXP_MKDIR, blob(path) + U32.pack(0)) for path in above),
-                *((FXP_LSTAT, blob(path)) for path in inner),
-            )
-            for reply in replies[len(above) :]:
+            looks = [(FXP_LSTAT, blob(path)) for path in inner]
+            for reply in connection.ask(*looks) if looks else ():
                 with contextlib.suppress(Status):
                     if stat.S_ISLNK(attributes_of(reply).mode or 0):
                         raise FileError(THROUGH_LINK)
+            connection.ask(*((FXP_MKDIR, blob(path) + U32.pack(0)) for path in above))
             if len(self._made) >= PAGE:  # they come in order: the rest is not met again
                 self._made.clear()
             self._made.add(folder)
@@ -2006,6 +2009,8 @@ def found(connection: Connection, path: bytes) -> tuple[int | None, int | None]:
 class LocalFolder:
     """A folder of this machine to restore to, with the same methods."""
 
+    unit = 2  # FAT keeps even seconds only
+
     def __init__(self, folder: Path):
         self._folder = os.fsencode(folder)
 
@@ -2041,10 +2046,10 @@ class LocalFolder:
         """Fatal if the disk is full."""
         path, partial_path = self._path(name), self._path(partial_name(name))
         try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
             inside = os.path.join(os.path.realpath(self._folder), os.path.dirname(name))
             if os.path.realpath(os.path.dirname(path)) != os.path.normpath(inside):
                 raise FileError(THROUGH_LINK)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(partial_path)  # of a run that was killed
             try:
@@ -2197,6 +2202,7 @@ class State:
             self._db.execute(f"PRAGMA busy_timeout = {COMMIT_LIMIT * 1000}")
         self._recheck = {path for (path,) in self._rows("SELECT path FROM recheck")}
         self._replacing = {path for (path,) in self._rows("SELECT path FROM replacing")}
+        self.as_of = math.inf  # when it was stored, of a snapshot: what is newer is unknown
         due = "SELECT 1 FROM meta WHERE name = 'snapshot'"
         self.snapshot_due = bool(self._rows(due))  # since a file was archived
 
@@ -2297,8 +2303,8 @@ class State:
     def totals(self) -> list[tuple[str | None, int, int]]:
         """(storage class, None where it was not recorded; files; bytes)."""
         return self._rows(
-            "SELECT storage_class, count(*), coalesce(sum(size), 0) FROM files"
-            " LEFT JOIN objects USING (path) GROUP BY 1 ORDER BY 2 DESC"
+            "SELECT storage_class, count(*), coalesce(sum(size), 0)"
+            f" FROM ({RECORDED.format(key='key')}) GROUP BY 1 ORDER BY 2 DESC"
         )
 
     def count(self) -> int:
@@ -2512,11 +2518,20 @@ def crc32_of(answer: Mapping[str, Any]) -> int | None:
     return None if "-" in told else int.from_bytes(base64.b64decode(told)[:4], "big")
 
 
-def mtime_of(answer: Mapping[str, Any]) -> int:
-    """The mtime of the metadata, in rclone's form, else the time when it was stored."""
+class Held(NamedTuple):
+    """What S3 keeps of an object beside its bytes; None where it keeps none."""
+
+    mtime: int | None  # of the metadata, in rclone's form
+    crc32: int | None  # of the whole object
+    stored_at: int
+
+
+def held(answer: Mapping[str, Any]) -> Held:
+    """What a HEAD or GET answered."""
     told = answer["Metadata"].get("mtime", "")
-    stored = answer["LastModified"].timestamp()
-    return math.floor(float(told) if re.fullmatch(r"-?\d{1,12}(\.\d*)?", told) else stored)
+    is_time = re.fullmatch(r"-?\d{1,12}(\.\d*)?", told)
+    mtime = math.floor(float(told)) if is_time else None
+    return Held(mtime, crc32_of(answer), math.floor(answer["LastModified"].timestamp()))
 
 
 NO_REGION = "a region that it does not tell"
@@ -2540,8 +2555,7 @@ def lifecycle_prefix(rule: Mapping[str, Any]) -> str:
 
 
 class Download:
-    """One object's bytes, checked.  `mtime` is that of the metadata, else the time
-    when it was stored; `crc32` None if S3 tells none of the whole object."""
+    """One object's bytes, checked; `held` is what S3 keeps beside them."""
 
     def __init__(self, get: Callable[..., Any], stopping: Stopping):
         """`get` sends the GET with further parameters; FileError, Cold, Fatal."""
@@ -2550,7 +2564,7 @@ class Download:
         self._first: dict[str, Any] | None = answer
         self._etag = answer["ETag"]
         self.size: int = answer["ContentLength"]
-        self.mtime, self.crc32 = mtime_of(answer), crc32_of(answer)
+        self.held = held(answer)
 
     def blocks(self, size: int, crc32: int | None) -> Iterator[bytes]:
         """All of it, from the start at each call; FileError in place of the end
@@ -2558,7 +2572,7 @@ class Download:
 
         A connection that breaks is renewed at the offset where it broke.
         """
-        crc32 = self.crc32 if crc32 is None else crc32
+        crc32 = self.held.crc32 if crc32 is None else crc32
         if size != self.size:
             raise FileError(f"S3 holds {self.size:,} bytes, recorded are {size:,}")
         at = found = failures = 0
@@ -2818,27 +2832,28 @@ class Archive:
         return len(found)
 
     def objects(self, prefix: str) -> Iterator[S3Object]:
-        """What is in the bucket below `prefix`, in the order of the keys; a
-        request for 1,000 of them.  Not the snapshot."""
+        """What is in the bucket below `prefix`, in the order of the keys; a request
+        for 1,000 of them.  Neither the snapshot nor the empty objects that S3's
+        console makes of folders."""
         more = {"OptionalObjectAttributes": ["RestoreStatus"]}
         for page in self._pages("list_objects_v2", prefix, **more):
             if self._stopping.is_set():
                 raise Stopped("stopped")
             for entry in page.get("Contents", ()):
+                key, size = entry["Key"], entry["Size"]
+                if key == self._prefix + SNAPSHOT or (key.endswith("/") and not size):
+                    continue
                 status = entry.get("RestoreStatus", {})
-                restored = True if "RestoreExpiryDate" in status else None
+                expiry = status.get("RestoreExpiryDate")
+                restored = True if expiry and expiry.timestamp() > time.time() else None
                 if status.get("IsRestoreInProgress"):
                     restored = False
-                if entry["Key"] != self._prefix + SNAPSHOT:
-                    kind = entry.get("StorageClass", "STANDARD")
-                    at = entry["LastModified"].timestamp()
-                    yield S3Object(entry["Key"], entry["Size"], kind, restored, at)
+                kind = entry.get("StorageClass", "STANDARD")
+                yield S3Object(key, size, kind, restored, entry["LastModified"].timestamp())
 
-    def head(self, key: str) -> tuple[int, int | None]:
-        """The file's mtime, and the CRC-32 that S3 keeps of the whole object, None
-        if it has none.  Also of a cold one; FileError."""
-        answer = self._ask(self._client.head_object, Key=key, ChecksumMode="ENABLED")
-        return mtime_of(answer), crc32_of(answer)
+    def head(self, key: str) -> Held:
+        """What S3 keeps of an object, also of a cold one; FileError."""
+        return held(self._ask(self._client.head_object, Key=key, ChecksumMode="ENABLED"))
 
     def has(self, key: str) -> bool:
         """Whether there is such an object; FileError, Fatal if S3 does not tell."""
@@ -2953,8 +2968,7 @@ class Archive:
 
     def has_objects(self) -> bool:
         """Whether anything is below the prefix."""
-        found = self._ask(self._client.list_objects_v2, Prefix=self._prefix, MaxKeys=1)
-        return bool(found.get("Contents"))
+        return next(self.objects(self._prefix), None) is not None
 
     def put_snapshot(self, database: Path) -> None:
         """Stores a copy of the state below the prefix; no transaction is open."""
@@ -2972,18 +2986,18 @@ class Archive:
         """Writes the state's copy to `target`; when it was stored, None if there is
         none; Unusable."""
         key = self._prefix + SNAPSHOT
-        with s3_errors():
-            try:
-                answer = self._client.get_object(Bucket=self._bucket, Key=key)
-            except self._client.exceptions.NoSuchKey:
-                return None
-            except self._client.exceptions.InvalidObjectState as error:
-                kind = error.response["Error"].get("StorageClass", "an archive class")
-                raise Unusable(f"its snapshot {key} has gone to {kind}") from None
-            with target.open("wb") as copy:
-                for block in answer["Body"].iter_chunks(MIB):
-                    copy.write(block)
-        return float(answer["LastModified"].timestamp())
+        try:
+            snapshot = self.download(key)
+        except Cold:
+            told = f"its snapshot {key} has gone to an archive class: restore it there"
+            raise Unusable(told) from None
+        except FileError as error:
+            if error.code != "NoSuchKey":
+                raise
+            return None
+        with target.open("wb") as copy:
+            copy.writelines(snapshot.blocks(snapshot.size, None))
+        return snapshot.held.stored_at
 
 
 # ----------------------------------------------------------------------- Money
@@ -3701,8 +3715,10 @@ class Tools:
         else:
             with tempfile.TemporaryDirectory(prefix="archive-") as folder:
                 snapshot = Path(folder) / "snapshot"
-                log.warning("no state in %s, %s", path, self._snapshot(snapshot))
+                stored_at, told = self._snapshot(snapshot)
+                log.warning("no state in %s, %s", path, told)
                 state = State(snapshot, private=True)
+                state.as_of = math.inf if stored_at is None else stored_at
             # `restore` and `verify` pass no more: they may read a copy of the bucket,
             # though no run goes on there.
             if pins == destination(self.config):
@@ -3711,17 +3727,19 @@ class Tools:
         state.pin(pins)
         return state
 
-    def _snapshot(self, target: Path) -> str:
-        """Takes the bucket's snapshot, if it is of any use; what to tell of it."""
+    def _snapshot(self, target: Path) -> tuple[float | None, str]:
+        """Takes the bucket's snapshot, if it is of any use: when it was stored, and
+        what to tell of it."""
         try:
             stored_at = fetch_snapshot(self.archive, target)
         except Unusable as error:
-            return f"and {error}"
+            return None, f"and {error}"
         if stored_at is not None:
-            return f"taking the snapshot of {time_text(stored_at)}"
+            return stored_at, f"taking the snapshot of {time_text(stored_at)}"
         if self.archive.has_objects():
-            return "nor a snapshot of it beside the bucket's objects: run would not start so"
-        return "nor a snapshot of it in the bucket"
+            beside = "nor a snapshot of it beside the bucket's objects"
+            return None, f"{beside}: run would not start so"
+        return None, "nor a snapshot of it in the bucket"
 
 
 def nothing_there(config: Config) -> Fatal:
@@ -3832,6 +3850,8 @@ def plan(tools: Tools, as_json: bool) -> int:
     something could not be listed."""
     config, money = tools.config, Money(tools.archive.region, tools.config.prices)
     with contextlib.closing(tools.state(pins_of(config))) as state:
+        if state.as_of < math.inf:
+            doubt_replaced(state, tools.archive, config, state.as_of)
         forecast = Forecast(config, money, by_class(state, config.storage_class))
         walk = walk_of(config, tools.box, forecast.failure)
         with tools.counting("looking") as looked:
@@ -4016,22 +4036,22 @@ def verify(tools: Tools, checksums: bool, repair: bool) -> int:
     """Holds the state against the bucket's listing; 0, or 3 if they differ."""
     config = tools.config
     labels = ("Agree", "Missing", "Wrong size", "Wrong class", "Wrong checksum")
-    counts = dict.fromkeys((*labels, "No checksum", "Not recorded", "Failed"), 0)
+    counts = dict.fromkeys((*labels, "In doubt", "No checksum", "Not recorded", "Failed"), 0)
     forgotten = 0
 
     def judge(pair: tuple[str, S3Object | None, Recorded | None]) -> Finding:
         key, _, row = pair
         finding = compare(*pair)
-        if finding.label != "Agree" or row is None:
+        if finding.label not in ("Agree", "In doubt") or row is None:
             return finding
         try:
-            _, stored = tools.archive.head(key)
+            stored = tools.archive.head(key).crc32
         except FileError as error:
             return Finding("Failed", key, str(error))
         if stored is None or row.crc32 is None:
-            return finding._replace(label="No checksum")
+            return finding if row.doubtful else Finding("No checksum", key)
         if stored == row.crc32:
-            return finding
+            return Finding("Agree", key)
         fault = f"S3 holds CRC-32 {crc_text(stored)}, recorded is {crc_text(row.crc32)}"
         return Finding("Wrong checksum", key, fault, row.path)
 
@@ -4083,8 +4103,6 @@ def surely(archive: Archive, finding: Finding) -> bool:
 def compare(key: str, found: S3Object | None, row: Recorded | None) -> Finding:
     """What the listing has of `key` against what is recorded."""
     if row is None:
-        if found and not found.size and key.endswith("/"):
-            return Finding("Agree", key)  # a folder, as S3's console makes them
         return Finding("Not recorded", key, "in the bucket, but not recorded")
     if found is None:
         return Finding("Missing", key, "recorded, but not in the bucket", row.path)
@@ -4094,6 +4112,9 @@ def compare(key: str, found: S3Object | None, row: Recorded | None) -> Finding:
     if row.storage_class not in (None, found.storage_class):
         fault = f"S3 holds it in {found.storage_class}, recorded is {row.storage_class}"
         return Finding("Wrong class", key, fault, row.path)
+    if row.doubtful:
+        fault = "S3's answer to a newer one was lost: run archives it again, if it is there"
+        return Finding("In doubt", key, fault)
     return Finding("Agree", key)
 
 
@@ -4108,9 +4129,21 @@ class Wanted(NamedTuple):
     size: int
     mtime: int | None
     crc32: int | None
+    doubtful: bool  # these two may be those of an object that it has replaced
     storage_class: str
     restored: bool | None  # as in S3Object
     fault: str = ""  # why it cannot be
+
+    def as_held(self, held: Held) -> tuple[int, int | None]:
+        """Its mtime and CRC-32, None if nobody knows it: what is recorded, unless S3
+        shows that it is a newer object."""
+        mtime, crc32 = self.mtime, self.crc32
+        other_bytes = None not in (crc32, held.crc32) and crc32 != held.crc32
+        if self.doubtful and (other_bytes or held.mtime not in (None, mtime)):
+            mtime = crc32 = None
+        if mtime is None:
+            mtime = held.stored_at if held.mtime is None else held.mtime
+        return mtime, crc32
 
 
 # What is the case with one, in the words of the summary.
@@ -4205,29 +4238,27 @@ class Restore:
                         yield wanted
             if path and not met:
                 nothing = "nothing is archived under this path"
-                yield Wanted("", path, 0, None, None, "", None, nothing)
+                yield Wanted("", path, 0, None, None, False, "", None, nothing)
             elif not met:
                 raise nothing_there(config)
 
     def _below(self, start: str) -> Iterator[Wanted]:
         """What has a key that begins with `start`."""
         rows = self.state.recorded(start)
-        for key, found, row in matched(self.tools.archive.objects(start), rows):
-            # S3's console makes empty objects of folders.
-            if not (found and not found.size and key.endswith("/")):
-                yield self._describe(key, found, row)
+        return map(self._describe, matched(self.tools.archive.objects(start), rows))
 
-    def _describe(self, key: str, found: S3Object | None, row: Recorded | None) -> Wanted:
+    def _describe(self, pair: tuple[str, S3Object | None, Recorded | None]) -> Wanted:
+        key, found, row = pair
         inner = key[len(self.tools.config.prefix) :]
         name = unescape(inner)
         size, kind, restored = found[1:4] if found else (0, "", None)
-        # Replaced by a run that was lost with its state, or was not told so by S3: what
-        # S3 itself says of the object holds.
-        recorded_at = row.uploaded_at if row and row.uploaded_at else math.inf
-        newer = found and found.stored_at > recorded_at + CLOCK_LIMIT
-        if row and (newer or row.doubtful):
-            log.warning("%s may have been stored anew after it was recorded", printable(key))
-            row = None
+        # Replaced by a run that was lost with its state, or was not told so by S3?
+        doubtful = False
+        if row and found:
+            known_at = min((row.uploaded_at or math.inf) + CLOCK_LIMIT, self.state.as_of)
+            doubtful = row.doubtful or found.stored_at > known_at
+            if doubtful and found.size != row.size:
+                row = None
         mtime, crc32 = (row.mtime, row.crc32) if row else (None, None)
         fault = ""
         windows = os.name == "nt" and (b"\\" in name or b":" in name)
@@ -4239,7 +4270,7 @@ class Restore:
             fault = "recorded, but not in the bucket"
         elif row and row.size != size:
             fault = f"S3 holds {size:,} bytes, recorded are {row.size:,}"
-        return Wanted(key, name, size, mtime, crc32, kind, restored, fault)
+        return Wanted(key, name, size, mtime, crc32, doubtful, kind, restored, fault)
 
     def _sort(self, wanted: Wanted) -> str:
         """What is the case; FileError."""
@@ -4251,9 +4282,11 @@ class Restore:
         there = self.target.find(wanted.name)
         if there is not None:
             mtime = wanted.mtime
-            if there[0] == wanted.size and mtime is None:
-                mtime, _ = self.tools.archive.head(wanted.key)
-            if there == (wanted.size, mtime):
+            if there[0] == wanted.size and (mtime is None or wanted.doubtful):
+                mtime, _ = wanted.as_held(self.tools.archive.head(wanted.key))
+            unit = self.target.unit
+            same_time = mtime is not None and there[1] // unit == mtime // unit
+            if there[0] == wanted.size and same_time:
                 return THERE
             if there == NO_FILE:
                 raise FileError("something that is no file is in its place")
@@ -4299,11 +4332,14 @@ class Restore:
             self._under_way.add(name)
         try:
             download = self.tools.archive.download(wanted.key)
-            mtime = download.mtime if wanted.mtime is None else wanted.mtime
+            mtime, crc32 = wanted.as_held(download.held)
+            if wanted.doubtful and (mtime, crc32) != (wanted.mtime, wanted.crc32):
+                told = "%s was stored anew after it was recorded: S3's word holds"
+                log.warning(told, printable(wanted.name))
             with self.tools.sending(RemoteFile(name, wanted.size, mtime)) as sent:
 
                 def blocks() -> Iterator[bytes]:
-                    for block in download.blocks(wanted.size, wanted.crc32):
+                    for block in download.blocks(wanted.size, crc32):
                         yield block
                         sent(len(block))
 
@@ -4340,8 +4376,9 @@ def restore(tools: Tools, options: argparse.Namespace, agreed: Callable[[str], b
         elif cold:
             if not options.yes and not agreed("Ask S3 for it?"):
                 raise ConfigError("nothing was asked for: it costs money; --yes agrees to it")
-            target.try_out()
             work.may_ask = sum(count.files for count in cold.values())
+        if ready or work.may_ask:
+            target.try_out()
         tools.found(ready)
         counts = work.bring_back()
     tools.table("RESTORE", [*counts.items(), ("Restored bytes", work.bytes)])

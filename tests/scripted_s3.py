@@ -126,6 +126,26 @@ def lost_answer(exchange):
     exchange.forward()
 
 
+def halfway(action=lambda: None, then_all=True):
+    """Send half of the object, do something, then send the rest or hang up."""
+
+    def sent(exchange):
+        answer = exchange.forward()
+        handler = exchange.handler
+        handler.send_response_only(answer.status)
+        for name, value in answer.headers.items():
+            if name not in ("connection", "transfer-encoding"):
+                handler.send_header(name, value)
+        handler.end_headers()
+        half = len(answer.body) // 2
+        handler.wfile.write(answer.body[:half])
+        action()
+        if then_all:
+            handler.wfile.write(answer.body[half:])
+
+    return sent
+
+
 def until(event):
     """Take nothing of the body before `event` is set."""
 

@@ -11,6 +11,7 @@ import pytest
 from conftest import SNAPSHOT
 from faults import SMALL, assert_all_archived, write
 from faulty_sftp import first
+from scripted_s3 import halfway
 
 IMPATIENT = {"LOCKED_LIMIT": 1, "COMMIT_LIMIT": 1}
 
@@ -272,6 +273,25 @@ def test_run_that_is_killed_does_not_leave_the_snapshot_of_another_box(archive, 
     assert archive().status == 0
 
 
+def test_snapshot_that_breaks_off_goes_on_where_it_broke(archive_of, box, s3):
+    archive = archive_of(box, AWS_ENDPOINT_URL=s3.url)
+    fill(archive, box)
+    archive.state_db.unlink()
+    cut = s3.on("GetObject", halfway(then_all=False), key=SNAPSHOT)
+    result = archive()
+    assert cut.fired
+    assert (result.status, result.counts) == (0, (1, 40, 0)), result.stderr
+
+
+def test_folder_that_s3s_console_made_does_not_hinder_the_first_run(archive, box, bucket):
+    for key in ("my-box/", "my-box/photos/"):
+        bucket.client.put_object(Bucket=bucket.name, Key=key, Body=b"")
+    write(box.root / "f", SMALL)
+    assert archive("check", S3_PREFIX="my-box/").status == 0
+    assert archive(S3_PREFIX="my-box/").counts == (1, 0, 0)
+    assert archive("verify", S3_PREFIX="my-box/").status == 0
+
+
 def test_snapshot_that_went_to_a_cold_class_is_named(archive, box, bucket):
     fill(archive, box)
     archive.state_db.unlink()
@@ -280,7 +300,7 @@ def test_snapshot_that_went_to_a_cold_class_is_named(archive, box, bucket):
         Bucket=bucket.name, Key=SNAPSHOT, Body=snapshot, StorageClass="DEEP_ARCHIVE"
     )
     result = assert_refused(archive, bucket)
-    assert f"{SNAPSHOT} has gone to DEEP_ARCHIVE" in result.stderr
+    assert f"{SNAPSHOT} has gone to an archive class" in result.stderr
 
 
 def test_wal_of_a_lost_database_does_not_get_into_the_snapshot(archive, box):

@@ -195,9 +195,35 @@ def test_plan_without_a_state_goes_by_the_snapshot_and_makes_no_state(archive, b
 
     plan = json.loads(result.stdout)
     assert (plan["new"], plan["unchanged"]) == (files_and_bytes(20), files_and_bytes(100))
-    assert s3.requests == {"GetObject": 1}
+    assert s3.requests == {"GetObject": 1, "ListObjectsV2": 1}
     assert {path.name for path in archive.folder.iterdir()} == before
     assert str(archive.state_db) in result.stderr
+
+
+def test_plan_foresees_that_what_is_newer_than_the_snapshot_is_archived_again(
+    archive, box, bucket, s3
+):
+    fill(box.root, {"replaced": 100, "same": 10})
+    archive()
+    time.sleep(1.1)  # S3 tells whole seconds
+    bucket.client.put_object(Bucket=bucket.name, Key="replaced", Body=bytes(100))
+    archive.state_db.unlink()
+
+    plan = json.loads(archive("plan", "--json").stdout)
+
+    assert (plan["changed"], plan["unchanged"]) == (files_and_bytes(100), files_and_bytes(10))
+    assert archive().counts == (1, 1, 0)
+
+
+def test_row_without_a_size_is_not_counted_twice(archive, box):
+    """As an earlier script may have left it."""
+    fill(box.root, {"a": 10})
+    archive()
+    archive.execute("UPDATE files SET size = NULL")
+
+    plan = planned(archive)
+
+    assert (plan["new"], plan["afterwards"]) == (files_and_bytes(10), files_and_bytes(10))
 
 
 def test_plan_of_a_first_run_makes_no_state(archive, box, s3):

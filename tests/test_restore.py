@@ -11,6 +11,7 @@ import os
 import pty
 import re
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from conftest import CHANGED, MIB, OLD, PROGRAM, SNAPSHOT, earlier_database, fil
 from faults import LARGE, SIZES, SMALL, wait_for
 from faulty_sftp import FAILURE, Dropped, answer_then_drop, drop, status
 from relay import Relay
-from scripted_s3 import error, lost_answer, no_checksums
+from scripted_s3 import error, halfway, lost_answer, no_checksums
 from test_names import HOSTILE
 
 WARM = {"STORAGE_CLASS": "STANDARD"}
@@ -115,6 +116,13 @@ def relisted(tag, values):
     return told
 
 
+def no_room(request):
+    """statvfs of a full box; nothing else is there."""
+    if request.name != b"statvfs@openssh.com":
+        return request.reply()
+    return request.packet(201, struct.pack(">11Q", 4096, 4096, 1000, 0, 0, 0, 0, 0, 0, 0, 255))
+
+
 def damaged(exchange):
     """The object with one bit turned over on its way."""
     answer = exchange.forward()
@@ -122,26 +130,6 @@ def damaged(exchange):
     turned = bytes([answer.body[middle] ^ 1])
     answer.body = answer.body[:middle] + turned + answer.body[middle + 1 :]
     return answer
-
-
-def halfway(action=lambda: None, then_all=True):
-    """Send half of the object, do something, then send the rest or hang up."""
-
-    def sent(exchange):
-        answer = exchange.forward()
-        handler = exchange.handler
-        handler.send_response_only(answer.status)
-        for name, value in answer.headers.items():
-            if name not in ("connection", "transfer-encoding"):
-                handler.send_header(name, value)
-        handler.end_headers()
-        half = len(answer.body) // 2
-        handler.wfile.write(answer.body[:half])
-        action()
-        if then_all:
-            handler.wfile.write(answer.body[half:])
-
-    return sent
 
 
 def note(seen, what):
@@ -401,6 +389,15 @@ def test_nothing_has_to_be_agreed_to_while_all_is_under_way(archive, s3, to):
 
     assert archive("restore", "--to", to).status == 75
     assert set(s3.requests) == {"ListObjectsV2"}
+
+
+def test_copy_whose_time_is_over_though_it_is_listed_is_asked_for_anew(archive, s3, to):
+    archived(archive, {"old": b"content"})
+    s3.always("ListObjectsV2", listed(old=READY.replace("2126", "2020")))
+
+    assert archive("restore", "--to", to).status == 2
+    assert archive("restore", "--to", to, "--yes").status == 75
+    assert s3.requests["RestoreObject"] == 1
 
 
 def test_copy_that_has_expired_since_it_was_listed_is_asked_for_by_a_later_pass(
@@ -927,6 +924,21 @@ def test_file_that_cannot_be_stored_fails_alone(archive, to):
     assert set(tree(to)) == {b"a", b"b"}
 
 
+def test_disk_that_keeps_even_seconds_only_is_brought_to_an_end(archive, to, s3):
+    archived(archive, {"odd": b"content"}, OLD + 1, **WARM)
+    as_fat = (
+        "import os\n"
+        "utime = os.utime\n"
+        "os.utime = lambda path, times: utime(path, tuple(t // 2 * 2 for t in times))\n"
+    )
+
+    for expected in (1, 0):
+        result = archive.start("restore", "--to", to, before=as_fat).wait()
+        assert result.status == 0, result.stderr
+        assert f"Restored files  : {expected}" in result.stdout
+    assert (to / "odd").stat().st_mtime == OLD
+
+
 def test_folder_that_cannot_be_made_is_told_of(archive, tmp_path):
     archived(archive, {"file": b"content"}, **WARM)
     (tmp_path / "no folder").write_bytes(b"")
@@ -956,15 +968,34 @@ def test_disk_that_is_full_ends_the_pass_and_leaves_nothing_half_done(archive, t
     assert whole(to) == expected
 
 
-def test_box_that_may_not_be_written_to_is_told_of(boxed, box):
-    archived(boxed, {"file": b"content"}, **WARM)
-    os.chmod(box.root, 0o755)
+def test_box_that_is_full_ends_the_pass(archive, faulty_box, s3):
+    """Each further file would be paid for, and fail."""
+    archived(archive, {f"f{number}": 1_000 for number in range(20)}, **WARM)
+    faulty_box.always("EXTENDED", None, no_room)
+    faulty_box.always("WRITE", None, status(FAILURE))
+    s3.requests.clear()
 
-    result = boxed("restore", "--to-box", "back")
+    result = archive("restore", "--to-box", "back", TRANSFERS="1")
+
+    assert result.status == 1, result.stderr
+    assert "the box cannot store it" in result.stderr
+    assert s3.requests["GetObject"] < 10
+    assert restored_in(faulty_box, "back") == {}
+
+
+@pytest.mark.parametrize("place", ["--to", "--to-box"])
+def test_folder_that_may_not_be_written_to_ends_the_pass_before_anything_is_fetched(
+    boxed, box, s3, place
+):
+    archived(boxed, {"a": b"content", "b": b"content"}, **WARM)
+    os.chmod(box.root, 0o755)
+    s3.requests.clear()
+
+    result = boxed("restore", place, "back" if place == "--to-box" else "/proc/back")
 
     # A box of our own user can be written to, and there is nothing to see.
-    assert (result.status, list(failed(result))) == (3, ["file"]) or os.getuid()
-    assert not (box.root / "back").exists() or os.getuid()
+    assert result.status == 1 or (os.getuid() and place == "--to-box")
+    assert s3.requests["GetObject"] == 0 or result.status == 0
 
 
 def test_connection_that_is_lost_in_the_middle_of_a_write_costs_nothing(boxed, box, s3):
@@ -1139,6 +1170,43 @@ def test_object_that_is_newer_than_its_record_comes_back_by_what_s3_knows(archiv
     assert int((to / "file").stat().st_mtime) == 1_700_000_000
 
 
+@pytest.mark.parametrize("newer", [b"other words", b"a longer version"])
+def test_object_that_is_newer_than_the_snapshot_comes_back_by_what_s3_knows(
+    archive, s3, to, newer
+):
+    """Replaced seconds after it was recorded, by a run that was lost with its state."""
+    archived(archive, {"file": b"first words", "other": b"same"}, **WARM)
+    time.sleep(1.1)  # S3 tells whole seconds
+    fill(archive.box.root, {"file": newer}, OLD + 1)
+    s3.always("PutObject", error(403, "AccessDenied"), key=SNAPSHOT)
+    assert archive(**WARM).counts == (1, 1, 0)
+    archive.state_db.unlink()
+    (archive.box.root / "file").unlink()
+
+    for expected in (2, 0):
+        result = archive("restore", "--to", to)
+        assert result.status == 0, result.stderr
+        assert f"Restored files  : {expected}" in result.stdout
+        assert (to / "file").read_bytes() == newer
+        assert (to / "file").stat().st_mtime == OLD + 1
+
+
+def test_record_holds_where_s3_knows_nothing_else_of_a_newer_object(archive, bucket, to):
+    """As in a copy of the bucket that another tool made."""
+    archived(archive, {"changed": b"good", "same": b"good"}, **WARM)
+    for key, body in (("changed", b"evil"), ("same", b"good")):
+        bucket.client.put_object(
+            Bucket=bucket.name, Key=key, Body=body, ChecksumAlgorithm="SHA256"
+        )
+    archive.execute("UPDATE files SET uploaded_at = uploaded_at - 86400")
+
+    result = archive("restore", "--to", to)
+
+    assert (result.status, set(failed(result))) == (3, {"changed"}), result.stderr
+    assert set(whole(to)) == {b"same"}
+    assert (to / "same").stat().st_mtime == OLD
+
+
 @pytest.mark.parametrize(("size", "fault"), [(SMALL, "PutObject"), (LARGE, "HeadObject")])
 def test_object_whose_answer_was_lost_comes_back_by_what_s3_knows(archive, s3, to, size, fault):
     """Its row is that of the one before it, and there is no file any more."""
@@ -1155,8 +1223,8 @@ def test_object_whose_answer_was_lost_comes_back_by_what_s3_knows(archive, s3, t
     assert result.status == 0, result.stderr
     assert (to / "file").read_bytes() == newer
     assert (to / "file").stat().st_mtime == OLD + 1
-    assert "file may have been stored anew" in result.stderr
-    assert "other may" not in result.stderr
+    assert result.stderr.count("stored anew") == 1
+    assert "file was stored anew after it was recorded" in result.stderr
 
 
 def test_folder_that_cannot_be_made_is_told_of_before_anything_is_paid(archive, s3):
@@ -1212,7 +1280,7 @@ def test_prefix_with_nothing_below_it_is_no_success(archive, to):
 
 
 def test_nothing_is_written_through_a_link(archive, to, tmp_path):
-    archived(archive, {"d/x": 10, "y": 10}, **WARM)
+    archived(archive, {"d/x": 10, "d/e/f": 10, "y": 10}, **WARM)
     elsewhere = tmp_path / "elsewhere"
     fill(elsewhere, {"x": b"precious"})
     to.mkdir()
@@ -1220,7 +1288,9 @@ def test_nothing_is_written_through_a_link(archive, to, tmp_path):
     result = archive("restore", "--to", to, "--overwrite")
     assert result.status == 3
     assert "link" in failed(result)["d/x"]
+    assert "link" in failed(result)["d/e/f"]
     assert (elsewhere / "x").read_bytes() == b"precious"
+    assert os.listdir(elsewhere) == ["x"]
     assert tree(to).keys() >= {b"y"}
     linked = tmp_path / "linked"  # the folder itself may be one
     (tmp_path / "real").mkdir()
@@ -1230,7 +1300,7 @@ def test_nothing_is_written_through_a_link(archive, to, tmp_path):
 
 @pytest.mark.parametrize("folder", ["to/sub", "to//sub/", "./to/sub", "//to/sub"])
 def test_nothing_is_written_through_a_link_of_the_box(archive, faulty_box, folder):
-    archived(archive, {"d/x": 10, "y": 10}, **WARM)
+    archived(archive, {"d/x": 10, "d/e/f": 10, "y": 10}, **WARM)
     fill(faulty_box.root, {"elsewhere/x": b"precious"})
     to = faulty_box.root / "to" / "sub"
     to.mkdir(parents=True)
@@ -1238,7 +1308,9 @@ def test_nothing_is_written_through_a_link_of_the_box(archive, faulty_box, folde
     result = archive("restore", "--to-box", folder, "--overwrite", "d", "y")
     assert result.status == 3
     assert "link" in failed(result)["d/x"]
+    assert "link" in failed(result)["d/e/f"]
     assert (faulty_box.root / "elsewhere" / "x").read_bytes() == b"precious"
+    assert os.listdir(faulty_box.root / "elsewhere") == ["x"]
     assert (to / "y").exists()
 
 

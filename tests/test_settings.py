@@ -139,6 +139,21 @@ def test_relative_files_are_relative_to_the_env_file(archive, tmp_path):
     assert (file.parent / "my.log").exists()
 
 
+def test_env_file_behind_a_link_has_its_folder_where_it_was_named(archive, tmp_path):
+    """Secrets are links, often into a file system that is gone after a reboot."""
+    settings = {**archive.settings, "STATE_DB": "my.db"}
+    file = env_file(tmp_path / "secrets" / "archive.env", settings)
+    link = tmp_path / "home" / ".env"
+    link.parent.mkdir()
+    link.symlink_to(file)
+
+    result = archive("--env-file", link, **dict.fromkeys(settings))
+
+    assert result.status == 0, result.stderr
+    assert (link.parent / "my.db").exists()
+    assert os.listdir(file.parent) == [file.name]
+
+
 def test_values_are_taken_literally(archive, box, tmp_path):
     box.password = box.secrets[0] = "a${HOME}b$c #d'e\\n"
     settings = {**archive.settings, "HETZNER_PASSWORD": f'"{box.password}"'}

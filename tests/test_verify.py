@@ -10,7 +10,7 @@ import pytest
 from conftest import MIB, OLD, SNAPSHOT, earlier_database, fill
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
-from scripted_s3 import error, no_checksums
+from scripted_s3 import error, lost_answer, no_checksums
 
 COLD = "DEEP_ARCHIVE"
 SMALL_PARTS = {"SMALL_FILE": 5 * MIB, "PART_SIZE": 5 * MIB}
@@ -120,6 +120,27 @@ def test_each_disagreement_is_told_with_status_3(archive, s3, how):
     assert counts(result) == {"agree": 2, how: 1}
     assert s3.requests == {"ListObjectsV2": 1}
     assert archive.state_db.read_bytes() == state, "nothing is forgotten unasked"
+
+
+def test_row_that_is_in_doubt_is_told_of_until_its_checksum_has_been_seen(archive, box, s3):
+    fill(box.root, {"replaced": b"old", "kept": b"old"})
+    assert archive().status == 0
+    fill(box.root, {"replaced": b"new", "kept": b"new"}, OLD + 1)
+    s3.always("PutObject", lost_answer, key="replaced")
+    s3.always("PutObject", error(400, "BadDigest"), key="kept")
+    assert archive().status == 3
+    s3.rules.clear()
+
+    result = archive("verify")
+    assert (result.status, failed_keys(result)) == (3, ["kept", "replaced"])
+    assert counts(result) == {"in doubt": 2}
+
+    result = archive("verify", "--checksums")
+    assert (result.status, failed_keys(result)) == (3, ["replaced"])
+    assert counts(result) == {"agree": 1, "wrong checksum": 1}
+
+    assert archive().counts == (2, 0, 0)
+    assert archive("verify").status == 0
 
 
 def test_many_objects_are_listed_a_thousand_at_a_time(archive, s3, store):
