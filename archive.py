@@ -239,6 +239,11 @@ class Stopped(ArchiveError):
 class FileError(ArchiveError):
     """One file or folder cannot be archived; the run goes on; status 3."""
 
+    def bare(self) -> FileError:
+        """Itself, without the frames that it came through: they hold a file's bytes."""
+        self.__traceback__ = self.__context__ = None
+        return self
+
 
 class Cold(FileError):
     """Its object has to be restored before it can be read."""
@@ -1347,7 +1352,7 @@ class Box:
                     return operation(self.connection())
                 except LOST as error:
                     reason = error
-        raise FileError(f"lost the connection {LOSSES_IN_A_ROW} times, last: {reason}")
+        raise self.lost_again(LOSSES_IN_A_ROW, reason)
 
     def room(self) -> tuple[int, int] | None:
         """Bytes used and free where REMOTE_PATH is, None if the server does not
@@ -1369,11 +1374,12 @@ class Box:
         """Of `path` itself, not of what a link points to; Status, FileError."""
         return self.insist(lambda connection: lstat(connection, path))
 
-    def must_answer(self) -> None:
-        """Fatal, Stopped unless the box answers: then what broke the connection again
-        and again is to blame, and the outage is over."""
-        with contextlib.suppress(Status, FileError):
-            self.attributes(self._config.remote_path)
+    def lost_again(self, times: int, last: Exception) -> FileError:
+        """What is to blame for a connection that was lost `times` in a row, if the box
+        does answer otherwise: then the outage is over.  Fatal, Stopped."""
+        with contextlib.suppress(Status, *LOST):
+            lstat(self.connection(), self._config.remote_path)
+        return FileError(f"lost the connection {times} times, last: {last}")
 
     def failure(self, path: bytes, error: Status) -> FileError:
         """What a refusal to open `path` means; Vanished only if it is gone.
@@ -1606,10 +1612,8 @@ class Reader:
         except LOST as error:
             self._losses += 1
             if self._losses >= LOSSES_IN_A_ROW:
-                raise FileError(
-                    f"lost the connection {self._losses} times at {self._got:,} of "
-                    f"{self.file.size:,} bytes, last: {error}"
-                ) from None
+                place = f"at {self._got:,} of {self.file.size:,} bytes: {error}"
+                raise self._box.lost_again(self._losses, ConnectionLost(place)) from None
             self._flights.clear()
             self._asked = self._got
             if self._open() != self.file:
@@ -1720,8 +1724,7 @@ class Listing:
             if self._losses < LOSSES_IN_A_ROW:
                 self.entries, self.stalled = [], True
                 return
-            self._box.must_answer()
-            self._end(FileError(f"lost the connection {self._losses} times, last: {lost}"))
+            self._end(self._box.lost_again(self._losses, lost))
         except Status as error:
             self._end(self._box.failure(self.path, error))
         if not self.complete and len(self.entries) < PAGE:
@@ -2162,6 +2165,7 @@ class Stored(NamedTuple):
     crc32: int
     parts: int
     recheck: bool  # it may have changed again within the second
+    clean: bool  # no unfinished upload of `key` is left
 
 
 @contextlib.contextmanager
@@ -2345,7 +2349,7 @@ class State:
         being written: no file waits longer than with one for each.
         """
         statements: list[tuple[Any, ...]] = []
-        for file, key, crc32, parts, recheck in archived:
+        for file, key, crc32, parts, recheck, clean in archived:
             path = path_text(file.path)
             statements += [
                 (
@@ -2365,7 +2369,7 @@ class State:
             if path in self._replacing:
                 statements.append(("DELETE FROM replacing WHERE path = ?", path))
                 self._replacing.discard(path)
-            if parts:
+            if clean:
                 statements.append(("DELETE FROM uploads WHERE key = ?", key))
         if statements and not self.snapshot_due:
             statements.append(("INSERT INTO meta VALUES ('snapshot', 'due')",))
@@ -2624,7 +2628,7 @@ class Archive:
         self._stopping = stopping
         self._uploads: dict[str, str] = {}  # key: upload id, while under way
         self._part_sums: dict[str, list[int]] = {}  # CRC-32 of each part read
-        self._refused: set[str] = set()  # keys of which S3 refused a request
+        self._refused: dict[str, Exception] = {}  # of a multipart upload, by key
         self._doubtful: set[str] = set()  # keys with perhaps a second upload
         self._told_left: set[str] = set()  # keys whose upload could not be aborted
         self._told_no_checksums = False
@@ -2685,8 +2689,10 @@ class Archive:
         """What S3 said, for those who only see s3transfer's result."""
         key = context["archive_key"]
         answer = parsed or {}
-        if ("Error" in answer or parsed is None) and key in self._part_sums:
-            self._refused.add(key)
+        if "Error" in answer:
+            exception = aws.ClientError(answer, event_name.rpartition(".")[2])
+        if exception is not None and key in self._part_sums:
+            self._refused[key] = exception
         if event_name.endswith(".CreateMultipartUpload"):
             if "UploadId" in answer:
                 self._uploads[key] = answer["UploadId"]
@@ -2735,13 +2741,12 @@ class Archive:
             "ChecksumType": "FULL_OBJECT",
             "MpuObjectSize": reader.file.size,
         }
-        self._refused.discard(key)
         sums = self._part_sums[key] = []
 
         def read(amount: int = -1) -> bytes:
             """Called once for each part, in their order."""
             if key in self._refused:  # s3transfer would read to the end, for nothing
-                raise FileError("S3 refused a part")
+                raise self._refused[key]
             data = reader.read(amount)
             sums.append(reader.last_crc32)
             return data
@@ -2756,6 +2761,7 @@ class Archive:
             self._confirm(key, reader.file.size, reader.crc32)
         finally:
             del self._part_sums[key]
+            self._refused.pop(key, None)
             self._clean_up(key)
 
     def _extra(self, mtime: int) -> dict[str, Any]:
@@ -3122,7 +3128,7 @@ class Unchanged(NamedTuple):
 
 
 class Changed(NamedTuple):
-    """Looked at again, and found to be another one: to be sent, once that is noted."""
+    """Looked at again, and found to be another one: to be sent."""
 
     job: Job
 
@@ -3357,8 +3363,8 @@ class Run:
                         continue
                     if self._time_is_over():  # by now
                         break
-                    if job.plan.parts_at_once:
-                        self.state.begin_upload(job.key)
+                    if job.known_crc is None:
+                        self._note(job)
                     under_way.begin(job, self._send)
             except Exception as error:  # of the walk
                 errors.append(error)
@@ -3380,7 +3386,15 @@ class Run:
         yield outcomes
         for outcome in outcomes:
             if isinstance(outcome, Changed) and not under_way.errors:
+                self._note(outcome.job)
                 under_way.begin(outcome.job._replace(known_crc=None), self._send)
+
+    def _note(self, job: Job) -> None:
+        """Notes what is to be sent: whatever becomes of it, the next run knows.  The page
+        is noted already, but not what was recorded since, of a file that is listed twice."""
+        self.state.begin_replacing([job.file])
+        if job.plan.parts_at_once:
+            self.state.begin_upload(job.key)
 
     def _in_time(self, pages: Iterable[list[Job]]) -> Iterator[Job | None]:
         """The jobs, until MAX_RUNTIME is over; None after each page, so that
@@ -3425,7 +3439,7 @@ class Run:
                 with self._turn():
                     return self._send_small(job, file, data, fresh, sent)
         except FileError as error:
-            return Failed(job, error)
+            return Failed(job, error.bare())
         except ArchiveError:
             raise
         except Exception as error:  # whatever a library did not expect of a server
@@ -3441,7 +3455,7 @@ class Run:
             return Unchanged(file, fresh) if same else Changed(job)
         self.archive.put(job.key, data, crc32, file.mtime)
         sent(len(data))
-        return Stored(file, job.key, crc32, 0, fresh)
+        return Stored(file, job.key, crc32, 0, fresh, self.archive.is_clean(job.key))
 
     def _send_large(self, job: Job, sent: Sent) -> Outcome:
         if job.known_crc is not None:
@@ -3461,7 +3475,8 @@ class Run:
                 return self._send_small(job, file, data, reader.fresh, sent)
             self.archive.upload(job.key, reader, plan, sent)
             parts = -(-file.size // plan.part_size)
-            return Stored(file, job.key, reader.crc32, parts, reader.fresh)
+            clean = self.archive.is_clean(job.key)
+            return Stored(file, job.key, reader.crc32, parts, reader.fresh, clean)
 
     def _settle(self, outcomes: list[Outcome]) -> None:
         """Commits and counts what has finished."""
@@ -3473,15 +3488,11 @@ class Run:
                 self.report.uploaded += 1
                 self.report.bytes_uploaded += size
                 files_log.info("archived %s (%s bytes)", printable(path), f"{size:,}")
-                if not self.archive.is_clean(outcome.key):
-                    self.state.begin_upload(outcome.key)
             elif isinstance(outcome, Unchanged):
                 self.report.skipped += 1
                 if not outcome.recheck:
                     self.state.settle(outcome.file)
-            elif isinstance(outcome, Changed):
-                self.state.begin_replacing([outcome.job.file])
-            else:
+            elif isinstance(outcome, Failed):
                 self._settle_failure(*outcome)
 
     def _settle_failure(self, job: Job, error: FileError) -> None:
@@ -3520,7 +3531,11 @@ def open_state(config: Config, archive: Archive, new_state: bool) -> State:
             )
     state = State(path)
     state.give_keys(partial(key_of_row, config))
-    if state.is_pinned() or not doubt_unpinned(state, archive, config):
+    if state.is_pinned():
+        state.pin(pins_of(config))
+    elif not doubt_unpinned(state, archive, config):
+        # What was archived meanwhile may have gone elsewhere.
+        state.doubt(row.path for row in state.recorded("") if row.crc32 is not None)
         state.pin(pins_of(config))
     return state
 
@@ -3634,14 +3649,17 @@ def matched(
 
 def doubt_replaced(state: State, archive: Archive, config: Config, stored_at: float) -> None:
     """Notes the rows of a snapshot, stored at that time, whose objects are newer: a run
-    that was lost with its state has replaced them.  FileError, Fatal."""
+    that was lost with its state has replaced them.  And those of our own whose objects
+    are gone: they may have been forgotten for that.  FileError, Fatal."""
     state.give_keys(partial(key_of_row, config))
+
+    def outdated(found: S3Object | None, row: Recorded) -> bool:
+        if found is None:
+            return row.crc32 is not None
+        return found.size != row.size or found.stored_at > stored_at
+
     pairs = matched(archive.objects(config.prefix), state.recorded(config.prefix))
-    state.doubt(
-        row.path
-        for _, found, row in pairs
-        if row and found and (found.size != row.size or found.stored_at > stored_at)
-    )
+    state.doubt(row.path for _, found, row in pairs if row and outdated(found, row))
 
 
 def run(work: Run) -> int:
@@ -4215,7 +4233,7 @@ class Restore:
             try:
                 return wanted, judge(wanted), None
             except FileError as error:
-                return wanted, FAILED, error
+                return wanted, FAILED, error.bare()
             except ArchiveError:
                 raise
             except Exception as error:  # whatever a library did not expect of a server

@@ -11,7 +11,7 @@ import pytest
 from conftest import MIB, SNAPSHOT, earlier_database
 from faults import EFFORT, LARGE, SIZES, SMALL, assert_all_archived, write
 from faulty_sftp import LONG_AGO, FaultyBox, many_files
-from scripted_s3 import until
+from scripted_s3 import error, until
 
 QUIET = 0.15  # s without a request, after which a flight is taken to have ended
 
@@ -128,6 +128,22 @@ def wait_until_idle(box, running):
         time.sleep(1)
 
 
+def test_files_that_fail_do_not_keep_their_bytes(archive_of, s3):
+    """Seen by what the process holds: the box may read on, whatever is kept."""
+    size, count = 8 * MIB, 60
+    s3.always("PutObject", error(400, "BadDigest"))
+    with FaultyBox(many_files(1, count, size)) as box:
+        archive = archive_of(box, AWS_ENDPOINT_URL=s3.url, MEMORY_LIMIT="32M")
+        result = archive.start(before=MEASURED).wait()
+    assert (result.status, len(result.failures)) == (3, count), result.stderr
+    assert peak(result) < 200
+
+
+def peak(result):
+    """Peak resident memory, in MiB, of a run that was MEASURED."""
+    return int(re.search(r"peak (\d+) KiB", result.stderr)[1]) / 1024
+
+
 def peak_of_an_unchanged_run(archive_of, folders, files):
     """Peak resident memory, in MiB, of a run that finds all of these archived."""
     with FaultyBox(many_files(folders, files, SMALL)) as box:
@@ -136,7 +152,7 @@ def peak_of_an_unchanged_run(archive_of, folders, files):
         earlier_database(archive, ((path, SMALL, LONG_AGO) for path in paths), LONG_AGO)
         result = archive.start(before=MEASURED).wait(timeout=300)
         assert (result.status, result.counts) == (0, (0, folders * files, 0))
-        return int(re.search(r"peak (\d+) KiB", result.stderr)[1]) / 1024
+        return peak(result)
 
 
 @pytest.mark.timeout(120 * EFFORT)

@@ -192,6 +192,17 @@ def test_file_that_always_kills_the_connection_does_not_hold_up_the_others(archi
     archive.assert_invariant()
 
 
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+def test_files_that_always_kill_the_connection_are_no_outage(archive, box, size):
+    """Each is to blame itself, though nothing else shows that the box is well."""
+    for name in "abc":
+        write(box.root / name, size)
+        box.always("READ", name.encode(), drop)
+    six_tries = {**SIZES, "RECONNECT_PAUSES": (0, *[0.1] * 5)}
+    result = archive(constants=six_tries, TRANSFERS="1")
+    assert_failed(result, dict.fromkeys("abc", "lost the connection"))
+
+
 def test_folder_that_always_kills_the_connection_fails_alone(archive, box):
     write(box.root / "poison" / "f", SMALL)
     write(box.root / "d" / "f", SMALL)

@@ -1,5 +1,6 @@
 """What S3 may do to a run: refuse, fail, hang, and answer wrongly."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -8,8 +9,17 @@ import time
 import faulty_sftp
 import pytest
 from conftest import MIB, SNAPSHOT, tree
-from faults import LARGE, SIZES, SMALL, assert_all_archived, assert_failed, wait_for, write
-from faulty_sftp import PERMISSION_DENIED, FaultyBox, ends_at, one_file
+from faults import (
+    LARGE,
+    SIZES,
+    SMALL,
+    assert_all_archived,
+    assert_failed,
+    assert_rows_are_true,
+    wait_for,
+    write,
+)
+from faulty_sftp import EOF, PERMISSION_DENIED, FaultyBox, ends_at, one_file
 from scripted_s3 import error, first, hang, headers, lost_answer, no_checksums, reset
 
 IMPATIENT = {**SIZES, "S3_CONNECT_LIMIT": 1, "S3_READ_LIMIT": 1, "S3_ATTEMPTS": 2}
@@ -413,6 +423,76 @@ def test_row_of_an_object_that_was_looked_at_again_and_replaced_is_not_believed(
     os.utime(path, times)
     assert archive().counts == (1, 0, 0)
     archive.assert_invariant()
+
+
+@pytest.mark.parametrize("how", ["no answer", "killed"])
+def test_row_of_a_file_that_is_listed_twice_is_not_believed(archive, box, s3, how):
+    """It is replaced while its folder is listed: two versions in one run, of which the
+    first is recorded."""
+    path = box.root / "f"
+    write(path, SMALL)
+    old, times = path.read_bytes(), (int(path.stat().st_mtime),) * 2
+    listed = box.tree.lstat(b"f")
+    pages = [(b"f", listed), (b"f", dataclasses.replace(listed, mtime=listed.mtime + 1))]
+    for nth, page in enumerate(pages, 1):
+        box.on("READDIR", b"", faulty_sftp.names(page), nth=nth)
+    box.on("READDIR", b"", faulty_sftp.status(EOF), nth=3, times=9)
+
+    def kill():
+        archive.running[-1].kill()
+
+    def replaced():
+        time.sleep(1)  # until both are listed
+        path.write_bytes(old[::-1])
+        os.utime(path, (times[0] + 1,) * 2)
+
+    s3.on("PutObject", first(replaced), key="f")
+    if how == "killed":
+        s3.on("PutObject", first(kill, lost_answer), key="f", nth=2)
+    else:
+        s3.on("PutObject", lost_answer, key="f", nth=2, times=2)
+    pages_of_one = {"PAGE": 1, "READDIRS_PER_FLIGHT": 1}
+    result = archive(constants={"S3_ATTEMPTS": 2, **pages_of_one})
+    assert result.status == (3 if how == "no answer" else -9), result.stderr
+    assert_rows_are_true(archive)
+    box.rules.clear()
+    path.write_bytes(old)
+    os.utime(path, times)
+
+    assert archive().counts == (1, 0, 0)
+    archive.assert_invariant()
+
+
+def test_large_file_that_is_only_looked_at_leaves_nothing_to_ask_about(archive, box, s3):
+    write(box.root / "large", LARGE, mtime=int(time.time()))
+    assert archive(constants=SIZES).counts == (1, 0, 0)
+    s3.requests.clear()
+    assert archive(constants=SIZES).counts == (0, 1, 0)
+    assert archive(constants=SIZES).counts == (0, 1, 0)
+    assert s3.requests.total() == 0
+
+
+def test_upload_in_doubt_is_known_though_the_run_is_killed_at_the_commit(
+    archive, box, s3, bucket
+):
+    """Its second upload was recorded; the first one's parts would be billed for ever."""
+    write(box.root / "large", LARGE)
+    s3.on("CreateMultipartUpload", lost_answer)
+    s3.always("ListMultipartUploads", error(500, "InternalError"))
+    killed = (
+        "record = archive.State.record\n"
+        "def record_and_die(state, stored, kind):\n"
+        "    record(state, stored, kind)\n"
+        "    stored and __import__('os')._exit(9)\n"
+        "archive.State.record = record_and_die\n"
+    )
+    constants = {**SIZES, **IMPATIENT}
+    assert archive.start(constants=constants, before=killed).wait().status == 9
+    assert len(archive.rows()) == len(bucket.uploads()) == 1
+    s3.rules.clear()
+
+    assert archive(constants=SIZES).counts == (0, 1, 0)
+    assert bucket.uploads() == []
 
 
 def test_file_that_is_looked_at_again_in_vain_is_not_paid_twice(archive, box):

@@ -143,6 +143,17 @@ def test_row_that_is_in_doubt_is_told_of_until_its_checksum_has_been_seen(archiv
     assert archive("verify").status == 0
 
 
+def test_what_was_forgotten_is_archived_though_a_snapshot_has_it_still(archive, box, bucket):
+    fill(box.root, {"a": 10, "b": 10})
+    assert archive().status == 0
+    bucket.client.delete_object(Bucket=bucket.name, Key="a")
+    assert archive("verify", "--repair").status == 3
+    archive.state_db.unlink()
+
+    assert archive().counts == (1, 1, 0)
+    archive.assert_invariant()
+
+
 def test_many_objects_are_listed_a_thousand_at_a_time(archive, s3, store):
     """Also rows that an earlier script has left, with neither key nor checksum."""
     names = [f"d{n % 7}/f{n}" for n in range(2_005)]
