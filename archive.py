@@ -12,8 +12,8 @@
 
 A generator walks the box over SFTP; a SQLite table of (path, size, mtime) says
 what is archived already; the rest is streamed, with no copy on local disk,
-through boto3's upload_fileobj, one object per file; each file is committed to
-the table after S3 has acknowledged it.
+through boto3, one object per file; each file is committed to the table after S3
+has acknowledged it.
 
 The invariant, which everything below upholds:
 
@@ -42,7 +42,6 @@ import argparse
 import base64
 import concurrent.futures
 import contextlib
-import csv
 import ctypes
 import dataclasses
 import difflib
@@ -80,7 +79,7 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TextIO, TypeVar
 from urllib.parse import quote, urlsplit
 
 import boto3
@@ -142,7 +141,7 @@ READDIRS_PER_FLIGHT = 4
 PAGE = 2_000
 WALK_PAUSE = 1  # s; while no page is full, what S3 acknowledged is committed
 
-# Every wait has a limit; these are all of them, in seconds.
+# Every wait has a limit, in seconds.
 CONNECT_LIMIT = 30  # TCP connect; and again from the banner to SFTP's version
 SILENCE_LIMIT = 60  # nothing at all from the box while it owes a reply
 REPLY_LIMIT = 900  # one reply, while others keep coming
@@ -237,7 +236,7 @@ class Stopped(ArchiveError):
 
 
 class FileError(ArchiveError):
-    """One file or folder cannot be archived; the run goes on; status 3."""
+    """One file or folder, or one request to S3, failed; the run goes on; status 3."""
 
     def bare(self) -> FileError:
         """Itself, without the frames that it came through: they hold a file's bytes."""
@@ -249,7 +248,7 @@ class Cold(FileError):
     """Its object has to be restored before it can be read."""
 
 
-class Unusable(FileError):
+class Unusable(ArchiveError):
     """The state's snapshot is in the bucket, but cannot be taken."""
 
 
@@ -268,20 +267,15 @@ class Stopping(threading.Event):
 # Parsers take a setting's text and raise ValueError with what they expected.
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, least: int = 1) -> int:
     """Bytes of `20M`, `1.5G` or `4096`: binary units."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.I | re.A)
     unit = " KMGT".index(match[2].upper() or " ") if match else 0
     size = int(float(match[1]) * 1024**unit) if match else 0
     if not size:
         raise ValueError("expected bytes like 128M or 2G")
-    return size
-
-
-def parse_memory(text: str) -> int:
-    size = parse_size(text)
-    if size < MIN_MEMORY:
-        raise ValueError(f"expected at least {MIN_MEMORY // MIB}M")
+    if size < least:
+        raise ValueError(f"expected at least {least // MIB}M")
     return size
 
 
@@ -410,7 +404,7 @@ class Config:
     exclude: tuple[str, ...] = setting("EXCLUDE_PATHS", parse_list, "")
     include_hidden: bool = setting("INCLUDE_HIDDEN", parse_bool, "false")
     transfers: int = setting("TRANSFERS", partial(parse_whole, 1, 256), "32")
-    memory_limit: int = setting("MEMORY_LIMIT", parse_memory, "128M")
+    memory_limit: int = setting("MEMORY_LIMIT", partial(parse_size, least=MIN_MEMORY), "128M")
     bandwidth_limit: int | None = setting("BANDWIDTH_LIMIT", parse_size)
     max_runtime: int | None = setting("MAX_RUNTIME", parse_duration)
     prices: dict[str, float] = setting("PRICES", parse_prices, "")
@@ -718,6 +712,10 @@ class ConnectionLost(Exception):
     """The connection is gone, frozen or out of step: only a new one helps."""
 
 
+class HungUp(ConnectionLost):
+    """The connection broke at the login: perhaps the box's way to refuse it."""
+
+
 # A reply that cannot be read is as bad as none.
 LOST = (ConnectionLost, struct.error)
 
@@ -916,7 +914,8 @@ class Pipe:
         self._pieces: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def feed(self, data: bytes) -> None:
-        self._pieces.put(data)
+        if data:  # else it would be taken for the end
+            self._pieces.put(data)
 
     def read(self, _nbytes: int, timeout: float | None = None) -> bytes:
         try:
@@ -1089,7 +1088,7 @@ def connect(config: Config, passed: Callable[[str], None] = lambda _: None) -> C
         return Connection(transport, channel)
     except Exception as error:  # paramiko hands on whatever its thread met
         transport.close()
-        if isinstance(error, Fatal):
+        if isinstance(error, (Fatal, HungUp)):
             raise
         reason = str(error) or "the connection was closed"
         # Something listens, but it is no SSH server.
@@ -1117,8 +1116,8 @@ def known_name(config: Config) -> str:
 
 
 def pinned_keys(config: Config) -> tuple[Keys, Keys]:
-    """The keys that known_hosts has for the box, and those it has revoked;
-    Fatal if it cannot be read."""
+    """The keys that known_hosts has for the box, and those it has revoked, of any host:
+    somebody else may have them; Fatal if it cannot be read."""
     try:
         lines = config.known_hosts.read_text("utf-8", "replace").splitlines()
     except FileNotFoundError:
@@ -1128,20 +1127,19 @@ def pinned_keys(config: Config) -> tuple[Keys, Keys]:
     pinned: Keys = []
     revoked: Keys = []
     for line in (" ".join(line.split()) for line in lines):  # any blanks, as for OpenSSH
-        found = revoked if line.startswith("@revoked ") else pinned
+        is_revoked = line.startswith("@revoked ")
         # HostKeys.load() gives up at the first line that it does not know, and
         # keeps one key of a kind; such a line says nothing about the box.
-        with contextlib.suppress(
-            paramiko.SSHException, paramiko.hostkeys.InvalidHostKey, ValueError, AssertionError
-        ):
+        with contextlib.suppress(Exception):
             entry = paramiko.hostkeys.HostKeyEntry.from_line(line.removeprefix("@revoked "))
             if entry is not None and not line.startswith(("#", "@cert-authority ")):
                 known = paramiko.HostKeys()
                 for name in entry.hostnames:
                     known.add(name, entry.key.get_name(), entry.key)
-                all_hosts = found is revoked and "*" in entry.hostnames  # as in sshd(8)
-                if all_hosts or known.lookup(known_name(config)):
-                    found.append(entry.key)
+                if is_revoked:
+                    revoked.append(entry.key)
+                elif known.lookup(known_name(config)):
+                    pinned.append(entry.key)
     return pinned, revoked
 
 
@@ -1157,8 +1155,7 @@ def prefer(options: paramiko.SecurityOptions, pinned: Keys) -> None:
 
 def check_host_key(config: Config, key: paramiko.PKey, pinned: Keys, revoked: Keys) -> None:
     """Fatal unless the box's key is a pinned one; no credential was sent yet."""
-    digest = base64.b64encode(hashlib.sha256(key.asbytes()).digest())
-    fingerprint = "SHA256:" + digest.decode().rstrip("=")
+    fingerprint = key.fingerprint
     shown = f"{config.host}:{config.port} is {key.get_name()} {fingerprint}"
     file = f"HETZNER_KNOWN_HOSTS {config.known_hosts}"
     if key in revoked:
@@ -1185,7 +1182,7 @@ def check_host_key(config: Config, key: paramiko.PKey, pinned: Keys, revoked: Ke
 
 def log_in(config: Config, transport: paramiko.Transport) -> None:
     """By key file and by password, what is set of them, else by the agent.
-    Fatal if the box takes none of it, SSHException if the connection fails."""
+    Fatal if the box takes none of it, HungUp if the connection breaks."""
     user = config.user
     attempts: list[tuple[str, Callable[[], object]]] = []
     if config.key_file:
@@ -1200,27 +1197,34 @@ def log_in(config: Config, transport: paramiko.Transport) -> None:
         keys = within(CONNECT_LIMIT, lambda: paramiko.Agent().get_keys())
         if keys is None:
             raise Fatal("the SSH agent does not answer: restart it, or set HETZNER_KEY_FILE")
-        for known in keys:
-            attempts.append(("the SSH agent", partial(transport.auth_publickey, user, known)))
-    for _, attempt in attempts:
+        name = f"the SSH agent's keys ({len(keys)})"
+        attempts = [(name, partial(transport.auth_publickey, user, key)) for key in keys]
+    tried = " and ".join(dict.fromkeys(name for name, _ in attempts)) or "an empty agent"
+    told = f"the login of {user} with {tried}: {login_remedy(config)}"
+    where = f"{config.host}:{config.port}"
+    for number, (_, attempt) in enumerate(attempts):
         try:
             attempt()
-        except paramiko.AuthenticationException as error:
+        except paramiko.AuthenticationException:
             # A connection that breaks now looks like a refusal to paramiko.
             if not transport.is_active():
-                raise paramiko.SSHException(f"login: {error}") from None
+                kind = Fatal if number else HungUp  # after a refusal it is one
+                raise kind(f"{where} hung up at {told}") from None
         if transport.is_authenticated():
             return
-    tried = " and ".join(dict.fromkeys(name for name, _ in attempts)) or "an empty agent"
-    remedy = "correct HETZNER_USER or that"
-    if config.key_file or not config.password:
-        form = "RFC 4716 (ssh-keygen -e)" if config.port == 22 else "OpenSSH's"
-        remedy += (
-            f"; on port {config.port} a Storage Box takes the public key in {form} form, "
-            f"the other form is for HETZNER_PORT={23 if config.port == 22 else 22}"
-        )
-    raise Fatal(
-        f"{config.host}:{config.port} refused the login of {user} with {tried}: {remedy}"
+    raise Fatal(f"{where} refused {told}")
+
+
+def login_remedy(config: Config) -> str:
+    """What is likely to be wrong where the box does not take a login."""
+    if config.password and not config.key_file:
+        return "correct HETZNER_USER or that"
+    form = "RFC 4716 (ssh-keygen -e)" if config.port == 22 else "OpenSSH's"
+    fewer = "" if config.key_file else ", or set HETZNER_KEY_FILE: it takes a few tries only"
+    return (
+        f"correct HETZNER_USER or that{fewer}; on port {config.port} a Storage Box takes the "
+        f"public key in {form} form, the other form is for HETZNER_PORT="
+        f"{23 if config.port == 22 else 22}"
     )
 
 
@@ -1276,6 +1280,11 @@ class Pace:
         self._stopping.wait(pause)
 
 
+class Broken(FileError):
+    """The connection was lost under it again and again: this file's or folder's failure,
+    but the run's if all end so."""
+
+
 class Box:
     """The Storage Box: one connection at a time, renewed when it is lost.
 
@@ -1293,7 +1302,7 @@ class Box:
         self._connection: Connection | None = None
         self._tries = 0
         self._given_up: Fatal | None = None
-        self._suspects = threading.Lock()
+        self.alone = threading.RLock()  # held by whoever may have broken the connection
         self.pace = Pace(config.bandwidth_limit, stopping).wait
 
     def close(self) -> None:
@@ -1329,6 +1338,10 @@ class Box:
                     self._given_up = error
                     raise
                 except ConnectionLost as error:
+                    # More tries, and the box may ban this machine.
+                    if isinstance(error, HungUp) and isinstance(reason, HungUp):
+                        self._given_up = Fatal(str(error))
+                        raise self._given_up from None
                     reason = error
             else:
                 tries = f"gave up after {self._tries} tries: " if self._tries > 1 else ""
@@ -1340,19 +1353,37 @@ class Box:
 
     def insist(self, operation: Callable[[Connection], T]) -> T:
         """operation(connection), again from its start whenever the connection
-        is lost under it; FileError after LOSSES_IN_A_ROW times, since then it
-        may be this file that breaks it.
+        is lost under it; Broken after LOSSES_IN_A_ROW times, since then it may
+        be this file that breaks it.
 
-        From the second try on only one operation is under way at a time, so that
-        a file that breaks the connection does not take others down with it.
+        From the second try on it is `alone`, so that a file that breaks the
+        connection does not take others down with it.
         """
-        for attempt in range(LOSSES_IN_A_ROW):
-            with self._suspects if attempt else contextlib.nullcontext():
+        self.wait_for_suspects()
+        try:
+            return self._once(operation)
+        except LOST as error:
+            reason: Exception = error
+        with self.alone:
+            for _ in range(1, LOSSES_IN_A_ROW):
                 try:
-                    return operation(self.connection())
+                    return self._once(operation)
                 except LOST as error:
                     reason = error
-        raise self.lost_again(LOSSES_IN_A_ROW, reason)
+            raise self.broken(LOSSES_IN_A_ROW, reason)
+
+    def wait_for_suspects(self) -> None:
+        """Nothing is begun beside what may break the connection."""
+        with self.alone:
+            pass
+
+    def _once(self, operation: Callable[[Connection], T]) -> T:
+        connection = self.connection()
+        try:
+            return operation(connection)
+        except LOST as error:
+            connection.close(str(error))  # it may be out of step only
+            raise
 
     def room(self) -> tuple[int, int] | None:
         """Bytes used and free where REMOTE_PATH is, None if the server does not
@@ -1374,12 +1405,13 @@ class Box:
         """Of `path` itself, not of what a link points to; Status, FileError."""
         return self.insist(lambda connection: lstat(connection, path))
 
-    def lost_again(self, times: int, last: Exception) -> FileError:
-        """What is to blame for a connection that was lost `times` in a row, if the box
-        does answer otherwise: then the outage is over.  Fatal, Stopped."""
+    def broken(self, times: int, last: Exception) -> Broken:
+        """What to tell of a file or folder under which the connection was lost `times`
+        in a row, if the box does answer otherwise: then the outage is over.  Fatal,
+        Stopped."""
         with contextlib.suppress(Status, *LOST):
             lstat(self.connection(), self._config.remote_path)
-        return FileError(f"lost the connection {times} times, last: {last}")
+        return Broken(f"lost the connection {times} times, last: {last}")
 
     def failure(self, path: bytes, error: Status) -> FileError:
         """What a refusal to open `path` means; Vanished only if it is gone.
@@ -1606,18 +1638,29 @@ class Reader:
 
     def _step(self, step: Callable[[], None]) -> None:
         """One step; if the connection is lost under it, everything that had
-        not arrived is asked for again over a new one."""
+        not arrived is asked for again over a new one, alone."""
+        self._box.wait_for_suspects()
         try:
-            step()
+            return step()
         except LOST as error:
-            self._losses += 1
-            if self._losses >= LOSSES_IN_A_ROW:
-                place = f"at {self._got:,} of {self.file.size:,} bytes: {error}"
-                raise self._box.lost_again(self._losses, ConnectionLost(place)) from None
-            self._flights.clear()
-            self._asked = self._got
-            if self._open() != self.file:
-                raise FileError("changed while the connection was lost") from None
+            self._lost(error)
+        with self._box.alone:
+            while True:
+                if self._open() != self.file:
+                    raise FileError("changed while the connection was lost")
+                try:
+                    return step()
+                except LOST as error:
+                    self._lost(error)
+
+    def _lost(self, error: Exception) -> None:
+        self._connection.close(str(error))
+        self._flights.clear()
+        self._asked = self._got
+        self._losses += 1
+        if self._losses >= LOSSES_IN_A_ROW:
+            place = f"at {self._got:,} of {self.file.size:,} bytes: {error}"
+            raise self._box.broken(self._losses, ConnectionLost(place)) from None
 
     def _receive(self) -> None:
         """Keeps the window full and takes in the oldest flight."""
@@ -1675,11 +1718,15 @@ class Listing:
     It sends and never waits: `arrived` gets it whenever a flight of it is back,
     for the walk to call `advance`.  It stops asking while PAGE entries wait.  After
     its connection was lost it is `stalled`, until the walk calls `start`: at its turn,
-    so that a folder that breaks the connection takes no other down with it.
+    and alone until it is `proven`, so that a folder that breaks the connection takes
+    nothing else down with it.
     """
 
-    def __init__(self, box: Box, path: bytes, arrived: queue.SimpleQueue[Listing]):
+    def __init__(
+        self, box: Box, path: bytes, arrived: queue.SimpleQueue[Listing], may_be_link: bool
+    ):
         self.path = path
+        self._may_be_link = may_be_link
         self._box = box
         self._queue = arrived
         self._losses = 0
@@ -1691,8 +1738,10 @@ class Listing:
         """Lists from the beginning; what was handed on is skipped.  Fatal, Stopped."""
         self.entries: list[Entry] = []
         self.complete = self.stalled = False
+        self.proven = False  # whether names came
         self.error: FileError | None = None
         self._handle = b""
+        self._at_end = False
         self._came_to = 0
         self._readdirs = READDIRS_PER_FLIGHT
         given = b"/".join(self._given).split(b"/") if self._given else ()
@@ -1708,42 +1757,54 @@ class Listing:
     def advance(self) -> None:
         """Takes in the flight that arrived; Fatal, Stopped."""
         try:
+            look, *replies = self._flight.replies()
             if self._handle:
-                names = sum(self._take(reply) for reply in self._flight.replies())
-                if not names and not self.complete:
+                self._must_be_folder(look)
+                names = sum(map(self._take, replies))
+                if not names and not self._at_end:
                     raise ConnectionLost("the box sent a listing that does not end")
                 self._came_to += names
                 if self._came_to > self._furthest:  # not merely as far as before
                     self._furthest, self._losses = self._came_to, 0
-                self._connection.useful = True
+                self._connection.useful = self.proven = True
+                if self._at_end:
+                    self._end(None)
             else:
-                (reply,) = self._flight.replies()
-                self._handle = handle_of(reply)
+                self._handle = handle_of(look)
         except LOST as lost:
+            self._connection.close(str(lost))
             self._losses += 1
             if self._losses < LOSSES_IN_A_ROW:
                 self.entries, self.stalled = [], True
                 return
-            self._end(self._box.lost_again(self._losses, lost))
+            self._end(self._box.broken(self._losses, lost))
         except Status as error:
             self._end(self._box.failure(self.path, error))
+        except FileError as error:
+            self._end(error)
         if not self.complete and len(self.entries) < PAGE:
             self._ask()
 
     def _ask(self) -> None:
-        self._send(*[(FXP_READDIR, self._handle)] * self._readdirs)
+        readdirs = [(FXP_READDIR, self._handle)] * self._readdirs
+        self._send((FXP_LSTAT, blob(self.path)), *readdirs)
         self._readdirs = min(2 * self._readdirs, 8 * READDIRS_PER_FLIGHT)
 
+    def _must_be_folder(self, look: Reply) -> None:
+        """FileError if it has become a link since it was listed: that is not followed."""
+        with contextlib.suppress(Status):
+            if not self._may_be_link and stat.S_ISLNK(attributes_of(look).mode or 0):
+                raise FileError("changed: it is a link now")
+
     def _take(self, reply: Reply) -> int:
-        """The number of names that a READDIR brought."""
-        if self.complete:  # sent before that was known
-            return 0
+        """The number of names that a READDIR brought, none at the end; a server that
+        answers many at once may bring more names after it."""
         try:
             entries = take_names(expect(FXP_NAME, reply))
         except Status as error:
-            if error.code != FX_EOF:
+            if error.code != FX_EOF and not self._at_end:
                 raise
-            self._end(None)
+            self._at_end = True
             return 0
         self.entries += [entry for entry in entries if entry[0] not in self._skip]
         return sum(name not in (b".", b"..") for name, _ in entries)
@@ -1787,14 +1848,14 @@ class Walk:
         folders: list[bytes] = []
         while waiting or begun:
             while waiting and len(begun) < LISTINGS_AT_ONCE:
-                begun.append(Listing(self._box, waiting.pop(), arrived))
+                path = waiting.pop()
+                begun.append(Listing(self._box, path, arrived, path == self._root))
             listing = begun[0]
             yielded = time.monotonic()
             while not listing.complete and len(listing.entries) < PAGE:
-                if listing.stalled:
-                    listing.start()
-                with contextlib.suppress(queue.Empty):
-                    arrived.get(timeout=WALK_PAUSE).advance()
+                if not (listing.stalled and self._restart(listing, arrived)):
+                    with contextlib.suppress(queue.Empty):
+                        arrived.get(timeout=WALK_PAUSE).advance()
                 if time.monotonic() - yielded >= WALK_PAUSE:
                     yield []
                     yielded = time.monotonic()
@@ -1810,6 +1871,19 @@ class Walk:
                 self._unlisted(listing)
                 waiting += sorted(folders, reverse=True)
                 folders = []
+
+    def _restart(self, listing: Listing, arrived: queue.SimpleQueue[Listing]) -> bool:
+        """Begins a listing anew, alone until it has got further.  Whether it did: while
+        something else is alone, what has finished is to be committed."""
+        if not self._box.alone.acquire(blocking=False):
+            return False
+        try:
+            listing.start()
+            while not (listing.proven or listing.complete or listing.stalled):
+                arrived.get().advance()
+        finally:
+            self._box.alone.release()
+        return True
 
     def _unlisted(self, listing: Listing) -> None:
         """Counts a folder that could not be listed, or not to its end."""
@@ -1866,8 +1940,6 @@ Blocks = Callable[[], Iterator[bytes]]  # a file's bytes, from the start at each
 
 class BoxFolder:
     """A folder of the box to restore to.  Nothing is overwritten unless told to."""
-
-    unit = 1  # s, of the times that it keeps
 
     def __init__(self, box: Box, folder: bytes):
         self._box = box
@@ -1984,7 +2056,6 @@ class BoxFolder:
         expect_ok(connection.flight((FXP_CLOSE, handle)))
         if found(connection, path) != (at, mtime):
             raise FileError(f"the box does not have {at:,} bytes of mtime {mtime} then")
-        connection.useful = True
         return at
 
     def _rename(
@@ -2011,8 +2082,6 @@ def found(connection: Connection, path: bytes) -> tuple[int | None, int | None]:
 
 class LocalFolder:
     """A folder of this machine to restore to, with the same methods."""
-
-    unit = 2  # FAT keeps even seconds only
 
     def __init__(self, folder: Path):
         self._folder = os.fsencode(folder)
@@ -2181,7 +2250,8 @@ def state_errors(path: Path) -> Iterator[None]:
 
 
 class State:
-    """The record of what is archived: used by one thread, under the lock.
+    """The record of what is archived: used by one thread, under the lock unless it
+    is a private copy.
 
     A row is written after S3 has acknowledged the object, in one transaction
     with all that is known of it, synchronously: what is here, is there.  Every
@@ -2977,16 +3047,12 @@ class Archive:
         return next(self.objects(self._prefix), None) is not None
 
     def put_snapshot(self, database: Path) -> None:
-        """Stores a copy of the state below the prefix; no transaction is open."""
-        extra = {"ChecksumAlgorithm": "CRC32"}  # and the class that needs no restore
+        """Stores a copy of the state below the prefix, in the class that needs no
+        restore; no transaction is open."""
         # One PUT: parts would be left when a run is killed.
-        config = TransferConfig(
-            multipart_threshold=MAX_PART, preferred_transfer_client="classic"
-        )
-        with s3_errors(), database.open("rb") as source:
-            self._client.upload_fileobj(
-                source, self._bucket, self._prefix + SNAPSHOT, extra, Config=config
-            )
+        put = partial(self._client.put_object, Key=self._prefix + SNAPSHOT)
+        with database.open("rb") as source:
+            self._ask(put, Body=source, ChecksumAlgorithm="CRC32")
 
     def get_snapshot(self, target: Path) -> float | None:
         """Writes the state's copy to `target`; when it was stored, None if there is
@@ -3186,15 +3252,17 @@ class Report:
 
 
 class Patience:
-    """Counts the files in a row that S3 gave no answer to, or denied."""
+    """Counts the files in a row that S3 gave no answer to, or denied, or under which the
+    connection to the box broke."""
 
     def __init__(self, transfers: int):
         self._most = max(4, transfers)
         self._unanswered = 0
 
     def met(self, error: FileError | None) -> None:
-        """Another file has ended so; Fatal if S3 has gone."""
-        vain = isinstance(error, Unreachable) or getattr(error, "code", "") == "AccessDenied"
+        """Another file has ended so; Fatal if they all do."""
+        denied = getattr(error, "code", "") == "AccessDenied"
+        vain = denied or isinstance(error, (Unreachable, Broken))
         self._unanswered = self._unanswered + 1 if vain else 0
         if self._unanswered >= self._most:
             raise Fatal(f"{error}; {self._unanswered} files in a row failed so")
@@ -3263,7 +3331,7 @@ def key_and_plan(file: RemoteFile, config: Config, state: State) -> tuple[str, P
 @dataclass
 class Run:
     """One pass over the box, a chain of generators: walk, pending, transfer,
-    settle.  Only the sending itself happens on other threads."""
+    settle.  Only the files themselves are read and sent on other threads."""
 
     config: Config
     box: Box
@@ -3279,7 +3347,6 @@ class Run:
         # box's round trips.  With 1, one file comes after another.
         self._most_under_way = 2 * self.config.transfers - 1
         self._turns = threading.Semaphore(self.config.transfers)
-        self._over = False  # something failed that ends the run
 
     def archive_all(self) -> None:
         """Archives what is new or changed; Fatal, Stopped.  What S3 has
@@ -3418,14 +3485,14 @@ class Run:
     def _turn(self) -> Iterator[None]:
         """Waits for one of the TRANSFERS turns; Stopped if the run is over by then."""
         with self._turns:
-            if self._over or self.box.stopping.is_set():
+            if self.box.stopping.is_set():
                 raise Stopped("stopped")
             try:
                 yield
             except FileError:
                 raise
             except ArchiveError:
-                self._over = True
+                self.box.close()
                 raise
 
     def _send(self, job: Job) -> Outcome:
@@ -3608,26 +3675,26 @@ def take_snapshot(config: Config, archive: Archive, way_out: str) -> bool:
     """Puts the snapshot in the bucket, if there is one, in the state's place; Fatal,
     with the `way_out` if it is of no use, and if it is another box's."""
     path = config.state_db
-    partial = path.with_name(path.name + ".partial")
-    for left in sidecars(partial):
+    copy = path.with_name(path.name + ".copy")
+    for left in sidecars(copy):
         left.unlink(missing_ok=True)
     try:
-        stored_at = fetch_snapshot(archive, partial)
+        stored_at = fetch_snapshot(archive, copy)
         if stored_at is None:
             return False
         told = time_text(stored_at)
         log.warning("no state in %s: taking the bucket's snapshot of %s", path, told)
-        with contextlib.closing(State(partial)) as state:
+        with contextlib.closing(State(copy)) as state:
             if state.is_pinned():
                 state.pin(pins_of(config))
             doubt_replaced(state, archive, config, stored_at)
         for left in sidecars(path):  # by a killed run: it would go into the snapshot
             left.unlink(missing_ok=True)
-        os.replace(partial, path)
+        os.replace(copy, path)
     except Unusable as error:
         raise Fatal(f"no state in {path}, and {error}: {way_out}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        copy.unlink(missing_ok=True)
     return True
 
 
@@ -4012,8 +4079,8 @@ def asked(question: Callable[[], T], unknown: str = "") -> tuple[T | None, str]:
         answer = question()
     except Stopped:
         raise
-    except (ArchiveError, ConnectionLost) as error:
-        if getattr(error, "code", "") == "AccessDenied":
+    except ArchiveError as error:
+        if error.code == "AccessDenied":
             return None, "the credentials may not ask"
         log.warning("%s", error)
         return None, NOT_KNOWN
@@ -4182,22 +4249,21 @@ class Restore:
     tier: str
     days: int
     replace: bool
-    manifest: Any = None  # a csv writer, for what is cold
-    may_ask: int = 0  # for how many that are cold: it costs money
+    manifest: TextIO | None = None  # a line of CSV for each that is cold
+    may_ask: threading.Semaphore | None = None  # once for each that was agreed to
     bytes: int = 0
 
     def __post_init__(self) -> None:
         self._pace = Pace(RESTORES_A_SECOND, self.tools.box.stopping)
         self._threads = self.tools.config.transfers
-        self._lock = threading.Lock()
-        self._under_way: set[bytes] = set()  # names that are being written
+        self._under_way: dict[bytes, Wanted] = {}  # by name, while it is being written
 
     def look(self) -> tuple[int, int, dict[str, Count]]:
         """Bytes that can be fetched, and that S3 is at work on; what is cold, by class."""
         cold: dict[str, Count] = {}
         sizes = {READY: 0, BUSY: 0}
         with self.tools.counting("looking") as looked:
-            for wanted, case, _ in self._each(self._sort):
+            for wanted, case, _ in self._each(self._case):
                 looked(1)
                 if case == COLD:
                     cold.setdefault(wanted.storage_class, Count()).add(wanted.size)
@@ -4219,7 +4285,7 @@ class Restore:
                 size = f"{wanted.size:,}"
                 files_log.info("restored %s (%s bytes)", printable(wanted.name), size)
             elif case == COLD and self.manifest is not None:
-                self.manifest.writerow([self.tools.config.bucket, quote(wanted.key)])
+                self.manifest.write(f"{self.tools.config.bucket},{quote(wanted.key)}\n")
         return counts
 
     def _each(
@@ -4290,7 +4356,7 @@ class Restore:
             fault = f"S3 holds {size:,} bytes, recorded are {row.size:,}"
         return Wanted(key, name, size, mtime, crc32, doubtful, kind, restored, fault)
 
-    def _sort(self, wanted: Wanted) -> str:
+    def _case(self, wanted: Wanted) -> str:
         """What is the case; FileError."""
         if wanted.fault:
             raise FileError(wanted.fault)
@@ -4302,9 +4368,7 @@ class Restore:
             mtime = wanted.mtime
             if there[0] == wanted.size and (mtime is None or wanted.doubtful):
                 mtime, _ = wanted.as_held(self.tools.archive.head(wanted.key))
-            unit = self.target.unit
-            same_time = mtime is not None and there[1] // unit == mtime // unit
-            if there[0] == wanted.size and same_time:
+            if there == (wanted.size, mtime):
                 return THERE
             if there == NO_FILE:
                 raise FileError("something that is no file is in its place")
@@ -4319,8 +4383,9 @@ class Restore:
 
     def _bring_back(self, wanted: Wanted) -> str:
         """Does what can be done now, and says what was; FileError."""
-        case = self._sort(wanted)
-        if case == COLD and self._may_ask():
+        case = self._case(wanted)
+        # More may have become cold since it was agreed to.
+        if case == COLD and self.may_ask and self.may_ask.acquire(blocking=False):
             self._pace.wait(1)
             ready = self.tools.archive.ask_for(wanted.key, self.tier, self.days)
             case = READY if ready else ASKED
@@ -4335,19 +4400,11 @@ class Restore:
             raise FileError(f"is in an archive tier of {kind}: restore it there") from None
         return RESTORED
 
-    def _may_ask(self) -> bool:
-        """Counts down what was agreed to: more may have become cold since."""
-        with self._lock:
-            self.may_ask -= 1
-            return self.may_ask >= 0
-
     def _fetch(self, wanted: Wanted) -> None:
         """The object's bytes to their place; FileError."""
         name = wanted.name
-        with self._lock:
-            if name in self._under_way:
-                raise FileError("another object gives the same name")
-            self._under_way.add(name)
+        if self._under_way.setdefault(name, wanted) is not wanted:
+            raise FileError("another object gives the same name")
         try:
             download = self.tools.archive.download(wanted.key)
             mtime, crc32 = wanted.as_held(download.held)
@@ -4363,8 +4420,7 @@ class Restore:
 
                 self.target.store(name, mtime, blocks, self.replace)
         finally:
-            with self._lock:
-                self._under_way.discard(name)
+            del self._under_way[name]
 
 
 def restore(tools: Tools, options: argparse.Namespace, agreed: Callable[[str], bool]) -> int:
@@ -4394,9 +4450,8 @@ def restore(tools: Tools, options: argparse.Namespace, agreed: Callable[[str], b
         elif cold:
             if not options.yes and not agreed("Ask S3 for it?"):
                 raise ConfigError("nothing was asked for: it costs money; --yes agrees to it")
-            work.may_ask = sum(count.files for count in cold.values())
-        if ready or work.may_ask:
             target.try_out()
+            work.may_ask = threading.Semaphore(sum(count.files for count in cold.values()))
         tools.found(ready)
         counts = work.bring_back()
     tools.table("RESTORE", [*counts.items(), ("Restored bytes", work.bytes)])
@@ -4416,11 +4471,11 @@ def restore(tools: Tools, options: argparse.Namespace, agreed: Callable[[str], b
 
 
 @contextlib.contextmanager
-def manifest(path: Path) -> Iterator[Any]:
-    """A csv writer to a new file; ConfigError."""
+def manifest(path: Path) -> Iterator[TextIO]:
+    """A new file; ConfigError."""
     try:
         with path.open("w", newline="", encoding="ascii") as file:
-            yield csv.writer(file, lineterminator="\n")
+            yield file
     except OSError as error:
         raise ConfigError(f"--manifest: {error}") from None
 

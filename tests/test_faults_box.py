@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import time
 
+import paramiko
 import pytest
 from conftest import MIB
 from faults import LARGE, SIZES, SMALL, assert_all_archived, assert_failed, wait_for, write
@@ -40,6 +41,7 @@ from scripted_s3 import ScriptedS3, error
 
 IMPATIENT = {**SIZES, "CONNECT_LIMIT": 3, "SILENCE_LIMIT": 1, "RECONNECT_PAUSES": (0, 0.1, 0.2)}
 TRIES = len(IMPATIENT["RECONNECT_PAUSES"])
+SIX_TRIES = {**SIZES, "RECONNECT_PAUSES": (0, *[0.1] * 5)}
 FILES = {"small": SMALL, "large": LARGE}
 
 
@@ -198,9 +200,63 @@ def test_files_that_always_kill_the_connection_are_no_outage(archive, box, size)
     for name in "abc":
         write(box.root / name, size)
         box.always("READ", name.encode(), drop)
-    six_tries = {**SIZES, "RECONNECT_PAUSES": (0, *[0.1] * 5)}
-    result = archive(constants=six_tries, TRANSFERS="1")
+    result = archive(constants=SIX_TRIES, TRANSFERS="1")
     assert_failed(result, dict.fromkeys("abc", "lost the connection"))
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+def test_many_that_kill_the_connection_fail_alone(archive, box, size):
+    """Files and folders at once, over a line on which much is under way."""
+    bad = [f"bad{number}" for number in range(6)]
+    for name in bad:
+        write(box.root / name, size)
+        box.always("READ", name.encode(), drop)
+    for number in range(3):
+        (box.root / f"folder{number}").mkdir()
+        box.always("OPENDIR", b"folder%d" % number, drop)
+        bad.append(f"folder{number}")
+    for number in range(20):
+        write(box.root / f"well{number}", SMALL)
+        write(box.root / f"d{number}" / "well", SMALL)
+    write(box.root / "large", 3 * LARGE)
+    with Relay(box.host, box.port, delay_ms=10) as relay:
+        settings = box.settings(port=relay.port)
+        result = archive(constants=SIX_TRIES, **settings)
+    assert_failed(result, dict.fromkeys(bad, "lost the connection"))
+    assert result.counts == (41, 0, 9)
+
+
+def test_reply_that_cannot_be_read_ends_the_connection(archive, box):
+    """Nothing says any more which reply belongs where; and what was open is closed."""
+    fill(box)
+    spoilt = [box.on("FSTAT", name.encode(), cut_short) for name in FILES]
+    result = archive(constants=SIX_TRIES)
+    assert [rule.fired for rule in spoilt] == [1, 1]
+    assert (result.status, result.counts) == (0, (2, 0, 0)), result.stderr
+    assert box.connections in (2, 3)
+    assert_all_archived(archive, box)
+
+
+def cut_short(request):
+    """Attributes without all of them."""
+    return request.packet(105, b"\0\0\0\x0f\0")
+
+
+def test_packet_without_data_is_not_the_end(archive, box):
+    write(box.root / "f", SMALL)
+
+    def empty(request):
+        channel = request.session.channel
+        message = paramiko.Message()
+        message.add_byte(b"\x5e")  # SSH_MSG_CHANNEL_DATA
+        message.add_int(channel.remote_chanid)
+        message.add_string(b"")
+        channel.transport._send_user_message(message)
+        return request.reply()
+
+    box.always("OPEN", None, empty)
+    assert archive().counts == (1, 0, 0)
+    assert box.connections == 1
 
 
 def test_folder_that_always_kills_the_connection_fails_alone(archive, box):
@@ -214,6 +270,33 @@ def test_folder_that_always_kills_the_connection_fails_alone(archive, box):
 
 
 # --- A listing goes wrong ---------------------------------------------------
+
+
+def test_names_that_come_after_the_end_are_taken(archive, box):
+    """A server that answers several requests at once may bring them in that order."""
+    for number in range(150):  # more than one reply has
+        write(box.root / f"f{number}", 10)
+    box.on("READDIR", b"", status(EOF), nth=2)
+    assert archive(constants=SIZES).counts == (150, 0, 0)
+
+
+def test_folder_that_has_become_a_link_is_not_followed(archive_of, box):
+    """It may be hours between the listing of a folder and that of what is in it."""
+    write(box.root / "in" / "d" / "f", SMALL)
+    write(box.root / "outside" / "secret", SMALL)
+
+    def moved():
+        (box.root / "in" / "d").rename(box.root / "elsewhere")
+        (box.root / "in" / "d").symlink_to("../outside")
+
+    box.on("OPENDIR", b"in/d", first(moved))
+    (box.root / "root").symlink_to("in")  # REMOTE_PATH itself may be one
+    archive = archive_of(box, REMOTE_PATH="root")
+    box.on("OPENDIR", b"root/d", first(moved))
+    result = archive()
+    assert_failed(result, {"d": "it is a link now"})
+    assert archive.objects() == {}
+    assert archive().status == 0, "then it is listed as one"
 
 
 def answered(request):

@@ -34,6 +34,7 @@ ODD_LINES = (
     "other.example.com ssh-ed25519 AAAA=bad",
     "|1|broken ssh-rsa AAAAB3NzaC1yc2EAAAADAQABAAAB",
     "other.example.com ssh-dss AAAA",
+    "other.example.com ssh-rsa AAAAB3NzaC1yc2EAAAADAQABAMkAgYDmGbrv6SgzzgDmGbrv6SgzgA==",
     "one-field",
     "\x00\xff",
 )
@@ -46,7 +47,16 @@ def test_known_hosts_lines_of_others_do_no_harm_however_odd(archive, box, tmp_pa
     assert archive(HETZNER_KNOWN_HOSTS=str(known_hosts)).status == 0
 
 
-@pytest.mark.parametrize("form", ["@revoked {} {}", "@revoked\t{}  {}", "@revoked * {1}"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "@revoked {} {}",
+        "@revoked\t{}  {}",
+        "@revoked * {1}",
+        "@revoked *.your-storagebox.de {1}",
+        "@revoked other.example.com {1}",
+    ],
+)
 def test_revoked_host_key_is_refused_though_it_is_also_known(archive, box, tmp_path, form):
     known_hosts = tmp_path / "known_hosts"
     line = box.known_hosts.read_text().strip()

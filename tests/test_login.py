@@ -10,7 +10,8 @@ import threading
 import asyncssh
 import pytest
 from conftest import fill, real
-from servers import PASSPHRASE, AsyncSSHBox, ProFTPD
+from relay import Relay
+from servers import PASSPHRASE, AsyncSSHBox, OpenSSH, ProFTPD
 
 # Makes any host name resolve to this machine, as a forged DNS answer would.
 FORGED_DNS = """
@@ -234,6 +235,29 @@ def test_a_refused_key_ends_the_run_on_the_real_servers_too(archive_of, box):
     asyncssh.generate_private_key("ssh-ed25519").write_private_key(other)
 
     assert_login_fails(archive(HETZNER_KEY_FILE=other), "key", "HETZNER_KEY_FILE")
+
+
+def test_a_login_at_which_the_box_hangs_up_is_tried_once_more_only(archive_of):
+    """As OpenSSH does when it has had enough; more tries, and it may ban this machine."""
+
+    class Impatient(OpenSSH):
+        def prepare(self):
+            super().prepare()
+            with open(self.config, "a") as config:
+                config.write("MaxAuthTries 1\n")
+
+    with real(Impatient) as box, Relay(box.host, box.port) as relay:
+        archive = archive_of(box)
+        other = archive.folder / "other_key"
+        asyncssh.generate_private_key("ssh-ed25519").write_private_key(other)
+
+        settings = box.settings(port=relay.port) | {"HETZNER_KEY_FILE": other}
+        result = archive(**settings)
+
+    assert result.status == 1
+    assert "correct HETZNER_USER" in result.stderr.splitlines()[-1]
+    assert f"HETZNER_KEY_FILE {other}" in result.stderr.splitlines()[-1]
+    assert relay.connections <= 2
 
 
 @pytest.mark.parametrize("passphrase", [None, "canary-wrong-passphrase"])
