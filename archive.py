@@ -31,9 +31,9 @@ Exit statuses: 0 all is archived (restore: is there; verify: agrees), 1 fatal, 2
 usage or configuration, 3 some file failed, 11 another run holds the lock, 75
 restore is under way, 128+n ended by signal n.
 
-Sections, each using only those above it: Limits, Prices, Errors, Configuration,
-Names, Source: SFTP, Places to restore to, State: SQLite, Archive: S3, Money, The
-run, Other commands, Command line.
+Sections, each using only those above it: Limits, Prices, Errors, Names,
+Configuration, Source: SFTP, Places to restore to, State: SQLite, Archive: S3, Money,
+The run, Other commands, Command line.
 """
 
 from __future__ import annotations
@@ -260,6 +260,166 @@ class Stopping(threading.Event):
     """Set when the program is to end; `number` is that of the signal, if it was one."""
 
     number: int | None = None
+
+
+# ----------------------------------------------------------------------- Names
+#
+# Names are bytes from end to end, as SFTP has them.  They become text in three
+# places: the state's path column, the S3 key, and what is printed.
+
+# Stands for a byte that text cannot carry, before its two upper-case hex digits:
+# what rclone writes for invalid UTF-8, so that it restores such names too.
+ESCAPE = "\u201b"
+TEXT_ESCAPES = re.compile(f"[\udc80-\udcff]|{ESCAPE}(?=[0-9A-F]{{2}})")
+KEY_ESCAPES = re.compile(f"[\0-\x1f\x7f\ufffe\uffff]|{TEXT_ESCAPES.pattern}")
+ESCAPED = re.compile(ESCAPE.encode() + b"([0-9A-F]{2})")
+
+SNAPSHOT = ".archive_state.db"  # key of the state's copy, below the prefix
+PROBE = ".archive//check"  # permissions are tried with it: no file has such a key
+
+
+def escape(name: bytes, pattern: re.Pattern[str]) -> str:
+    """`name` as text with what `pattern` matches escaped; see `unescape`.
+
+    An escape character that would read as the start of an escape is escaped
+    itself, so that no two names become one text.
+    """
+    text = name.decode("utf-8", "surrogateescape")
+    if text.isascii() and text.isprintable():
+        return text
+
+    def spell(match: re.Match[str]) -> str:
+        raw = match[0].encode("utf-8", "surrogateescape")
+        return "".join(f"{ESCAPE}{byte:02X}" for byte in raw)
+
+    return pattern.sub(spell, text)
+
+
+def unescape(text: str) -> bytes:
+    """The name that `escape` made `text` of."""
+    return ESCAPED.sub(lambda match: bytes([int(match[1], 16)]), text.encode())
+
+
+def path_text(path: bytes) -> str:
+    """The state's path column: `path` itself wherever it is valid UTF-8."""
+    return escape(path, TEXT_ESCAPES)
+
+
+def printable(name: bytes | str) -> str:
+    """Any name on one line, for people: what is not printable is escaped."""
+    text = name if isinstance(name, str) else name.decode("utf-8", "surrogateescape")
+    if text.isprintable() and "\\" not in text:
+        return text
+
+    def shown(char: str) -> str:
+        if "\udc80" <= char <= "\udcff":
+            return f"\\x{ord(char) - 0xDC00:02x}"
+        plain = char.isprintable() and char != "\\"
+        return char if plain else char.encode("unicode_escape").decode()
+
+    return "".join(map(shown, text))
+
+
+def size_text(size: float) -> str:
+    """`1.5 GiB`: binary units, exact below 1 KiB."""
+    units = iter(("bytes", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while size >= 1024 and unit != "TiB":
+        size, unit = size / 1024, next(units)
+    return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
+
+
+def time_text(seconds: float) -> str:
+    """A time since the epoch in the user's zone, with its offset."""
+    return f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S %z}"
+
+
+def join(folder: bytes, name: bytes) -> bytes:
+    """The path of `name` in `folder`."""
+    return folder + name if folder.endswith(b"/") else folder + b"/" + name
+
+
+def below(root: bytes, path: bytes) -> bytes:
+    """`path` without the `root` it was joined to: by position, so that a folder
+    of the same name further down stays."""
+    return path[len(join(root, b"")) :]
+
+
+def object_key(prefix: str, relative: bytes) -> str:
+    """The S3 key of a path below REMOTE_PATH; FileError if S3 takes none.
+
+    Reversible: `unescape(key[len(prefix):])` is `relative`.
+    """
+    if {b"", b".", b".."} & set(relative.split(b"/")):
+        raise FileError("a . or .. or empty segment cannot be part of a key")
+    key = prefix + escape(relative, KEY_ESCAPES)
+    size = len(key.encode())
+    if size > MAX_KEY_BYTES:
+        raise FileError(
+            f"its key has {size:,} bytes, S3 takes {MAX_KEY_BYTES:,}: give it a shorter "
+            "path, or exclude it"
+        )
+    if key == prefix + SNAPSHOT:
+        raise FileError(f"{key} is the key of the state's own snapshot")
+    return key
+
+
+class Rules:
+    """What the walk leaves out: hidden entries and EXCLUDE_PATHS."""
+
+    def __init__(self, root: bytes, exclude: Iterable[str], include_hidden: bool):
+        """An item of `exclude` is a path relative to `root` or whole, or a glob
+        whose `*` crosses slashes; it stands for that entry and all under it."""
+        self._root = root
+        start = join(root, b"").decode("utf-8", "surrogateescape")
+        items = {item.rstrip("/") for item in exclude}
+        items |= {item.removeprefix(start) for item in items}
+        items |= {item.removeprefix("./") for item in items}
+        self._exact = items
+        self._glob = re.compile("|".join(map(fnmatch.translate, items)))
+        self._include_hidden = include_hidden
+
+    def excluded(self, path: bytes) -> bool:
+        if not self._exact:
+            return False
+        text = below(self._root, path).decode("utf-8", "surrogateescape")
+        return text in self._exact or bool(self._glob.match(text))
+
+    def hidden(self, name: bytes) -> bool:
+        return name.startswith(b".") and not self._include_hidden
+
+
+class Plan(NamedTuple):
+    """How a file goes up: `parts_at_once` 0 means one PUT of the whole file;
+    `memory` is what it may hold at once, in bytes."""
+
+    part_size: int
+    parts_at_once: int
+    memory: int
+
+
+def upload_plan(size: int, memory_limit: int) -> Plan:
+    """The plan of a file of `size` bytes; FileError if `memory_limit` is too
+    small for it.
+
+    A large file holds the parts under way, the one being read and the reads
+    ahead; a small one its replies and the whole they are joined to.
+    """
+    if size < SMALL_FILE:
+        return Plan(size, 0, 2 * size)
+    least = max(MIN_PART, -(-size // MAX_PARTS))
+    if least > MAX_PART:
+        raise FileError(f"{size:,} bytes are more than an S3 object can have")
+    room = memory_limit - READ_WINDOW
+    part = max(least, min(PART_SIZE, room // 2))
+    at_once = min(PARTS_AT_ONCE, room // part - 1)
+    if at_once < 1:
+        needed = -(-(2 * part + READ_WINDOW) // MIB)
+        raise FileError(
+            f"{size:,} bytes need parts of {part:,}: MEMORY_LIMIT is "
+            f"{memory_limit // MIB}M, set it to {needed}M or more"
+        )
+    return Plan(part, at_once, min(2 * size, (at_once + 1) * part + READ_WINDOW))
 
 
 # --------------------------------------------------------------- Configuration
@@ -516,166 +676,6 @@ def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
         secrets=secrets,
         warnings=tuple(cautions(settings, env_file)),
     )
-
-
-# ----------------------------------------------------------------------- Names
-#
-# Names are bytes from end to end, as SFTP has them.  They become text in three
-# places: the state's path column, the S3 key, and what is printed.
-
-# Stands for a byte that text cannot carry, before its two upper-case hex digits:
-# what rclone writes for invalid UTF-8, so that it restores such names too.
-ESCAPE = "\u201b"
-TEXT_ESCAPES = re.compile(f"[\udc80-\udcff]|{ESCAPE}(?=[0-9A-F]{{2}})")
-KEY_ESCAPES = re.compile(f"[\0-\x1f\x7f\ufffe\uffff]|{TEXT_ESCAPES.pattern}")
-ESCAPED = re.compile(ESCAPE.encode() + b"([0-9A-F]{2})")
-
-SNAPSHOT = ".archive_state.db"  # key of the state's copy, below the prefix
-PROBE = ".archive//check"  # permissions are tried with it: no file has such a key
-
-
-def escape(name: bytes, pattern: re.Pattern[str]) -> str:
-    """`name` as text with what `pattern` matches escaped; see `unescape`.
-
-    An escape character that would read as the start of an escape is escaped
-    itself, so that no two names become one text.
-    """
-    text = name.decode("utf-8", "surrogateescape")
-    if text.isascii() and text.isprintable():
-        return text
-
-    def spell(match: re.Match[str]) -> str:
-        raw = match[0].encode("utf-8", "surrogateescape")
-        return "".join(f"{ESCAPE}{byte:02X}" for byte in raw)
-
-    return pattern.sub(spell, text)
-
-
-def unescape(text: str) -> bytes:
-    """The name that `escape` made `text` of."""
-    return ESCAPED.sub(lambda match: bytes([int(match[1], 16)]), text.encode())
-
-
-def path_text(path: bytes) -> str:
-    """The state's path column: `path` itself wherever it is valid UTF-8."""
-    return escape(path, TEXT_ESCAPES)
-
-
-def printable(name: bytes | str) -> str:
-    """Any name on one line, for people: what is not printable is escaped."""
-    text = name if isinstance(name, str) else name.decode("utf-8", "surrogateescape")
-    if text.isprintable() and "\\" not in text:
-        return text
-
-    def shown(char: str) -> str:
-        if "\udc80" <= char <= "\udcff":
-            return f"\\x{ord(char) - 0xDC00:02x}"
-        plain = char.isprintable() and char != "\\"
-        return char if plain else char.encode("unicode_escape").decode()
-
-    return "".join(map(shown, text))
-
-
-def size_text(size: float) -> str:
-    """`1.5 GiB`: binary units, exact below 1 KiB."""
-    units = iter(("bytes", "KiB", "MiB", "GiB", "TiB"))
-    unit = next(units)
-    while size >= 1024 and unit != "TiB":
-        size, unit = size / 1024, next(units)
-    return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
-
-
-def time_text(seconds: float) -> str:
-    """A time since the epoch in the user's zone, with its offset."""
-    return f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S %z}"
-
-
-def join(folder: bytes, name: bytes) -> bytes:
-    """The path of `name` in `folder`."""
-    return folder + name if folder.endswith(b"/") else folder + b"/" + name
-
-
-def below(root: bytes, path: bytes) -> bytes:
-    """`path` without the `root` it was joined to: by position, so that a folder
-    of the same name further down stays."""
-    return path[len(join(root, b"")) :]
-
-
-def object_key(prefix: str, relative: bytes) -> str:
-    """The S3 key of a path below REMOTE_PATH; FileError if S3 takes none.
-
-    Reversible: `unescape(key[len(prefix):])` is `relative`.
-    """
-    if {b"", b".", b".."} & set(relative.split(b"/")):
-        raise FileError("a . or .. or empty segment cannot be part of a key")
-    key = prefix + escape(relative, KEY_ESCAPES)
-    size = len(key.encode())
-    if size > MAX_KEY_BYTES:
-        raise FileError(
-            f"its key has {size:,} bytes, S3 takes {MAX_KEY_BYTES:,}: give it a shorter "
-            "path, or exclude it"
-        )
-    if key == prefix + SNAPSHOT:
-        raise FileError(f"{key} is the key of the state's own snapshot")
-    return key
-
-
-class Rules:
-    """What the walk leaves out: hidden entries and EXCLUDE_PATHS."""
-
-    def __init__(self, root: bytes, exclude: Iterable[str], include_hidden: bool):
-        """An item of `exclude` is a path relative to `root` or whole, or a glob
-        whose `*` crosses slashes; it stands for that entry and all under it."""
-        self._root = root
-        start = join(root, b"").decode("utf-8", "surrogateescape")
-        items = {item.rstrip("/") for item in exclude}
-        items |= {item.removeprefix(start) for item in items}
-        items |= {item.removeprefix("./") for item in items}
-        self._exact = items
-        self._glob = re.compile("|".join(map(fnmatch.translate, items)))
-        self._include_hidden = include_hidden
-
-    def excluded(self, path: bytes) -> bool:
-        if not self._exact:
-            return False
-        text = below(self._root, path).decode("utf-8", "surrogateescape")
-        return text in self._exact or bool(self._glob.match(text))
-
-    def hidden(self, name: bytes) -> bool:
-        return name.startswith(b".") and not self._include_hidden
-
-
-class Plan(NamedTuple):
-    """How a file goes up: `parts_at_once` 0 means one PUT of the whole file;
-    `memory` is what it may hold at once, in bytes."""
-
-    part_size: int
-    parts_at_once: int
-    memory: int
-
-
-def upload_plan(size: int, memory_limit: int) -> Plan:
-    """The plan of a file of `size` bytes; FileError if `memory_limit` is too
-    small for it.
-
-    A large file holds the parts under way, the one being read and the reads
-    ahead; a small one its replies and the whole they are joined to.
-    """
-    if size < SMALL_FILE:
-        return Plan(size, 0, 2 * size)
-    least = max(MIN_PART, -(-size // MAX_PARTS))
-    if least > MAX_PART:
-        raise FileError(f"{size:,} bytes are more than an S3 object can have")
-    room = memory_limit - READ_WINDOW
-    part = max(least, min(PART_SIZE, room // 2))
-    at_once = min(PARTS_AT_ONCE, room // part - 1)
-    if at_once < 1:
-        needed = -(-(2 * part + READ_WINDOW) // MIB)
-        raise FileError(
-            f"{size:,} bytes need parts of {part:,}: MEMORY_LIMIT is "
-            f"{memory_limit // MIB}M, set it to {needed}M or more"
-        )
-    return Plan(part, at_once, min(2 * size, (at_once + 1) * part + READ_WINDOW))
 
 
 # ---------------------------------------------------------------- Source: SFTP
@@ -1977,13 +1977,13 @@ class BoxFolder:
         def write(connection: Connection) -> None:
             nonlocal written
             # The answer to an earlier rename may have been lost with its connection.
-            if written is not None and found(connection, path) == (written, mtime):
+            if written is not None and size_and_mtime(connection, path) == (written, mtime):
                 return
             self._make(connection, folder)
             written = self._write(connection, partial_path, mtime, blocks())
             self._rename(connection, partial_path, path, replace)
             # A lost connection's request may be carried out as late as now.
-            if found(connection, path) != (written, mtime):
+            if size_and_mtime(connection, path) != (written, mtime):
                 raise FileError("the box has something else in its place then")
 
         try:
@@ -2054,7 +2054,7 @@ class BoxFolder:
             connection.flight((FXP_CLOSE, handle))
             raise
         expect_ok(connection.flight((FXP_CLOSE, handle)))
-        if found(connection, path) != (at, mtime):
+        if size_and_mtime(connection, path) != (at, mtime):
             raise FileError(f"the box does not have {at:,} bytes of mtime {mtime} then")
         return at
 
@@ -2073,7 +2073,7 @@ class BoxFolder:
         expect_ok(connection.flight((FXP_RENAME, names)))
 
 
-def found(connection: Connection, path: bytes) -> tuple[int | None, int | None]:
+def size_and_mtime(connection: Connection, path: bytes) -> tuple[int | None, int | None]:
     """Size and mtime of `path`, None where the server tells none."""
     with contextlib.suppress(Status):
         return lstat(connection, path)[:2]
@@ -3856,7 +3856,7 @@ def in_parallel(
             raise
 
 
-def number(usd: float) -> float | None:
+def json_number(usd: float) -> float | None:
     """An amount as JSON has it: null where it is unknown."""
     return None if math.isnan(usd) else round(usd, 6)
 
@@ -3956,7 +3956,7 @@ def plan(tools: Tools, as_json: bool) -> int:
             "special": walk.special,
             "requests": forecast.requests._asdict(),
             "afterwards": sum(forecast.afterwards.values(), Count()),
-            "usd": {name: number(amount) for name, amount in usd.items()},
+            "usd": {name: json_number(amount) for name, amount in usd.items()},
             "prices": money.about(),
         }
         tools.show(json.dumps(told, indent=2, default=vars))
@@ -4034,7 +4034,7 @@ def status(tools: Tools, as_json: bool) -> int:
     if as_json:
         told = {
             "archived": held if state else None,
-            "usd_a_month": number(month) if state else None,
+            "usd_a_month": json_number(month) if state else None,
             "prices": money.about(),
             "runs": [run._asdict() for run in runs],
             "box": {"used": room[0], "free": room[1]} if room else None,
