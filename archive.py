@@ -1989,10 +1989,10 @@ class BoxFolder:
         try:
             self._box.insist(write)
         except (Status, FileError) as error:
+            room = self.room() if isinstance(error, Status) else None  # with that file
             with contextlib.suppress(Fatal, Stopped):  # not waited for
                 self._box.connection().flight((FXP_REMOVE, blob(partial_path)))
             if isinstance(error, Status):
-                room = self.room()
                 kind = FileError if room is None or room >= MIB else Fatal
                 raise kind(f"the box cannot store it: {error}") from None
             raise
@@ -2549,6 +2549,10 @@ NO_CREDENTIALS = (
 )
 
 
+class Damaged(FileError):
+    """What came is not what S3 holds, or not what is recorded."""
+
+
 class Unreachable(FileError):
     """S3 did not answer: this file's failure, but the run's if it stays so."""
 
@@ -2602,7 +2606,8 @@ class Held(NamedTuple):
 
 def held(answer: Mapping[str, Any]) -> Held:
     """What a HEAD or GET answered."""
-    told = answer["Metadata"].get("mtime", "")
+    # HTTP's names have no case, and some servers change it.
+    told = {name.lower(): value for name, value in answer["Metadata"].items()}.get("mtime", "")
     is_time = re.fullmatch(r"-?\d{1,12}(\.\d*)?", told)
     mtime = math.floor(float(told)) if is_time else None
     return Held(mtime, crc32_of(answer), math.floor(answer["LastModified"].timestamp()))
@@ -2619,7 +2624,7 @@ class S3Object(NamedTuple):
     size: int
     storage_class: str
     restored: bool | None
-    stored_at: float
+    stored_at: int
 
 
 def lifecycle_prefix(rule: Mapping[str, Any]) -> str:
@@ -2661,7 +2666,7 @@ class Download:
                     yield block
                 reason = "it ended early"
             except aws.FlexibleChecksumError as error:
-                raise FileError(f"damaged on the way: {error}") from None
+                raise Damaged(f"damaged on the way: {error}") from None
             except (aws.BotoCoreError, urllib3.exceptions.HTTPError) as error:
                 reason = str(error)
             if at >= size:
@@ -2672,7 +2677,7 @@ class Download:
         if at != size:
             raise FileError(f"S3 sent {at:,} of {size:,} bytes")
         if crc32 is not None and found != crc32:
-            raise FileError(f"its CRC-32 is {crc_text(found)}, not {crc_text(crc32)}")
+            raise Damaged(f"its CRC-32 is {crc_text(found)}, not {crc_text(crc32)}")
 
     def _body(self, at: int) -> Any:
         answer, self._first = self._first, None
@@ -2877,6 +2882,10 @@ class Archive:
             if error.code != "NoSuchUpload":
                 raise
 
+    def doubt_uploads(self, keys: Iterable[str]) -> None:
+        """Each of these may have an unfinished upload by an earlier run."""
+        self._doubtful.update(keys)
+
     def is_clean(self, key: str) -> bool:
         """Whether no multipart upload of `key` is left."""
         return key not in self._uploads and key not in self._doubtful
@@ -2912,20 +2921,25 @@ class Archive:
         for 1,000 of them.  Neither the snapshot nor the empty objects that S3's
         console makes of folders."""
         more = {"OptionalObjectAttributes": ["RestoreStatus"]}
+        for entry in self._entries(prefix, **more):
+            status = entry.get("RestoreStatus", {})
+            expiry = status.get("RestoreExpiryDate")
+            restored = True if expiry and expiry.timestamp() > time.time() else None
+            if status.get("IsRestoreInProgress"):
+                restored = False
+            kind = entry.get("StorageClass", "STANDARD")
+            # Whole seconds, as in the answer to a GET.
+            stored_at = math.floor(entry["LastModified"].timestamp())
+            yield S3Object(entry["Key"], entry["Size"], kind, restored, stored_at)
+
+    def _entries(self, prefix: str, **more: Any) -> Iterator[Any]:
         for page in self._pages("list_objects_v2", prefix, **more):
             if self._stopping.is_set():
                 raise Stopped("stopped")
             for entry in page.get("Contents", ()):
-                key, size = entry["Key"], entry["Size"]
-                if key == self._prefix + SNAPSHOT or (key.endswith("/") and not size):
-                    continue
-                status = entry.get("RestoreStatus", {})
-                expiry = status.get("RestoreExpiryDate")
-                restored = True if expiry and expiry.timestamp() > time.time() else None
-                if status.get("IsRestoreInProgress"):
-                    restored = False
-                kind = entry.get("StorageClass", "STANDARD")
-                yield S3Object(key, size, kind, restored, entry["LastModified"].timestamp())
+                folder = entry["Key"].endswith("/") and not entry["Size"]
+                if not folder and entry["Key"] != self._prefix + SNAPSHOT:
+                    yield entry
 
     def head(self, key: str) -> Held:
         """What S3 keeps of an object, also of a cold one; FileError."""
@@ -3044,15 +3058,20 @@ class Archive:
 
     def has_objects(self) -> bool:
         """Whether anything is below the prefix."""
-        return next(self.objects(self._prefix), None) is not None
+        return next(self._entries(self._prefix), None) is not None
 
     def put_snapshot(self, database: Path) -> None:
         """Stores a copy of the state below the prefix, in the class that needs no
         restore; no transaction is open."""
-        # One PUT: parts would be left when a run is killed.
-        put = partial(self._client.put_object, Key=self._prefix + SNAPSHOT)
-        with database.open("rb") as source:
-            self._ask(put, Body=source, ChecksumAlgorithm="CRC32")
+        extra = {"ChecksumAlgorithm": "CRC32"}
+        # One PUT, as long as S3 takes it: parts would be left when a run is killed.
+        config = TransferConfig(
+            multipart_threshold=MAX_PART, preferred_transfer_client="classic"
+        )
+        with s3_errors(), database.open("rb") as source:
+            self._client.upload_fileobj(
+                source, self._bucket, self._prefix + SNAPSHOT, extra, Config=config
+            )
 
     def get_snapshot(self, target: Path) -> float | None:
         """Writes the state's copy to `target`; when it was stored, None if there is
@@ -3067,8 +3086,13 @@ class Archive:
             if error.code != "NoSuchKey":
                 raise
             return None
-        with target.open("wb") as copy:
-            copy.writelines(snapshot.blocks(snapshot.size, None))
+        try:
+            with target.open("wb") as copy:
+                copy.writelines(snapshot.blocks(snapshot.size, None))
+        except Damaged as error:
+            raise Unusable(f"its snapshot {key} in the bucket is damaged: {error}") from None
+        except FileError as error:
+            raise FileError(f"the state's snapshot {key}: {error}") from None
         return snapshot.held.stored_at
 
 
@@ -3369,6 +3393,7 @@ class Run:
                 if not isinstance(error, FileError) and error.code != "AccessDenied":
                     raise
                 log.warning("unfinished uploads stay, that of %s: %s", printable(key), error)
+                self.archive.doubt_uploads(self.state.unfinished_uploads())
                 return  # the next would take as long, and end so, too
             if count:
                 log.info("aborted %d unfinished upload(s) of %s", count, printable(key))
@@ -3601,8 +3626,8 @@ def open_state(config: Config, archive: Archive, new_state: bool) -> State:
     if state.is_pinned():
         state.pin(pins_of(config))
     elif not doubt_unpinned(state, archive, config):
-        # What was archived meanwhile may have gone elsewhere.
-        state.doubt(row.path for row in state.recorded("") if row.crc32 is not None)
+        if any(row.crc32 is not None for row in state.recorded("")):
+            doubt_replaced(state, archive, config, math.inf)  # archived elsewhere, perhaps
         state.pin(pins_of(config))
     return state
 
@@ -3715,9 +3740,9 @@ def matched(
 
 
 def doubt_replaced(state: State, archive: Archive, config: Config, stored_at: float) -> None:
-    """Notes the rows of a snapshot, stored at that time, whose objects are newer: a run
-    that was lost with its state has replaced them.  And those of our own whose objects
-    are gone: they may have been forgotten for that.  FileError, Fatal."""
+    """Notes the rows, known at that time, whose objects are newer: a run that was lost
+    with its state has replaced them.  And those of our own without an object, which may
+    have been forgotten since.  FileError, Fatal."""
     state.give_keys(partial(key_of_row, config))
 
     def outdated(found: S3Object | None, row: Recorded) -> bool:
@@ -3725,7 +3750,7 @@ def doubt_replaced(state: State, archive: Archive, config: Config, stored_at: fl
             return row.crc32 is not None
         return found.size != row.size or found.stored_at > stored_at
 
-    pairs = matched(archive.objects(config.prefix), state.recorded(config.prefix))
+    pairs = matched(archive.objects(config.prefix), state.recorded(""))
     state.doubt(row.path for _, found, row in pairs if row and outdated(found, row))
 
 
@@ -4169,7 +4194,8 @@ def verify(tools: Tools, checksums: bool, repair: bool) -> int:
     if counts["No key"]:
         told = f"{counts['No key']:,} rows cannot have been made with these settings"
         log.warning("%s: correct S3_PREFIX or REMOTE_PATH", told)
-    bad = sum(counts.values()) - counts["Agree"] - counts["No checksum"]
+    good = ("Agree", "In doubt", "No checksum")  # the next run sees to what is in doubt
+    bad = sum(count for label, count in counts.items() if label not in good)
     shown = [(label, count) for label, count in counts.items() if count or label in labels]
     tools.table("VERIFY", shown)
     if forgotten:
@@ -4197,38 +4223,46 @@ def compare(key: str, found: S3Object | None, row: Recorded | None) -> Finding:
     if row.storage_class not in (None, found.storage_class):
         fault = f"S3 holds it in {found.storage_class}, recorded is {row.storage_class}"
         return Finding("Wrong class", key, fault, row.path)
-    if row.doubtful:
-        fault = "S3's answer to a newer one was lost: run archives it again, if it is there"
-        return Finding("In doubt", key, fault)
-    return Finding("Agree", key)
+    return Finding("In doubt" if row.doubtful else "Agree", key)
 
 
 # restore
 
 
 class Wanted(NamedTuple):
-    """An object that is to be restored; None is what only S3 may know."""
+    """An object that is to be restored, with its row, if it has one."""
 
     key: str
     name: bytes  # below the folder that is restored to
     size: int
-    mtime: int | None
-    crc32: int | None
-    doubtful: bool  # these two may be those of an object that it has replaced
+    row: Recorded | None
+    newer: bool  # than its row: a run that was lost with its state may have replaced it
     storage_class: str
     restored: bool | None  # as in S3Object
     fault: str = ""  # why it cannot be
 
     def as_held(self, held: Held) -> tuple[int, int | None]:
         """Its mtime and CRC-32, None if nobody knows it: what is recorded, unless S3
-        shows that it is a newer object."""
-        mtime, crc32 = self.mtime, self.crc32
-        other_bytes = None not in (crc32, held.crc32) and crc32 != held.crc32
-        if self.doubtful and (other_bytes or held.mtime not in (None, mtime)):
-            mtime = crc32 = None
-        if mtime is None:
-            mtime = held.stored_at if held.mtime is None else held.mtime
-        return mtime, crc32
+        shows that it has replaced the recorded object.  FileError if it is neither.
+
+        A run gives a new object another time, unless the row says that its answer was
+        lost; what an earlier script did is not known.
+        """
+        row = self.row
+        if row is not None:
+            other_time = held.mtime not in (None, row.mtime)
+            other_sum = None not in (row.crc32, held.crc32) and row.crc32 != held.crc32
+            any_time = row.doubtful or row.crc32 is None
+            other = other_time or (any_time and (other_sum or row.size != self.size))
+            if not (other and (self.newer or row.doubtful)):
+                if row.size != self.size:
+                    raise FileError(self.other_size())
+                return row.mtime, row.crc32
+        return held.stored_at if held.mtime is None else held.mtime, held.crc32
+
+    def other_size(self) -> str:
+        recorded = self.row.size if self.row else 0
+        return f"S3 holds {self.size:,} bytes, recorded are {recorded:,}"
 
 
 # What is the case with one, in the words of the summary.
@@ -4322,7 +4356,7 @@ class Restore:
                         yield wanted
             if path and not met:
                 nothing = "nothing is archived under this path"
-                yield Wanted("", path, 0, None, None, False, "", None, nothing)
+                yield Wanted("", path, 0, None, False, "", None, nothing)
             elif not met:
                 raise nothing_there(config)
 
@@ -4336,14 +4370,10 @@ class Restore:
         inner = key[len(self.tools.config.prefix) :]
         name = unescape(inner)
         size, kind, restored = found[1:4] if found else (0, "", None)
-        # Replaced by a run that was lost with its state, or was not told so by S3?
-        doubtful = False
+        newer = False
         if row and found:
             known_at = min((row.uploaded_at or math.inf) + CLOCK_LIMIT, self.state.as_of)
-            doubtful = row.doubtful or found.stored_at > known_at
-            if doubtful and found.size != row.size:
-                row = None
-        mtime, crc32 = (row.mtime, row.crc32) if row else (None, None)
+            newer = found.stored_at > known_at
         fault = ""
         windows = os.name == "nt" and (b"\\" in name or b":" in name)
         if {b"", b".", b".."} & set(name.split(b"/")) or b"\0" in name or windows:
@@ -4352,9 +4382,10 @@ class Restore:
             fault = "another program's: its name is that of another key"
         elif found is None:
             fault = "recorded, but not in the bucket"
-        elif row and row.size != size:
-            fault = f"S3 holds {size:,} bytes, recorded are {row.size:,}"
-        return Wanted(key, name, size, mtime, crc32, doubtful, kind, restored, fault)
+        wanted = Wanted(key, name, size, row, newer, kind, restored, fault)
+        if row and row.size != size and not (fault or newer or row.doubtful):
+            return wanted._replace(fault=wanted.other_size())
+        return wanted
 
     def _case(self, wanted: Wanted) -> str:
         """What is the case; FileError."""
@@ -4365,8 +4396,9 @@ class Restore:
             raise FileError(f"an earlier one of this name: {printable(ours)} has replaced it")
         there = self.target.find(wanted.name)
         if there is not None:
-            mtime = wanted.mtime
-            if there[0] == wanted.size and (mtime is None or wanted.doubtful):
+            row = wanted.row
+            mtime = row.mtime if row else None
+            if there[0] == wanted.size and (row is None or wanted.newer or row.doubtful):
                 mtime, _ = wanted.as_held(self.tools.archive.head(wanted.key))
             if there == (wanted.size, mtime):
                 return THERE
@@ -4408,7 +4440,7 @@ class Restore:
         try:
             download = self.tools.archive.download(wanted.key)
             mtime, crc32 = wanted.as_held(download.held)
-            if wanted.doubtful and (mtime, crc32) != (wanted.mtime, wanted.crc32):
+            if wanted.row and (mtime, crc32) != (wanted.row.mtime, wanted.row.crc32):
                 told = "%s was stored anew after it was recorded: S3's word holds"
                 log.warning(told, printable(wanted.name))
             with self.tools.sending(RemoteFile(name, wanted.size, mtime)) as sent:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import re
 import sqlite3
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from conftest import SNAPSHOT
 from faults import SMALL, assert_all_archived, write
 from faulty_sftp import first
-from scripted_s3 import halfway
+from scripted_s3 import halfway, headers
 
 IMPATIENT = {"LOCKED_LIMIT": 1, "COMMIT_LIMIT": 1}
 
@@ -281,6 +282,32 @@ def test_snapshot_that_breaks_off_goes_on_where_it_broke(archive_of, box, s3):
     result = archive()
     assert cut.fired
     assert (result.status, result.counts) == (0, (1, 40, 0)), result.stderr
+
+
+def test_snapshot_that_is_damaged_on_its_way_is_named(archive_of, box, s3, bucket):
+    archive = archive_of(box, AWS_ENDPOINT_URL=s3.url)
+    fill(archive, box)
+    archive.state_db.unlink()
+    s3.always("GetObject", headers(x_amz_checksum_crc32="AAAAAA=="), key=SNAPSHOT)
+    result = assert_refused(archive, bucket)
+    assert f"its snapshot {SNAPSHOT} in the bucket is damaged" in result.stderr
+    assert "--new-state" in result.stderr
+
+
+def test_snapshot_is_as_old_as_the_listing_has_it(archive_of, box, s3):
+    """Some servers list milliseconds, but answer a GET with whole seconds."""
+    archive = archive_of(box, AWS_ENDPOINT_URL=s3.url)
+    fill(archive, box)
+    archive.state_db.unlink()
+
+    def milliseconds(exchange):
+        answer = exchange.forward()
+        answer.body = re.sub(rb"(:\d\d)(\.\d+)?Z<", rb"\1.999Z<", answer.body)
+        answer.headers["content-length"] = str(len(answer.body))
+        return answer
+
+    s3.always("ListObjectsV2", milliseconds)
+    assert archive().counts == (1, 40, 0)
 
 
 def test_folder_that_s3s_console_made_does_not_hinder_the_first_run(archive, box, bucket):

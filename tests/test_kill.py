@@ -22,7 +22,7 @@ from faults import (
     write,
 )
 from faulty_sftp import freeze, unanswered
-from scripted_s3 import first, lost_answer, reset
+from scripted_s3 import error, first, lost_answer, reset
 
 ROUNDS = 8 * EFFORT
 A_RUN = 2.5  # s, about what a whole run takes here
@@ -121,6 +121,23 @@ def test_upload_of_a_killed_run_is_aborted_by_the_next_and_nobody_elses(
     assert uploads(bucket) == others
     assert ("aborted" in result.stderr) == bool(left)
     assert "aborted" not in archive(constants=SIZES).stderr
+
+
+def test_upload_that_could_not_be_looked_for_is_aborted_by_a_later_run(
+    archive, box, s3, bucket
+):
+    write(box.root / "big", LARGE)
+    kill_at(archive, s3, "UploadPart", lost_answer, 1)
+    assert archive.start(constants=SIZES).wait().status == -9
+    wait_for(lambda: not s3.under_way)
+    s3.rules.clear()
+    s3.always("ListMultipartUploads", error(403, "AccessDenied"))
+    assert archive(constants=SIZES).counts == (1, 0, 0)
+    assert len(uploads(bucket)) == 1
+    s3.rules.clear()
+
+    assert archive(constants=SIZES).status == 0
+    assert uploads(bucket) == set()
 
 
 @pytest.mark.timeout(45)  # the box owes its answer for 60 s

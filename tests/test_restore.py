@@ -116,13 +116,6 @@ def relisted(tag, values):
     return told
 
 
-def no_room(request):
-    """statvfs of a full box; nothing else is there."""
-    if request.name != b"statvfs@openssh.com":
-        return request.reply()
-    return request.packet(201, struct.pack(">11Q", 4096, 4096, 1000, 0, 0, 0, 0, 0, 0, 0, 255))
-
-
 def damaged(exchange):
     """The object with one bit turned over on its way."""
     answer = exchange.forward()
@@ -954,17 +947,33 @@ def test_disk_that_is_full_ends_the_pass_and_leaves_nothing_half_done(archive, t
 
 
 def test_box_that_is_full_ends_the_pass(archive, faulty_box, s3):
-    """Each further file would be paid for, and fail."""
-    archived(archive, {f"f{number}": 1_000 for number in range(20)}, **WARM)
-    faulty_box.always("EXTENDED", None, no_room)
-    faulty_box.always("WRITE", None, status(FAILURE))
+    """Each further file would be paid for, and fail: also while there is room again, for
+    what was written of the last one is removed."""
+    archived(archive, {f"f{number}": 3 * MIB for number in range(8)}, **WARM)
+
+    def room():
+        back = faulty_box.root / "back"
+        used = sum(path.stat().st_size for path in back.iterdir()) if back.exists() else 0
+        return 2 * MIB - used
+
+    def told(request):
+        if request.name != b"statvfs@openssh.com":
+            return request.reply()
+        free = max(0, room()) // 4096
+        return request.packet(201, struct.pack(">11Q", 4096, 4096, 9_999, free, free, *[0] * 6))
+
+    def within(request):
+        return request.reply() if len(request.data) <= room() else request.status(FAILURE)
+
+    faulty_box.always("EXTENDED", None, told)
+    faulty_box.always("WRITE", None, within)
     s3.requests.clear()
 
     result = archive("restore", "--to-box", "back", TRANSFERS="1")
 
     assert result.status == 1, result.stderr
     assert "the box cannot store it" in result.stderr
-    assert s3.requests["GetObject"] < 10
+    assert s3.requests["GetObject"] < 4
     assert restored_in(faulty_box, "back") == {}
 
 
@@ -1172,18 +1181,27 @@ def test_object_that_is_newer_than_the_snapshot_comes_back_by_what_s3_knows(
         assert (to / "file").stat().st_mtime == OLD + 1
 
 
-def test_record_holds_where_s3_knows_nothing_else_of_a_newer_object(archive, bucket, to):
-    """As in a copy of the bucket that another tool made."""
-    archived(archive, {"changed": b"good", "same": b"good"}, **WARM)
-    for key, body in (("changed", b"evil"), ("same", b"good")):
+@pytest.mark.parametrize("metadata", [{}, {"mtime": str(OLD)}], ids=["no time", "time"])
+@pytest.mark.parametrize("algorithm", ["SHA256", "CRC32"])
+def test_record_holds_where_s3_does_not_tell_of_another_version(
+    archive, bucket, to, metadata, algorithm
+):
+    """As in a copy of the bucket that another tool made, and damaged."""
+    contents = {"changed": b"evil", "shorter": b"goo", "same": b"good"}
+    archived(archive, dict.fromkeys(contents, b"good"), **WARM)
+    for key, body in contents.items():
         bucket.client.put_object(
-            Bucket=bucket.name, Key=key, Body=body, ChecksumAlgorithm="SHA256"
+            Bucket=bucket.name,
+            Key=key,
+            Body=body,
+            ChecksumAlgorithm=algorithm,
+            Metadata=metadata,
         )
     archive.execute("UPDATE files SET uploaded_at = uploaded_at - 86400")
 
     result = archive("restore", "--to", to)
 
-    assert (result.status, set(failed(result))) == (3, {"changed"}), result.stderr
+    assert (result.status, set(failed(result))) == (3, {"changed", "shorter"}), result.stderr
     assert set(whole(to)) == {b"same"}
     assert (to / "same").stat().st_mtime == OLD
 
@@ -1206,6 +1224,21 @@ def test_object_whose_answer_was_lost_comes_back_by_what_s3_knows(archive, s3, t
     assert (to / "file").stat().st_mtime == OLD + 1
     assert result.stderr.count("stored anew") == 1
     assert "file was stored anew after it was recorded" in result.stderr
+
+
+def test_times_come_back_from_a_server_that_changes_the_case_of_names(archive, bucket, s3, to):
+    archived(archive, {"file": b"content"}, **WARM)
+    lose_state(archive, bucket)
+
+    def other_case(exchange):
+        answer = exchange.forward()
+        answer.headers["X-Amz-Meta-Mtime"] = answer.headers.pop("x-amz-meta-mtime")
+        return answer
+
+    s3.always("GetObject", other_case, key="file")
+
+    assert archive("restore", "--to", to).status == 0
+    assert (to / "file").stat().st_mtime == OLD
 
 
 def test_folder_that_cannot_be_made_is_told_of_before_anything_is_paid(archive, s3):

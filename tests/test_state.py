@@ -367,6 +367,21 @@ def test_an_earlier_scripts_state_is_not_tied_while_s3_does_not_tell(
     assert archive(S3_PREFIX="rihgt/").status == 1, "it is tied now"
 
 
+def test_what_is_archived_before_s3_tells_of_an_earlier_scripts_objects_is_paid_once(
+    archive_of, box, bucket, s3
+):
+    """Its policy may not have allowed to ask."""
+    archive = archive_of(box, AWS_ENDPOINT_URL=s3.url)
+    bucket.client.put_object(Bucket=bucket.name, Key="a", Body=b"aa")
+    earlier_database(archive, [("./a", 2, OLD)])
+    fill(box.root, {"a": b"aa", "new": b"new"})
+    s3.on("HeadObject", error(403, "AccessDenied"), key="a")
+
+    uploaded, skipped, _ = archive().counts
+    assert (uploaded > 0, skipped) == (True, 1)
+    assert archive().counts == (0, uploaded + skipped, 0)
+
+
 @pytest.mark.parametrize("wrong", [{"S3_PREFIX": "rihgt/"}, {"S3_BUCKET": "another"}])
 def test_an_earlier_scripts_state_is_not_tied_to_a_mistyped_place(archive, box, bucket, wrong):
     contents = {"a": b"aa", "folder/b": b"bbb"}
