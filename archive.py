@@ -147,6 +147,8 @@ SILENCE_LIMIT = 60  # nothing at all from the box while it owes a reply
 REPLY_LIMIT = 900  # one reply, while others keep coming
 RECONNECT_PAUSES = (0, 1, 2, 4, 8, 15)  # before each try of one outage
 LOSSES_IN_A_ROW = 5  # lost connections, until the file at hand is at fault
+TRIES_IN_COMPANY = 2  # of them: mostly it is the line, which breaks for all at once
+BROKEN_IN_A_ROW = 100  # such files, until the box is: half an hour of connecting anew
 KEEPALIVE = 60  # the box cuts idle sessions; parts may take minutes to upload
 S3_CONNECT_LIMIT = 20
 S3_READ_LIMIT = 60  # one answer of S3, per attempt
@@ -901,7 +903,8 @@ class Flight:
         """
         self._done.acquire()
         if self._error is not None:
-            raise self._error
+            # Of its own: one that all raise would keep the frames of all.
+            raise ConnectionLost(str(self._error))
         replies, self._replies = self._replies, []
         return replies
 
@@ -1002,8 +1005,8 @@ class Connection:
                 kind, number = KIND_AND_ID.unpack_from(packet)
                 flight, index = self._owed.pop(number)
                 flight.deliver(index, Reply(kind, packet[KIND_AND_ID.size :]))
-        except ConnectionLost as error:
-            self.close(str(error))
+        except (ConnectionLost, EOFError, OSError, paramiko.SSHException) as error:
+            self.close(str(error) or "the box closed the connection")
         except (KeyError, struct.error):
             self.close("the box sent a reply to no request")
         except Exception as error:  # or whoever waits would wait for ever
@@ -1072,6 +1075,7 @@ def connect(config: Config, passed: Callable[[str], None] = lambda _: None) -> C
     # limit, whatever timeouts are set: this one bounds the whole of it.
     limit = threading.Timer(CONNECT_LIMIT, transport.close)
     limit.daemon = True
+    began = time.monotonic()
     limit.start()
     try:
         pinned, revoked = pinned_keys(config)
@@ -1088,7 +1092,8 @@ def connect(config: Config, passed: Callable[[str], None] = lambda _: None) -> C
         return Connection(transport, channel)
     except Exception as error:  # paramiko hands on whatever its thread met
         transport.close()
-        if isinstance(error, (Fatal, HungUp)):
+        hung_up = isinstance(error, HungUp) and time.monotonic() - began < CONNECT_LIMIT
+        if hung_up or isinstance(error, Fatal):
             raise
         reason = str(error) or "the connection was closed"
         # Something listens, but it is no SSH server.
@@ -1202,14 +1207,13 @@ def log_in(config: Config, transport: paramiko.Transport) -> None:
     tried = " and ".join(dict.fromkeys(name for name, _ in attempts)) or "an empty agent"
     told = f"the login of {user} with {tried}: {login_remedy(config)}"
     where = f"{config.host}:{config.port}"
-    for number, (_, attempt) in enumerate(attempts):
+    for _, attempt in attempts:
         try:
             attempt()
         except paramiko.AuthenticationException:
             # A connection that breaks now looks like a refusal to paramiko.
             if not transport.is_active():
-                kind = Fatal if number else HungUp  # after a refusal it is one
-                raise kind(f"{where} hung up at {told}") from None
+                raise HungUp(f"{where} hung up at {told}") from None
         if transport.is_authenticated():
             return
     raise Fatal(f"{where} refused {told}")
@@ -1356,16 +1360,18 @@ class Box:
         is lost under it; Broken after LOSSES_IN_A_ROW times, since then it may
         be this file that breaks it.
 
-        From the second try on it is `alone`, so that a file that breaks the
+        From the third try on it is `alone`, so that a file that breaks the
         connection does not take others down with it.
         """
-        self.wait_for_suspects()
-        try:
-            return self._once(operation)
-        except LOST as error:
-            reason: Exception = error
+        reason: Exception
+        for _ in range(TRIES_IN_COMPANY):
+            self.wait_for_suspects()
+            try:
+                return self._once(operation)
+            except LOST as error:
+                reason = error
         with self.alone:
-            for _ in range(1, LOSSES_IN_A_ROW):
+            for _ in range(TRIES_IN_COMPANY, LOSSES_IN_A_ROW):
                 try:
                     return self._once(operation)
                 except LOST as error:
@@ -1717,9 +1723,9 @@ class Listing:
 
     It sends and never waits: `arrived` gets it whenever a flight of it is back,
     for the walk to call `advance`.  It stops asking while PAGE entries wait.  After
-    its connection was lost it is `stalled`, until the walk calls `start`: at its turn,
-    and alone until it is `proven`, so that a folder that breaks the connection takes
-    nothing else down with it.
+    its connection was lost, or beside a suspect, it is `stalled` until the walk calls
+    `start`: at its turn, and alone until it is `proven`, so that a folder that breaks
+    the connection takes nothing else down with it.
     """
 
     def __init__(
@@ -1732,11 +1738,17 @@ class Listing:
         self._losses = 0
         self._given: list[bytes] = []  # the names of earlier pages, / between
         self._furthest = 0  # the most names that it came to
-        self.start()
+        self.entries: list[Entry] = []
+        self.complete, self.stalled = False, True
+        if box.alone.acquire(blocking=False):  # else the walk starts it, at its turn
+            try:
+                self.start()
+            finally:
+                box.alone.release()
 
     def start(self) -> None:
         """Lists from the beginning; what was handed on is skipped.  Fatal, Stopped."""
-        self.entries: list[Entry] = []
+        self.entries = []
         self.complete = self.stalled = False
         self.proven = False  # whether names came
         self.error: FileError | None = None
@@ -1873,8 +1885,9 @@ class Walk:
                 folders = []
 
     def _restart(self, listing: Listing, arrived: queue.SimpleQueue[Listing]) -> bool:
-        """Begins a listing anew, alone until it has got further.  Whether it did: while
-        something else is alone, what has finished is to be committed."""
+        """Begins a listing anew, alone until it has got further, which takes SILENCE_LIMIT
+        twice at most; False while something else is alone: that is not waited for, since
+        what has finished is to be committed."""
         if not self._box.alone.acquire(blocking=False):
             return False
         try:
@@ -3276,20 +3289,25 @@ class Report:
 
 
 class Patience:
-    """Counts the files in a row that S3 gave no answer to, or denied, or under which the
+    """Counts the files in a row that S3 gave no answer to, or denied; or under which the
     connection to the box broke."""
 
     def __init__(self, transfers: int):
-        self._most = max(4, transfers)
-        self._unanswered = 0
+        self._most = {Unreachable: max(4, transfers), Broken: BROKEN_IN_A_ROW}
+        self._kind: type[FileError] | None = None
+        self._count = 0
 
     def met(self, error: FileError | None) -> None:
         """Another file has ended so; Fatal if they all do."""
-        denied = getattr(error, "code", "") == "AccessDenied"
-        vain = denied or isinstance(error, (Unreachable, Broken))
-        self._unanswered = self._unanswered + 1 if vain else 0
-        if self._unanswered >= self._most:
-            raise Fatal(f"{error}; {self._unanswered} files in a row failed so")
+        kind: type[FileError] | None = None
+        if isinstance(error, Broken):
+            kind = Broken
+        elif isinstance(error, Unreachable) or getattr(error, "code", "") == "AccessDenied":
+            kind = Unreachable
+        self._count = self._count + 1 if kind is self._kind else 1
+        self._kind = kind
+        if kind is not None and self._count >= self._most[kind]:
+            raise Fatal(f"{error}; {self._count} files in a row failed so")
 
 
 class UnderWay:

@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import time
 
+import faulty_sftp
 import paramiko
 import pytest
 from conftest import MIB
@@ -196,12 +197,39 @@ def test_file_that_always_kills_the_connection_does_not_hold_up_the_others(archi
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])
 def test_files_that_always_kill_the_connection_are_no_outage(archive, box, size):
-    """Each is to blame itself, though nothing else shows that the box is well."""
-    for name in "abc":
+    """Each is to blame itself, though nothing else shows that the box is well; in the
+    next run, too, when there is nothing to read but them."""
+    for name in "abcde":
         write(box.root / name, size)
         box.always("READ", name.encode(), drop)
-    result = archive(constants=SIX_TRIES, TRANSFERS="1")
-    assert_failed(result, dict.fromkeys("abc", "lost the connection"))
+    write(box.root / "well", SMALL)
+    for _ in range(2):
+        result = archive(constants=SIX_TRIES, TRANSFERS="1")
+        assert_failed(result, dict.fromkeys("abcde", "lost the connection"))
+    assert len(archive.rows()) == 1
+
+
+def test_connection_that_breaks_at_every_file_ends_the_run(archive, box):
+    for number in range(8):
+        write(box.root / f"f{number}", SMALL)
+    box.always("READ", None, drop)
+    result = archive(constants={**SIX_TRIES, "BROKEN_IN_A_ROW": 4})
+    assert result.status == 1
+    assert "4 files in a row failed so" in result.stderr
+    assert box.connections < 40
+
+
+def test_folders_that_kill_the_connection_are_not_begun_beside_a_suspect(archive, box):
+    """More of them than are listed at once, behind well ones."""
+    for number in range(70):
+        write(box.root / f"a{number}" / "f", SMALL)
+    bad = [f"bad{number:02}" for number in range(15)]
+    for name in bad:
+        (box.root / name).mkdir()
+        box.always("OPENDIR", name.encode(), drop)
+    result = archive(constants=SIX_TRIES)
+    assert_failed(result, dict.fromkeys(bad, "lost the connection"))
+    assert len(archive.rows()) == 70
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])
@@ -433,6 +461,21 @@ def test_freeze_before_the_session_is_there_is_waited_for_only_so_long(archive, 
         result = running.wait()
     assert (result.status, result.counts) == (0, (1, 0, 0)), result.stderr
     assert_all_archived(archive, box)
+
+
+def test_login_that_freezes_again_and_again_is_no_refusal(archive, box, monkeypatch):
+    write(box.root / "f", SMALL)
+    asked = []
+
+    def check(login, *_):
+        asked.append(1)
+        if len(asked) < 4:
+            login.box.closing.wait(20)
+        return paramiko.AUTH_SUCCESSFUL
+
+    monkeypatch.setattr(faulty_sftp._Login, "check_auth_password", check)
+    result = archive(constants={**SIX_TRIES, "CONNECT_LIMIT": 1})
+    assert (result.status, len(asked)) == (0, 4), result.stderr
 
 
 @pytest.mark.parametrize("kind", ["INIT", "OPENDIR", "READDIR"])

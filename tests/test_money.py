@@ -119,7 +119,7 @@ def test_download_costs_its_requests_and_what_is_beyond_100_gb(money):
 def test_what_has_no_price_is_unknown_and_not_free(program, money):
     assert math.isnan(money.month("ONEZONE_IA", 1, GB))
     assert program.usd_text(money.month("ONEZONE_IA", 1, GB)) == "unknown"
-    assert program.number(math.nan) is None
+    assert program.json_number(math.nan) is None
 
 
 def test_nothing_of_a_class_without_prices_costs_nothing(program, money):
