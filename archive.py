@@ -3718,7 +3718,7 @@ def take_snapshot(config: Config, archive: Archive, way_out: str) -> bool:
     """Puts the snapshot in the bucket, if there is one, in the state's place; Fatal,
     with the `way_out` if it is of no use, and if it is another box's."""
     path = config.state_db
-    copy = path.with_name(path.name + ".copy")
+    copy = path.with_name(path.name + ".partial")
     for left in sidecars(copy):
         left.unlink(missing_ok=True)
     try:
