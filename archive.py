@@ -1132,19 +1132,20 @@ def pinned_keys(config: Config) -> tuple[Keys, Keys]:
     pinned: Keys = []
     revoked: Keys = []
     for line in (" ".join(line.split()) for line in lines):  # any blanks, as for OpenSSH
-        is_revoked = line.startswith("@revoked ")
         # HostKeys.load() gives up at the first line that it does not know, and
         # keeps one key of a kind; such a line says nothing about the box.
         with contextlib.suppress(Exception):
             entry = paramiko.hostkeys.HostKeyEntry.from_line(line.removeprefix("@revoked "))
-            if entry is not None and not line.startswith(("#", "@cert-authority ")):
-                known = paramiko.HostKeys()
-                for name in entry.hostnames:
-                    known.add(name, entry.key.get_name(), entry.key)
-                if is_revoked:
-                    revoked.append(entry.key)
-                elif known.lookup(known_name(config)):
-                    pinned.append(entry.key)
+            if entry is None or line.startswith(("#", "@cert-authority ")):
+                continue
+            if line.startswith("@revoked "):
+                revoked.append(entry.key)
+                continue
+            known = paramiko.HostKeys()
+            for name in entry.hostnames:
+                known.add(name, entry.key.get_name(), entry.key)
+            if known.lookup(known_name(config)):
+                pinned.append(entry.key)
     return pinned, revoked
 
 
@@ -1363,18 +1364,16 @@ class Box:
         From the third try on it is `alone`, so that a file that breaks the
         connection does not take others down with it.
         """
-        reason: Exception
-        for _ in range(TRIES_IN_COMPANY):
-            self.wait_for_suspects()
-            try:
-                return self._once(operation)
-            except LOST as error:
-                reason = error
-        with self.alone:
-            for _ in range(TRIES_IN_COMPANY, LOSSES_IN_A_ROW):
+        with contextlib.ExitStack() as stack:
+            for attempt in range(LOSSES_IN_A_ROW):
+                if attempt == TRIES_IN_COMPANY:
+                    stack.enter_context(self.alone)
+                self.wait_for_suspects()
+                connection = self.connection()
                 try:
-                    return self._once(operation)
+                    return operation(connection)
                 except LOST as error:
+                    connection.close(str(error))  # it may be out of step only
                     reason = error
             raise self.broken(LOSSES_IN_A_ROW, reason)
 
@@ -1383,13 +1382,16 @@ class Box:
         with self.alone:
             pass
 
-    def _once(self, operation: Callable[[Connection], T]) -> T:
-        connection = self.connection()
+    def alone_if_free(self, act: Callable[[], None]) -> bool:
+        """act() with nothing beginning beside it; False, at once, if something else is
+        alone."""
+        if not self.alone.acquire(blocking=False):
+            return False
         try:
-            return operation(connection)
-        except LOST as error:
-            connection.close(str(error))  # it may be out of step only
-            raise
+            act()
+        finally:
+            self.alone.release()
+        return True
 
     def room(self) -> tuple[int, int] | None:
         """Bytes used and free where REMOTE_PATH is, None if the server does not
@@ -1483,6 +1485,13 @@ def lstat(connection: Connection, path: bytes) -> Attributes:
 def attributes_of(reply: Reply) -> Attributes:
     """What a reply to LSTAT or FSTAT tells; Status."""
     return take_attributes(expect(FXP_ATTRS, reply), 0)[0]
+
+
+def is_link(look: Reply) -> bool:
+    """Whether LSTAT tells of a link."""
+    with contextlib.suppress(Status):
+        return stat.S_ISLNK(attributes_of(look).mode or 0)
+    return False
 
 
 def open_file(connection: Connection, path: bytes, flags: int = FXF_READ) -> bytes:
@@ -1722,10 +1731,10 @@ class Listing:
     """One folder on its way: opendir, then readdirs together until the end.
 
     It sends and never waits: `arrived` gets it whenever a flight of it is back,
-    for the walk to call `advance`.  It stops asking while PAGE entries wait.  After
-    its connection was lost, or beside a suspect, it is `stalled` until the walk calls
-    `start`: at its turn, and alone until it is `proven`, so that a folder that breaks
-    the connection takes nothing else down with it.
+    for the walk to call `advance`.  It stops asking while PAGE entries wait.  At first,
+    and after its connection was lost, it is `stalled` until the walk calls `start`: then
+    at its turn, and alone until it is `proven`, so that a folder that breaks the
+    connection takes nothing else down with it.
     """
 
     def __init__(
@@ -1740,11 +1749,6 @@ class Listing:
         self._furthest = 0  # the most names that it came to
         self.entries: list[Entry] = []
         self.complete, self.stalled = False, True
-        if box.alone.acquire(blocking=False):  # else the walk starts it, at its turn
-            try:
-                self.start()
-            finally:
-                box.alone.release()
 
     def start(self) -> None:
         """Lists from the beginning; what was handed on is skipped.  Fatal, Stopped."""
@@ -1771,7 +1775,8 @@ class Listing:
         try:
             look, *replies = self._flight.replies()
             if self._handle:
-                self._must_be_folder(look)
+                if not self._may_be_link and is_link(look):
+                    raise FileError("changed: it is a link now")
                 names = sum(map(self._take, replies))
                 if not names and not self._at_end:
                     raise ConnectionLost("the box sent a listing that does not end")
@@ -1801,12 +1806,6 @@ class Listing:
         readdirs = [(FXP_READDIR, self._handle)] * self._readdirs
         self._send((FXP_LSTAT, blob(self.path)), *readdirs)
         self._readdirs = min(2 * self._readdirs, 8 * READDIRS_PER_FLIGHT)
-
-    def _must_be_folder(self, look: Reply) -> None:
-        """FileError if it has become a link since it was listed: that is not followed."""
-        with contextlib.suppress(Status):
-            if not self._may_be_link and stat.S_ISLNK(attributes_of(look).mode or 0):
-                raise FileError("changed: it is a link now")
 
     def _take(self, reply: Reply) -> int:
         """The number of names that a READDIR brought, none at the end; a server that
@@ -1862,10 +1861,13 @@ class Walk:
             while waiting and len(begun) < LISTINGS_AT_ONCE:
                 path = waiting.pop()
                 begun.append(Listing(self._box, path, arrived, path == self._root))
+                self._box.alone_if_free(begun[-1].start)  # else at its turn
             listing = begun[0]
             yielded = time.monotonic()
             while not listing.complete and len(listing.entries) < PAGE:
-                if not (listing.stalled and self._restart(listing, arrived)):
+                restart = partial(self._restart, listing, arrived)
+                # What is alone is not waited for: what has finished is to be committed.
+                if not (listing.stalled and self._box.alone_if_free(restart)):
                     with contextlib.suppress(queue.Empty):
                         arrived.get(timeout=WALK_PAUSE).advance()
                 if time.monotonic() - yielded >= WALK_PAUSE:
@@ -1884,19 +1886,12 @@ class Walk:
                 waiting += sorted(folders, reverse=True)
                 folders = []
 
-    def _restart(self, listing: Listing, arrived: queue.SimpleQueue[Listing]) -> bool:
-        """Begins a listing anew, alone until it has got further, which takes SILENCE_LIMIT
-        twice at most; False while something else is alone: that is not waited for, since
-        what has finished is to be committed."""
-        if not self._box.alone.acquire(blocking=False):
-            return False
-        try:
-            listing.start()
-            while not (listing.proven or listing.complete or listing.stalled):
-                arrived.get().advance()
-        finally:
-            self._box.alone.release()
-        return True
+    def _restart(self, listing: Listing, arrived: queue.SimpleQueue[Listing]) -> None:
+        """Begins a listing anew, until it has got further: that takes SILENCE_LIMIT twice
+        at most."""
+        listing.start()
+        while not (listing.proven or listing.complete or listing.stalled):
+            arrived.get().advance()
 
     def _unlisted(self, listing: Listing) -> None:
         """Counts a folder that could not be listed, or not to its end."""
@@ -2031,10 +2026,8 @@ class BoxFolder:
             above = [path for path in itertools.accumulate(folder.split(b"/"), join) if path]
             inner = [path for path in above if path.startswith(join(self._folder, b""))]
             looks = [(FXP_LSTAT, blob(path)) for path in inner]
-            for reply in connection.ask(*looks) if looks else ():
-                with contextlib.suppress(Status):
-                    if stat.S_ISLNK(attributes_of(reply).mode or 0):
-                        raise FileError(THROUGH_LINK)
+            if looks and any(map(is_link, connection.ask(*looks))):
+                raise FileError(THROUGH_LINK)
             connection.ask(*((FXP_MKDIR, blob(path) + U32.pack(0)) for path in above))
             if len(self._made) >= PAGE:  # they come in order: the rest is not met again
                 self._made.clear()
@@ -2626,6 +2619,10 @@ def held(answer: Mapping[str, Any]) -> Held:
     return Held(mtime, crc32_of(answer), math.floor(answer["LastModified"].timestamp()))
 
 
+def other_size(held: int, recorded: int) -> str:
+    return f"S3 holds {held:,} bytes, recorded are {recorded:,}"
+
+
 NO_REGION = "a region that it does not tell"
 
 
@@ -2666,7 +2663,7 @@ class Download:
         """
         crc32 = self.held.crc32 if crc32 is None else crc32
         if size != self.size:
-            raise FileError(f"S3 holds {self.size:,} bytes, recorded are {size:,}")
+            raise FileError(other_size(self.size, size))
         at = found = failures = 0
         while True:
             try:
@@ -3086,7 +3083,7 @@ class Archive:
                 source, self._bucket, self._prefix + SNAPSHOT, extra, Config=config
             )
 
-    def get_snapshot(self, target: Path) -> float | None:
+    def get_snapshot(self, target: Path) -> int | None:
         """Writes the state's copy to `target`; when it was stored, None if there is
         none; Unusable."""
         key = self._prefix + SNAPSHOT
@@ -3699,7 +3696,7 @@ def sidecars(database: Path) -> list[Path]:
     return [database.with_name(name) for name in names]
 
 
-def fetch_snapshot(archive: Archive, target: Path) -> float | None:
+def fetch_snapshot(archive: Archive, target: Path) -> int | None:
     """Writes the bucket's snapshot to `target`; when it was stored, None if there is
     none; Unusable."""
     stored_at = archive.get_snapshot(target)
@@ -3730,6 +3727,7 @@ def take_snapshot(config: Config, archive: Archive, way_out: str) -> bool:
         with contextlib.closing(State(copy)) as state:
             if state.is_pinned():
                 state.pin(pins_of(config))
+            state.give_keys(partial(key_of_row, config))
             doubt_replaced(state, archive, config, stored_at)
         for left in sidecars(path):  # by a killed run: it would go into the snapshot
             left.unlink(missing_ok=True)
@@ -3761,7 +3759,6 @@ def doubt_replaced(state: State, archive: Archive, config: Config, stored_at: fl
     """Notes the rows, known at that time, whose objects are newer: a run that was lost
     with its state has replaced them.  And those of our own without an object, which may
     have been forgotten since.  FileError, Fatal."""
-    state.give_keys(partial(key_of_row, config))
 
     def outdated(found: S3Object | None, row: Recorded) -> bool:
         if found is None:
@@ -3843,10 +3840,10 @@ class Tools:
         else:
             with tempfile.TemporaryDirectory(prefix="archive-") as folder:
                 snapshot = Path(folder) / "snapshot"
-                stored_at, told = self._snapshot(snapshot)
+                as_of, told = self._snapshot(snapshot)
                 log.warning("no state in %s, %s", path, told)
                 state = State(snapshot, private=True)
-                state.as_of = math.inf if stored_at is None else stored_at
+                state.as_of = as_of
             # `restore` and `verify` pass no more: they may read a copy of the bucket,
             # though no run goes on there.
             if pins == destination(self.config):
@@ -3855,19 +3852,19 @@ class Tools:
         state.pin(pins)
         return state
 
-    def _snapshot(self, target: Path) -> tuple[float | None, str]:
+    def _snapshot(self, target: Path) -> tuple[float, str]:
         """Takes the bucket's snapshot, if it is of any use: when it was stored, and
         what to tell of it."""
         try:
             stored_at = fetch_snapshot(self.archive, target)
         except Unusable as error:
-            return None, f"and {error}"
+            return math.inf, f"and {error}"
         if stored_at is not None:
             return stored_at, f"taking the snapshot of {time_text(stored_at)}"
         if self.archive.has_objects():
             beside = "nor a snapshot of it beside the bucket's objects"
-            return None, f"{beside}: run would not start so"
-        return None, "nor a snapshot of it in the bucket"
+            return math.inf, f"{beside}: run would not start so"
+        return math.inf, "nor a snapshot of it in the bucket"
 
 
 def nothing_there(config: Config) -> Fatal:
@@ -4170,7 +4167,7 @@ def verify(tools: Tools, checksums: bool, repair: bool) -> int:
     def judge(pair: tuple[str, S3Object | None, Recorded | None]) -> Finding:
         key, _, row = pair
         finding = compare(*pair)
-        if finding.label not in ("Agree", "In doubt") or row is None:
+        if finding.fault or row is None:
             return finding
         try:
             stored = tools.archive.head(key).crc32
@@ -4236,8 +4233,7 @@ def compare(key: str, found: S3Object | None, row: Recorded | None) -> Finding:
     if found is None:
         return Finding("Missing", key, "recorded, but not in the bucket", row.path)
     if found.size != row.size:
-        fault = f"S3 holds {found.size:,} bytes, recorded are {row.size:,}"
-        return Finding("Wrong size", key, fault, row.path)
+        return Finding("Wrong size", key, other_size(found.size, row.size), row.path)
     if row.storage_class not in (None, found.storage_class):
         fault = f"S3 holds it in {found.storage_class}, recorded is {row.storage_class}"
         return Finding("Wrong class", key, fault, row.path)
@@ -4254,7 +4250,7 @@ class Wanted(NamedTuple):
     name: bytes  # below the folder that is restored to
     size: int
     row: Recorded | None
-    newer: bool  # than its row: a run that was lost with its state may have replaced it
+    doubtful: bool  # whether it is the object that the row is of
     storage_class: str
     restored: bool | None  # as in S3Object
     fault: str = ""  # why it cannot be
@@ -4272,15 +4268,11 @@ class Wanted(NamedTuple):
             other_sum = None not in (row.crc32, held.crc32) and row.crc32 != held.crc32
             any_time = row.doubtful or row.crc32 is None
             other = other_time or (any_time and (other_sum or row.size != self.size))
-            if not (other and (self.newer or row.doubtful)):
+            if not (other and self.doubtful):
                 if row.size != self.size:
-                    raise FileError(self.other_size())
+                    raise FileError(other_size(self.size, row.size))
                 return row.mtime, row.crc32
         return held.stored_at if held.mtime is None else held.mtime, held.crc32
-
-    def other_size(self) -> str:
-        recorded = self.row.size if self.row else 0
-        return f"S3 holds {self.size:,} bytes, recorded are {recorded:,}"
 
 
 # What is the case with one, in the words of the summary.
@@ -4388,10 +4380,10 @@ class Restore:
         inner = key[len(self.tools.config.prefix) :]
         name = unescape(inner)
         size, kind, restored = found[1:4] if found else (0, "", None)
-        newer = False
-        if row and found:
+        doubtful = False
+        if row and found:  # a run that was lost with its state may have replaced it
             known_at = min((row.uploaded_at or math.inf) + CLOCK_LIMIT, self.state.as_of)
-            newer = found.stored_at > known_at
+            doubtful = row.doubtful or found.stored_at > known_at
         fault = ""
         windows = os.name == "nt" and (b"\\" in name or b":" in name)
         if {b"", b".", b".."} & set(name.split(b"/")) or b"\0" in name or windows:
@@ -4400,10 +4392,9 @@ class Restore:
             fault = "another program's: its name is that of another key"
         elif found is None:
             fault = "recorded, but not in the bucket"
-        wanted = Wanted(key, name, size, row, newer, kind, restored, fault)
-        if row and row.size != size and not (fault or newer or row.doubtful):
-            return wanted._replace(fault=wanted.other_size())
-        return wanted
+        elif row and row.size != size and not doubtful:
+            fault = other_size(size, row.size)
+        return Wanted(key, name, size, row, doubtful, kind, restored, fault)
 
     def _case(self, wanted: Wanted) -> str:
         """What is the case; FileError."""
@@ -4416,7 +4407,7 @@ class Restore:
         if there is not None:
             row = wanted.row
             mtime = row.mtime if row else None
-            if there[0] == wanted.size and (row is None or wanted.newer or row.doubtful):
+            if there[0] == wanted.size and (row is None or wanted.doubtful):
                 mtime, _ = wanted.as_held(self.tools.archive.head(wanted.key))
             if there == (wanted.size, mtime):
                 return THERE

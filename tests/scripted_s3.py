@@ -146,6 +146,18 @@ def halfway(action=lambda: None, then_all=True):
     return sent
 
 
+def rewritten(edit):
+    """The honest answer with the body that `edit` makes of its own."""
+
+    def answer(exchange):
+        honest = exchange.forward()
+        honest.body = edit(honest.body)
+        honest.headers["content-length"] = str(len(honest.body))
+        return honest
+
+    return answer
+
+
 def until(event):
     """Take nothing of the body before `event` is set."""
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import SNAPSHOT
 from faults import SMALL, assert_all_archived, write
 from faulty_sftp import first
-from scripted_s3 import halfway, headers
+from scripted_s3 import halfway, headers, rewritten
 
 IMPATIENT = {"LOCKED_LIMIT": 1, "COMMIT_LIMIT": 1}
 
@@ -300,13 +300,10 @@ def test_snapshot_is_as_old_as_the_listing_has_it(archive_of, box, s3):
     fill(archive, box)
     archive.state_db.unlink()
 
-    def milliseconds(exchange):
-        answer = exchange.forward()
-        answer.body = re.sub(rb"(:\d\d)(\.\d+)?Z<", rb"\1.999Z<", answer.body)
-        answer.headers["content-length"] = str(len(answer.body))
-        return answer
+    def milliseconds(body):
+        return re.sub(rb"(:\d\d)(\.\d+)?Z<", rb"\1.999Z<", body)
 
-    s3.always("ListObjectsV2", milliseconds)
+    s3.always("ListObjectsV2", rewritten(milliseconds))
     assert archive().counts == (1, 40, 0)
 
 

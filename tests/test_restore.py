@@ -23,7 +23,7 @@ from conftest import CHANGED, MIB, OLD, PROGRAM, SNAPSHOT, earlier_database, fil
 from faults import LARGE, SIZES, SMALL, wait_for
 from faulty_sftp import FAILURE, Dropped, answer_then_drop, drop, status
 from relay import Relay
-from scripted_s3 import error, halfway, lost_answer, no_checksums
+from scripted_s3 import error, halfway, lost_answer, no_checksums, rewritten
 from test_names import HOSTILE
 
 WARM = {"STORAGE_CLASS": "STANDARD"}
@@ -90,30 +90,25 @@ def lose_state(archive, bucket=None):
 def listed(**status):
     """S3 tells in its listing of {key: how the restore stands}."""
 
-    def told(exchange):
-        answer = exchange.forward()
+    def told(body):
         for key, said in status.items():
             tag = f"<Key>{key}</Key>".encode()
             more = f"<RestoreStatus>{said}</RestoreStatus>".encode()
-            answer.body = answer.body.replace(tag, tag + more)
-        answer.headers["content-length"] = str(len(answer.body))
-        return answer
+            body = body.replace(tag, tag + more)
+        return body
 
-    return told
+    return rewritten(told)
 
 
 def relisted(tag, values):
     """S3 lists {value: other one} in these tags."""
 
-    def told(exchange):
-        answer = exchange.forward()
+    def told(body):
         for value, other in values.items():
-            tags = (f"<{tag}>{text}</{tag}>".encode() for text in (value, other))
-            answer.body = answer.body.replace(*tags)
-        answer.headers["content-length"] = str(len(answer.body))
-        return answer
+            body = body.replace(*(f"<{tag}>{text}</{tag}>".encode() for text in (value, other)))
+        return body
 
-    return told
+    return rewritten(told)
 
 
 def damaged(exchange):
