@@ -33,7 +33,7 @@ restore is under way, 128+n ended by signal n.
 
 Sections, each using only those above it: Limits, Prices, Errors, Names,
 Configuration, Source: SFTP, Places to restore to, State: SQLite, Archive: S3, Money,
-The run, Other commands, Command line.
+Progress, The run, Other commands, Command line.
 """
 
 from __future__ import annotations
@@ -233,10 +233,6 @@ class Locked(ArchiveError):
     """Another run is at work on the same state; status 11."""
 
 
-class Stopped(ArchiveError):
-    """The end was asked for: by a signal (status 128 + its number), or after a Fatal."""
-
-
 class FileError(ArchiveError):
     """One file or folder, or one request to S3, failed; the run goes on; status 3."""
 
@@ -258,10 +254,19 @@ class Vanished(FileError):
     """Listed, but gone when it was opened: not a failure, only counted."""
 
 
+class Stopped(Exception):
+    """The end was asked for: by a signal (status 128 + its number), or after a Fatal.
+    No ArchiveError: nothing has failed, and who sees to failures lets it pass."""
+
+
 class Stopping(threading.Event):
     """Set when the program is to end; `number` is that of the signal, if it was one."""
 
     number: int | None = None
+
+    def check(self) -> None:
+        if self.is_set():
+            raise Stopped("stopped")
 
 
 # ----------------------------------------------------------------------- Names
@@ -1321,8 +1326,7 @@ class Box:
         Stopped after `close`."""
         with self._lock:
             old = self._connection
-            if self.stopping.is_set():
-                raise Stopped("stopped")
+            self.stopping.check()
             if self._given_up is not None:  # nobody need find out once more
                 raise self._given_up
             if old is not None and old.lost is None:
@@ -1333,8 +1337,8 @@ class Box:
             for pause in self._pauses[self._tries :]:
                 if reason is not None:
                     log.warning("%s; trying again in %s s", reason, pause)
-                if self.stopping.wait(pause):
-                    raise Stopped("stopped")
+                self.stopping.wait(pause)
+                self.stopping.check()
                 self._tries += 1
                 try:
                     self._connection = connect(self._config)
@@ -1376,6 +1380,13 @@ class Box:
                     connection.close(str(error))  # it may be out of step only
                     reason = error
             raise self.broken(LOSSES_IN_A_ROW, reason)
+
+    def insist_on(self, path: bytes, operation: Callable[[Connection], T]) -> T:
+        """The same, of what opens `path`: a refusal is its FileError, or Vanished."""
+        try:
+            return self.insist(operation)
+        except Status as error:
+            raise self.failure(path, error) from None
 
     def wait_for_suspects(self) -> None:
         """Nothing is begun beside what may break the connection."""
@@ -1462,10 +1473,7 @@ class Box:
             connection.useful = True
             return now, b"".join(pieces), recent(now, began)
 
-        try:
-            result = self.insist(read)
-        except Status as error:
-            raise self.failure(file.path, error) from None
+        result = self.insist_on(file.path, read)
         if result is not None:
             return result
         # Its size is not the listed one, or replies were short.
@@ -1582,7 +1590,6 @@ class Reader:
         self._box = box
         self._path = path
         self._began = time.time()
-        self.file = self._open()
         self.crc32 = 0  # of all that was delivered
         self.last_crc32 = 0  # of what the last read() delivered
         self.fresh = False  # `recent`, as the check at its end found
@@ -1593,8 +1600,8 @@ class Reader:
         self._flights: deque[tuple[Flight, list[tuple[int, int]]]] = deque()
         self._read_size = READ_SIZE
         self._short = 0  # length of the last short reply
-        self._losses = 0
         self._checked = False
+        self.file = box.insist_on(path, self._open)
 
     def read(self, amount: int = -1) -> bytes:
         """The next `amount` bytes, fewer only at the end; FileError."""
@@ -1632,50 +1639,30 @@ class Reader:
         if self._handle:
             self._connection.flight((FXP_CLOSE, self._handle))
 
-    def _open(self) -> RemoteFile:
-        def open_and_look(connection: Connection) -> RemoteFile:
-            handle = open_file(connection, self._path)
-            # Together: a handle of an earlier connection may be another file's
-            # on this one.
-            self._connection, self._handle = connection, handle
-            (reply,) = connection.ask((FXP_FSTAT, handle))
-            try:
-                return regular_file(self._path, reply)
-            except FileError:
-                connection.flight((FXP_CLOSE, handle))
-                self._handle = b""
-                raise
-
-        try:
-            return self._box.insist(open_and_look)
-        except Status as error:
-            raise self._box.failure(self._path, error) from None
-
-    def _step(self, step: Callable[[], None]) -> None:
-        """One step; if the connection is lost under it, everything that had
-        not arrived is asked for again over a new one, alone."""
-        self._box.wait_for_suspects()
-        try:
-            return step()
-        except LOST as error:
-            self._lost(error)
-        with self._box.alone:
-            while True:
-                if self._open() != self.file:
-                    raise FileError("changed while the connection was lost")
-                try:
-                    return step()
-                except LOST as error:
-                    self._lost(error)
-
-    def _lost(self, error: Exception) -> None:
-        self._connection.close(str(error))
+    def _open(self, connection: Connection) -> RemoteFile:
         self._flights.clear()
         self._asked = self._got
-        self._losses += 1
-        if self._losses >= LOSSES_IN_A_ROW:
-            place = f"at {self._got:,} of {self.file.size:,} bytes: {error}"
-            raise self._box.broken(self._losses, ConnectionLost(place)) from None
+        handle = open_file(connection, self._path)
+        # Together: a handle of an earlier connection may be another file's on this one.
+        self._connection, self._handle = connection, handle
+        (reply,) = connection.ask((FXP_FSTAT, handle))
+        try:
+            return regular_file(self._path, reply)
+        except FileError:
+            connection.flight((FXP_CLOSE, handle))
+            self._handle = b""
+            raise
+
+    def _step(self, step: Callable[[], None]) -> None:
+        """One step; over a new connection, everything that had not arrived is asked for
+        again."""
+
+        def go_on(connection: Connection) -> None:
+            if connection is not self._connection and self._open(connection) != self.file:
+                raise FileError("changed while the connection was lost")
+            step()
+
+        self._box.insist_on(self._path, go_on)
 
     def _receive(self) -> None:
         """Keeps the window full and takes in the oldest flight."""
@@ -1705,7 +1692,6 @@ class Reader:
             if len(data) > size:
                 raise ConnectionLost(f"the box sent {len(data):,} bytes for {size:,}")
             self._arrived.append(data)
-            self._losses = 0
             self._connection.useful = True
             at, size = at + len(data), size - len(data)
             self._got = at
@@ -2192,6 +2178,7 @@ CREATE TABLE IF NOT EXISTS runs
     (started_at INTEGER PRIMARY KEY, ended_at INTEGER, status INTEGER,
      uploaded INTEGER, skipped INTEGER, failed INTEGER, bytes INTEGER);
 """
+SNAPSHOT_DUE = ("INSERT OR IGNORE INTO meta VALUES ('snapshot', 'due')",)
 PATHS_PER_QUERY = 500  # below SQLite's limit on parameters, 999 in old builds
 
 
@@ -2264,10 +2251,11 @@ class State:
     method raises Fatal when the database cannot be used.
     """
 
-    def __init__(self, path: Path, private: bool = False):
+    def __init__(self, path: Path, key_of: Callable[[str], str | None], private: bool = False):
         """Opens the database at `path`, which `state_is_empty` has checked through,
-        or creates it.  `private`: a copy of it on temporary disk, so that what is
-        written goes nowhere; empty if there is none."""
+        or creates it.  `key_of` gives the key of a path whose row has none, an earlier
+        script's; None if it can have none.  `private`: a copy of it on temporary disk, so
+        that what is written goes nowhere; empty if there is none."""
         self._path = path
         with state_errors(path):
             self._db = sqlite3.connect(
@@ -2280,11 +2268,8 @@ class State:
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
             self._db.execute(f"PRAGMA busy_timeout = {COMMIT_LIMIT * 1000}")
-        self._recheck = {path for (path,) in self._rows("SELECT path FROM recheck")}
-        self._replacing = {path for (path,) in self._rows("SELECT path FROM replacing")}
+            self._db.create_function("key_of", 1, key_of, deterministic=True)
         self.as_of = math.inf  # when it was stored, of a snapshot: what is newer is unknown
-        due = "SELECT 1 FROM meta WHERE name = 'snapshot'"
-        self.snapshot_due = bool(self._rows(due))  # since a file was archived
 
     def _rows(self, query: str, *values: Any) -> list[Any]:
         with state_errors(self._path):
@@ -2323,48 +2308,30 @@ class State:
         """Those of `files` that have no row of their size and mtime, or one
         that is to be looked at again, or may be that of a replaced object."""
         missing = []
-        for some, rows in self._rows_of(files):
-            known = set(rows)
-            missing += [
-                file
-                for path, file in some.items()
-                if (path, file.size, file.mtime) not in known
-                or path in self._recheck
-                or path in self._replacing
-            ]
-        return missing
-
-    def begin_replacing(self, files: list[RemoteFile]) -> None:
-        """Notes those of `files` that have a row: should S3's answer to the new object
-        get lost, the row is not that of the object any more."""
-        self.doubt(path for _, rows in self._rows_of(files) for path, _, _ in rows)
-
-    def doubt(self, paths: Iterable[str]) -> None:
-        """Notes the rows of these paths, as text: their objects may be other ones."""
-        new = set(paths) - self._replacing
-        if new:
-            self._commit(*(("INSERT INTO replacing VALUES (?)", path) for path in new))
-            self._replacing |= new
-
-    def _rows_of(
-        self, files: list[RemoteFile]
-    ) -> Iterator[tuple[dict[str, RemoteFile], list[tuple[str, int, int]]]]:
-        """Some of `files` at a time, by path as text, with their (path, size, mtime)."""
         for start in range(0, len(files), PATHS_PER_QUERY):
             some = {path_text(file.path): file for file in files[start:][:PATHS_PER_QUERY]}
             marks = ",".join("?" * len(some))
-            query = f"SELECT path, size, mtime FROM files WHERE path IN ({marks})"
-            yield some, self._rows(query, *some)
+            query = (
+                f"SELECT path, size, mtime FROM files WHERE path IN ({marks})"
+                " AND path NOT IN (SELECT path FROM recheck)"
+                " AND path NOT IN (SELECT path FROM replacing)"
+            )
+            settled = set(self._rows(query, *some))
+            missing += [f for path, f in some.items() if (path, *f[1:]) not in settled]
+        return missing
+
+    def doubt(self, paths: Iterable[str]) -> None:
+        """Notes which of these paths, as text, have a row: their objects may be other ones
+        by now, or, should S3's answer to a new one get lost, soon."""
+        note = "INSERT OR IGNORE INTO replacing SELECT path FROM files WHERE path = ?"
+        notes = [(note, path) for path in paths]
+        if notes:
+            self._commit(*notes)
 
     def earlier(self, file: RemoteFile) -> Recorded | None:
         """What is recorded of the path of `file`, whatever its size and mtime."""
         rows = self._rows(RECORDED.format(key="key") + " AND path = ?", path_text(file.path))
         return Recorded(*rows[0]) if rows else None
-
-    def give_keys(self, key_of: Callable[[str], str | None]) -> None:
-        """Rows of an earlier script have no key: from now on `key_of` gives that of a
-        path, None if it can have none.  Before `recorded` and `not_below`."""
-        self._db.create_function("key_of", 1, key_of, deterministic=True)
 
     def recorded(self, start: str) -> Iterator[Recorded]:
         """All rows whose key begins with `start`, in the order of their keys, which
@@ -2400,17 +2367,18 @@ class State:
         """Drops all that is recorded of `path`, as text: the next run archives it."""
         tables = ("files", "objects", "recheck", "replacing")
         statements = [(f"DELETE FROM {table} WHERE path = ?", path) for table in tables]
-        due = ("INSERT OR REPLACE INTO meta VALUES ('snapshot', 'due')",)
-        self._commit(*statements, due)
+        self._commit(*statements, SNAPSHOT_DUE)
 
     def crc_to_recheck(self, file: RemoteFile) -> int | None:
         """The CRC-32 of `file`'s object if its row says that it has this size
         and mtime, and that it was read too soon after a change."""
-        path = path_text(file.path)
-        recheck = path in self._recheck and path not in self._replacing
-        row = self.earlier(file) if recheck else None
-        same = row and (row.size, row.mtime) == (file.size, file.mtime)
-        return row.crc32 if row and same else None
+        query = (
+            "SELECT crc32 FROM files JOIN objects USING (path) JOIN recheck USING (path)"
+            " WHERE path = ? AND size = ? AND mtime = ?"
+            " AND path NOT IN (SELECT path FROM replacing)"
+        )
+        rows = self._rows(query, path_text(file.path), *file[1:])
+        return rows[0][0] if rows else None
 
     def owner(self, key: str) -> str | None:
         """The path whose object has `key`, as text."""
@@ -2437,25 +2405,22 @@ class State:
                     " UPDATE SET key = ?2, crc32 = ?3, parts = ?4, storage_class = ?5",
                     *(path, key, crc32, parts, storage_class),
                 ),
+                ("DELETE FROM replacing WHERE path = ?", path),
+                ("DELETE FROM recheck WHERE path = ?", path),
             ]
             if recheck:
-                statements.append(("INSERT OR IGNORE INTO recheck VALUES (?)", path))
-            elif path in self._recheck:
-                statements.append(("DELETE FROM recheck WHERE path = ?", path))
-            if path in self._replacing:
-                statements.append(("DELETE FROM replacing WHERE path = ?", path))
-                self._replacing.discard(path)
+                statements.append(("INSERT INTO recheck VALUES (?)", path))
             if clean:
                 statements.append(("DELETE FROM uploads WHERE key = ?", key))
-        if statements and not self.snapshot_due:
-            statements.append(("INSERT INTO meta VALUES ('snapshot', 'due')",))
-            self.snapshot_due = True
         if statements:
-            self._commit(*statements)
+            self._commit(*statements, SNAPSHOT_DUE)
+
+    def snapshot_due(self) -> bool:
+        """Whether anything was archived or forgotten since the last one was stored."""
+        return bool(self._rows("SELECT 1 FROM meta WHERE name = 'snapshot'"))
 
     def snapshot_stored(self) -> None:
         self._commit(("DELETE FROM meta WHERE name = 'snapshot'",))
-        self.snapshot_due = False
 
     def settle(self, file: RemoteFile) -> None:
         """`file` was looked at again, and is what is archived."""
@@ -2624,6 +2589,7 @@ def other_size(held: int, recorded: int) -> str:
 
 
 NO_REGION = "a region that it does not tell"
+NOTHING_THERE = ("404", "NoSuchKey", "NoSuchUpload")
 
 
 class S3Object(NamedTuple):
@@ -2668,8 +2634,7 @@ class Download:
         while True:
             try:
                 for block in self._body(at).iter_chunks(DOWNLOAD_BLOCK):
-                    if self._stopping.is_set():
-                        raise Stopped("stopped")
+                    self._stopping.check()
                     found = zlib.crc32(block, found)
                     at += len(block)
                     failures = 0
@@ -2759,21 +2724,13 @@ class Archive:
 
     def _before_retry(self, response: Any, **_: object) -> None:
         """Called after every attempt, the successful ones too."""
-        failed = response is None or response[0].status_code >= 500
-        if failed and self._stopping.is_set():
-            raise Stopped("stopped")
+        if response is None or response[0].status_code >= 500:
+            self._stopping.check()
 
-    def _after(
-        self,
-        context: dict[str, Any],
-        event_name: str,
-        parsed: Any = None,
-        exception: Exception | None = None,
-        **_: object,
-    ) -> None:
+    def _after(self, context: dict[str, Any], event_name: str, **event: Any) -> None:
         """What S3 said, for those who only see s3transfer's result."""
         key = context["archive_key"]
-        answer = parsed or {}
+        answer, exception = event.get("parsed") or {}, event.get("exception")
         if "Error" in answer:
             exception = aws.ClientError(answer, event_name.rpartition(".")[2])
         if exception is not None and key in self._part_sums:
@@ -2786,10 +2743,16 @@ class Archive:
             if sent and answer.get("ResponseMetadata", {}).get("RetryAttempts", 1):
                 self._doubtful.add(key)
 
-    def _ask(self, request: Callable[..., Any], **parameters: Any) -> Any:
-        """The client's answer to a request about our bucket; FileError, Fatal."""
-        with s3_errors():
-            return request(Bucket=self._bucket, **parameters)
+    def _ask(self, request: Callable[..., Any], *missing: str, **parameters: Any) -> Any:
+        """The client's answer to a request about our bucket, None if S3 refuses it with
+        one of the codes `missing`: it has looked; FileError, Fatal."""
+        try:
+            with s3_errors():
+                return request(Bucket=self._bucket, **parameters)
+        except FileError as error:
+            if error.code not in missing:
+                raise
+            return None
 
     def _pages(self, listing: str, prefix: str, **parameters: Any) -> Iterator[Any]:
         """The answers to a listing of what is below `prefix`; FileError, Fatal."""
@@ -2877,7 +2840,7 @@ class Archive:
             if key in self._doubtful:
                 self.abort_leftovers(key)
                 self._doubtful.discard(key)
-        except ArchiveError as error:
+        except (ArchiveError, Stopped) as error:
             self._told_left.add(key)
             log.warning(
                 "the upload %s of %s could not be aborted, its parts cost money: %s; the "
@@ -2886,11 +2849,8 @@ class Archive:
             )
 
     def _abort(self, key: str, upload_id: str) -> None:
-        try:
-            self._ask(self._client.abort_multipart_upload, Key=key, UploadId=upload_id)
-        except FileError as error:
-            if error.code != "NoSuchUpload":
-                raise
+        abort = self._client.abort_multipart_upload
+        self._ask(abort, "NoSuchUpload", Key=key, UploadId=upload_id)
 
     def doubt_uploads(self, keys: Iterable[str]) -> None:
         """Each of these may have an unfinished upload by an earlier run."""
@@ -2944,8 +2904,7 @@ class Archive:
 
     def _entries(self, prefix: str, **more: Any) -> Iterator[Any]:
         for page in self._pages("list_objects_v2", prefix, **more):
-            if self._stopping.is_set():
-                raise Stopped("stopped")
+            self._stopping.check()
             for entry in page.get("Contents", ()):
                 folder = entry["Key"].endswith("/") and not entry["Size"]
                 if not folder and entry["Key"] != self._prefix + SNAPSHOT:
@@ -2957,13 +2916,7 @@ class Archive:
 
     def has(self, key: str) -> bool:
         """Whether there is such an object; FileError, Fatal if S3 does not tell."""
-        try:
-            self._ask(self._client.head_object, Key=key)
-        except FileError as error:
-            if error.code != "404":
-                raise
-            return False
-        return True
+        return self._ask(self._client.head_object, "404", Key=key) is not None
 
     def ask_for(self, key: str, tier: str, days: int) -> bool:
         """Asks S3 for a copy that can be read; whether there is one already.
@@ -3000,12 +2953,8 @@ class Archive:
 
     def aborts_leftovers(self) -> bool:
         """Whether a lifecycle rule ends unfinished uploads below the prefix."""
-        try:
-            answer = self._ask(self._client.get_bucket_lifecycle_configuration)
-        except FileError as error:
-            if error.code == "NoSuchLifecycleConfiguration":
-                return False
-            raise
+        rules = self._client.get_bucket_lifecycle_configuration
+        answer = self._ask(rules, "NoSuchLifecycleConfiguration") or {}
         return any(
             rule["Status"] == "Enabled"
             and "AbortIncompleteMultipartUpload" in rule
@@ -3039,7 +2988,9 @@ class Archive:
         def upload() -> None:
             self._abort(key, self._ask(client.create_multipart_upload, Key=key)["UploadId"])
 
-        tried = self._not_refused
+        def tried(request: Callable[..., Any], **parameters: Any) -> None:
+            self._ask(request, *NOTHING_THERE, **parameters)
+
         yield "s3:ListBucket", partial(tried, client.list_objects_v2, Prefix=prefix, MaxKeys=1)
         yield "s3:GetObject", partial(tried, client.head_object, Key=key)
         uploads = partial(tried, client.list_multipart_uploads, Prefix=prefix, MaxUploads=1)
@@ -3053,18 +3004,10 @@ class Archive:
         request = {"Days": 1, "GlacierJobParameters": {"Tier": "Bulk"}}
         probe = {"Key": self._prefix + PROBE, "RestoreRequest": request}
         try:
-            self._not_refused(self._client.restore_object, **probe)
+            self._ask(self._client.restore_object, *NOTHING_THERE, **probe)
         except Fatal:
             return False
         return True
-
-    def _not_refused(self, request: Callable[..., Any], **parameters: Any) -> None:
-        """Passes also where S3 says that there is no such thing: it has looked."""
-        try:
-            self._ask(request, **parameters)
-        except FileError as error:
-            if error.code not in ("404", "NoSuchKey", "NoSuchUpload"):
-                raise
 
     def has_objects(self) -> bool:
         """Whether anything is below the prefix."""
@@ -3203,6 +3146,71 @@ def usd_text(usd: float) -> str:
     return "under $0.01" if 0 < usd < 0.01 else f"${usd:,.2f}"
 
 
+# -------------------------------------------------------------------- Progress
+
+Sent = Callable[[int], None]  # called with each number of bytes sent
+
+
+class Progress:
+    """tqdm bars on a terminal: one for all, one for each large file.
+
+    Where they are not shown, they cost next to nothing.
+    """
+
+    def __init__(self, shown: bool):
+        self._shown = shown
+        self._total = tqdm(disable=True)
+        self._over = threading.Event()
+        self._clock = threading.Thread(target=self._tick, daemon=True)
+
+    def _bar(self, name: str, size: int) -> Any:
+        return tqdm(
+            total=size, desc=name, unit="B", unit_scale=True, unit_divisor=1024,
+            dynamic_ncols=True, leave=False,
+        )  # fmt: skip
+
+    def _tick(self) -> None:
+        """So that a slow line does not look like a dead one."""
+        while not self._over.wait(1):
+            self._total.refresh()
+
+    @contextlib.contextmanager
+    def counting(self, doing: str) -> Iterator[Sent]:
+        """A function to be called with each number of files that were looked at."""
+        form = {"unit": " files", "dynamic_ncols": True, "leave": False}
+        with tqdm(desc=doing, disable=not self._shown, **form) as bar:
+            yield bar.update
+
+    def found(self, size: int) -> None:
+        """`size` more bytes are to be moved."""
+        if self._shown and self._total.disable:
+            self._total = self._bar("all files", 0)
+            self._clock.start()
+        if self._shown and size:
+            self._total.total += size
+            self._total.refresh()
+
+    @contextlib.contextmanager
+    def sending(self, file: RemoteFile) -> Iterator[Sent]:
+        """A function to be called with each number of bytes sent."""
+        if not self._shown or file.size < SMALL_FILE:
+            yield self._total.update
+            return
+        with self._bar(printable(file.path)[-24:], file.size) as bar:
+
+            def sent(size: int) -> None:
+                bar.update(size)
+                self._total.update(size)
+
+            yield sent
+
+    def close(self) -> None:
+        self._over.set()
+        if self._clock.ident:
+            self._clock.join()
+        self._total.close()
+
+
 # --------------------------------------------------------------------- The run
 
 
@@ -3234,7 +3242,6 @@ class Changed(NamedTuple):
 
 
 Outcome = Stored | Unchanged | Changed | Failed
-Sent = Callable[[int], None]  # called with each number of bytes sent
 
 
 def tell_failure(name: bytes | str, reason: object) -> None:
@@ -3316,7 +3323,7 @@ class UnderWay:
         self._finished: queue.SimpleQueue[Future[Outcome]] = queue.SimpleQueue()
         self.pool = ThreadPoolExecutor(most)
         self.jobs: dict[Future[Outcome], Job] = {}
-        self.errors: list[BaseException] = []
+        self.errors: list[Exception] = []
 
     def begin(self, job: Job, send: Callable[[Job], Outcome]) -> None:
         future = self.pool.submit(send, job)
@@ -3339,16 +3346,15 @@ class UnderWay:
         done = [self._finished.get()]
         while not self._finished.empty():
             done.append(self._finished.get())
+        ended: list[Outcome] = []
         for future in done:
             del self.jobs[future]
-        raised = [(future, future.exception()) for future in done]
-        self.errors.extend(error for _, error in raised if error is not None)
-        ended = [future.result() for future, error in raised if error is None]
-        try:
-            for outcome in ended:
+            try:
+                outcome = future.result()
+                ended.append(outcome)
                 self._patience.met(outcome.error if isinstance(outcome, Failed) else None)
-        except Fatal as error:  # like the others: what is under way is still settled
-            self.errors.append(error)
+            except Exception as error:  # what is under way is still settled
+                self.errors.append(error)
         return ended
 
 
@@ -3377,8 +3383,7 @@ class Run:
     archive: Archive
     state: State
     report: Report
-    found: Sent  # told of the bytes that are to be uploaded
-    sending: Callable[[RemoteFile], contextlib.AbstractContextManager[Sent]]
+    progress: Progress
 
     def __post_init__(self) -> None:
         # TRANSFERS files are on their way to S3 at once, and nearly as many small
@@ -3417,11 +3422,9 @@ class Run:
     def store_snapshot(self) -> None:
         """Puts a copy of the state into the bucket, if it has changed since the
         last, be it in an earlier run that was ended."""
-        if self.state.snapshot_due:
+        if self.state.snapshot_due():
             try:
                 self.archive.put_snapshot(self.config.state_db)
-            except Stopped:
-                raise
             except ArchiveError as error:
                 self.report.snapshot_failed = True
                 log.warning("the state's snapshot could not be stored: %s", error)
@@ -3444,8 +3447,8 @@ class Run:
                 continue
             jobs.append(Job(file, key, plan, self.state.crc_to_recheck(file)))
         # What is only looked at again may be Unchanged.
-        self.state.begin_replacing([job.file for job in jobs if job.known_crc is None])
-        self.found(sum(job.file.size for job in jobs))
+        self.state.doubt(path_text(job.file.path) for job in jobs if job.known_crc is None)
+        self.progress.found(sum(job.file.size for job in jobs))
         return jobs
 
     def _transfer(self, pages: Iterable[list[Job]]) -> Generator[list[Outcome], None, None]:
@@ -3461,15 +3464,14 @@ class Run:
         errors = under_way.errors
         try:
             try:
-                for job in self._in_time(pages):
+                # None after each page: what has finished is committed though nothing is new.
+                for job in (job for page in pages for job in (*page, None)):
                     while not errors and under_way.must_settle_before(job):
                         yield from self._outcomes(under_way)
-                    if errors:
+                    if errors or self._time_is_over():
                         break
                     if job is None:
                         continue
-                    if self._time_is_over():  # by now
-                        break
                     if job.known_crc is None:
                         self._note(job)
                     under_way.begin(job, self._send)
@@ -3499,18 +3501,9 @@ class Run:
     def _note(self, job: Job) -> None:
         """Notes what is to be sent: whatever becomes of it, the next run knows.  The page
         is noted already, but not what was recorded since, of a file that is listed twice."""
-        self.state.begin_replacing([job.file])
+        self.state.doubt([path_text(job.file.path)])
         if job.plan.parts_at_once:
             self.state.begin_upload(job.key)
-
-    def _in_time(self, pages: Iterable[list[Job]]) -> Iterator[Job | None]:
-        """The jobs, until MAX_RUNTIME is over; None after each page, so that
-        what has finished is committed though nothing new is found."""
-        for page in pages:
-            for job in (*page, None):
-                if self._time_is_over():
-                    return
-                yield job
 
     def _time_is_over(self) -> bool:
         """Whether nothing new may be started; tells so."""
@@ -3525,20 +3518,17 @@ class Run:
     def _turn(self) -> Iterator[None]:
         """Waits for one of the TRANSFERS turns; Stopped if the run is over by then."""
         with self._turns:
-            if self.box.stopping.is_set():
-                raise Stopped("stopped")
+            self.box.stopping.check()
             try:
                 yield
-            except FileError:
-                raise
-            except ArchiveError:
+            except Fatal:
                 self.box.close()
                 raise
 
     def _send(self, job: Job) -> Outcome:
         """On a thread of its own: reads one file and stores it."""
         try:
-            with self.sending(job.file) as sent:
+            with self.progress.sending(job.file) as sent:
                 if job.plan.parts_at_once:
                     with self._turn():
                         return self._send_large(job, sent)
@@ -3547,7 +3537,7 @@ class Run:
                     return self._send_small(job, file, data, fresh, sent)
         except FileError as error:
             return Failed(job, error.bare())
-        except ArchiveError:
+        except (ArchiveError, Stopped):
             raise
         except Exception as error:  # whatever a library did not expect of a server
             log.debug("traceback of %s", printable(job.file.path), exc_info=True)
@@ -3565,15 +3555,13 @@ class Run:
         return Stored(file, job.key, crc32, 0, fresh, self.archive.is_clean(job.key))
 
     def _send_large(self, job: Job, sent: Sent) -> Outcome:
-        if job.known_crc is not None:
-            with contextlib.closing(Reader(self.box, job.file.path)) as reader:
-                while reader.read(MIB):
-                    pass
-                if reader.crc32 == job.known_crc and reader.file == job.file:
-                    return Unchanged(reader.file, reader.fresh)
-            return Changed(job)
         with contextlib.closing(Reader(self.box, job.file.path)) as reader:
             file = reader.file
+            if job.known_crc is not None:
+                while reader.read(MIB):
+                    pass
+                same = job.known_crc == reader.crc32 and file == job.file
+                return Unchanged(file, reader.fresh) if same else Changed(job)
             plan = upload_plan(file.size, self.config.memory_limit)
             if plan.memory > job.plan.memory:
                 reader.must_fit(job.file)
@@ -3636,8 +3624,7 @@ def open_state(config: Config, archive: Archive, new_state: bool) -> State:
                 f"no state in {path} and no snapshot in the bucket, but s3://{config.bucket}/"
                 f"{config.prefix} has objects: {way_out}"
             )
-    state = State(path)
-    state.give_keys(partial(key_of_row, config))
+    state = State(path, partial(key_of_row, config))
     if state.is_pinned():
         state.pin(pins_of(config))
     elif not doubt_unpinned(state, archive, config):
@@ -3724,10 +3711,9 @@ def take_snapshot(config: Config, archive: Archive, way_out: str) -> bool:
             return False
         told = time_text(stored_at)
         log.warning("no state in %s: taking the bucket's snapshot of %s", path, told)
-        with contextlib.closing(State(copy)) as state:
+        with contextlib.closing(State(copy, partial(key_of_row, config))) as state:
             if state.is_pinned():
                 state.pin(pins_of(config))
-            state.give_keys(partial(key_of_row, config))
             doubt_replaced(state, archive, config, stored_at)
         for left in sidecars(path):  # by a killed run: it would go into the snapshot
             left.unlink(missing_ok=True)
@@ -3820,9 +3806,7 @@ class Tools:
     archive: Archive
     show: Callable[[str], None]  # on stdout
     tell: Callable[[list[str]], None]  # lines of the result, in LOG_FILE as well
-    counting: Callable[[str], contextlib.AbstractContextManager[Sent]]
-    found: Sent
-    sending: Callable[[RemoteFile], contextlib.AbstractContextManager[Sent]]
+    progress: Progress
 
     def table(self, title: str, rows: Iterable[tuple[str, object]]) -> None:
         """Prints rows of a label and a value, numbers with separators."""
@@ -3834,21 +3818,20 @@ class Tools:
     def state(self, pins: Mapping[str, str]) -> State:
         """A copy of the state to look at, from the bucket's snapshot if there is
         none here, empty if there is none there either; Fatal."""
-        path = self.config.state_db
+        path, key_of = self.config.state_db, partial(key_of_row, self.config)
         if not state_is_empty(path):
-            state = State(path, private=True)
+            state = State(path, key_of, private=True)
         else:
             with tempfile.TemporaryDirectory(prefix="archive-") as folder:
                 snapshot = Path(folder) / "snapshot"
                 as_of, told = self._snapshot(snapshot)
                 log.warning("no state in %s, %s", path, told)
-                state = State(snapshot, private=True)
+                state = State(snapshot, key_of, private=True)
                 state.as_of = as_of
             # `restore` and `verify` pass no more: they may read a copy of the bucket,
             # though no run goes on there.
             if pins == destination(self.config):
                 pins = {}
-        state.give_keys(partial(key_of_row, self.config))
         state.pin(pins)
         return state
 
@@ -3979,7 +3962,7 @@ def plan(tools: Tools, as_json: bool) -> int:
             doubt_replaced(state, tools.archive, config, state.as_of)
         forecast = Forecast(config, money, by_class(state, config.storage_class))
         walk = walk_of(config, tools.box, forecast.failure)
-        with tools.counting("looking") as looked:
+        with tools.progress.counting("looking") as looked:
             for page in walk:
                 forecast.add(page, state)
                 looked(len(page))
@@ -4106,8 +4089,6 @@ def state_if_any(tools: Tools) -> State | None:
     """The state, None if it cannot be had."""
     try:
         return tools.state(pins_of(tools.config))
-    except Stopped:
-        raise
     except ArchiveError as error:
         log.warning("%s", error)
         return None
@@ -4117,8 +4098,6 @@ def asked(question: Callable[[], T], unknown: str = "") -> tuple[T | None, str]:
     """The answer and what to tell instead of it, if there is none."""
     try:
         answer = question()
-    except Stopped:
-        raise
     except ArchiveError as error:
         if error.code == "AccessDenied":
             return None, "the credentials may not ask"
@@ -4185,12 +4164,13 @@ def verify(tools: Tools, checksums: bool, repair: bool) -> int:
             stack.enter_context(locked(config.state_db))
             if state_is_empty(config.state_db):
                 raise Fatal(f"no state in {config.state_db} to repair: archive.py run")
-            real = stack.enter_context(contextlib.closing(State(config.state_db)))
+            real = State(config.state_db, partial(key_of_row, config))
+            stack.callback(real.close)
             if not real.is_pinned():  # a mistyped setting would make all of it forgotten
                 raise Fatal(f"{config.state_db} is an earlier script's: archive.py run first")
             real.pin(pins_of(config))
         state = stack.enter_context(contextlib.closing(tools.state(destination(config))))
-        looked = stack.enter_context(tools.counting("verifying"))
+        looked = stack.enter_context(tools.progress.counting("verifying"))
         pairs = matched(tools.archive.objects(config.prefix), state.recorded(config.prefix))
         findings: Iterator[Finding] = itertools.starmap(compare, pairs)
         if checksums:
@@ -4306,7 +4286,7 @@ class Restore:
         """Bytes that can be fetched, and that S3 is at work on; what is cold, by class."""
         cold: dict[str, Count] = {}
         sizes = {READY: 0, BUSY: 0}
-        with self.tools.counting("looking") as looked:
+        with self.tools.progress.counting("looking") as looked:
             for wanted, case, _ in self._each(self._case):
                 looked(1)
                 if case == COLD:
@@ -4338,13 +4318,12 @@ class Restore:
         """Each that is wanted, what `judge` says of it, and the FileError."""
 
         def judged(wanted: Wanted) -> tuple[Wanted, str, FileError | None]:
-            if self.tools.box.stopping.is_set():
-                raise Stopped("stopped")
+            self.tools.box.stopping.check()
             try:
                 return wanted, judge(wanted), None
             except FileError as error:
                 return wanted, FAILED, error.bare()
-            except ArchiveError:
+            except (ArchiveError, Stopped):
                 raise
             except Exception as error:  # whatever a library did not expect of a server
                 log.debug("traceback of %s", printable(wanted.key), exc_info=True)
@@ -4452,7 +4431,7 @@ class Restore:
             if wanted.row and (mtime, crc32) != (wanted.row.mtime, wanted.row.crc32):
                 told = "%s was stored anew after it was recorded: S3's word holds"
                 log.warning(told, printable(wanted.name))
-            with self.tools.sending(RemoteFile(name, wanted.size, mtime)) as sent:
+            with self.tools.progress.sending(RemoteFile(name, wanted.size, mtime)) as sent:
 
                 def blocks() -> Iterator[bytes]:
                     for block in download.blocks(wanted.size, crc32):
@@ -4493,7 +4472,7 @@ def restore(tools: Tools, options: argparse.Namespace, agreed: Callable[[str], b
                 raise ConfigError("nothing was asked for: it costs money; --yes agrees to it")
             target.try_out()
             work.may_ask = threading.Semaphore(sum(count.files for count in cold.values()))
-        tools.found(ready)
+        tools.progress.found(ready)
         counts = work.bring_back()
     tools.table("RESTORE", [*counts.items(), ("Restored bytes", work.bytes)])
     waiting = counts[ASKED] + counts[BUSY] + counts[COLD]
@@ -4580,8 +4559,6 @@ def check(tools: Tools) -> int:
         nonlocal wrong
         try:
             told("ok", question() or what)
-        except Stopped:
-            raise
         except Locked as busy:
             told("note", f"{what}: {busy}")
         except (ArchiveError, ConnectionLost) as error:
@@ -4595,7 +4572,7 @@ def check(tools: Tools) -> int:
         told("ok" if answer else "note", f"{what}: {unknown or ('yes' if answer else advice)}")
 
     told("ok", "settings")
-    tried("state", lambda: check_state(tools.config))
+    tried("state", lambda: check_state(tools))
     if tried("Storage Box", lambda: check_box(tools, partial(told, "ok"))):
         tried("REMOTE_PATH", lambda: check_root(tools))
     if tried("bucket", lambda: check_bucket(tools)):
@@ -4613,15 +4590,15 @@ def check(tools: Tools) -> int:
     return 1 if wrong else 0
 
 
-def check_state(config: Config) -> str:
+def check_state(tools: Tools) -> str:
     """That the state can be used, or made; Fatal."""
+    config = tools.config
     with locked(config.state_db):
         if state_is_empty(config.state_db):
             if not os.access(config.state_db.parent, os.W_OK):
                 raise Fatal(f"STATE_DB {config.state_db} cannot be created there")
             return f"state: none yet in {config.state_db}"
-        with contextlib.closing(State(config.state_db, private=True)) as state:
-            state.pin(pins_of(config))
+        with contextlib.closing(tools.state(pins_of(config))) as state:
             files = state.count()
     return f"state: {files:,} files in {config.state_db}"
 
@@ -4696,66 +4673,6 @@ class OneLine(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return redacted(super().format(record), self._secrets)
-
-
-class Progress:
-    """tqdm bars on a terminal: one for all, one for each large file.
-
-    Where they are not shown, they cost next to nothing.
-    """
-
-    def __init__(self, shown: bool):
-        self._shown = shown
-        self._total = tqdm(disable=True)
-        self._over = threading.Event()
-        self._clock = threading.Thread(target=self._tick, daemon=True)
-
-    def _bar(self, name: str, size: int) -> Any:
-        return tqdm(
-            total=size, desc=name, unit="B", unit_scale=True, unit_divisor=1024,
-            dynamic_ncols=True, leave=False,
-        )  # fmt: skip
-
-    def _tick(self) -> None:
-        """So that a slow line does not look like a dead one."""
-        while not self._over.wait(1):
-            self._total.refresh()
-
-    @contextlib.contextmanager
-    def counting(self, doing: str) -> Iterator[Sent]:
-        """A function to be called with each number of files that were looked at."""
-        form = {"unit": " files", "dynamic_ncols": True, "leave": False}
-        with tqdm(desc=doing, disable=not self._shown, **form) as bar:
-            yield bar.update
-
-    def found(self, size: int) -> None:
-        """`size` more bytes are to be moved."""
-        if self._shown and self._total.disable:
-            self._total = self._bar("all files", 0)
-            self._clock.start()
-        if self._shown and size:
-            self._total.total += size
-            self._total.refresh()
-
-    @contextlib.contextmanager
-    def sending(self, file: RemoteFile) -> Iterator[Sent]:
-        """A function to be called with each number of bytes sent."""
-        if not self._shown or file.size < SMALL_FILE:
-            yield self._total.update
-            return
-        with self._bar(printable(file.path)[-24:], file.size) as bar:
-
-            def sent(size: int) -> None:
-                bar.update(size)
-                self._total.update(size)
-
-            yield sent
-
-    def close(self) -> None:
-        self._over.set()
-        if self._clock.ident:
-            self._clock.join()
-        self._total.close()
 
 
 class Console(logging.StreamHandler):
@@ -4886,30 +4803,22 @@ def make_parser() -> argparse.ArgumentParser:
     choice("-q", const=logging.WARNING, help="only warnings, failures and the summary")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command")
 
-    def add(name: str, text: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    def add(name: str, text: str, **flags: str) -> argparse.ArgumentParser:
+        described = f"{text[0].upper()}{text[1:]}."
+        command = commands.add_parser(name, help=text, description=described)
+        for flag, told in flags.items():
+            command.add_argument("--" + flag.replace("_", "-"), action="store_true", help=told)
+        return command
 
-    def flag(command: argparse.ArgumentParser, name: str, text: str) -> None:
-        command.add_argument(name, action="store_true", help=text)
-
-    run_command = add("run", "archive what is new or changed (the default)")
-    flag(
-        run_command,
-        "--new-state",
-        "start with an empty state although the bucket has objects: "
-        "everything is uploaded, and paid for, again",
-    )
-    plan_command = add("plan", "what run would do and what it would cost; changes nothing")
-    flag(plan_command, "--json", "as JSON")
-    status_command = add("status", "what is archived, its cost, the last runs, the box's room")
-    flag(status_command, "--json", "as JSON")
-    verify_command = add("verify", "hold the state against the bucket, without cold reads")
-    flag(verify_command, "--checksums", "the stored CRC-32, too: a request for each object")
-    flag(
-        verify_command,
-        "--repair",
-        "forget what is missing or wrong, so that the next run archives it again",
-    )
+    again = "start with an empty state although the bucket has objects: everything is "
+    again += "uploaded, and paid for, again"
+    add("run", "archive what is new or changed (the default)", new_state=again)
+    add("plan", "what run would do and what it would cost; changes nothing", json="as JSON")
+    add("status", "what is archived, its cost, the last runs, the box's room", json="as JSON")
+    sums = "the stored CRC-32, too: a request for each object"
+    repair = "forget what is missing or wrong, so that the next run archives it again"
+    held = "hold the state against the bucket, without cold reads"
+    add("verify", held, checksums=sums, repair=repair)
     add_restore(add("restore", "bring files back; to be run again until it ends with 0"))
     add("check", "try settings, box, bucket and permissions, with the remedy for each")
     parser.set_defaults(level=logging.INFO, command="run", new_state=False)
@@ -5028,16 +4937,7 @@ def command(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
 
     try:
         archive = Archive(config, stopping, patient)
-        tools = Tools(
-            config=config,
-            box=box,
-            archive=archive,
-            show=show,
-            tell=partial(tell, config.secrets),
-            counting=progress.counting,
-            found=progress.found,
-            sending=progress.sending,
-        )
+        tools = Tools(config, box, archive, show, partial(tell, config.secrets), progress)
 
         def last_words() -> None:
             archive.tell_unfinished()
@@ -5045,12 +4945,12 @@ def command(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
 
         with Signals(box, archive, last_words):
             return perform(tools, arguments, report)
-    except ArchiveError as error:
-        if not isinstance(error, Stopped):
+    except (ArchiveError, Stopped) as error:
+        if isinstance(error, ArchiveError):
             log.critical("%s", error)
         if stopping.number is not None:
             return 128 + stopping.number
-        return {Locked: 11, ConfigError: 2}.get(type(error), 1)
+        return 11 if isinstance(error, Locked) else 2 if isinstance(error, ConfigError) else 1
     except Exception as error:  # a defect of ours: told in one line all the same
         log.critical("unexpected %s: %s", type(error).__name__, error)
         log.debug("traceback", exc_info=True)
@@ -5079,7 +4979,7 @@ def perform(tools: Tools, arguments: argparse.Namespace, report: Report) -> int:
         stack.enter_context(locked(config.state_db))
         state = open_state(config, archive, arguments.new_state)
         stack.enter_context(contextlib.closing(state))
-        return run(Run(config, tools.box, archive, state, report, tools.found, tools.sending))
+        return run(Run(config, tools.box, archive, state, report, tools.progress))
 
 
 def agreed(question: str) -> bool:
