@@ -82,16 +82,19 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, TextIO, TypeVar
 from urllib.parse import quote, urlsplit
 
-import boto3
-import botocore.config
-import botocore.handlers
-import dotenv.parser
-import paramiko
-import urllib3
-from boto3.s3.transfer import TransferConfig
-from botocore import exceptions as aws
-from cryptography.exceptions import UnsupportedAlgorithm
-from tqdm import tqdm
+try:
+    import boto3
+    import botocore.config
+    import botocore.handlers
+    import dotenv.parser
+    import paramiko
+    import urllib3
+    from boto3.s3.transfer import TransferConfig
+    from botocore import exceptions as aws
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from tqdm import tqdm
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}: start it as .venv/bin/python archive.py, see the README")
 
 log = logging.getLogger("archive")
 files_log = logging.getLogger("archive.files")  # a line for each file
@@ -480,8 +483,9 @@ def parse_root(text: str) -> bytes:
 
 def parse_bucket(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]", text):
-        likely = text.removeprefix("s3://").split("/")[0].rpartition("@")[2]
-        raise ValueError(f"expected the bare name of a bucket, like {likely or 'my-archive'}")
+        likely = re.search(r"^(?:s3://(?:.*@)?|arn:aws:s3:::)([^/@:]{3,})", text)
+        name = likely[1] if likely else "my-archive"
+        raise ValueError(f"expected the bare name of a bucket, like {name}")
     return text
 
 
@@ -577,7 +581,6 @@ class Config:
     prices: dict[str, float] = setting("PRICES", parse_prices, "")
     aws_environ: Mapping[str, str] = dataclasses.field(repr=False, kw_only=True)
     secrets: tuple[str, ...] = dataclasses.field(repr=False, kw_only=True)
-    warnings: tuple[str, ...] = dataclasses.field(kw_only=True)
 
 
 # The rest of AWS_ is boto3's own, and reaches it as it is.
@@ -616,19 +619,18 @@ def read_settings(env_file: Path | None, environ: Mapping[str, str]) -> dict[str
 def misspelt(names: Iterable[str]) -> Iterator[str]:
     """A fault for each name that is nearly one of ours."""
     for name in names:
-        near = difflib.get_close_matches(name, SETTINGS, 1, 0.86)
+        near = difflib.get_close_matches(name.upper(), SETTINGS, 1, 0.86)
         # AWS_ENDPOINT_URL_S3 and its like are boto3's.
         if near and name not in SETTINGS and not name.startswith("AWS_ENDPOINT_URL_"):
             yield f"{name}: there is no such setting; did you mean {near[0]}?"
 
 
-def cautions(settings: Mapping[str, str], env_file: Path | None) -> Iterator[str]:
+def cautions(config: Config, env_file: Path | None) -> Iterator[str]:
     """What is allowed, but worth a warning."""
-    prefix = settings.get("S3_PREFIX", "")
-    if prefix and not prefix.endswith("/"):
+    if config.prefix and not config.prefix.endswith("/"):
         yield (
-            f"S3_PREFIX {prefix!r} does not end in a slash: keys will begin "
-            f"{prefix}name, not {prefix}/name"
+            f"S3_PREFIX {config.prefix!r} does not end in a slash: keys will begin "
+            f"{config.prefix}name, not {config.prefix}/name"
         )
     if env_file and os.name == "posix" and env_file.stat().st_mode & 0o077:
         yield f"{env_file} can be read by others: chmod 600 {env_file}"
@@ -658,7 +660,7 @@ def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
             text = None
         values[option.name] = None
         if text is REQUIRED:
-            faults.append(f"{name}: is required")
+            faults.append(f"{name}: is required, in {env_file or 'the environment'}")
         elif text is not None:
             try:
                 value = parse(text)
@@ -681,7 +683,6 @@ def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
         **values,
         aws_environ={n: v for n, v in settings.items() if n.startswith("AWS_") and v},
         secrets=secrets,
-        warnings=tuple(cautions(settings, env_file)),
     )
 
 
@@ -1169,20 +1170,21 @@ def check_host_key(config: Config, key: paramiko.PKey, pinned: Keys, revoked: Ke
     fingerprint = key.fingerprint
     shown = f"{config.host}:{config.port} is {key.get_name()} {fingerprint}"
     file = f"HETZNER_KNOWN_HOSTS {config.known_hosts}"
+    place = shlex.quote(str(config.known_hosts))
     if key in revoked:
         raise Fatal(f"the host key of {shown}, which is revoked in {file}")
     built_in = config.host.lower().endswith(STORAGE_BOX) and fingerprint in STORAGE_BOX_KEYS
     if built_in or key in pinned:
         return
     if pinned:
+        known = ", ".join(f"{other.get_name()} {other.fingerprint}" for other in pinned)
         raise Fatal(
-            f"the host key has changed: that of {shown}, but {file} has another; somebody "
-            "may be in between: only if the change is known to be right, remove the old "
-            "key there"
+            f"the host key has changed: that of {shown}, but {file} has {known}; somebody may "
+            "be in between: only if the change is known to be right, remove the old one with: "
+            f"ssh-keygen -R {shlex.quote(known_name(config))} -f {place}"
         )
     # The very key that was seen: asking for it again may bring another one.
     line = f"{known_name(config)} {key.get_name()} {key.get_base64()}"
-    place = shlex.quote(str(config.known_hosts))
     folder = shlex.quote(str(config.known_hosts.parent))
     make = "" if config.known_hosts.parent.is_dir() else f"mkdir -p {folder} && "
     raise Fatal(
@@ -1300,7 +1302,8 @@ class Box:
 
     Whoever meets the dead connection first reconnects, the others wait for it.
     An outage ends when something is looked at, read or written again; RECONNECT_PAUSES
-    bounds the tries of one.
+    bounds the tries of one.  What has lost its connection is a suspect: after its tries
+    in company it is tried alone, and nothing begins beside it.
     """
 
     def __init__(self, config: Config, stopping: Stopping, patient: bool = True):
@@ -1325,40 +1328,43 @@ class Box:
         """The connection, a new one if it was lost; Fatal when the box is gone,
         Stopped after `close`."""
         with self._lock:
-            old = self._connection
             self.stopping.check()
             if self._given_up is not None:  # nobody need find out once more
                 raise self._given_up
-            if old is not None and old.lost is None:
-                return old
-            reason = old.lost if old is not None else None
-            if old is not None and old.useful:
-                self._tries = 0
-            for pause in self._pauses[self._tries :]:
-                if reason is not None:
-                    log.warning("%s; trying again in %s s", reason, pause)
-                self.stopping.wait(pause)
-                self.stopping.check()
-                self._tries += 1
+            connection = self._connection
+            if connection is None or connection.lost is not None:
                 try:
-                    self._connection = connect(self._config)
-                    break
+                    connection = self._connect_anew(connection)
                 except Fatal as error:
                     self._given_up = error
                     raise
-                except ConnectionLost as error:
-                    # More tries, and the box may ban this machine.
-                    if isinstance(error, HungUp) and isinstance(reason, HungUp):
-                        self._given_up = Fatal(str(error))
-                        raise self._given_up from None
-                    reason = error
-            else:
-                tries = f"gave up after {self._tries} tries: " if self._tries > 1 else ""
-                self._given_up = Fatal(f"{tries}{reason}")
-                raise self._given_up
         if self.stopping.is_set():
             self.close()
-        return self._connection
+        return connection
+
+    def _connect_anew(self, old: Connection | None) -> Connection:
+        """Once `old` is lost, None at first; Fatal, Stopped."""
+        reason = old.lost if old is not None else None
+        if old is not None and old.useful:
+            self._tries = 0
+        for pause in self._pauses[self._tries :]:
+            if reason is not None:
+                log.warning("%s; trying again in %s s", reason, pause)
+            self.stopping.wait(pause)
+            self.stopping.check()
+            self._tries += 1
+            try:
+                self._connection = connection = connect(self._config)
+                if self._tries > TRIES_IN_COMPANY:  # is it the box, or a file on it?
+                    prove(connection, self._config.remote_path)
+                return connection
+            except ConnectionLost as error:
+                # More tries of what never worked, and the box may ban this machine.
+                if old is None and isinstance(error, HungUp) and isinstance(reason, HungUp):
+                    raise Fatal(str(error)) from None
+                reason = error
+        tries = f"gave up after {self._tries} tries: " if self._tries > 1 else ""
+        raise Fatal(f"{tries}{reason}")
 
     def insist(self, operation: Callable[[Connection], T]) -> T:
         """operation(connection), again from its start whenever the connection
@@ -1372,8 +1378,8 @@ class Box:
             for attempt in range(LOSSES_IN_A_ROW):
                 if attempt == TRIES_IN_COMPANY:
                     stack.enter_context(self.alone)
-                self.wait_for_suspects()
-                connection = self.connection()
+                with self.alone:  # nothing is begun beside what may break the connection
+                    connection = self.connection()
                 try:
                     return operation(connection)
                 except LOST as error:
@@ -1387,11 +1393,6 @@ class Box:
             return self.insist(operation)
         except Status as error:
             raise self.failure(path, error) from None
-
-    def wait_for_suspects(self) -> None:
-        """Nothing is begun beside what may break the connection."""
-        with self.alone:
-            pass
 
     def alone_if_free(self, act: Callable[[], None]) -> bool:
         """act() with nothing beginning beside it; False, at once, if something else is
@@ -1428,8 +1429,8 @@ class Box:
         """What to tell of a file or folder under which the connection was lost `times`
         in a row, if the box does answer otherwise: then the outage is over.  Fatal,
         Stopped."""
-        with contextlib.suppress(Status, *LOST):
-            lstat(self.connection(), self._config.remote_path)
+        with contextlib.suppress(ConnectionLost):
+            prove(self.connection(), self._config.remote_path)
         return Broken(f"lost the connection {times} times, last: {last}")
 
     def failure(self, path: bytes, error: Status) -> FileError:
@@ -1488,6 +1489,17 @@ def lstat(connection: Connection, path: bytes) -> Attributes:
     (reply,) = connection.ask((FXP_LSTAT, blob(path)))
     connection.useful = True
     return attributes_of(reply)
+
+
+def prove(connection: Connection, path: bytes) -> None:
+    """ConnectionLost unless the box answers, be it with a refusal."""
+    try:
+        lstat(connection, path)
+    except Status:
+        pass
+    except LOST as error:
+        connection.close(str(error))
+        raise ConnectionLost(str(error)) from None
 
 
 def attributes_of(reply: Reply) -> Attributes:
@@ -1835,6 +1847,7 @@ class Walk:
     ):
         self._box, self._root, self._rules, self._failed = box, root, rules, failed
         self.hidden = self.excluded = self.links = self.special = self.vanished = 0
+        self._broken = 0  # folders in a row under which the connection was lost
 
     def __iter__(self) -> Iterator[list[RemoteFile]]:
         """Raises Fatal (also if `root` itself cannot be listed), Stopped.  Yields an
@@ -1889,6 +1902,9 @@ class Walk:
             raise Fatal(f"REMOTE_PATH {printable(self._root)} cannot be listed: {reason}")
         elif listing.error:
             self._failed(listing.path, f"this folder cannot be listed: {listing.error}")
+        self._broken = self._broken + 1 if isinstance(listing.error, Broken) else 0
+        if self._broken >= BROKEN_IN_A_ROW:
+            raise Fatal(f"{listing.error}; {self._broken} folders in a row failed so")
 
     def _sort_out(
         self, path: bytes, name: bytes, attributes: Attributes, folders: list[bytes]
@@ -2003,18 +2019,25 @@ class BoxFolder:
         try:
             self._box.insist(write)
         except Status as error:
-            raise Fatal(f"{printable(self._folder)} cannot be written to: {error}") from None
+            told = f"{printable(self._folder)} cannot be written to: {error}"
+            raise Fatal(f"{told}; --to-box takes an account that may write") from None
 
     def _make(self, connection: Connection, folder: bytes) -> None:
         """The folder and those above it; FileError if one below the folder that is
-        restored to is a link.  What else is wrong with them shows later."""
+        restored to is a link, Status if it cannot be made."""
         if folder and folder not in self._made:
             above = [path for path in itertools.accumulate(folder.split(b"/"), join) if path]
             inner = [path for path in above if path.startswith(join(self._folder, b""))]
             looks = [(FXP_LSTAT, blob(path)) for path in inner]
             if looks and any(map(is_link, connection.ask(*looks))):
                 raise FileError(THROUGH_LINK)
-            connection.ask(*((FXP_MKDIR, blob(path) + U32.pack(0)) for path in above))
+            makes = ((FXP_MKDIR, blob(path) + U32.pack(0)) for path in above)
+            *made, there = connection.ask(*makes, (FXP_LSTAT, blob(folder)))
+            if there.kind == FXP_STATUS:
+                refusals = [status_of(reply, FXP_STATUS) for reply in reversed(made)]
+                raise min(refusals, key=lambda status: status.code != FX_PERMISSION_DENIED)
+            if stat.S_ISREG(attributes_of(there).mode or 0):
+                raise FileError(f"{printable(folder)} is a file on the box, not a folder")
             if len(self._made) >= PAGE:  # they come in order: the rest is not met again
                 self._made.clear()
             self._made.add(folder)
@@ -2292,10 +2315,10 @@ class State:
         known = dict(self._rows("SELECT name, value FROM meta"))
         for name, value in pins.items():
             if known.get(name, value) != value:
+                tied, wanted = (printable(text) or "(empty)" for text in (known[name], value))
                 raise Fatal(
-                    f"the state belongs to {name}={printable(known[name])}, but the setting is "
-                    f"{printable(value)}: set it back, or give the other one a STATE_DB and "
-                    "S3_PREFIX of its own"
+                    f"the state belongs to {name}={tied}, but the setting is {wanted}: set it "
+                    "back, or give the other one a STATE_DB and S3_PREFIX of its own"
                 )
         new = pins.items() - known.items()
         if new:
@@ -2535,7 +2558,8 @@ def s3_failure(error: Exception) -> ArchiveError:
         told = error.response.get("Error", {})
         code = str(told.get("Code"))
         code = HEAD_CODES.get(code, code)
-        said = f"S3 refused {error.operation_name}: {code} {told.get('Message', '')}"
+        where = f" {told['BucketName']}:" if "BucketName" in told else ""
+        said = f"S3 refused {error.operation_name}: {code}{where} {told.get('Message', '')}"
         if code in REMEDIES:
             return Fatal(f"{said}; {REMEDIES[code]}", code)
         return (Cold if code == "InvalidObjectState" else FileError)(said, code)
@@ -2584,8 +2608,8 @@ def held(answer: Mapping[str, Any]) -> Held:
     return Held(mtime, crc32_of(answer), math.floor(answer["LastModified"].timestamp()))
 
 
-def other_size(held: int, recorded: int) -> str:
-    return f"S3 holds {held:,} bytes, recorded are {recorded:,}"
+def other_size(stored: int, recorded: int) -> str:
+    return f"S3 holds {stored:,} bytes, recorded are {recorded:,}"
 
 
 NO_REGION = "a region that it does not tell"
@@ -2677,9 +2701,9 @@ class Archive:
         self._storage_class = config.storage_class
         self._stopping = stopping
         self._uploads: dict[str, str] = {}  # key: upload id, while under way
-        self._part_sums: dict[str, list[int]] = {}  # CRC-32 of each part read
+        self._part_sums: dict[str, list[int]] = {}  # CRC-32 of the parts, in their order
         self._refused: dict[str, Exception] = {}  # of a multipart upload, by key
-        self._doubtful: set[str] = set()  # keys with perhaps a second upload
+        self._maybe_left: set[str] = set()  # keys with perhaps an upload of unknown id
         self._told_left: set[str] = set()  # keys whose upload could not be aborted
         self._told_no_checksums = False
         settings = botocore.config.Config(
@@ -2741,7 +2765,7 @@ class Archive:
             # The answer to an earlier attempt may have been lost on its way.
             sent = not isinstance(exception, NO_CREDENTIALS)
             if sent and answer.get("ResponseMetadata", {}).get("RetryAttempts", 1):
-                self._doubtful.add(key)
+                self._maybe_left.add(key)
 
     def _ask(self, request: Callable[..., Any], *missing: str, **parameters: Any) -> Any:
         """The client's answer to a request about our bucket, None if S3 refuses it with
@@ -2837,9 +2861,9 @@ class Archive:
             if upload_id is not None:
                 self._abort(key, upload_id)
                 self._uploads.pop(key, None)
-            if key in self._doubtful:
+            if key in self._maybe_left:
                 self.abort_leftovers(key)
-                self._doubtful.discard(key)
+                self._maybe_left.discard(key)
         except (ArchiveError, Stopped) as error:
             self._told_left.add(key)
             log.warning(
@@ -2852,23 +2876,23 @@ class Archive:
         abort = self._client.abort_multipart_upload
         self._ask(abort, "NoSuchUpload", Key=key, UploadId=upload_id)
 
-    def doubt_uploads(self, keys: Iterable[str]) -> None:
+    def may_have_left(self, keys: Iterable[str]) -> None:
         """Each of these may have an unfinished upload by an earlier run."""
-        self._doubtful.update(keys)
+        self._maybe_left.update(keys)
 
     def is_clean(self, key: str) -> bool:
         """Whether no multipart upload of `key` is left."""
-        return key not in self._uploads and key not in self._doubtful
+        return key not in self._uploads and key not in self._maybe_left
 
     def abort_all(self) -> None:
         """Aborts what is under way, all at once, for an end that cannot wait for it."""
-        keys = {*self._uploads, *self._doubtful}
+        keys = {*self._uploads, *self._maybe_left}
         with ThreadPoolExecutor(len(keys) or 1) as pool:
             pool.map(self._clean_up, keys)
 
     def tell_unfinished(self) -> None:
         """Warns of the uploads that are left as they are."""
-        for key in {*self._uploads, *self._doubtful} - self._told_left:
+        for key in {*self._uploads, *self._maybe_left} - self._told_left:
             log.warning(
                 "the upload of %s is unfinished, its parts cost money: the next run aborts it",
                 printable(key),
@@ -3032,20 +3056,17 @@ class Archive:
         key = self._prefix + SNAPSHOT
         try:
             snapshot = self.download(key)
+            with target.open("wb") as copy:
+                copy.writelines(snapshot.blocks(snapshot.size, None))
         except Cold:
             told = f"its snapshot {key} has gone to an archive class: restore it there"
             raise Unusable(told) from None
-        except FileError as error:
-            if error.code != "NoSuchKey":
-                raise
-            return None
-        try:
-            with target.open("wb") as copy:
-                copy.writelines(snapshot.blocks(snapshot.size, None))
         except Damaged as error:
             raise Unusable(f"its snapshot {key} in the bucket is damaged: {error}") from None
         except FileError as error:
-            raise FileError(f"the state's snapshot {key}: {error}") from None
+            if error.code == "NoSuchKey":
+                return None
+            raise FileError(f"the state's snapshot {key}: {error}", error.code) from None
         return snapshot.held.stored_at
 
 
@@ -3220,7 +3241,7 @@ class Job(NamedTuple):
     file: RemoteFile
     key: str
     plan: Plan
-    known_crc: int | None  # of the object, if the file may not have changed
+    known_crc: int | None  # of the object: only looked at then, and sent if it is another
 
 
 class Failed(NamedTuple):
@@ -3331,7 +3352,8 @@ class UnderWay:
         future.add_done_callback(self._finished.put)
 
     def must_settle_before(self, job: Job | None) -> bool:
-        """Whether something has finished, or has to before `job` can begin."""
+        """Whether something has finished, or has to before `job` can begin; None: a page
+        of jobs is over."""
         return not self._finished.empty() or bool(self.jobs and job and not self._fits(job))
 
     def _fits(self, job: Job) -> bool:
@@ -3404,16 +3426,16 @@ class Run:
     def abort_leftovers(self) -> None:
         """Ends the multipart uploads that a killed run left.  Not being allowed
         to look is no reason not to archive; Fatal, Stopped."""
-        for key in self.state.unfinished_uploads():
-            if not key.startswith(self.config.prefix):
-                continue  # a tampered snapshot would have us abort others' uploads
+        # Else a tampered snapshot would have us abort others' uploads.
+        ours = [k for k in self.state.unfinished_uploads() if k.startswith(self.config.prefix)]
+        for key in ours:
             try:
                 count = self.archive.abort_leftovers(key)
             except ArchiveError as error:
                 if not isinstance(error, FileError) and error.code != "AccessDenied":
                     raise
                 log.warning("unfinished uploads stay, that of %s: %s", printable(key), error)
-                self.archive.doubt_uploads(self.state.unfinished_uploads())
+                self.archive.may_have_left(ours)
                 return  # the next would take as long, and end so, too
             if count:
                 log.info("aborted %d unfinished upload(s) of %s", count, printable(key))
@@ -3494,9 +3516,10 @@ class Run:
         outcomes = under_way.outcomes()
         yield outcomes
         for outcome in outcomes:
-            if isinstance(outcome, Changed) and not under_way.errors:
-                self._note(outcome.job)
-                under_way.begin(outcome.job._replace(known_crc=None), self._send)
+            if not isinstance(outcome, Changed) or under_way.errors or self._time_is_over():
+                continue
+            self._note(outcome.job)
+            under_way.begin(outcome.job._replace(known_crc=None), self._send)
 
     def _note(self, job: Job) -> None:
         """Notes what is to be sent: whatever becomes of it, the next run knows.  The page
@@ -3510,8 +3533,9 @@ class Run:
         limit = self.config.max_runtime
         if limit is None or time.monotonic() - self.report.started < limit:
             return False
-        log.warning("MAX_RUNTIME is over: the rest is left to the next run")
-        self.report.ended_early = "MAX_RUNTIME was over"
+        if not self.report.ended_early:
+            log.warning("MAX_RUNTIME is over: the rest is left to the next run")
+            self.report.ended_early = "MAX_RUNTIME was over"
         return True
 
     @contextlib.contextmanager
@@ -3625,12 +3649,12 @@ def open_state(config: Config, archive: Archive, new_state: bool) -> State:
                 f"{config.prefix} has objects: {way_out}"
             )
     state = State(path, partial(key_of_row, config))
-    if state.is_pinned():
-        state.pin(pins_of(config))
-    elif not doubt_unpinned(state, archive, config):
+    if not state.is_pinned():
+        if may_not_be_pinned(state, archive, config):
+            return state
         if any(row.crc32 is not None for row in state.recorded("")):
             doubt_replaced(state, archive, config, math.inf)  # archived elsewhere, perhaps
-        state.pin(pins_of(config))
+    state.pin(pins_of(config))
     return state
 
 
@@ -3644,7 +3668,7 @@ def key_of_row(config: Config, path: str) -> str | None:
     return None
 
 
-def doubt_unpinned(state: State, archive: Archive, config: Config) -> bool:
+def may_not_be_pinned(state: State, archive: Archive, config: Config) -> bool:
     """Whether an earlier script's state may not be tied to these settings yet; warns if
     it does not seem to be that of this bucket: what it says is archived would never be
     archived here."""
@@ -3686,16 +3710,17 @@ def sidecars(database: Path) -> list[Path]:
 def fetch_snapshot(archive: Archive, target: Path) -> int | None:
     """Writes the bucket's snapshot to `target`; when it was stored, None if there is
     none; Unusable."""
-    stored_at = archive.get_snapshot(target)
-    if stored_at is None:
-        return None
     try:
-        if not state_is_empty(target):
-            return stored_at
-    except Fatal as error:
-        log.debug("%s", error)
-    target.unlink()
-    raise Unusable("its snapshot in the bucket is damaged")
+        stored_at = archive.get_snapshot(target)
+        if stored_at is None:
+            return None
+        with contextlib.suppress(Fatal):  # what SQLite says of it does not matter
+            if not state_is_empty(target):
+                return stored_at
+        raise Unusable("its snapshot in the bucket is damaged")
+    except Unusable:
+        target.unlink(missing_ok=True)  # nobody is to take it for a state
+        raise
 
 
 def take_snapshot(config: Config, archive: Archive, way_out: str) -> bool:
@@ -3828,8 +3853,8 @@ class Tools:
                 log.warning("no state in %s, %s", path, told)
                 state = State(snapshot, key_of, private=True)
                 state.as_of = as_of
-            # `restore` and `verify` pass no more: they may read a copy of the bucket,
-            # though no run goes on there.
+            # A snapshot names the bucket that it was made for.  `restore` and `verify`,
+            # which pin no more than that, may read it in a copy of the bucket, too.
             if pins == destination(self.config):
                 pins = {}
         state.pin(pins)
@@ -3874,8 +3899,7 @@ def in_parallel(
                 yield ahead.popleft().result()
         except BaseException:
             stopping.set()
-            for future in ahead:
-                future.cancel()
+            pool.shutdown(cancel_futures=True)
             raise
 
 
@@ -4043,7 +4067,7 @@ def status(tools: Tools, as_json: bool) -> int:
     config, money = tools.config, Money(tools.archive.region, tools.config.prices)
     held: dict[str, Count] = {}
     runs: list[PastRun] = []
-    state = state_if_any(tools)
+    state, state_told = asked(partial(tools.state, pins_of(config)))
     if state is not None:
         with contextlib.closing(state):
             held, runs = by_class(state, config.storage_class), state.last_runs(5)
@@ -4072,26 +4096,17 @@ def status(tools: Tools, as_json: bool) -> int:
     tools.table(
         "STATUS",
         [
-            ("Archived", sum(held.values(), Count()) if state else NOT_KNOWN),
+            ("Archived", state_told or sum(held.values(), Count())),
             *held.items(),
-            ("Storage a month", usd_text(month) if state else NOT_KNOWN),
+            ("Storage a month", state_told or usd_text(month)),
             ("Box", box),
             ("Unfinished uploads", leftovers_told or leftovers),
             ("Lifecycle rule", rule_told or ("aborts unfinished uploads" if rule else no_rule)),
             ("Versioning", versions_told or ("on" if versions else "off")),
         ],
     )
-    tools.tell([f"({money.note})", "", *past_runs(runs)])
+    tools.tell([f"({money.note})", *(["", *past_runs(runs)] if state else ())])
     return 0
-
-
-def state_if_any(tools: Tools) -> State | None:
-    """The state, None if it cannot be had."""
-    try:
-        return tools.state(pins_of(tools.config))
-    except ArchiveError as error:
-        log.warning("%s", error)
-        return None
 
 
 def asked(question: Callable[[], T], unknown: str = "") -> tuple[T | None, str]:
@@ -4139,13 +4154,14 @@ class Finding(NamedTuple):
 def verify(tools: Tools, checksums: bool, repair: bool) -> int:
     """Holds the state against the bucket's listing; 0, or 3 if they differ."""
     config = tools.config
-    labels = ("Agree", "Missing", "Wrong size", "Wrong class", "Wrong checksum")
+    labels = ["Agree", "Missing", "Wrong size", "Wrong class"]
+    labels += ["Wrong checksum"] if checksums else []
     counts = dict.fromkeys((*labels, "In doubt", "No checksum", "Not recorded", "Failed"), 0)
     forgotten = 0
 
     def judge(pair: tuple[str, S3Object | None, Recorded | None]) -> Finding:
         key, _, row = pair
-        finding = compare(*pair)
+        finding = compare(state.as_of, *pair)
         if finding.fault or row is None:
             return finding
         try:
@@ -4153,7 +4169,7 @@ def verify(tools: Tools, checksums: bool, repair: bool) -> int:
         except FileError as error:
             return Finding("Failed", key, str(error))
         if stored is None or row.crc32 is None:
-            return finding if row.doubtful else Finding("No checksum", key)
+            return finding if finding.label == "In doubt" else Finding("No checksum", key)
         if stored == row.crc32:
             return Finding("Agree", key)
         fault = f"S3 holds CRC-32 {crc_text(stored)}, recorded is {crc_text(row.crc32)}"
@@ -4172,7 +4188,8 @@ def verify(tools: Tools, checksums: bool, repair: bool) -> int:
         state = stack.enter_context(contextlib.closing(tools.state(destination(config))))
         looked = stack.enter_context(tools.progress.counting("verifying"))
         pairs = matched(tools.archive.objects(config.prefix), state.recorded(config.prefix))
-        findings: Iterator[Finding] = itertools.starmap(compare, pairs)
+        compared = partial(compare, state.as_of)
+        findings: Iterator[Finding] = itertools.starmap(compared, pairs)
         if checksums:
             findings = in_parallel(judge, pairs, config.transfers, tools.box.stopping)
         for finding in findings:
@@ -4183,19 +4200,26 @@ def verify(tools: Tools, checksums: bool, repair: bool) -> int:
             if repair and finding.wrong is not None and surely(tools.archive, finding):
                 real.forget(finding.wrong)
                 forgotten += 1
-        counts["No key"] = state.not_below(config.prefix)
+        counts["No key"] = without_key(state, config)
     if not any(counts.values()):
         raise nothing_there(config)
-    if counts["No key"]:
-        told = f"{counts['No key']:,} rows cannot have been made with these settings"
-        log.warning("%s: correct S3_PREFIX or REMOTE_PATH", told)
     good = ("Agree", "In doubt", "No checksum")  # the next run sees to what is in doubt
     bad = sum(count for label, count in counts.items() if label not in good)
     shown = [(label, count) for label, count in counts.items() if count or label in labels]
     tools.table("VERIFY", shown)
     if forgotten:
-        log.warning("%s are forgotten: the next run archives them again", f"{forgotten:,}")
+        told = "%s are forgotten: the next run archives what of them is still on the box"
+        log.warning(told, f"{forgotten:,}")
     return 3 if bad else 0
+
+
+def without_key(state: State, config: Config) -> int:
+    """The number of records that cannot have been made with these settings; warns."""
+    count = state.not_below(config.prefix)
+    if count:
+        told = "%s rows cannot have been made with these settings, and are not looked at"
+        log.warning(f"{told}: correct S3_PREFIX or REMOTE_PATH", f"{count:,}")
+    return count
 
 
 def surely(archive: Archive, finding: Finding) -> bool:
@@ -4206,8 +4230,8 @@ def surely(archive: Archive, finding: Finding) -> bool:
     return False
 
 
-def compare(key: str, found: S3Object | None, row: Recorded | None) -> Finding:
-    """What the listing has of `key` against what is recorded."""
+def compare(as_of: float, key: str, found: S3Object | None, row: Recorded | None) -> Finding:
+    """What the listing has of `key` against what is recorded, known at that time."""
     if row is None:
         return Finding("Not recorded", key, "in the bucket, but not recorded")
     if found is None:
@@ -4217,7 +4241,8 @@ def compare(key: str, found: S3Object | None, row: Recorded | None) -> Finding:
     if row.storage_class not in (None, found.storage_class):
         fault = f"S3 holds it in {found.storage_class}, recorded is {row.storage_class}"
         return Finding("Wrong class", key, fault, row.path)
-    return Finding("In doubt" if row.doubtful else "Agree", key)
+    doubtful = row.doubtful or found.stored_at > as_of
+    return Finding("In doubt" if doubtful else "Agree", key)
 
 
 # restore
@@ -4230,25 +4255,26 @@ class Wanted(NamedTuple):
     name: bytes  # below the folder that is restored to
     size: int
     row: Recorded | None
-    doubtful: bool  # whether it is the object that the row is of
+    maybe_newer: bool  # than the object that the row is of
     storage_class: str
     restored: bool | None  # as in S3Object
     fault: str = ""  # why it cannot be
 
-    def as_held(self, held: Held) -> tuple[int, int | None]:
-        """Its mtime and CRC-32, None if nobody knows it: what is recorded, unless S3
-        shows that it has replaced the recorded object.  FileError if it is neither.
+    def time_and_sum(self, held: Held) -> tuple[int, int | None]:
+        """Its mtime and CRC-32, None if nobody knows that: the row's if it may be the
+        row's object, S3's if it is another and may be.  FileError if it is another and
+        may not.
 
-        A run gives a new object another time, unless the row says that its answer was
-        lost; what an earlier script did is not known.
+        A run gives a new object another time.  Where the row says that an answer was
+        lost, or an earlier script's object may have any time, size and sum tell as well.
         """
         row = self.row
         if row is not None:
             other_time = held.mtime not in (None, row.mtime)
             other_sum = None not in (row.crc32, held.crc32) and row.crc32 != held.crc32
-            any_time = row.doubtful or row.crc32 is None
-            other = other_time or (any_time and (other_sum or row.size != self.size))
-            if not (other and self.doubtful):
+            time_says_little = row.doubtful or row.crc32 is None
+            other = other_time or (time_says_little and (other_sum or row.size != self.size))
+            if not (other and self.maybe_newer):
                 if row.size != self.size:
                     raise FileError(other_size(self.size, row.size))
                 return row.mtime, row.crc32
@@ -4274,12 +4300,13 @@ class Restore:
     days: int
     replace: bool
     manifest: TextIO | None = None  # a line of CSV for each that is cold
-    may_ask: threading.Semaphore | None = None  # once for each that was agreed to
+    may_ask: threading.Semaphore | None = None  # how many more S3 may be asked for
     bytes: int = 0
 
     def __post_init__(self) -> None:
         self._pace = Pace(RESTORES_A_SECOND, self.tools.box.stopping)
         self._threads = self.tools.config.transfers
+        self.counts = dict.fromkeys((THERE, RESTORED, ASKED, BUSY, COLD, FAILED), 0)
         self._under_way: dict[bytes, Wanted] = {}  # by name, while it is being written
 
     def look(self) -> tuple[int, int, dict[str, Count]]:
@@ -4295,12 +4322,11 @@ class Restore:
                     sizes[case] += wanted.size
         return sizes[READY], sizes[BUSY], cold
 
-    def bring_back(self) -> dict[str, int]:
-        """Numbers by what was done; failures are told."""
-        counts = dict.fromkeys((THERE, RESTORED, ASKED, BUSY, COLD, FAILED), 0)
+    def bring_back(self) -> None:
+        """Counts what was done, and tells failures."""
         patience = Patience(self._threads)
         for wanted, case, fault in self._each(self._bring_back):
-            counts[case] += 1
+            self.counts[case] += 1
             patience.met(fault)
             if case == FAILED:
                 tell_failure(wanted.name, fault)
@@ -4310,7 +4336,10 @@ class Restore:
                 files_log.info("restored %s (%s bytes)", printable(wanted.name), size)
             elif case == COLD and self.manifest is not None:
                 self.manifest.write(f"{self.tools.config.bucket},{quote(wanted.key)}\n")
-        return counts
+
+    def summarize(self) -> None:
+        rows = [*self.counts.items(), ("Restored bytes", self.bytes)]
+        self.tools.table("RESTORE", rows)
 
     def _each(
         self, judge: Callable[[Wanted], str]
@@ -4339,30 +4368,26 @@ class Restore:
             # As this program spells a key, and as other ones do.
             spellings = (escape(path, KEY_ESCAPES), path.decode("utf-8", "replace"))
             for start in dict.fromkeys(config.prefix + spelling for spelling in spellings):
-                for wanted in self._below(start):
+                pairs = matched(self.tools.archive.objects(start), self.state.recorded(start))
+                for wanted in map(self._describe, pairs):
                     if not path or wanted.key[len(start) :][:1] in ("", "/"):
                         met = True
                         yield wanted
             if path and not met:
-                nothing = "nothing is archived under this path"
+                nothing = "nothing is archived under this path: the exact one, no pattern"
                 yield Wanted("", path, 0, None, False, "", None, nothing)
             elif not met:
                 raise nothing_there(config)
-
-    def _below(self, start: str) -> Iterator[Wanted]:
-        """What has a key that begins with `start`."""
-        rows = self.state.recorded(start)
-        return map(self._describe, matched(self.tools.archive.objects(start), rows))
 
     def _describe(self, pair: tuple[str, S3Object | None, Recorded | None]) -> Wanted:
         key, found, row = pair
         inner = key[len(self.tools.config.prefix) :]
         name = unescape(inner)
         size, kind, restored = found[1:4] if found else (0, "", None)
-        doubtful = False
+        maybe_newer = False
         if row and found:  # a run that was lost with its state may have replaced it
             known_at = min((row.uploaded_at or math.inf) + CLOCK_LIMIT, self.state.as_of)
-            doubtful = row.doubtful or found.stored_at > known_at
+            maybe_newer = row.doubtful or found.stored_at > known_at
         fault = ""
         windows = os.name == "nt" and (b"\\" in name or b":" in name)
         if {b"", b".", b".."} & set(name.split(b"/")) or b"\0" in name or windows:
@@ -4371,9 +4396,9 @@ class Restore:
             fault = "another program's: its name is that of another key"
         elif found is None:
             fault = "recorded, but not in the bucket"
-        elif row and row.size != size and not doubtful:
+        elif row and row.size != size and not maybe_newer:
             fault = other_size(size, row.size)
-        return Wanted(key, name, size, row, doubtful, kind, restored, fault)
+        return Wanted(key, name, size, row, maybe_newer, kind, restored, fault)
 
     def _case(self, wanted: Wanted) -> str:
         """What is the case; FileError."""
@@ -4386,8 +4411,8 @@ class Restore:
         if there is not None:
             row = wanted.row
             mtime = row.mtime if row else None
-            if there[0] == wanted.size and (row is None or wanted.doubtful):
-                mtime, _ = wanted.as_held(self.tools.archive.head(wanted.key))
+            if there[0] == wanted.size and (row is None or wanted.maybe_newer):
+                mtime, _ = wanted.time_and_sum(self.tools.archive.head(wanted.key))
             if there == (wanted.size, mtime):
                 return THERE
             if there == NO_FILE:
@@ -4427,7 +4452,7 @@ class Restore:
             raise FileError("another object gives the same name")
         try:
             download = self.tools.archive.download(wanted.key)
-            mtime, crc32 = wanted.as_held(download.held)
+            mtime, crc32 = wanted.time_and_sum(download.held)
             if wanted.row and (mtime, crc32) != (wanted.row.mtime, wanted.row.crc32):
                 told = "%s was stored anew after it was recorded: S3's word holds"
                 log.warning(told, printable(wanted.name))
@@ -4457,6 +4482,7 @@ def restore(tools: Tools, options: argparse.Namespace, agreed: Callable[[str], b
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(lock))
         state = stack.enter_context(contextlib.closing(tools.state(destination(config))))
+        without_key(state, config)
         paths = restore_paths(options.path, config.remote_path)
         work = Restore(
             tools, state, target, paths, options.tier, options.days, options.overwrite
@@ -4464,7 +4490,7 @@ def restore(tools: Tools, options: argparse.Namespace, agreed: Callable[[str], b
         ready, busy, cold = work.look()
         if cold:
             estimate(tools, cold, ready + busy, options)
-        doubt_room(target, ready + busy + sum(count.bytes for count in cold.values()))
+        warn_of_room(target, ready + busy + sum(count.bytes for count in cold.values()))
         if cold and options.manifest:
             work.manifest = stack.enter_context(manifest(options.manifest))
         elif cold:
@@ -4473,8 +4499,13 @@ def restore(tools: Tools, options: argparse.Namespace, agreed: Callable[[str], b
             target.try_out()
             work.may_ask = threading.Semaphore(sum(count.files for count in cold.values()))
         tools.progress.found(ready)
-        counts = work.bring_back()
-    tools.table("RESTORE", [*counts.items(), ("Restored bytes", work.bytes)])
+        try:
+            work.bring_back()
+        except (Fatal, Stopped):
+            work.summarize()
+            raise
+    work.summarize()
+    counts = work.counts
     waiting = counts[ASKED] + counts[BUSY] + counts[COLD]
     if work.manifest and counts[COLD]:
         log.warning(
@@ -4500,7 +4531,7 @@ def manifest(path: Path) -> Iterator[TextIO]:
         raise ConfigError(f"--manifest: {error}") from None
 
 
-def doubt_room(target: LocalFolder | BoxFolder, needed: int) -> None:
+def warn_of_room(target: LocalFolder | BoxFolder, needed: int) -> None:
     """Warns where that many bytes do not fit: before they are paid for."""
     room = target.room()
     if room is not None and needed > room:
@@ -4519,7 +4550,7 @@ def restore_paths(given: Iterable[str], root: bytes) -> list[bytes]:
     if b"" in names and root != b"/":  # `$unset/`, perhaps
         raise ConfigError(f"/ is not below REMOTE_PATH {printable(root)}: name none for all")
     inner = {name.removeprefix(start).removeprefix(b"./") for name in names}
-    if inner & {b"", b".", root}:
+    if inner & {b"", b"."} or {root, join(b".", root)} & set(names):
         return []
     return sorted(p for p in inner if not any(p.startswith(join(q, b"")) for q in inner))
 
@@ -4609,7 +4640,7 @@ def check_snapshot(tools: Tools) -> str:
         files = state.count()
     if not files and tools.archive.has_objects():
         raise Fatal("none, but the bucket has objects: put the state database back")
-    return f"snapshot of the state: {files:,} files"
+    return f"snapshot of the state: {files:,} files" if files else "nothing is archived yet"
 
 
 def check_box(tools: Tools, passed: Callable[[str], None]) -> str:
@@ -4766,6 +4797,8 @@ class Signals:
         signal.set_wakeup_fd(-1)
         for number, handler in self._old.items():
             signal.signal(number, handler)
+        self._woken.close()
+        self._waker.close()
 
     def _watch(self) -> None:
         (number,) = self._woken.recv(1)
@@ -4855,7 +4888,7 @@ def whole_days(text: str) -> int:
     try:
         return parse_whole(1, 3650, text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        raise argparse.ArgumentTypeError(f"{error}, not {text!r}") from None
 
 
 def tune_memory() -> None:
@@ -4912,7 +4945,7 @@ def start(argv: list[str] | None) -> int:
         for fault in str(error).splitlines():
             print(f"error: {fault}", file=sys.stderr)
         return 2
-    for warning in config.warnings:
+    for warning in cautions(config, env_file):
         log.warning("%s", warning)
     # Where boto3 looks for them; what is empty it would take for a value.
     for name in [name for name in os.environ if name.startswith("AWS_")]:
@@ -4930,8 +4963,10 @@ def command(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
     report = Report()
 
     def summarize() -> None:
-        if stopping.number is not None and not report.complete:
-            report.ended_early = f"by {signal.Signals(stopping.number).name}"
+        number = stopping.number
+        if not report.complete and (report.walk is not None or number is not None):
+            name = "an error" if number is None else signal.Signals(number).name
+            report.ended_early = f"by {name}"
         if report.walk is not None or (arguments.command == "run" and report.ended_early):
             tell(config.secrets, report.summary())
 

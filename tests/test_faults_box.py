@@ -167,6 +167,7 @@ def test_box_that_is_gone_for_good_ends_the_run_with_what_was_done(archive, box,
         settings = {"TRANSFERS": 1, **box.settings(port=relay.port)}
         result = archive(constants=IMPATIENT, **settings)
     assert result.status == 1, result.stderr
+    assert "Ended early    : by an error" in result.stdout
     assert result.counts[0] == 3
     assert set(archive.objects()) == {"a", "b", "c"}
     assert len(archive.rows()) == 3
@@ -207,6 +208,46 @@ def test_files_that_always_kill_the_connection_are_no_outage(archive, box, size)
         result = archive(constants=SIX_TRIES, TRANSFERS="1")
         assert_failed(result, dict.fromkeys("abcde", "lost the connection"))
     assert len(archive.rows()) == 1
+
+
+def test_file_that_kills_the_connection_in_more_than_one_way_is_no_outage(archive, box):
+    """The box is well: it answers to everything else."""
+    write(box.root / "bad", LARGE)
+    write(box.root / "well", SMALL)
+    box.on("OPEN", b"bad", drop, times=2)
+    box.always("READ", b"bad", drop)
+    result = archive(constants=SIX_TRIES, TRANSFERS="1")
+    assert_failed(result, {"bad": "lost the connection"})
+    assert len(archive.rows()) == 1
+
+
+def test_connection_that_breaks_at_every_folder_ends_the_run(archive, box):
+    for number in range(8):
+        write(box.root / f"d{number}" / "f", SMALL)
+        box.always("OPENDIR", b"d%d" % number, drop)
+    result = archive(constants={**SIX_TRIES, "BROKEN_IN_A_ROW": 4})
+    assert result.status == 1
+    assert "4 folders in a row failed so" in result.stderr
+
+
+def test_hanging_up_at_a_login_that_was_good_before_is_an_outage_like_others(
+    archive, box, monkeypatch
+):
+    fill(box)
+    logins = []
+
+    def check(login, *_):
+        logins.append(login)
+        if len(logins) in (2, 3):
+            box.transports[-1].close()
+            return paramiko.AUTH_FAILED
+        return paramiko.AUTH_SUCCESSFUL
+
+    monkeypatch.setattr(faulty_sftp._Login, "check_auth_password", check)
+    box.on("READ", b"large", drop)
+    result = archive(constants=SIX_TRIES)
+    assert result.status == 0, result.stderr
+    assert len(logins) == 4
 
 
 def test_connection_that_breaks_at_every_file_ends_the_run(archive, box):
@@ -697,6 +738,24 @@ def test_file_rewritten_within_its_second_while_it_is_read_is_archived_again(
     assert archive(constants=SIZES).status == 0
     assert rewritten.fired
     assert archive(constants=SIZES).status == 0
+    assert_all_archived(archive, box)
+
+
+def test_file_found_to_have_changed_after_max_runtime_is_left_to_the_next_run(archive, box):
+    write(box.root / "f", SMALL)
+    times = (1_600_000_000, 1_600_000_000)
+    os.utime(box.root / "f", times)
+    assert archive().status == 0
+    archive.execute("INSERT INTO recheck VALUES ('./f')")  # as if it had been written just now
+    before = archive.objects()
+    (box.root / "f").write_bytes(b"!" * SMALL)
+    os.utime(box.root / "f", times)
+    box.on("READ", b"f", first(lambda: time.sleep(2)))
+    result = archive(MAX_RUNTIME="1s")
+    assert result.status == 3
+    assert "Ended early    : MAX_RUNTIME was over" in result.stdout
+    assert archive.objects() == before
+    assert archive().status == 0
     assert_all_archived(archive, box)
 
 

@@ -408,7 +408,7 @@ def test_row_of_an_object_that_was_looked_at_again_and_replaced_is_not_believed(
     archive, box, s3, how
 ):
     path = box.root / "f"
-    write(path, SMALL, mtime=int(time.time()))
+    write(path, SMALL, mtime=int(time.time()) + 2)  # so that it is looked at again
     old, times = path.read_bytes(), (int(path.stat().st_mtime),) * 2
     assert archive().counts == (1, 0, 0)
     path.write_bytes(old[::-1])

@@ -140,6 +140,25 @@ def test_upload_that_could_not_be_looked_for_is_aborted_by_a_later_run(
     assert uploads(bucket) == set()
 
 
+def test_upload_of_others_is_left_alone_whatever_the_state_says(archive, box, s3, bucket):
+    """A snapshot that was tampered with names it, and we may not look at first; then a run
+    that does not end aborts what may be under way."""
+    write(box.root / "f", SMALL)
+    assert archive(S3_PREFIX="mine/").status == 0
+    archive.execute("INSERT INTO uploads VALUES ('mine/ours'), ('theirs')")
+    for key in ("mine/ours", "theirs"):
+        bucket.client.create_multipart_upload(Bucket=bucket.name, Key=key)
+    s3.on("ListMultipartUploads", error(403, "AccessDenied"))
+    deaf = "archive.Run.archive_all = lambda run: __import__('time').sleep(30)"
+
+    running = archive.start(S3_PREFIX="mine/", constants={"STOP_LIMIT": 1}, before=deaf)
+    wait_for(lambda: "unfinished uploads stay" in archive.log_file.read_text())
+    archive.running[-1].terminate()
+
+    assert running.wait().status == 143
+    assert bucket.uploads() == ["theirs"]
+
+
 @pytest.mark.timeout(45)  # the box owes its answer for 60 s
 def test_what_s3_has_is_recorded_while_the_box_is_silent_about_a_folder(archive, box):
     write(box.root / "a", SMALL)

@@ -347,6 +347,7 @@ def test_a_changed_host_key_ends_the_run_before_any_credential_is_sent(archive, 
 
     assert result.status == 1
     assert fingerprint(real_key) in result.stderr
+    assert fingerprint(asyncssh_box.host_key) in result.stderr
     assert "changed" in result.stderr or "differs" in result.stderr
     assert asyncssh_box.attempts == []
 

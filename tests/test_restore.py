@@ -24,6 +24,7 @@ from faults import LARGE, SIZES, SMALL, wait_for
 from faulty_sftp import FAILURE, Dropped, answer_then_drop, drop, status
 from relay import Relay
 from scripted_s3 import error, halfway, lost_answer, no_checksums, rewritten
+from servers import OpenSSH
 from test_names import HOSTILE
 
 WARM = {"STORAGE_CLASS": "STANDARD"}
@@ -293,6 +294,24 @@ def test_only_the_files_and_folders_that_were_named_come_back(archive, s3, to, p
     assert result.status == 0, result.stderr
     assert set(tree(to)) == expected
     assert s3.requests["GetObject"] == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("backup", {b"one", b"backup/two", b"two"}),
+        ("./backup/", {b"one", b"backup/two", b"two"}),
+        ("backup/backup", {b"backup/two"}),
+        ("backup/two", {b"two"}),
+    ],
+)
+def test_folder_with_the_name_of_remote_path_may_be_named(archive, to, path, expected):
+    """As on the box; it is in a folder of the same name."""
+    names = ["backup/one", "backup/backup/two", "backup/two"]
+    archived(archive, dict.fromkeys(names, b"content"), REMOTE_PATH="backup", **WARM)
+    result = archive("restore", path, "--to", to, REMOTE_PATH="backup")
+    assert result.status == 0, result.stderr
+    assert set(tree(to)) == expected
 
 
 @pytest.mark.parametrize("state", ["with state", "without state"])
@@ -839,6 +858,7 @@ def test_pass_that_is_ended_in_the_middle_of_a_file_is_completed_by_the_next(
     result = running.wait()
 
     assert result.status == ending, result.stderr
+    assert "Restored files  : 1\n" in result.stdout or end is kill
     assert "b" not in seen
     assert not (target / "b").exists()
     again = boxed("restore", place, folder)
@@ -1268,9 +1288,22 @@ def test_box_that_is_read_only_is_told_of_before_anything_is_paid(boxed, box, s3
     archived(boxed, {"file": b"content"})
     os.chmod(box.root, 0o555)
 
-    result = boxed("restore", "--to-box", "back", "--yes")
+    result = boxed("restore", "--to-box", "back/there", "--yes")
 
     assert result.status == 1, result.stderr
+    assert "denied" in result.stderr
+    assert s3.requests["RestoreObject"] == 0
+
+
+@pytest.mark.parametrize("box", [OpenSSH], indirect=True, ids=["openssh"])
+def test_folder_on_the_box_that_is_a_file_is_told_of_before_anything_is_paid(boxed, box, s3):
+    """Others refuse to look below it, which is told file by file."""
+    archived(boxed, {"file": b"content"})
+
+    result = boxed("restore", "--to-box", "file", "--yes")
+
+    assert result.status == 1, result.stderr
+    assert "file is a file on the box, not a folder" in result.stderr
     assert s3.requests["RestoreObject"] == 0
 
 
@@ -1393,6 +1426,45 @@ def test_copy_of_the_bucket_is_restored_from(archive, bucket, to):
         refused = archive(command, S3_BUCKET=copy)
         assert refused.status == 1
         assert f"the state belongs to S3_BUCKET={bucket.name}" in refused.output
+
+
+@pytest.mark.parametrize("damage", ["a row", "the structure"])
+def test_damaged_snapshot_is_not_believed(archive, s3, to, damage):
+    """The bucket alone will do."""
+    expected = archived(archive, {f"file{n}": b"content" for n in range(50)}, **WARM)
+    lose_state(archive)
+    other = (OLD + 12345).to_bytes(4, "big")
+
+    def damaged_copy(exchange):
+        answer = exchange.forward()
+        body = answer.body
+        if damage == "a row":
+            answer.body = body.replace(OLD.to_bytes(4, "big"), other)
+        else:
+            answer.body = body[:100] + bytes(40) + body[140:]
+        assert answer.body != body
+        return answer
+
+    s3.always("GetObject", damaged_copy, key=SNAPSHOT)
+    for command in (["verify"], ["restore", "--to", to]):
+        result = archive(*command)
+        assert "damaged" in result.stderr, result.stderr
+    assert result.status == 0, result.stderr
+    assert whole(to) == expected
+
+
+def test_records_of_another_prefix_are_told_of(archive, bucket, to):
+    """A copy of the bucket below another one: nothing of them is of use there."""
+    archived(archive, {"a": b"content"}, **WARM)
+    for entry in bucket.list():
+        source = f"{bucket.name}/{entry['Key']}"
+        bucket.client.copy_object(
+            Bucket=bucket.name, Key=f"copy/{entry['Key']}", CopySource=source
+        )
+    lose_state(archive)
+    result = archive("restore", "--to", to, S3_PREFIX="copy/")
+    assert result.status == 0, result.stderr
+    assert "1 rows cannot have been made with these settings" in result.stderr
 
 
 def test_object_of_an_earlier_script_gives_way_to_the_one_that_replaced_it(archive, bucket, to):

@@ -281,6 +281,15 @@ def test_a_misspelt_setting_in_the_env_file_is_an_error_with_a_suggestion(archiv
     assert "MY_OWN" not in result.stderr
 
 
+@pytest.mark.parametrize("name", ["storage_class", "Hetzner_Port", "exclude_paths"])
+def test_a_setting_in_other_letters_is_misspelt(archive, tmp_path, name):
+    env_file = tmp_path / "env"
+    env_file.write_text(f"{name}=1\n")
+    result = archive("--env-file", env_file)
+    assert result.status == 2
+    assert f"{name}: there is no such setting; did you mean {name.upper()}?" in result.stderr
+
+
 def test_an_env_file_that_others_can_read_is_worth_a_warning(archive, tmp_path):
     file = env_file(tmp_path / "my.env", archive.settings, mode=0o644)
 
@@ -339,6 +348,17 @@ def test_importing_the_program_does_nothing(tmp_path):
 
 
 # --- What a person sees ---
+
+
+def test_a_python_without_the_packages_is_told_of_in_one_line(tmp_path):
+    """The first mistake of most: not the virtual environment's."""
+    bare = [sys.executable, "-I", "-S", PROGRAM]
+    ended = subprocess.run(
+        bare, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: No module named 'boto3': start it as ")
+    assert ended.stderr.count("\n") == 1
 
 
 def test_there_is_a_line_for_each_archived_file_and_none_for_a_skipped_one(archive):

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import sqlite3
+import time
 from zlib import crc32
 
 import pytest
@@ -120,6 +121,20 @@ def test_each_disagreement_is_told_with_status_3(archive, s3, how):
     assert counts(result) == {"agree": 2, how: 1}
     assert s3.requests == {"ListObjectsV2": 1}
     assert archive.state_db.read_bytes() == state, "nothing is forgotten unasked"
+
+
+def test_object_that_is_newer_than_the_snapshot_is_in_doubt(archive, box, bucket):
+    fill(box.root, {"a": b"ours", "b": b"ours"}, OLD)
+    archive()
+    archive.state_db.unlink()
+    time.sleep(1.1)  # S3 tells whole seconds
+    bucket.client.put_object(
+        Bucket=bucket.name, Key="a", Body=b"evil", StorageClass=COLD, ChecksumAlgorithm="CRC32"
+    )
+    result = archive("verify")
+    assert (result.status, counts(result)) == (0, {"agree": 1, "in doubt": 1})
+    summed = archive("verify", "--checksums")
+    assert (summed.status, counts(summed)) == (3, {"agree": 1, "wrong checksum": 1})
 
 
 def test_row_that_is_in_doubt_is_told_of_and_its_checksum_looked_at(archive, box, s3):
