@@ -621,7 +621,8 @@ def misspelt(names: Iterable[str]) -> Iterator[str]:
     for name in names:
         near = difflib.get_close_matches(name.upper(), SETTINGS, 1, 0.86)
         # AWS_ENDPOINT_URL_S3 and its like are boto3's.
-        if near and name not in SETTINGS and not name.startswith("AWS_ENDPOINT_URL_"):
+        others = name.upper().startswith("AWS_ENDPOINT_URL_")
+        if near and name not in SETTINGS and not others:
             yield f"{name}: there is no such setting; did you mean {near[0]}?"
 
 
@@ -900,6 +901,11 @@ class Flight:
         self._done.release()
         if self._arrived is not None:
             self._arrived(self)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all replies are there: they stay if the connection is lost."""
+        return not self._missing
 
     def replies(self) -> list[Reply]:
         """The replies in the order of the requests, once; ConnectionLost.
@@ -1355,6 +1361,7 @@ class Box:
             self._tries += 1
             try:
                 self._connection = connection = connect(self._config)
+                self.stopping.check()  # `close` has not met this one
                 if self._tries > TRIES_IN_COMPANY:  # is it the box, or a file on it?
                     prove(connection, self._config.remote_path)
                 return connection
@@ -1652,8 +1659,13 @@ class Reader:
             self._connection.flight((FXP_CLOSE, self._handle))
 
     def _open(self, connection: Connection) -> RemoteFile:
-        self._flights.clear()
-        self._asked = self._got
+        asked, self._asked = self._flights, self._got
+        self._flights = deque()
+        for flight, spans in asked:  # what has arrived need not be asked for again
+            if not flight.whole or spans[0][0] != self._asked:
+                break
+            self._flights.append((flight, spans))
+            self._asked = sum(spans[-1])
         handle = open_file(connection, self._path)
         # Together: a handle of an earlier connection may be another file's on this one.
         self._connection, self._handle = connection, handle
@@ -3056,17 +3068,20 @@ class Archive:
         key = self._prefix + SNAPSHOT
         try:
             snapshot = self.download(key)
-            with target.open("wb") as copy:
-                copy.writelines(snapshot.blocks(snapshot.size, None))
         except Cold:
             told = f"its snapshot {key} has gone to an archive class: restore it there"
             raise Unusable(told) from None
+        except FileError as error:
+            if error.code != "NoSuchKey":
+                raise
+            return None
+        try:
+            with target.open("wb") as copy:
+                copy.writelines(snapshot.blocks(snapshot.size, None))
         except Damaged as error:
             raise Unusable(f"its snapshot {key} in the bucket is damaged: {error}") from None
         except FileError as error:
-            if error.code == "NoSuchKey":
-                return None
-            raise FileError(f"the state's snapshot {key}: {error}", error.code) from None
+            raise FileError(f"the state's snapshot {key}: {error}") from None
         return snapshot.held.stored_at
 
 
@@ -3435,7 +3450,7 @@ class Run:
                 if not isinstance(error, FileError) and error.code != "AccessDenied":
                     raise
                 log.warning("unfinished uploads stay, that of %s: %s", printable(key), error)
-                self.archive.may_have_left(ours)
+                self.archive.may_have_left(ours[ours.index(key) :])
                 return  # the next would take as long, and end so, too
             if count:
                 log.info("aborted %d unfinished upload(s) of %s", count, printable(key))
@@ -4501,7 +4516,7 @@ def restore(tools: Tools, options: argparse.Namespace, agreed: Callable[[str], b
         tools.progress.found(ready)
         try:
             work.bring_back()
-        except (Fatal, Stopped):
+        except (ArchiveError, Stopped):
             work.summarize()
             raise
     work.summarize()

@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import sqlite3
+import threading
 import time
 
 import faulty_sftp
@@ -110,6 +111,35 @@ def replaced(path):
 CHANGES = {change.__name__: change for change in (grown, touched, rewritten, replaced)}
 
 
+def test_what_has_arrived_before_a_cut_is_not_read_again(archive, box, moto):
+    """The reads ahead of a slow S3 are there already."""
+    write(box.root / "big", 45 * MIB)
+    served = []
+
+    def count(request):
+        served.append(request.length)
+        return request.reply()
+
+    def still():
+        before = len(served)
+        time.sleep(0.5)
+        return len(served) == before > 0
+
+    box.always("READ", b"big", count)
+    go = threading.Event()
+    with ScriptedS3(moto.url) as s3, Relay(box.host, box.port) as relay:
+        s3.always("UploadPart", lambda exchange: go.wait(30) and exchange.forward())
+        settings = {"MEMORY_LIMIT": "32M", "AWS_ENDPOINT_URL": s3.url}
+        running = archive.start(constants=SIZES, **settings, **box.settings(port=relay.port))
+        wait_for(still)
+        assert sum(served) < 40 * MIB
+        relay.cut()
+        go.set()
+        assert running.wait().status == 0
+    assert sum(served) == 45 * MIB + 1  # and the byte beyond its end
+    assert_all_archived(archive, box)
+
+
 def test_large_file_that_changed_during_an_outage_fails(archive, box):
     write(box.root / "other", SMALL)
     cuts = []
@@ -174,6 +204,28 @@ def test_box_that_is_gone_for_good_ends_the_run_with_what_was_done(archive, box,
     archive.assert_invariant()
     assert archive(constants=SIZES, **box.settings()).counts == (1, 3, 0)
     assert_all_archived(archive, box)
+
+
+STOPPED_WHILE_CONNECTING = """
+import os, signal, time
+connect, connections = archive.connect, []
+def stopped(config):
+    connections.append(connect(config))
+    if len(connections) == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+    return connections[-1]
+archive.connect = stopped
+"""
+
+
+def test_signal_during_an_outage_ends_the_run_in_order(archive, box):
+    write(box.root / "f", SMALL)
+    box.always("OPENDIR", None, drop)
+    box.always("LSTAT", None, freeze)
+    result = archive.start(constants=SIX_TRIES, before=STOPPED_WHILE_CONNECTING).wait()
+    assert result.status == 143
+    assert archive.query("SELECT status FROM runs") == [(143,)]
 
 
 def test_box_that_cuts_every_connection_gets_a_bounded_number_of_tries(archive, box):
