@@ -4618,7 +4618,7 @@ def check(tools: Tools) -> int:
         told("ok" if answer else "note", f"{what}: {unknown or ('yes' if answer else advice)}")
 
     told("ok", "settings")
-    tried("state", lambda: check_state(tools))
+    tried("state", lambda: check_state(tools.config))
     if tried("Storage Box", lambda: check_box(tools, partial(told, "ok"))):
         tried("REMOTE_PATH", lambda: check_root(tools))
     if tried("bucket", lambda: check_bucket(tools)):
@@ -4636,15 +4636,16 @@ def check(tools: Tools) -> int:
     return 1 if wrong else 0
 
 
-def check_state(tools: Tools) -> str:
+def check_state(config: Config) -> str:
     """That the state can be used, or made; Fatal."""
-    config = tools.config
     with locked(config.state_db):
         if state_is_empty(config.state_db):
             if not os.access(config.state_db.parent, os.W_OK):
                 raise Fatal(f"STATE_DB {config.state_db} cannot be created there")
             return f"state: none yet in {config.state_db}"
-        with contextlib.closing(tools.state(pins_of(config))) as state:
+        state = State(config.state_db, partial(key_of_row, config), private=True)
+        with contextlib.closing(state):
+            state.pin(pins_of(config))
             files = state.count()
     return f"state: {files:,} files in {config.state_db}"
 
