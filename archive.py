@@ -8,32 +8,26 @@
 #     "python-dotenv>=1.0,<2",
 # ]
 # ///
-"""Archive a Hetzner Storage Box into Amazon S3 Glacier Deep Archive, and bring it back.
+"""Archive a Hetzner Storage Box into Amazon S3 Glacier Deep Archive, and restore it.
 
-A generator walks the box over SFTP; a SQLite table of (path, size, mtime) says
-what is archived already; the rest is streamed, with no copy on local disk,
-through boto3, one object per file; each file is committed to the table after S3
-has acknowledged it.
+A generator walks the box over SFTP.  A SQLite table of (path, size, mtime) says what is
+archived already.  Everything else is streamed to S3 with boto3, one object per file,
+without a copy on local disk, and committed to the table once S3 has acknowledged it.
 
-The invariant, which everything below upholds:
+The bucket is the record, the state database is a cache of it: all that the state knows
+can be learned from the bucket again.  The invariant, which everything below upholds:
 
-    A row exists only if S3 has acknowledged an object of exactly the bytes
-    that the box served for that path, with the size and the CRC-32 computed
-    while reading them.
+    A row with an mtime exists only if S3 holds an object of exactly the bytes that
+    the box serves for that path at this size and mtime.
 
-Everything else may fail, be killed or be retried.  When in doubt: no row.
+A row without an mtime says that S3 holds an object of this size, which has to be
+compared before it is believed.  Anything may fail, be killed or be retried.  Only what
+S3 is not known to hold is uploaded.  Nothing is ever deleted from the bucket, and nothing
+on the box is changed, except by `restore --to-box`.
 
-Not part of it: deletion or retention, versions beyond S3's own, bundling of
-small files, encryption of its own, a daemon.  Nothing is ever deleted from the
-bucket, nor changed on the box but by `restore --to-box`.
-
-Exit statuses: 0 all is archived (restore: is there; verify: agrees), 1 fatal, 2
-usage or configuration, 3 some file failed, 11 another run holds the lock, 75
-restore is under way, 128+n ended by signal n.
-
-Sections, each using only those above it: Limits, Prices, Errors, Names,
-Configuration, Source: SFTP, Places to restore to, State: SQLite, Archive: S3, Money,
-Progress, The run, Other commands, Command line.
+Sections, each using only those above it: Limits, Prices, Errors, Names, Settings, SFTP,
+Login, Storage Box, State, Bucket, Output, Run, Plan status verify and check, Restore,
+Command line (with the exit statuses).
 """
 
 from __future__ import annotations
@@ -69,13 +63,13 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
-from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,211 +83,275 @@ try:
     import dotenv.parser
     import paramiko
     import urllib3
+    from boto3.s3.inject import upload_fileobj
     from boto3.s3.transfer import TransferConfig
     from botocore import exceptions as aws
+    from botocore.credentials import DeferredRefreshableCredentials
     from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import serialization
     from tqdm import tqdm
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}: start it as .venv/bin/python archive.py, see the README")
 
-log = logging.getLogger("archive")
-files_log = logging.getLogger("archive.files")  # a line for each file
-logfile_log = logging.getLogger("archive.logfile")  # not for the console
+log = logging.getLogger("archive")  # to stderr and LOG_FILE
+files_log = logging.getLogger("archive.files")  # one line per file; not beside progress bars
+results_log = logging.getLogger("archive.results")  # to stdout and LOG_FILE
 
 T = TypeVar("T")
-Answer = TypeVar("Answer")
 
 # ---------------------------------------------------------------------- Limits
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
-# S3's own, from "Amazon S3 multipart upload limits" and "Naming Amazon S3
-# objects" in its user guide.
+# S3's own: "Amazon S3 multipart upload limits" and "Naming Amazon S3 objects" in the
+# S3 user guide.
 MAX_PARTS = 10_000
-MIN_PART = 5 * MIB
-MAX_PART = 5 * GIB
 MAX_KEY_BYTES = 1024
+# Part sizes that are used here and by other programs, from S3's least to its greatest: the
+# doubles of 5 MiB (rclone), of 8 MiB (boto3, AWS CLI) and between.  A known part size lets
+# an ETag be compared with a file.
+DOUBLES = (least * MIB << n for least in (5, 6, 7, 8) for n in range(11))
+PART_SIZES = sorted(size for size in DOUBLES if size <= 5 * GIB)
 
-# A file below SMALL_FILE is read whole and sent with one PUT, which carries its
-# CRC-32 and costs one request; from there on it goes up in parts.  Larger parts
-# cost fewer requests (16 MiB: about $0.33 a TiB), smaller ones less memory.
+# A smaller file is read whole and sent with one PUT; from here on it goes up in parts.
+# Larger parts cost fewer requests (16 MiB: about $0.33 a TiB), smaller ones less memory.
 SMALL_FILE = 16 * MIB
 PART_SIZE = 16 * MIB
 PARTS_AT_ONCE = 4
 MIN_MEMORY = 32 * MIB
-GROWTH = 64 * KIB  # of a file since it was listed, for which no memory is set aside
+GROWTH = 64 * KIB  # that a file may have grown by since it was listed
+BLOCK = MIB  # read at a time if a file is only compared
 
-# OpenSSH answers at most 261,120 bytes to one read.  What is in flight divided
-# by the round trip bounds the rate: 16 MiB at 20 ms are 800 MB/s.  The window
-# is wider, so that listings and small files pass beside a large one.
-READ_SIZE = 252 * KIB
-READS_PER_FLIGHT = 8
-LEAST_READ = 4 * KIB  # however little a server has answered
+# OpenSSH answers a READ with at most 261,120 bytes.  The window divided by the round trip
+# bounds the rate: 16 MiB at 20 ms are 800 MB/s.  SSH's own window is wider, so that
+# listings and small files get through beside a large one.
+READ_SIZE, LEAST_READ_SIZE, READS_PER_BATCH = 252 * KIB, 4 * KIB, 8
 READ_WINDOW = 16 * MIB
-FLIGHTS_AHEAD = 64  # where a server answers so little that the window is never full
-SSH_WINDOW = 32 * MIB
-SSH_PACKET = 256 * KIB
-MAX_REPLY = MIB  # the longest honest one is a read's; OpenSSH sends 256 KiB
-MAX_HANDLE = 4 + 256  # the draft's limit, and the length in front
-MAX_PATH_BYTES = 8192  # no system opens more; ends an endless nesting of folders
+SSH_WINDOW, SSH_PACKET = 32 * MIB, 256 * KIB
+MAX_PACKET = MIB  # OpenSSH sends at most 256 KiB
+MAX_PATH_BYTES = 8192  # no system opens longer paths; ends an endless nesting of folders
+WRITE_SIZE = 32 * KIB  # the most that every server accepts in one WRITE, says the draft
+WRITES_AHEAD = 64  # WRITE requests that wait for a reply
 
-# LISTINGS_AT_ONCE folders are listed at the same time.  A folder is sorted and
-# handed on in pages, so that memory does not grow with its size.
-LISTINGS_AT_ONCE = 64
-READDIRS_PER_FLIGHT = 4
-PAGE = 2_000
-WALK_PAUSE = 1  # s; while no page is full, what S3 acknowledged is committed
+LISTINGS_AT_ONCE = 64  # folders
+STEPS_AHEAD = 4  # round trips for a folder before it is its turn: some 3,000 names
+READDIRS_PER_BATCH = 4
+PAGE = 2_000  # files that are looked up in the state together
 
 # Every wait has a limit, in seconds.
-CONNECT_LIMIT = 30  # TCP connect; and again from the banner to SFTP's version
+CONNECT_LIMIT = 30  # for TCP, and again from the banner to the SFTP session
 SILENCE_LIMIT = 60  # nothing at all from the box while it owes a reply
 REPLY_LIMIT = 900  # one reply, while others keep coming
-RECONNECT_PAUSES = (0, 1, 2, 4, 8, 15)  # before each try of one outage
-LOSSES_IN_A_ROW = 5  # lost connections, until the file at hand is at fault
-TRIES_IN_COMPANY = 2  # of them: mostly it is the line, which breaks for all at once
-BROKEN_IN_A_ROW = 100  # such files, until the box is: half an hour of connecting anew
-KEEPALIVE = 60  # the box cuts idle sessions; parts may take minutes to upload
-S3_CONNECT_LIMIT = 20
-S3_READ_LIMIT = 60  # one answer of S3, per attempt
+RECONNECT_PAUSES = (0, 1, 2, 4, 8, 15)  # before each attempt to connect again
+HANDLE_PAUSE = 0.1  # before a refused file is opened again: too many may be open
+KEEPALIVE = 60  # the box closes idle sessions; a part may take minutes to upload
+S3_CONNECT_LIMIT, S3_READ_LIMIT = 20, 60  # per attempt
+LOCKED_LIMIT = 10  # another program holds the state database when we open it
+COMMIT_LIMIT = 60  # or later: `plan` may be copying it
+COMMIT_PAUSE = 1  # at most this long, finished files wait for the walk to find another one
+STOP_LIMIT = 5  # after a signal, for work under way; the process ends 3 s later at the latest
+RUNTIME_GRACE = 40  # after MAX_RUNTIME, for the parts that are under way
+
+TRIES = 5  # of one operation on the box, until its file is reported as failed
+SHARED_TRIES = 2  # of these; the others run while nothing else begins
 S3_ATTEMPTS = 5
-LOCKED_LIMIT = 10  # another program holds the state database at the start
-COMMIT_LIMIT = 60  # and later: `plan` may be copying it
-STOP_LIMIT = 5  # a signal arrived: uploads wind up; then the process ends
-
-# A file that changed this shortly before it was read may change again within
-# the same second, with the same size: the next run has to look again.
-RECENT = 2
-
-# S3 takes no request from a clock that is wrong by more than these seconds.
-CLOCK_LIMIT = 900
-
-# Hours until a copy of an object in DEEP_ARCHIVE can be read, at most.
-TIERS = {"bulk": 48, "standard": 12}
-
-# RestoreObject: S3 takes about 1,000 a second from an account.
-RESTORES_A_SECOND = 500
+SAME_FAILURES = 20  # in a row, until the run ends: they are not the files' fault
 DOWNLOAD_BLOCK = 256 * KIB
-WRITE_SIZE = 32 * KIB  # what every server takes in one WRITE, says the draft
-WRITES_AHEAD = 8  # blocks of a file that the box has not confirmed
+
+# A file modified so shortly (s) before it was read could be modified again and keep its
+# size and mtime.  For what another program stored, its clock is not known: a minute.
+RECENT, RECENTLY_STORED = 2, 60
+
+TIERS = {"bulk": 48, "standard": 12}  # hours until S3 has restored, at most
 
 # ---------------------------------------------------------------------- Prices
 #
-# USD, from "Amazon S3 pricing" (storage, requests, retrieval, transfer); `month`
-# is a GB (2**30 bytes) and month, `put`, `part`, `get` and `request` are a
-# thousand requests, `gb` and `egress` a GB.  Where a region is not in the table,
-# its prices are not known, and those of us-east-1 are taken and named.
-PRICES_OF = "November 2026"
-US_PRICES = {
-    "STANDARD.month": 0.023,
-    "STANDARD.put": 0.005,
-    "STANDARD.part": 0.005,
-    "GLACIER.month": 0.0036,
-    "GLACIER.put": 0.03,
-    "GLACIER.part": 0.005,
-    "GLACIER.bulk.gb": 0.0,
-    "GLACIER.bulk.request": 0.0,
-    "GLACIER.standard.gb": 0.01,
-    "GLACIER.standard.request": 0.05,
-    "DEEP_ARCHIVE.month": 0.00099,
-    "DEEP_ARCHIVE.put": 0.05,
-    "DEEP_ARCHIVE.part": 0.005,
-    "DEEP_ARCHIVE.bulk.gb": 0.0025,
-    "DEEP_ARCHIVE.bulk.request": 0.025,
-    "DEEP_ARCHIVE.standard.gb": 0.02,
-    "DEEP_ARCHIVE.standard.request": 0.10,
-    "get": 0.0004,
-    "egress": 0.09,
-}
-PRICES = {"us-east-1": US_PRICES, "us-east-2": US_PRICES, "us-west-2": US_PRICES}
+# USD without tax, from Amazon's price lists as of PRICES_OF.  `month` is for a GB (2**30
+# bytes) and month; `put`, `part`, `get` and `request` for 1,000 requests; `gb` and
+# `egress` for a GB.  `part` is UploadPart and CreateMultipartUpload for this class.  The
+# egress prices of eu-south-2 and eu-central-2 are inferred from those of other regions.
+PRICES_OF = "September 2026"
+REGION_PRICES = """
+region DEEP_ARCHIVE.month DEEP_ARCHIVE.put DEEP_ARCHIVE.part STANDARD.month STANDARD.put get \
+    GLACIER.month GLACIER.put DEEP_ARCHIVE.bulk.gb DEEP_ARCHIVE.bulk.request \
+    DEEP_ARCHIVE.standard.gb DEEP_ARCHIVE.standard.request GLACIER.standard.gb \
+    GLACIER.standard.request egress
+eu-central-1 .0018 .06 .0054 .0245 .0054 .00043 .00405 .036 .005 .03 .024 .12 .012 .06 .09
+eu-central-2 .00198 .06 .0054 .02695 .0054 .00043 .004455 .036 .005 .03 .024 .12 .012 .06 .09
+eu-north-1 .00099 .055 .005 .023 .005 .0004 .0036 .033 .003 .025 .02 .11 .01 .055 .09
+eu-south-1 .0018 .06 .0054 .024 .0053 .0004 .00405 .036 .005 .03 .024 .12 .012 .06 .09
+eu-south-2 .0018 .06 .0054 .023 .0053 .0004 .00405 .036 .005 .03 .024 .12 .012 .06 .09
+eu-west-1 .00099 .055 .005 .023 .005 .0004 .0036 .033 .003 .025 .02 .11 .01 .055 .09
+eu-west-2 .0018 .06 .0053 .024 .0053 .00042 .00405 .0318 .005 .026 .021 .106 .0105 .053 .09
+eu-west-3 .0018 .06 .0053 .024 .0053 .00042 .00405 .0318 .005 .02625 .021 .106 .0105 .053 .09
+us-east-1 .00099 .05 .005 .023 .005 .0004 .0036 .03 .0025 .025 .02 .1 .01 .05 .09
+us-east-2 .00099 .05 .005 .023 .005 .0004 .0036 .03 .0025 .025 .02 .1 .01 .05 .09
+us-west-2 .00099 .05 .005 .023 .005 .0004 .0036 .03 .0025 .025 .02 .1 .01 .05 .09
+"""
+SAME_PRICES = {"GLACIER.part": "DEEP_ARCHIVE.part", "STANDARD.part": "STANDARD.put"}
+FREE = {"GLACIER.bulk.gb": 0.0, "GLACIER.bulk.request": 0.0}  # in every region
+PRICE_NAMES = REGION_PRICES.splitlines()[1].split()[1:]
+ALL_PRICE_NAMES = (*PRICE_NAMES, *SAME_PRICES, *FREE)
+
 COLD_CLASSES = ("DEEP_ARCHIVE", "GLACIER")  # must be restored before they can be read
-# Of each object in these: 8 KB at STANDARD's price, 32 KB at its own.
+# S3 adds to each object in these: 8 KB at STANDARD's price, 32 KB at the class's own.
 INDEX_IN_STANDARD, INDEX_IN_CLASS = 8 * KIB, 32 * KIB
 MINIMUM_DAYS = {"DEEP_ARCHIVE": 180, "GLACIER": 90}
-DAYS_A_MONTH = 30
+DAYS_PER_MONTH = 30
 FREE_EGRESS = 100  # GB a month
+
+
+class Prices:
+    """What things cost in USD in a region, estimated; NaN if there is no price for it.
+    `overrides` are prices by name, which replace those of the region."""
+
+    def __init__(self, region: str | None, overrides: Mapping[str, float]):
+        rows = (line.split() for line in REGION_PRICES.splitlines()[2:])
+        table = {name: dict(zip(PRICE_NAMES, map(float, usd))) for name, *usd in rows}
+        self.region = region if region in table else "us-east-1"
+        usd = table[self.region] | FREE
+        usd |= {name: usd[same] for name, same in SAME_PRICES.items()}
+        self._usd = usd | dict(overrides)
+        self.note = f"estimates, prices of {PRICES_OF} for {self.region}"
+        if self.region != region:
+            self.note += f" (those of {region or 'your region'} may differ: set PRICES)"
+        self.note += " with PRICES" if overrides else ""
+        self.about = {"of": PRICES_OF, "region": self.region, "note": self.note}
+
+    def _cost(self, count: float, *name: str) -> float:
+        """`count` times the price of that name; nothing costs nothing."""
+        return count * self._usd.get(".".join(name), math.nan) if count else 0.0
+
+    def month(self, kind: str, files: int, size: int) -> float:
+        """Storage of `size` bytes in `files` objects of a class for a month."""
+        return self._cost(size / GIB, kind, "month") + self.month_of_index(kind, files)
+
+    def month_of_index(self, kind: str, files: int) -> float:
+        """The part of `month` that S3 charges for the 40 KB it adds to each cold object
+        ("Amazon S3 pricing", note on metadata of archived objects)."""
+        if kind not in COLD_CLASSES:
+            return 0.0
+        standard = self._cost(files * INDEX_IN_STANDARD, "STANDARD", "month")
+        return (standard + self._cost(files * INDEX_IN_CLASS, kind, "month")) / GIB
+
+    def upload(self, kind: str, requests: Mapping[str, int]) -> float:
+        """PUT and Complete at the class's price, Create and parts at that of parts, HEAD at
+        that of GET (S3 user guide, "Multipart upload and pricing")."""
+        puts = requests.get("put", 0) + requests.get("complete", 0)
+        parts = requests.get("create", 0) + requests.get("part", 0)
+        cost = self._cost(puts, kind, "put") + self._cost(parts, kind, "part")
+        return (cost + self._cost(requests.get("head", 0), "get")) / 1000
+
+    def early(self, kind: str, size: int, age_days: float) -> float:
+        """The charge for overwriting an object at this age: its storage for the rest of the
+        class's minimum ("Amazon S3 pricing", early deletion, pro rata)."""
+        if kind not in MINIMUM_DAYS:
+            return 0.0 if kind == "STANDARD" else math.nan
+        days = max(0.0, MINIMUM_DAYS[kind] - max(0.0, age_days))
+        return self.month(kind, 1, size) * days / DAYS_PER_MONTH
+
+    def restore(self, kind: str, tier: str, files: int, size: int, days: int) -> float:
+        """Requests and bytes at the tier's price, and the copies at STANDARD's for `days`
+        (S3 user guide, "Restoring an archived object")."""
+        if kind not in COLD_CLASSES:
+            return 0.0 if kind == "STANDARD" or not files else math.nan
+        requests = self._cost(files / 1000, kind, tier, "request")
+        copies = self._cost(size / GIB, "STANDARD", "month") * days / DAYS_PER_MONTH
+        return requests + self._cost(size / GIB, kind, tier, "gb") + copies
+
+    def download(self, files: int, size: int) -> float:
+        """GETs, and the transfer out of AWS beyond the month's free 100 GB."""
+        egress = self._cost(max(0.0, size / GIB - FREE_EGRESS), "egress")
+        return self._cost(files / 1000, "get") + egress
+
+
+def format_usd(usd: float) -> str:
+    """`$1.23`, `under $0.01` or `unknown`."""
+    if math.isnan(usd):
+        return "unknown"
+    return "under $0.01" if 0 < usd < 0.01 else f"${usd:,.2f}"
+
 
 # ---------------------------------------------------------------------- Errors
 
 
 class ArchiveError(Exception):
-    """Told to the user in one line, without a traceback; `code` is S3's, or HTTP's
-    where S3 gave none, if it was S3 that refused."""
+    """An error that the user sees as one line, without a traceback.  `code` is S3's error
+    code, one of those below, or empty; `status` the exit status if it ends the program."""
 
-    def __init__(self, told: str, code: str = ""):
-        super().__init__(told)
-        self.code = code
-
-
-class ConfigError(ArchiveError):
-    """Settings or usage; status 2."""
+    def __init__(self, message: str, code: str = "", status: int = 1):
+        super().__init__(message)
+        self.code, self.status = code, status
 
 
 class Fatal(ArchiveError):
-    """The run cannot go on: credentials, bucket, box, state; status 1."""
-
-
-class Locked(ArchiveError):
-    """Another run is at work on the same state; status 11."""
+    """The command cannot go on: settings, credentials, bucket, box, state or lock."""
 
 
 class FileError(ArchiveError):
-    """One file or folder, or one request to S3, failed; the run goes on; status 3."""
-
-    def bare(self) -> FileError:
-        """Itself, without the frames that it came through: they hold a file's bytes."""
-        self.__traceback__ = self.__context__ = None
-        return self
+    """One file, folder or object failed; the others go on."""
 
 
-class Cold(FileError):
-    """Its object has to be restored before it can be read."""
+VANISHED = "vanished"  # gone since it was listed: counted, not a failure
+UNFINISHED = "unfinished"  # the run ended before it was done: the next run goes on
+LOST = "connection lost"  # again and again, whenever this file was read
+UNREACHABLE = "unreachable"  # S3 gave no answer
+COLD = "InvalidObjectState"  # S3's own: the object has to be restored before it is read
 
 
-class Unusable(ArchiveError):
-    """The state's snapshot is in the bucket, but cannot be taken."""
+class Stopped(BaseException):
+    """The program is to end.  Not an Exception, so that no library takes it for a failure."""
 
 
-class Vanished(FileError):
-    """Listed, but gone when it was opened: not a failure, only counted."""
+class StopEvent(threading.Event):
+    """Set when the program is to end: what has not begun is not begun any more.  A signal
+    raises Stopped on the main thread; `signal` is its number."""
 
-
-class Stopped(Exception):
-    """The end was asked for: by a signal (status 128 + its number), or after a Fatal.
-    No ArchiveError: nothing has failed, and who sees to failures lets it pass."""
-
-
-class Stopping(threading.Event):
-    """Set when the program is to end; `number` is that of the signal, if it was one."""
-
-    number: int | None = None
+    signal: int | None = None
+    _is_deferred = False
 
     def check(self) -> None:
         if self.is_set():
-            raise Stopped("stopped")
+            raise Stopped
+
+    def signalled(self, number: int) -> None:
+        """Called by the signal handler."""
+        self.signal = number
+        if not self._is_deferred:
+            raise Stopped
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """On the main thread: a signal raises Stopped at the end of this block, not in it."""
+        before, self._is_deferred = self.signal, True
+        try:
+            yield
+        finally:
+            self._is_deferred = False
+        if self.signal != before:
+            raise Stopped
 
 
 # ----------------------------------------------------------------------- Names
 #
-# Names are bytes from end to end, as SFTP has them.  They become text in three
-# places: the state's path column, the S3 key, and what is printed.
+# File names are bytes from end to end, as in SFTP.  They become text in three places: in
+# the state's path column, in the S3 key, and in what is printed.
 
-# Stands for a byte that text cannot carry, before its two upper-case hex digits:
-# what rclone writes for invalid UTF-8, so that it restores such names too.
+# Stands for a byte that text cannot carry, before its two hex digits.  rclone writes
+# invalid UTF-8 in the same way, so that it restores such names, too.
 ESCAPE = "\u201b"
 TEXT_ESCAPES = re.compile(f"[\udc80-\udcff]|{ESCAPE}(?=[0-9A-F]{{2}})")
 KEY_ESCAPES = re.compile(f"[\0-\x1f\x7f\ufffe\uffff]|{TEXT_ESCAPES.pattern}")
 ESCAPED = re.compile(ESCAPE.encode() + b"([0-9A-F]{2})")
 
-SNAPSHOT = ".archive_state.db"  # key of the state's copy, below the prefix
-PROBE = ".archive//check"  # permissions are tried with it: no file has such a key
+PROBE = ".archive-check/"  # key to try permissions with: no file can have it
+
+Exists = Callable[[bytes], bool]  # whether there is such a path on the box
 
 
 def escape(name: bytes, pattern: re.Pattern[str]) -> str:
-    """`name` as text with what `pattern` matches escaped; see `unescape`.
-
-    An escape character that would read as the start of an escape is escaped
-    itself, so that no two names become one text.
-    """
+    """`name` as text, with what `pattern` matches escaped; `unescape` gives it back.  An
+    ESCAPE that could be read as one is escaped itself: no two names become the same text."""
     text = name.decode("utf-8", "surrogateescape")
     if text.isascii() and text.isprintable():
         return text
@@ -306,7 +364,6 @@ def escape(name: bytes, pattern: re.Pattern[str]) -> str:
 
 
 def unescape(text: str) -> bytes:
-    """The name that `escape` made `text` of."""
     return ESCAPED.sub(lambda match: bytes([int(match[1], 16)]), text.encode())
 
 
@@ -315,23 +372,21 @@ def path_text(path: bytes) -> str:
     return escape(path, TEXT_ESCAPES)
 
 
-def printable(name: bytes | str) -> str:
-    """Any name on one line, for people: what is not printable is escaped."""
-    text = name if isinstance(name, str) else name.decode("utf-8", "surrogateescape")
-    if text.isprintable() and "\\" not in text:
+def one_line(text: str) -> str:
+    """`text` with everything unprintable escaped as in a Python string."""
+    if text.isprintable():
         return text
-
-    def shown(char: str) -> str:
-        if "\udc80" <= char <= "\udcff":
-            return f"\\x{ord(char) - 0xDC00:02x}"
-        plain = char.isprintable() and char != "\\"
-        return char if plain else char.encode("unicode_escape").decode()
-
-    return "".join(map(shown, text))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def size_text(size: float) -> str:
-    """`1.5 GiB`: binary units, exact below 1 KiB."""
+def printable(name: bytes | str) -> str:
+    """Any name on one line, unambiguously."""
+    raw = name.encode("utf-8", "surrogateescape") if isinstance(name, str) else name
+    return one_line(raw.replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace"))
+
+
+def format_size(size: float) -> str:
+    """`1.5 GiB`; exact below 1 KiB."""
     units = iter(("bytes", "KiB", "MiB", "GiB", "TiB"))
     unit = next(units)
     while size >= 1024 and unit != "TiB":
@@ -339,113 +394,182 @@ def size_text(size: float) -> str:
     return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
 
 
-def time_text(seconds: float) -> str:
-    """A time since the epoch in the user's zone, with its offset."""
+def format_time(seconds: float) -> str:
+    """A time since the epoch in the user's time zone, with its offset."""
     return f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S %z}"
 
 
 def join(folder: bytes, name: bytes) -> bytes:
-    """The path of `name` in `folder`."""
     return folder + name if folder.endswith(b"/") else folder + b"/" + name
 
 
-def below(root: bytes, path: bytes) -> bytes:
-    """`path` without the `root` it was joined to: by position, so that a folder
-    of the same name further down stays."""
+def relative_path(root: bytes, path: bytes) -> bytes:
+    """`path` without the `root` that it was joined to, by position: a folder of the same
+    name further down stays."""
     return path[len(join(root, b"")) :]
 
 
 def object_key(prefix: str, relative: bytes) -> str:
-    """The S3 key of a path below REMOTE_PATH; FileError if S3 takes none.
-
-    Reversible: `unescape(key[len(prefix):])` is `relative`.
-    """
+    """The S3 key of a path relative to REMOTE_PATH; FileError if S3 cannot have it.  One key
+    stands for one path: `unescape(key[len(prefix):])` is `relative`."""
     if {b"", b".", b".."} & set(relative.split(b"/")):
         raise FileError("a . or .. or empty segment cannot be part of a key")
     key = prefix + escape(relative, KEY_ESCAPES)
     size = len(key.encode())
     if size > MAX_KEY_BYTES:
-        raise FileError(
-            f"its key has {size:,} bytes, S3 takes {MAX_KEY_BYTES:,}: give it a shorter "
-            "path, or exclude it"
-        )
-    if key == prefix + SNAPSHOT:
-        raise FileError(f"{key} is the key of the state's own snapshot")
+        reason = f"its key has {size:,} bytes, S3 allows {MAX_KEY_BYTES:,}"
+        raise FileError(f"{reason}: shorten its path, or exclude it")
     return key
 
 
-class Rules:
-    """What the walk leaves out: hidden entries and EXCLUDE_PATHS."""
+class PathFilter:
+    """What the walk leaves out: hidden entries and EXCLUDE_PATHS.
 
-    def __init__(self, root: bytes, exclude: Iterable[str], include_hidden: bool):
-        """An item of `exclude` is a path relative to `root` or whole, or a glob
-        whose `*` crosses slashes; it stands for that entry and all under it."""
-        self._root = root
+    An item of EXCLUDE_PATHS stands for an entry and everything below it.  It is a path,
+    relative to REMOTE_PATH or whole, or a glob whose `*` crosses slashes; if it `exists` as
+    it stands, it is no glob.  Paths are compared in Unicode's NFC form.
+    """
+
+    def __init__(
+        self, root: bytes, exclude: Iterable[str], include_hidden: bool, exists: Exists
+    ):
+        self._root, self._include_hidden = root, include_hidden
+        self._paths: dict[str, str] = {}  # and the items that they come from
+        self._globs: list[tuple[re.Pattern[str], str]] = []
+        self.unmatched = set(exclude)  # items that have matched nothing yet
         start = join(root, b"").decode("utf-8", "surrogateescape")
-        items = {item.rstrip("/") for item in exclude}
-        items |= {item.removeprefix(start) for item in items}
-        items |= {item.removeprefix("./") for item in items}
-        self._exact = items
-        self._glob = re.compile("|".join(map(fnmatch.translate, items)))
-        self._include_hidden = include_hidden
+        for item in exclude:
+            path = nfc(item.rstrip("/").removeprefix(start).removeprefix("./").lstrip("/"))
+            self._paths[path] = item
+            if set("*?[") & set(path) and not exists(join(root, os.fsencode(path))):
+                self._globs.append((re.compile(fnmatch.translate(path)), item))
 
-    def excluded(self, path: bytes) -> bool:
-        if not self._exact:
+    def is_excluded(self, path: bytes) -> bool:
+        if not self._paths:
             return False
-        text = below(self._root, path).decode("utf-8", "surrogateescape")
-        return text in self._exact or bool(self._glob.match(text))
+        text = nfc(relative_path(self._root, path).decode("utf-8", "surrogateescape"))
+        items = (item for glob, item in self._globs if glob.match(text))
+        item = self._paths.get(text) or next(items, None)
+        self.unmatched.discard(item or "")
+        return item is not None
 
-    def hidden(self, name: bytes) -> bool:
+    def is_hidden(self, name: bytes) -> bool:
         return name.startswith(b".") and not self._include_hidden
 
 
-class Plan(NamedTuple):
-    """How a file goes up: `parts_at_once` 0 means one PUT of the whole file;
-    `memory` is what it may hold at once, in bytes."""
+def nfc(text: str) -> str:
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
+class UploadPlan(NamedTuple):
+    """How a file goes up: in parts, or with one PUT if `parts_at_once` is 0.  `memory` is
+    the number of bytes that it may hold at once."""
 
     part_size: int
     parts_at_once: int
     memory: int
 
+    def requests(self, size: int) -> dict[str, int]:
+        """What the upload of `size` bytes takes, by kind."""
+        if not self.parts_at_once:
+            return {"put": 1}
+        return {"create": 1, "part": -(-size // self.part_size), "complete": 1}
 
-def upload_plan(size: int, memory_limit: int) -> Plan:
-    """The plan of a file of `size` bytes; FileError if `memory_limit` is too
-    small for it.
 
-    A large file holds the parts under way, the one being read and the reads
-    ahead; a small one its replies and the whole they are joined to.
-    """
+def plan_upload(size: int, memory_limit: int) -> UploadPlan:
+    """The plan for a file of `size` bytes; FileError if `memory_limit` is too small for it.
+    A small file is held twice: as replies, and joined.  A large one holds the parts that
+    are being sent, the one that is being read, and the reads ahead."""
     if size < SMALL_FILE:
-        return Plan(size, 0, 2 * size)
-    least = max(MIN_PART, -(-size // MAX_PARTS))
-    if least > MAX_PART:
+        return UploadPlan(size, 0, 2 * size)
+    possible = [part for part in PART_SIZES if part * MAX_PARTS >= size]
+    if not possible:
         raise FileError(f"{size:,} bytes are more than an S3 object can have")
     room = memory_limit - READ_WINDOW
-    part = max(least, min(PART_SIZE, room // 2))
-    at_once = min(PARTS_AT_ONCE, room // part - 1)
+    fitting = [part for part in possible if part <= PART_SIZE and 2 * part <= room]
+    part_size = max(fitting, default=possible[0])
+    at_once = min(PARTS_AT_ONCE, room // part_size - 1)
     if at_once < 1:
-        needed = -(-(2 * part + READ_WINDOW) // MIB)
-        raise FileError(
-            f"{size:,} bytes need parts of {part:,}: MEMORY_LIMIT is "
-            f"{memory_limit // MIB}M, set it to {needed}M or more"
-        )
-    return Plan(part, at_once, min(2 * size, (at_once + 1) * part + READ_WINDOW))
+        reason = f"{size:,} bytes need parts of {part_size:,}"
+        needed = f"set it to {-(-(2 * part_size + READ_WINDOW) // MIB)}M or more"
+        raise FileError(f"{reason}: MEMORY_LIMIT is {memory_limit // MIB}M, {needed}")
+    memory = min(2 * size, (at_once + 1) * part_size + READ_WINDOW)
+    return UploadPlan(part_size, at_once, memory)
 
 
-# --------------------------------------------------------------- Configuration
+def crc32_of_both(first: int, second: int, length: int) -> int:
+    """The CRC-32 of two byte strings together; the second one has `length` bytes.  A CRC is
+    linear: this appends zeros, and adds the difference that the second makes to zeros."""
+    zeros = bytes(length)
+    return zlib.crc32(zeros, first) ^ zlib.crc32(zeros) ^ second
+
+
+def crc_text(crc32: int) -> str:
+    """A CRC-32 as S3 writes it: big-endian, in base64."""
+    return base64.b64encode(crc32.to_bytes(4, "big")).decode()
+
+
+MD5 = partial(hashlib.md5, usedforsecurity=False)  # where FIPS forbids it otherwise, too
+
+
+class ETagComparison:
+    """Tells whether a file of `size` bytes has the content that an ETag stands for.
+
+    An ETag is the MD5 of an object that one PUT has stored.  Of an upload in parts it is the
+    MD5 of their MD5s, "-" and their number ("Checking object integrity" in the S3 user
+    guide): then all usual part sizes that give this number are tried.  With SSE-KMS or
+    SSE-C it is neither, and matches nothing.
+    """
+
+    def __init__(self, etag: str, size: int):
+        _, is_multipart, count = etag.partition("-")
+        part_sizes = {max(1, size)}
+        if is_multipart:
+            rclone_large = -(-size // (MAX_PARTS * MIB)) * MIB  # rclone's for the largest files
+            part_sizes = {max(1, min(size, part)) for part in (*PART_SIZES, rclone_large)}
+            part_sizes = {p for p in part_sizes if str(max(1, -(-size // p))) == count}
+        self._etag, self._at = etag, 0
+        self._sums = {part_size: [MD5()] for part_size in part_sizes}
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether anything could match."""
+        return bool(self._sums)
+
+    def update(self, data: bytes) -> None:
+        """Adds the next bytes of the file."""
+        for part_size, sums in self._sums.items():
+            at, left = self._at, memoryview(data)
+            while left:
+                room = part_size - at % part_size
+                if at and room == part_size:
+                    sums.append(MD5())
+                sums[-1].update(left[:room])
+                at, left = at + len(left[:room]), left[room:]
+        self._at += len(data)
+
+    def matches(self) -> bool:
+        """Whether all that was added is what the ETag stands for."""
+        for sums in self._sums.values():
+            whole = MD5(b"".join(part.digest() for part in sums)).hexdigest()
+            if self._etag in (sums[0].hexdigest(), f"{whole}-{len(sums)}"):
+                return True
+        return False
+
+
+# -------------------------------------------------------------------- Settings
 #
 # Parsers take a setting's text and raise ValueError with what they expected.
 
 
 def parse_size(text: str, least: int = 1) -> int:
-    """Bytes of `20M`, `1.5G` or `4096`: binary units."""
+    """Bytes of `20M`, `1.5G` or `4096`, in binary units."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.I | re.A)
     unit = " KMGT".index(match[2].upper() or " ") if match else 0
     size = int(float(match[1]) * 1024**unit) if match else 0
-    if not size:
-        raise ValueError("expected bytes like 128M or 2G")
     if size < least:
-        raise ValueError(f"expected at least {least // MIB}M")
+        at_least = f", at least {least // MIB}M" if least > 1 else ""
+        raise ValueError(f"expected bytes like 128M or 2G{at_least}")
     return size
 
 
@@ -464,29 +588,27 @@ def parse_bool(text: str) -> bool:
     return word in ("true", "yes", "on", "1")
 
 
-def parse_whole(low: int, high: int, text: str) -> int:
+def parse_int(low: int, high: int, text: str) -> int:
     if not re.fullmatch(r"\d{1,9}", text.strip()) or not low <= int(text) <= high:
         raise ValueError(f"expected a whole number from {low} to {high}")
     return int(text)
 
 
-def parse_host(text: str) -> str:
-    if re.search(r"[/\s@]", text):
-        raise ValueError("expected a bare host name, like u12345.your-storagebox.de")
-    return text.strip("[]")
+def parse_match(pattern: str, expected: str, text: str) -> str:
+    if not re.fullmatch(pattern, text):
+        raise ValueError(f"expected {expected}")
+    return text
 
 
-def parse_root(text: str) -> bytes:
+def parse_folder(text: str) -> bytes:
     """A folder of the box, without trailing slashes; `/` stays."""
     return text.encode("utf-8", "surrogateescape").rstrip(b"/") or b"/"
 
 
 def parse_bucket(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]", text):
-        likely = re.search(r"^(?:s3://(?:.*@)?|arn:aws:s3:::)([^/@:]{3,})", text)
-        name = likely[1] if likely else "my-archive"
-        raise ValueError(f"expected the bare name of a bucket, like {name}")
-    return text
+    likely = re.search(r"^(?:s3://(?:.*@)?|arn:aws:s3:::)([^/@:]{3,})", text)
+    expected = f"the bare name of a bucket, like {likely[1] if likely else 'my-archive'}"
+    return parse_match(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]", expected, text)
 
 
 def parse_prefix(text: str) -> str:
@@ -497,21 +619,12 @@ def parse_prefix(text: str) -> str:
     return text
 
 
-def parse_storage_class(text: str) -> str:
-    known = ["DEEP_ARCHIVE", "GLACIER", "GLACIER_IR", "STANDARD", "STANDARD_IA", "ONEZONE_IA"]
-    known += ["INTELLIGENT_TIERING", "REDUCED_REDUNDANCY"]
-    if text.upper() not in known:
-        raise ValueError("expected one of " + ", ".join(known))
-    return text.upper()
-
-
 def parse_endpoint(text: str) -> str:
     url = urlsplit(text)
-    local = url.hostname in ("localhost", "127.0.0.1", "::1")
-    if not url.hostname or url.scheme not in (("https", "http") if local else ("https",)):
-        raise ValueError("expected an https:// URL (http:// only to this machine)")
-    if "@" in url.netloc:
-        raise ValueError("expected no user name or password in it")
+    is_local = url.hostname in ("localhost", "127.0.0.1", "::1")
+    schemes = ("https", "http") if is_local else ("https",)
+    if not url.hostname or url.scheme not in schemes or "@" in url.netloc:
+        raise ValueError("expected an https:// URL (http:// only to this machine), no login")
     return text
 
 
@@ -524,66 +637,79 @@ def parse_prices(text: str) -> dict[str, float]:
     prices = {}
     for item in parse_list(text):
         name, _, usd = (part.strip() for part in item.partition("="))
-        if name not in US_PRICES or not re.fullmatch(r"\d{0,6}(\.\d+)?", usd) or not usd:
-            raise ValueError(f"expected name=USD with names of {', '.join(US_PRICES)}")
+        if name not in ALL_PRICE_NAMES or not re.fullmatch(r"\d{0,6}(\.\d+)?", usd) or not usd:
+            raise ValueError(f"expected name=USD with names of {', '.join(ALL_PRICE_NAMES)}")
         prices[name] = float(usd)
     return prices
 
 
 def parse_path(text: str) -> Path:
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:  # ~name of nobody
-        raise ValueError(f"expected a path ({error})") from None
+    if text.startswith("~/") and "HOME" not in os.environ:
+        with contextlib.suppress(RuntimeError):
+            return Path(text).expanduser()
+        return Path(text[2:])  # a container or system user without a home
+    return Path(text).expanduser()
 
 
+CLASSES = (
+    *(*COLD_CLASSES, "GLACIER_IR", "STANDARD", "STANDARD_IA", "ONEZONE_IA"),
+    *("INTELLIGENT_TIERING", "REDUCED_REDUNDANCY"),
+)
+STORAGE_CLASS = partial(parse_match, "|".join(CLASSES), "one of " + ", ".join(CLASSES))
+HOST = partial(parse_match, r"[^/\s@]+", "a bare host name, like u12345.your-storagebox.de")
 REQUIRED = object()
 SECRETS = (
-    "HETZNER_PASSWORD",
-    "HETZNER_KEY_PASSPHRASE",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
+    *("HETZNER_PASSWORD", "HETZNER_KEY_PASSPHRASE"),
+    *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
 )
 
 
 def setting(name: str, parse: Callable[[str], Any] = str, default: object = None) -> Any:
-    """A field of Config read from `name`; `default` as text, or REQUIRED."""
+    """A field of Config that is read from the setting `name`; its default as text, None if
+    it may be missing, or REQUIRED."""
     metadata = {"name": name, "parse": parse, "default": default}
-    return dataclasses.field(metadata=metadata, repr=name not in SECRETS)
+    return field(metadata=metadata, repr=name not in SECRETS)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting, checked.  Sizes in bytes, rates in bytes a second, times
-    in seconds; None where a setting is off."""
+    """All settings, checked.  In bytes, bytes a second, seconds; None if a setting is off."""
 
-    host: str = setting("HETZNER_HOST", parse_host, REQUIRED)
+    host: str = setting("HETZNER_HOST", HOST, REQUIRED)
     user: str = setting("HETZNER_USER", str, REQUIRED)
-    port: int = setting("HETZNER_PORT", partial(parse_whole, 1, 65535), "23")
+    port: int = setting("HETZNER_PORT", partial(parse_int, 1, 65535), "23")
     password: str | None = setting("HETZNER_PASSWORD")
     key_file: Path | None = setting("HETZNER_KEY_FILE", parse_path)
     key_passphrase: str | None = setting("HETZNER_KEY_PASSPHRASE")
     known_hosts: Path = setting("HETZNER_KNOWN_HOSTS", parse_path, "~/.ssh/known_hosts")
-    remote_path: bytes = setting("REMOTE_PATH", parse_root, ".")
+    remote_path: bytes = setting("REMOTE_PATH", parse_folder, ".")
     bucket: str = setting("S3_BUCKET", parse_bucket, REQUIRED)
     prefix: str = setting("S3_PREFIX", parse_prefix, "")
     region: str | None = setting("AWS_REGION")
     endpoint_url: str | None = setting("AWS_ENDPOINT_URL", parse_endpoint)
-    storage_class: str = setting("STORAGE_CLASS", parse_storage_class, "DEEP_ARCHIVE")
+    storage_class: str = setting("STORAGE_CLASS", STORAGE_CLASS, "DEEP_ARCHIVE")
     state_db: Path = setting("STATE_DB", parse_path, "archive_state.db")
     log_file: Path | None = setting("LOG_FILE", parse_path, "archive.log")
     exclude: tuple[str, ...] = setting("EXCLUDE_PATHS", parse_list, "")
     include_hidden: bool = setting("INCLUDE_HIDDEN", parse_bool, "false")
-    transfers: int = setting("TRANSFERS", partial(parse_whole, 1, 256), "32")
+    transfers: int = setting("TRANSFERS", partial(parse_int, 1, 256), "32")
     memory_limit: int = setting("MEMORY_LIMIT", partial(parse_size, least=MIN_MEMORY), "128M")
     bandwidth_limit: int | None = setting("BANDWIDTH_LIMIT", parse_size)
     max_runtime: int | None = setting("MAX_RUNTIME", parse_duration)
     prices: dict[str, float] = setting("PRICES", parse_prices, "")
-    aws_environ: Mapping[str, str] = dataclasses.field(repr=False, kw_only=True)
-    secrets: tuple[str, ...] = dataclasses.field(repr=False, kw_only=True)
+    aws_environ: Mapping[str, str] = field(repr=False, kw_only=True)  # for boto3
+    secrets: set[str] = field(repr=False, kw_only=True)  # in every form, never to be shown
+
+    @property
+    def place(self) -> str:
+        """Where the objects are, for messages."""
+        return f"s3://{self.bucket}/{self.prefix}"
 
 
-# The rest of AWS_ is boto3's own, and reaches it as it is.
+# The other AWS_ variables belong to boto3, and reach it as they are; proxies, too.
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+AWS_FILES = ["AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"]
+AWS_FILES += ["AWS_WEB_IDENTITY_TOKEN_FILE"]
 SETTINGS = (
     *(f.metadata["name"] for f in dataclasses.fields(Config) if f.metadata),
     *("EXCLUDE_DIRS", "AWS_PROFILE", "AWS_ACCESS_KEY_ID", *SECRETS),
@@ -591,70 +717,67 @@ SETTINGS = (
 
 
 def read_settings(env_file: Path | None, environ: Mapping[str, str]) -> dict[str, str]:
-    """The settings of the env file, overruled by those of the environment.
-
-    An empty value is kept: it overrules, too, and an empty LOG_FILE means none.
-    ConfigError if the file cannot be read, or a line of it.
-    """
+    """The settings of the env file, overruled by those of the environment, even by empty
+    ones; Fatal if the file, or a line of it, cannot be read."""
     settings: dict[str, str] = {}
     if env_file is not None:
         try:
             text = env_file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the env file {env_file}: {error}") from None
-        # find_dotenv() would walk upwards, and load_dotenv() takes ${...} out of
-        # passwords and leaves out what it cannot read.
+            raise Fatal(f"cannot read the env file {env_file}: {error}", status=2) from None
+        # load_dotenv() would expand ${...}, which may be part of a password, and skip a
+        # line that it cannot read.
         for found in dotenv.parser.parse_stream(io.StringIO(text)):
             if found.error or (found.key is not None and found.value is None):
                 source, line = found.original  # with the empty lines before it
                 line += source[: -len(source.lstrip())].count("\n")
-                raise ConfigError(f"{env_file}, line {line}: expected NAME=value")
+                raise Fatal(f"{env_file}, line {line}: expected NAME=value", status=2)
             if found.key is not None:
-                settings[found.key] = found.value or ""
+                value = found.value or ""
+                if found.key in AWS_FILES and value:
+                    value = str(env_file.absolute().parent / Path(value).expanduser())
+                settings[found.key] = value
     ours = (n for n in environ if n in SETTINGS or n.startswith(("HETZNER_", "AWS_")))
-    settings.update({name: environ[name] for name in ours})
-    return settings
+    # As bytes they are right whatever the locale is.
+    raw = {name: os.fsencode(environ[name]) for name in ours}
+    return settings | {n: value.decode("utf-8", "surrogateescape") for n, value in raw.items()}
 
 
-def misspelt(names: Iterable[str]) -> Iterator[str]:
-    """A fault for each name that is nearly one of ours."""
-    for name in names:
-        near = difflib.get_close_matches(name.upper(), SETTINGS, 1, 0.86)
-        # AWS_ENDPOINT_URL_S3 and its like are boto3's.
-        others = name.upper().startswith("AWS_ENDPOINT_URL_")
-        if near and name not in SETTINGS and not others:
-            yield f"{name}: there is no such setting; did you mean {near[0]}?"
+def setting_faults(settings: Mapping[str, str]) -> Iterator[str]:
+    """A fault for each name that nothing reads, and for each credential that no server can
+    take: without its value."""
+    for name, value in settings.items():
+        is_aws = name.startswith("AWS_")
+        if (name in SECRETS or is_aws) and re.search(r"[\0-\x1f\x7f]", value):
+            yield f"{name}: contains a line break or another control character"
+        if name in SETTINGS or name.upper() in PROXIES:
+            continue
+        # A name of boto3's, unless it is nearly one of ours.
+        near = difflib.get_close_matches(name.upper(), SETTINGS, 1, 0.86 if is_aws else 0.5)
+        if not is_aws or (near and not name.startswith("AWS_ENDPOINT_URL_")):
+            yield f"{name}: unknown setting" + (f"; did you mean {near[0]}?" if near else "")
 
 
-def cautions(config: Config, env_file: Path | None) -> Iterator[str]:
-    """What is allowed, but worth a warning."""
-    if config.prefix and not config.prefix.endswith("/"):
-        yield (
-            f"S3_PREFIX {config.prefix!r} does not end in a slash: keys will begin "
-            f"{config.prefix}name, not {config.prefix}/name"
-        )
-    if env_file and os.name == "posix" and env_file.stat().st_mode & 0o077:
-        yield f"{env_file} can be read by others: chmod 600 {env_file}"
+def add_secret(secrets: set[str], secret: str | None) -> None:
+    """Adds a secret in each form in which a library may show it."""
+    if secret:
+        secrets |= {secret, repr(secret)[1:-1], quote(secret), quote(secret, safe="")}
 
 
 def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
-    """The checked settings; `env_file` None where there is none.
-
-    Relative paths are relative to the env file's folder, or to archive.py's:
-    cron's working directory is elsewhere, and a state in the wrong place means
-    paying for everything twice.  Raises one ConfigError that names every fault.
-    """
+    """The checked settings; one Fatal that names every fault, one per line.  Relative paths
+    are relative to the env file's folder, or to archive.py's: cron runs elsewhere."""
     settings = read_settings(env_file, environ)
-    faults = list(misspelt(settings))
-    # The folder as it was named: secrets are links, often to where nothing stays.
-    base = env_file.absolute().parent if env_file else Path(__file__).resolve().parent
-    both = (settings.get("EXCLUDE_PATHS", ""), settings.get("EXCLUDE_DIRS", ""))
-    settings["EXCLUDE_PATHS"] = ",".join(both)
-    secrets = tuple(settings[name] for name in SECRETS if settings.get(name))
+    faults = list(setting_faults(settings))
+    # The folder as it was named: a secret may be a link to a place where nothing stays.
+    folder = env_file.absolute().parent if env_file else Path(__file__).resolve().parent
+    exclude = settings.get("EXCLUDE_PATHS", ""), settings.get("EXCLUDE_DIRS", "")
+    settings["EXCLUDE_PATHS"] = ",".join(exclude)
+    secrets: set[str] = set()
+    for name in SECRETS:
+        add_secret(secrets, settings.get(name))
     values: dict[str, Any] = {}
-    for option in dataclasses.fields(Config):
-        if not option.metadata:
-            continue
+    for option in (f for f in dataclasses.fields(Config) if f.metadata):
         name, parse, default = (option.metadata[key] for key in ("name", "parse", "default"))
         text = settings.get(name) or default
         if name == "LOG_FILE" and settings.get(name) == "":
@@ -665,80 +788,71 @@ def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
         elif text is not None:
             try:
                 value = parse(text)
-                value = base / value if isinstance(value, Path) else value
-                if name == "STATE_DB":  # its lock and journal are beside the file itself
-                    value = value.resolve()
-                values[option.name] = value
-            except (ValueError, OSError, RuntimeError) as error:  # of a link to itself
-                told = "@" in text or any(secret in text for secret in secrets)
-                faults.append(f"{name}: {error}" + ("" if told else f", not {text!r}"))
-    # Windows' agent has no variable to tell.
-    agent = environ.get("SSH_AUTH_SOCK") or sys.platform == "win32"
-    if not (values["password"] or values["key_file"] or agent):
-        faults.append(
-            "HETZNER_PASSWORD or HETZNER_KEY_FILE: one is required, or a running SSH agent"
-        )
+                value = folder / value if isinstance(value, Path) else value
+                # Reached through a link, too, a database has one lock and one journal.
+                values[option.name] = value.resolve() if name == "STATE_DB" else value
+            except (ValueError, OSError, RuntimeError) as error:
+                is_secret = "@" in text or any(secret in text for secret in secrets)
+                faults.append(f"{name}: {error}" + ("" if is_secret else f", not {text!r}"))
+    # On Windows, no variable tells whether there is an agent.
+    has_agent = environ.get("SSH_AUTH_SOCK") or sys.platform == "win32"
+    if not (values["password"] or values["key_file"] or has_agent):
+        faults.append("HETZNER_PASSWORD or HETZNER_KEY_FILE: set one, or start an SSH agent")
     if faults:
-        raise ConfigError("\n".join(faults))
-    return Config(
-        **values,
-        aws_environ={n: v for n, v in settings.items() if n.startswith("AWS_") and v},
-        secrets=secrets,
-    )
+        raise Fatal("\n".join(faults), status=2)
+    for_boto3 = (n for n in settings if n.startswith("AWS_") or n.upper() in PROXIES)
+    aws_environ = {name: settings[name] for name in for_boto3 if settings[name]}
+    return Config(**values, aws_environ=aws_environ, secrets=secrets)
 
 
-# ---------------------------------------------------------------- Source: SFTP
+def config_warnings(config: Config, env_file: Path | None) -> Iterator[str]:
+    """What is allowed, but worth a warning."""
+    if config.prefix and not config.prefix.endswith("/"):
+        names = f"keys will begin {config.prefix}name, not {config.prefix}/name"
+        yield f"S3_PREFIX {config.prefix!r} does not end in a slash: {names}"
+    if env_file and os.name == "posix" and env_file.stat().st_mode & 0o077:
+        yield f"{env_file} can be read by others: chmod 600 {env_file}"
+
+
+# ------------------------------------------------------------------------ SFTP
 #
-# SFTP version 3 (draft-ietf-secsh-filexfer-02) over one paramiko channel, with
-# many requests in flight, from many threads.  paramiko's own SFTPClient sends
-# one request at a time and cannot be shared between threads.
+# SFTP version 3 (draft-ietf-secsh-filexfer-02) over one paramiko channel, with many
+# requests in flight from many threads.  paramiko's SFTPClient sends one request at a time
+# and cannot be shared between threads.
 
-FXP_INIT, FXP_VERSION, FXP_OPEN, FXP_CLOSE, FXP_READ = 1, 2, 3, 4, 5
-FXP_WRITE, FXP_LSTAT, FXP_FSTAT, FXP_FSETSTAT, FXP_OPENDIR, FXP_READDIR = 6, 7, 8, 10, 11, 12
-FXP_REMOVE, FXP_MKDIR, FXP_RENAME, FXP_EXTENDED, FXP_EXTENDED_REPLY = 13, 14, 18, 200, 201
+FXP_INIT, FXP_VERSION, FXP_OPEN, FXP_CLOSE, FXP_READ, FXP_WRITE = 1, 2, 3, 4, 5, 6
+FXP_LSTAT, FXP_FSTAT, FXP_FSETSTAT, FXP_OPENDIR, FXP_READDIR = 7, 8, 10, 11, 12
+FXP_REMOVE, FXP_MKDIR, FXP_RENAME, FXP_EXTENDED = 13, 14, 18, 200
 FXP_STATUS, FXP_HANDLE, FXP_DATA, FXP_NAME, FXP_ATTRS = 101, 102, 103, 104, 105
-FX_OK, FX_EOF, FX_NO_SUCH_FILE, FX_PERMISSION_DENIED, FX_UNSUPPORTED = 0, 1, 2, 3, 8
-FXF_READ, FXF_WRITE, FXF_CREAT, FXF_TRUNC = 1, 2, 8, 16
+FXP_EXTENDED_REPLY = 201
+FX_OK, FX_EOF, FX_NO_SUCH_FILE, FX_PERMISSION_DENIED, FX_FAILURE = 0, 1, 2, 3, 4
+FOR_READING, FOR_WRITING = 1, 2 | 8 | 16  # FXF_READ; FXF_WRITE, FXF_CREAT, FXF_TRUNC
 ATTR_SIZE, ATTR_UIDGID, ATTR_PERMISSIONS, ATTR_ACMODTIME, ATTR_EXTENDED = 1, 2, 4, 8, 1 << 31
-ATTR_USUAL = ATTR_SIZE | ATTR_UIDGID | ATTR_PERMISSIONS | ATTR_ACMODTIME
+ATTR_ALL = ATTR_SIZE | ATTR_UIDGID | ATTR_PERMISSIONS | ATTR_ACMODTIME
 
 U32, U64 = struct.Struct(">I"), struct.Struct(">Q")
 HEADER = struct.Struct(">IBI")  # length of what follows, type, request id
-KIND_AND_ID = struct.Struct(">BI")
-USUAL = struct.Struct(">QIIIII")  # size, uid, gid, permissions, atime, mtime
+ALL_ATTRS = struct.Struct(">QIIIII")  # size, uid, gid, permissions, atime, mtime
 
-# Of *.your-storagebox.de, the same for all boxes (Hetzner's page "SSH host
-# keys"): ED25519 on port 23, RSA on port 22, ECDSA.
-STORAGE_BOX = ".your-storagebox.de"
-STORAGE_BOX_KEYS = (
-    "SHA256:XqONwb1S0zuj5A1CDxpOSuD2hnAArV1A3wKY7Z3sdgM",
-    "SHA256:EMlfI8GsRIfpVkoW1H2u0zYVpFGKkIMKHFZIRkf2ioI",
-    "SHA256:oDHZqKXnoMtgvPBjjC57pcuFez28roaEuFcfwyg8O5c",
-)
+REPLY_TYPES = {FXP_OPEN: FXP_HANDLE, FXP_OPENDIR: FXP_HANDLE, FXP_READ: FXP_DATA}
+REPLY_TYPES |= {FXP_READDIR: FXP_NAME, FXP_LSTAT: FXP_ATTRS, FXP_FSTAT: FXP_ATTRS}
+REPLY_TYPES |= {FXP_EXTENDED: FXP_EXTENDED_REPLY}  # FXP_STATUS for all others
 
 
 class ConnectionLost(Exception):
     """The connection is gone, frozen or out of step: only a new one helps."""
 
 
-class HungUp(ConnectionLost):
-    """The connection broke at the login: perhaps the box's way to refuse it."""
-
-
-# A reply that cannot be read is as bad as none.
-LOST = (ConnectionLost, struct.error)
-
-
-class Status(Exception):
+class SFTPError(Exception):
     """The server refused a request with this SFTP status code."""
 
-    def __init__(self, code: int, text: str):
-        super().__init__(printable(text) or f"SFTP status {code}")
+    def __init__(self, code: int, message: str):
+        super().__init__(printable(message) or f"SFTP status {code}")
         self.code = code
 
 
 class Attributes(NamedTuple):
-    """Of a file, None where the server left one out; `mtime` in seconds."""
+    """Of a file, None where the server sent none; `mtime` in seconds since the epoch."""
 
     size: int | None
     mtime: int | None
@@ -746,190 +860,150 @@ class Attributes(NamedTuple):
 
 
 class RemoteFile(NamedTuple):
-    """A regular file: its path, size in bytes and mtime in seconds."""
+    """A regular file on the box: path, size in bytes, mtime in seconds."""
 
     path: bytes
     size: int
     mtime: int
 
 
-class Reply(NamedTuple):
-    kind: int
-    body: memoryview  # what follows the request id
-
-
 Request = tuple[int, bytes]  # type, and what follows the request id
-Entry = tuple[bytes, Attributes]  # of a folder: its name there, and what it is
-Keys = list[paramiko.PKey]
+Entry = tuple[bytes, Attributes]  # of a folder
 
 
-def crc32_combine(first: int, second: int, length: int) -> int:
-    """The CRC-32 of two strings together from that of each; `length` is the
-    second one's, in bytes.
-
-    As in zlib: the first is multiplied by x**(8 * length) modulo the CRC's
-    polynomial; bits are reversed, so that 1 << 31 is x**0.
-    """
-
-    def product(a: int, b: int) -> int:
-        result = 0
-        while a:
-            if a & 1 << 31:
-                result ^= b
-            a = a << 1 & 0xFFFFFFFF
-            b = b >> 1 ^ (0xEDB88320 if b & 1 else 0)
-        return result
-
-    square = 1 << 23  # x**8
-    while length:
-        if length & 1:
-            first = product(square, first)
-        square = product(square, square)
-        length >>= 1
-    return first ^ second
-
-
-def blob(data: bytes) -> bytes:
-    """An SSH string: its length, then itself."""
+def string(data: bytes) -> bytes:
+    """An SSH string: its length and itself."""
     return U32.pack(len(data)) + data
 
 
-def take_blob(body: bytes | memoryview, at: int) -> tuple[bytes, int]:
-    """The SSH string at `at`, and where it ends."""
-    end = at + 4 + U32.unpack_from(body, at)[0]
-    if end > len(body):
+def simple_request(kind: int, *names: bytes) -> Request:
+    """A request that has only paths or a handle."""
+    return kind, b"".join(map(string, names))
+
+
+def open_request(path: bytes, flags: int) -> Request:
+    return FXP_OPEN, string(path) + U32.pack(flags) + U32.pack(0)
+
+
+def read_request(handle: bytes, offset: int, size: int) -> Request:
+    return FXP_READ, string(handle) + U64.pack(offset) + U32.pack(size)
+
+
+def decode_string(body: memoryview, at: int) -> memoryview:
+    """The SSH string at `at`."""
+    start, (size,) = at + 4, U32.unpack_from(body, at)
+    if start + size > len(body):
         raise ConnectionLost("the box sent a string that is cut short")
-    return bytes(body[at + 4 : end]), end
+    return body[start : start + size]
 
 
-def take_attributes(body: bytes | memoryview, at: int) -> tuple[Attributes, int]:
+def decode_attributes(body: bytes | memoryview, at: int) -> tuple[Attributes, int]:
     """The file attributes at `at`, and where they end."""
     (flags,) = U32.unpack_from(body, at)
     at += 4
-    if flags == ATTR_USUAL:
-        size, _, _, mode, _, mtime = USUAL.unpack_from(body, at)
-        return Attributes(size, mtime, mode), at + USUAL.size
+    if flags == ATTR_ALL:  # what servers send, nearly always
+        size, _, _, mode, _, mtime = ALL_ATTRS.unpack_from(body, at)
+        return Attributes(size, mtime, mode), at + ALL_ATTRS.size
     size = mtime = mode = None
     if flags & ATTR_SIZE:
-        (size,) = U64.unpack_from(body, at)
-        at += 8
+        (size,), at = U64.unpack_from(body, at), at + 8
     if flags & ATTR_UIDGID:
         at += 8
     if flags & ATTR_PERMISSIONS:
-        (mode,) = U32.unpack_from(body, at)
-        at += 4
+        (mode,), at = U32.unpack_from(body, at), at + 4
     if flags & ATTR_ACMODTIME:
-        (mtime,) = U32.unpack_from(body, at + 4)
-        at += 8
+        (mtime,), at = U32.unpack_from(body, at + 4), at + 8
     if flags & ATTR_EXTENDED:
-        (count,) = U32.unpack_from(body, at)
-        at += 4
+        (count,), at = U32.unpack_from(body, at), at + 4
         for _ in range(2 * count):
-            _, at = take_blob(body, at)
+            at += 4 + U32.unpack_from(body, at)[0]
     return Attributes(size, mtime, mode), at
 
 
-def take_names(body: memoryview) -> list[Entry]:
-    """The entries of a reply to READDIR.  The walk's inner loop."""
-    data = bytes(body)  # whose slices are cheaper than a memoryview's
+def decode_names(body: memoryview) -> list[Entry]:
+    """The entries of a folder.  The walk's inner loop."""
+    data = bytes(body)  # slices of bytes are cheaper than those of a memoryview
     entries = []
-    (count,) = U32.unpack_from(data, 0)
-    at = 4
+    (count,), at = U32.unpack_from(data, 0), 4
     for _ in range(count):
         end = at + 4 + U32.unpack_from(data, at)[0]
         name = data[at + 4 : end]
-        end += 4 + U32.unpack_from(data, end)[0]  # the line that `ls -l` would show
-        attributes, at = take_attributes(data, end)
+        end += 4 + U32.unpack_from(data, end)[0]  # the line that `ls -l` would print
+        attributes, at = decode_attributes(data, end)
         entries.append((name, attributes))
     return entries
 
 
-def status_of(reply: Reply, wanted: int) -> Status:
-    """What a reply says of a request; ConnectionLost if it is of another kind."""
-    if reply.kind != FXP_STATUS:
-        raise ConnectionLost(f"the box sent a reply of type {reply.kind}, not {wanted}")
-    (code,) = U32.unpack_from(reply.body, 0)
-    text = take_blob(reply.body, 4)[0] if len(reply.body) >= 8 else b""
-    return Status(code, text[:500].decode("utf-8", "replace"))
+def decode_reply(request: int, packet: memoryview) -> Any:
+    """What a reply to a request of that type says: a handle, data, attributes, entries, an
+    extension's bytes, or None for "done".  A refusal is returned as SFTPError, not raised:
+    other replies of its batch may be of use.  ConnectionLost if it is no such reply."""
+    kind, body = packet[0], packet[5:]
+    expected = REPLY_TYPES.get(request, FXP_STATUS)
+    if kind == FXP_STATUS:
+        (code,) = U32.unpack_from(body, 0)
+        if code != FX_OK:
+            message = bytes(decode_string(body, 4)) if len(body) >= 8 else b""
+            return SFTPError(code, message[:500].decode("utf-8", "replace"))
+    if kind != expected:
+        raise ConnectionLost(f"the box sent a reply of type {kind}, not {expected}")
+    if kind in (FXP_HANDLE, FXP_DATA):
+        data = decode_string(body, 0)
+        return bytes(data) if kind == FXP_HANDLE else data
+    if kind == FXP_ATTRS:
+        return decode_attributes(body, 0)[0]
+    if kind == FXP_NAME:
+        return decode_names(body)
+    return body if kind == FXP_EXTENDED_REPLY else None
 
 
-def expect(kind: int, reply: Reply) -> memoryview:
-    """The body of a reply of this kind; Status if the server refused."""
-    if reply.kind == kind:
-        return reply.body
-    raise status_of(reply, kind)
+def raise_if_refused(result: Any) -> Any:
+    """`result`, unless it is an SFTPError."""
+    if isinstance(result, SFTPError):
+        raise result
+    return result
 
 
-def expect_ok(flight: Flight) -> None:
-    """Status unless the server did all that was asked."""
-    for reply in flight.replies():
-        status = status_of(reply, FXP_STATUS)
-        if status.code != FX_OK:
-            raise status
+class Batch(Future[list[memoryview]]):
+    """Requests that were sent together, and the packets that reply to them."""
 
+    def __init__(self, requests: tuple[Request, ...]):
+        super().__init__()
+        self.sent_at = time.monotonic()
+        self._types = [kind for kind, _ in requests]
+        self._packets: list[Any] = [None] * len(requests)
+        self._missing = len(requests)
 
-class Flight:
-    """Requests that were sent together, and what became of them.
-
-    `arrived`, if given, is called with the flight when it is complete or lost,
-    on the thread that reads replies: it must not block.
-    """
-
-    __slots__ = ("_arrived", "_done", "_error", "_missing", "_replies", "sent")
-
-    def __init__(self, count: int, arrived: Callable[[Flight], None] | None):
-        self.sent = time.monotonic()
-        self._replies: list[Any] = [None] * count
-        self._missing = count
-        self._error: ConnectionLost | None = None
-        self._done = threading.Lock()  # a bare lock: an Event costs ten times that
-        self._done.acquire()
-        self._arrived = arrived
-
-    def deliver(self, index: int, reply: Reply) -> None:
-        self._replies[index] = reply
+    def deliver(self, index: int, packet: memoryview) -> None:
+        self._packets[index] = packet
         self._missing -= 1
         if not self._missing:
-            self._finish()
+            self.set_result(self._packets)
 
-    def lose(self, error: ConnectionLost) -> None:
-        if self._missing and self._error is None:
-            self._error = error
-            self._finish()
+    def lose(self, reason: str) -> None:
+        if self._missing and not self.done():
+            self.set_exception(ConnectionLost(reason))
 
-    def _finish(self) -> None:
-        self._done.release()
-        if self._arrived is not None:
-            self._arrived(self)
-
-    @property
-    def whole(self) -> bool:
-        """Whether all replies are there: they stay if the connection is lost."""
-        return not self._missing
-
-    def replies(self) -> list[Reply]:
-        """The replies in the order of the requests, once; ConnectionLost.
-
-        It needs no limit of its own: the connection ends every flight within
-        SILENCE_LIMIT of the last byte heard.
-        """
-        self._done.acquire()
-        if self._error is not None:
-            # Of its own: one that all raise would keep the frames of all.
-            raise ConnectionLost(str(self._error))
-        replies, self._replies = self._replies, []
-        return replies
+    def results(self) -> list[Any]:
+        """What the box replied, in the order of the requests (see decode_reply); waits for
+        the last reply.  The session ends every batch that is overdue."""
+        try:
+            return list(map(decode_reply, self._types, self.result()))
+        except (struct.error, IndexError) as error:
+            raise ConnectionLost(f"the box sent a malformed reply: {error}") from None
+        except ConnectionLost as error:
+            raise ConnectionLost(str(error)) from None  # one each, for its own traceback
 
 
 class Pipe:
-    """Stands in for a paramiko channel's BufferedPipe, and hands the pieces on
-    as they came in: a third of the CPU that reading takes goes into its copies."""
+    """Replaces a paramiko channel's BufferedPipe, and passes the pieces on as they came in:
+    its copies would take a third of the CPU time of reading."""
 
     def __init__(self) -> None:
         self._pieces: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def feed(self, data: bytes) -> None:
-        if data:  # else it would be taken for the end
+        if data:  # an empty piece stands for the end
             self._pieces.put(data)
 
     def read(self, _nbytes: int, timeout: float | None = None) -> bytes:
@@ -942,1376 +1016,943 @@ class Pipe:
         self._pieces.put(b"")
 
 
-class Connection:
-    """One SSH connection with one SFTP channel, safe from many threads.
-
-    Requests get numbers, their replies are handed to the flights they belong
-    to by one thread, which is also the watchdog: when the box owes a reply and
-    is silent for SILENCE_LIMIT, or owes one for REPLY_LIMIT, the connection is
-    ended, since after that nothing says which reply belongs where.
-    """
+class Session:
+    """One SFTP channel, shared by many threads.  A thread receives the replies and hands each
+    to the batch that waits for it.  It ends the session when the box owes a reply and has
+    been silent for SILENCE_LIMIT, or owes one for REPLY_LIMIT."""
 
     def __init__(self, transport: paramiko.Transport, channel: paramiko.Channel):
-        """Exchanges versions; ConnectionLost if the other side talks no SFTP."""
-        self._transport = transport
-        self._channel = channel
+        """Exchanges versions; ConnectionLost if the other side does not speak SFTP."""
+        self._transport, self._channel = transport, channel
         self._sending = threading.Lock()
-        self._lock = threading.Lock()  # never held while waiting for anything
-        self._number = 0
-        self._owed: dict[int, tuple[Flight, int]] = {}
+        self._lock = threading.Lock()  # never held while waiting for the box
+        self._last_id = 0
+        self._owed: dict[int, tuple[Batch, int]] = {}  # by request id, oldest first
+        self._unread = memoryview(b"")
         self._watched = time.monotonic()
-        self.lost: ConnectionLost | None = None
-        self.useful = False  # whether anything was looked at, read or written over it
+        self.lost: str | None = None  # the reason, once the session has ended
         channel.in_buffer = Pipe()
-        # Nobody reads it: it would only pile up.
+        # Nobody reads stderr: it would only pile up.
         channel.in_stderr_buffer = SimpleNamespace(feed=lambda _: None, close=lambda: None)
         channel.settimeout(SILENCE_LIMIT)
         channel.sendall(HEADER.pack(5, FXP_INIT, 3))
-        packets = self._packets()
-        if next(packets)[0] != FXP_VERSION:
+        if self._receive_packet()[0] != FXP_VERSION:
             raise ConnectionLost("the box did not answer in SFTP")
-        threading.Thread(target=self._deliver, args=(packets,), daemon=True).start()
+        threading.Thread(target=self._receive, daemon=True).start()
 
-    def flight(
-        self, *requests: Request, arrived: Callable[[Flight], None] | None = None
-    ) -> Flight:
-        """Sends requests together and does not wait for the replies."""
-        flight = Flight(len(requests), arrived)
-        packets = bytearray()
+    def send(self, *requests: Request) -> Batch:
+        """Sends requests together, without waiting for the replies."""
+        batch, packets = Batch(requests), bytearray()
         with self._lock:
             if self.lost is not None:
-                flight.lose(self.lost)
-                return flight
+                batch.lose(self.lost)
+                return batch
             for index, (kind, payload) in enumerate(requests):
-                self._number = (self._number + 1) & 0xFFFFFFFF
-                self._owed[self._number] = (flight, index)
-                packets += HEADER.pack(len(payload) + 5, kind, self._number)
-                packets += payload
+                self._last_id = (self._last_id + 1) & 0xFFFFFFFF
+                self._owed[self._last_id] = batch, index
+                packets += HEADER.pack(len(payload) + 5, kind, self._last_id) + payload
         try:
             with self._sending:
                 self._channel.sendall(packets)
         except (OSError, EOFError, paramiko.SSHException) as error:
-            self.close(f"sending failed: {error or 'connection closed'}")
-        return flight
+            self.close(f"sending failed: {str(error) or 'the connection was closed'}")
+        return batch
 
-    def ask(self, *requests: Request) -> list[Reply]:
-        """Sends requests together and waits for their replies; ConnectionLost."""
-        return self.flight(*requests).replies()
+    def ask(self, *requests: Request) -> list[Any]:
+        """Sends requests together and waits for the results; ConnectionLost."""
+        return self.send(*requests).results()
+
+    def ask_one(self, request: Request) -> Any:
+        """The result of a single request; SFTPError, ConnectionLost."""
+        return raise_if_refused(self.ask(request)[0])
 
     def close(self, reason: str) -> None:
-        """Ends the connection; whoever waits for a reply gets ConnectionLost."""
+        """Ends the session; whoever waits for a reply gets ConnectionLost."""
         with self._lock:
             if self.lost is not None:
                 return
-            self.lost = ConnectionLost(printable(reason))
+            self.lost = one_line(reason)
             owed, self._owed = self._owed, {}
-        for flight, _ in list(owed.values()):
-            flight.lose(self.lost)
-        # paramiko's close() joins its thread, and may wait for a send.
-        with contextlib.suppress(RuntimeError):  # no thread may be left
-            threading.Thread(target=self._transport.close, daemon=True).start()
+        for batch, _ in list(owed.values()):
+            batch.lose(self.lost)
+        # Transport.close() joins a thread that may be blocked in a send.
+        threading.Thread(target=self._transport.close, daemon=True).start()
 
-    def _deliver(self, packets: Iterator[memoryview]) -> None:
+    def _receive(self) -> None:
         try:
-            for packet in packets:
-                kind, number = KIND_AND_ID.unpack_from(packet)
-                flight, index = self._owed.pop(number)
-                flight.deliver(index, Reply(kind, packet[KIND_AND_ID.size :]))
-        except (ConnectionLost, EOFError, OSError, paramiko.SSHException) as error:
+            while True:
+                packet = memoryview(self._receive_packet())
+                batch, index = self._owed.pop(U32.unpack_from(packet, 1)[0])
+                batch.deliver(index, packet)
+        except KeyError:
+            self.close("the box replied to a request that was not made")
+        except Exception as error:  # whatever it is, nobody may wait for ever
             self.close(str(error) or "the box closed the connection")
-        except (KeyError, struct.error):
-            self.close("the box sent a reply to no request")
-        except Exception as error:  # or whoever waits would wait for ever
-            self.close(f"unexpected {type(error).__name__}: {error}")
 
-    def _packets(self) -> Iterator[memoryview]:
-        """The packets as they come in, without their length in front."""
-        rest = memoryview(b"")
+    def _receive_packet(self) -> bytes:
+        (length,) = U32.unpack(self._receive_bytes(4))
+        if not 5 <= length <= MAX_PACKET:
+            begin = printable(U32.pack(length))
+            raise ConnectionLost(f"the box sent what is not SFTP, and begins {begin!r}")
+        return self._receive_bytes(length)
 
-        def take(count: int) -> bytes:
-            nonlocal rest
-            pieces = []
-            while count > len(rest):
-                pieces.append(rest)
-                count -= len(rest)
-                rest = memoryview(self._hear())
-            pieces.append(rest[:count])
-            rest = rest[count:]
-            return b"".join(pieces)
+    def _receive_bytes(self, count: int) -> bytes:
+        pieces = []
+        while count > len(self._unread):
+            pieces.append(self._unread)
+            count -= len(self._unread)
+            self._unread = memoryview(b"")
+            while not self._unread:
+                limit = REPLY_LIMIT
+                try:
+                    self._unread = memoryview(self._channel.recv(SSH_PACKET))
+                    if not self._unread:
+                        raise ConnectionLost("the box closed the connection")
+                except TimeoutError:
+                    limit = SILENCE_LIMIT
+                self._check_overdue(limit)
+        pieces.append(self._unread[:count])
+        self._unread = self._unread[count:]
+        return b"".join(pieces)
 
-        while True:
-            (length,) = U32.unpack(take(4))
-            if not 5 <= length <= MAX_REPLY:
-                raise ConnectionLost(f"the box sent a packet of {length:,} bytes")
-            yield memoryview(take(length))
-
-    def _hear(self) -> bytes:
-        """The next bytes; ConnectionLost at the end, or if a reply is overdue."""
-        while True:
-            try:
-                piece = self._channel.recv(SSH_PACKET)
-            except TimeoutError:
-                self._watch(SILENCE_LIMIT)
-            else:
-                if time.monotonic() - self._watched > SILENCE_LIMIT:
-                    self._watch(REPLY_LIMIT)
-                if not piece:
-                    raise ConnectionLost("the box closed the connection")
-                return piece
-
-    def _watch(self, limit: float) -> None:
-        self._watched = time.monotonic()
-        with self._lock:
-            oldest = next(iter(self._owed.values()), None)
-        if oldest and self._watched - oldest[0].sent >= limit:
-            raise ConnectionLost(f"the box owed an answer for {limit} s")
+    def _check_overdue(self, limit: float) -> None:
+        now = time.monotonic()
+        if limit == SILENCE_LIMIT or now - self._watched > SILENCE_LIMIT:  # now and then
+            self._watched = now
+            with self._lock:
+                oldest, _ = next(iter(self._owed.values()), (None, 0))
+            if oldest is not None and now - oldest.sent_at >= limit:
+                raise ConnectionLost(f"the box did not reply for {limit} s")
 
 
-def connect(config: Config, passed: Callable[[str], None] = lambda _: None) -> Connection:
-    """A logged-in connection to the box; `passed` is told of each stage.
+# ----------------------------------------------------------------------- Login
 
-    Raises Fatal where another try cannot help (host key, login), ConnectionLost
-    where it may.
-    """
-    where = f"{config.host}:{config.port}"
+# The host keys of *.your-storagebox.de, the same for all boxes (Hetzner's page "SSH host
+# keys"): ED25519 on port 23, RSA on port 22, ECDSA.
+STORAGE_BOX = ".your-storagebox.de"
+STORAGE_BOX_KEYS = (
+    "SHA256:XqONwb1S0zuj5A1CDxpOSuD2hnAArV1A3wKY7Z3sdgM",
+    "SHA256:EMlfI8GsRIfpVkoW1H2u0zYVpFGKkIMKHFZIRkf2ioI",
+    "SHA256:oDHZqKXnoMtgvPBjjC57pcuFez28roaEuFcfwyg8O5c",
+)
+CONNECT_REMEDY = "check HETZNER_HOST and HETZNER_PORT (23 for SSH, or 22), and that SSH support"
+CONNECT_REMEDY += " and external reachability are switched on in Hetzner's console"
+Keys = list[paramiko.PKey]
+
+
+def connect(config: Config) -> Session:
+    """A session with the box, logged in.  Fatal where another attempt cannot help (host key,
+    login), ConnectionLost where it may."""
+    address = f"{config.host}:{config.port}"
     try:
         sock = socket.create_connection((config.host, config.port), CONNECT_LIMIT)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # requests are small
     except (OSError, UnicodeError) as error:
-        remedy = connect_remedy(config, error)
-        raise ConnectionLost(f"no connection to {where}: {error}; {remedy}") from None
+        message = f"no connection to {address}: {error}; {CONNECT_REMEDY}"
+        raise ConnectionLost(message) from None
     transport = paramiko.Transport(
         sock, default_window_size=SSH_WINDOW, default_max_packet_size=SSH_PACKET
     )
-    # A server that freezes while the subsystem starts is waited for without
-    # limit, whatever timeouts are set: this one bounds the whole of it.
-    limit = threading.Timer(CONNECT_LIMIT, transport.close)
-    limit.daemon = True
-    began = time.monotonic()
-    limit.start()
+    # paramiko waits without limit for a server that freezes while it starts the subsystem.
+    watchdog = threading.Timer(CONNECT_LIMIT, transport.close)
+    watchdog.daemon = True
+    watchdog.start()
     try:
-        pinned, revoked = pinned_keys(config)
-        prefer(transport.get_security_options(), pinned)
+        known, revoked = known_host_keys(config)
+        prefer(transport.get_security_options(), known)
         transport.start_client(timeout=CONNECT_LIMIT)
-        passed(f"connected to {where}")
-        check_host_key(config, transport.get_remote_server_key(), pinned, revoked)
-        passed(f"the host key is the pinned {transport.get_remote_server_key().get_name()}")
+        check_host_key(config, transport.get_remote_server_key(), known, revoked)
         log_in(config, transport)
-        passed(f"logged in as {config.user}")
         transport.set_keepalive(KEEPALIVE)
         channel = transport.open_session(timeout=CONNECT_LIMIT)
         channel.invoke_subsystem("sftp")
-        return Connection(transport, channel)
-    except Exception as error:  # paramiko hands on whatever its thread met
+        return Session(transport, channel)
+    except Exception as error:  # paramiko passes on whatever its thread met
         transport.close()
-        hung_up = isinstance(error, HungUp) and time.monotonic() - began < CONNECT_LIMIT
-        if hung_up or isinstance(error, Fatal):
+        if isinstance(error, Fatal) and watchdog.is_alive():
             raise
         reason = str(error) or "the connection was closed"
-        # Something listens, but it is no SSH server.
-        if "banner" in reason or "protocol version" in reason:
-            reason += f"; {connect_remedy(config, error)}"
+        if "banner" in reason or "protocol version" in reason:  # not an SSH server
+            reason += f"; {CONNECT_REMEDY}"
+        if "open channel" in reason:
+            reason += "; a Storage Box allows 10 connections: end others"
         kind = Fatal if isinstance(error, paramiko.IncompatiblePeer) else ConnectionLost
-        raise kind(f"no SFTP session with {where}: {reason}") from None
+        raise kind(f"no SFTP session with {address}: {reason}") from None
     finally:
-        limit.cancel()
+        watchdog.cancel()
 
 
-def connect_remedy(config: Config, error: Exception) -> str:
-    """What is likely to be wrong where nothing answers in SSH."""
-    if isinstance(error, (socket.gaierror, UnicodeError)):
-        return "correct HETZNER_HOST, or this machine's DNS"
-    console = "SSH support and external reachability are switched on in Hetzner's console"
-    if config.port in (22, 23):
-        return f"see that {console}, and that HETZNER_HOST is right"
-    return f"HETZNER_PORT is 23 for SSH, or 22; see that {console}"
-
-
-def known_name(config: Config) -> str:
+def known_host_name(config: Config) -> str:
     """The box as known_hosts names it."""
     return config.host if config.port == 22 else f"[{config.host}]:{config.port}"
 
 
-def pinned_keys(config: Config) -> tuple[Keys, Keys]:
-    """The keys that known_hosts has for the box, and those it has revoked, of any host:
-    somebody else may have them; Fatal if it cannot be read."""
+def known_host_keys(config: Config) -> tuple[Keys, Keys]:
+    """The keys that known_hosts has for the box, and those that it revokes, for any host.
+    Lines that cannot be read say nothing about the box; Fatal if the file cannot be read."""
+    known, revoked, entries, text = [], [], [], ""
     try:
-        lines = config.known_hosts.read_text("utf-8", "replace").splitlines()
+        text = config.known_hosts.read_text("utf-8", "replace")
     except FileNotFoundError:
-        lines = []
+        pass
     except OSError as error:
         raise Fatal(f"HETZNER_KNOWN_HOSTS {config.known_hosts}: {error}") from None
-    pinned: Keys = []
-    revoked: Keys = []
-    for line in (" ".join(line.split()) for line in lines):  # any blanks, as for OpenSSH
-        # HostKeys.load() gives up at the first line that it does not know, and
-        # keeps one key of a kind; such a line says nothing about the box.
+    for line in (" ".join(line.split()) for line in text.splitlines()):
+        # HostKeys.load() gives up at a line that it does not know, and keeps one key a type.
         with contextlib.suppress(Exception):
             entry = paramiko.hostkeys.HostKeyEntry.from_line(line.removeprefix("@revoked "))
-            if entry is None or line.startswith(("#", "@cert-authority ")):
-                continue
             if line.startswith("@revoked "):
                 revoked.append(entry.key)
-                continue
-            known = paramiko.HostKeys()
-            for name in entry.hostnames:
-                known.add(name, entry.key.get_name(), entry.key)
-            if known.lookup(known_name(config)):
-                pinned.append(entry.key)
-    return pinned, revoked
+            elif line[0] not in "#@":
+                entries.append((entry.hostnames, entry.key))
+    # A line with the port counts before one without.
+    for name in (known_host_name(config), config.host):
+        known = [key for patterns, key in entries if names_host(patterns, name.lower())]
+        if known:
+            break
+    return known, revoked
 
 
-def prefer(options: paramiko.SecurityOptions, pinned: Keys) -> None:
-    """AES-GCM first, it is the fastest by far; and of the host keys the kind
-    that is pinned, since the server shows only one."""
+def names_host(patterns: list[str], name: str) -> bool:
+    """Whether these patterns of a line of known_hosts stand for the host: with wildcards, a
+    hash, or a ! for what they do not stand for (sshd(8), SSH_KNOWN_HOSTS FILE FORMAT)."""
+    matched = False
+    for pattern in patterns:
+        if pattern.startswith("|1|"):
+            matched |= paramiko.HostKeys.hash_host(name, pattern) == pattern
+        else:
+            form = (
+                re.escape(pattern.lstrip("!").lower()).replace(r"\*", ".*").replace(r"\?", ".")
+            )
+            if re.fullmatch(form, name):
+                if pattern.startswith("!"):
+                    return False
+                matched = True
+    return matched
+
+
+def prefer(options: paramiko.SecurityOptions, known: Keys) -> None:
+    """AES-GCM first: it is by far the fastest.  And the known host keys' types: the server
+    shows only one key."""
     options.ciphers = sorted(options.ciphers, key=lambda name: "gcm" not in name)
-    kinds = {key.get_name() for key in pinned}
-    if "ssh-rsa" in kinds:
-        kinds |= {"rsa-sha2-512", "rsa-sha2-256"}
-    options.key_types = sorted(options.key_types, key=lambda name: name not in kinds)
+    types = {key.get_name() for key in known}
+    if "ssh-rsa" in types:
+        types |= {"rsa-sha2-512", "rsa-sha2-256"}
+    options.key_types = sorted(options.key_types, key=lambda name: name not in types)
 
 
-def check_host_key(config: Config, key: paramiko.PKey, pinned: Keys, revoked: Keys) -> None:
-    """Fatal unless the box's key is a pinned one; no credential was sent yet."""
-    fingerprint = key.fingerprint
-    shown = f"{config.host}:{config.port} is {key.get_name()} {fingerprint}"
+def check_host_key(config: Config, key: paramiko.PKey, known: Keys, revoked: Keys) -> None:
+    """Fatal unless `key` is the box's; no credential has been sent yet."""
+    address, shown = f"{config.host}:{config.port}", f"{key.get_name()} {key.fingerprint}"
+    subject = f"the host key of {address} is {shown}"
     file = f"HETZNER_KNOWN_HOSTS {config.known_hosts}"
-    place = shlex.quote(str(config.known_hosts))
+    path = shlex.quote(str(config.known_hosts))
     if key in revoked:
-        raise Fatal(f"the host key of {shown}, which is revoked in {file}")
-    built_in = config.host.lower().endswith(STORAGE_BOX) and fingerprint in STORAGE_BOX_KEYS
-    if built_in or key in pinned:
+        raise Fatal(f"{subject}, which is revoked in {file}")
+    is_storage_box = config.host.lower().endswith(STORAGE_BOX)
+    if key in known or (is_storage_box and key.fingerprint in STORAGE_BOX_KEYS):
         return
-    if pinned:
-        known = ", ".join(f"{other.get_name()} {other.fingerprint}" for other in pinned)
+    if known:
+        expected = ", ".join(f"{other.get_name()} {other.fingerprint}" for other in known)
         raise Fatal(
-            f"the host key has changed: that of {shown}, but {file} has {known}; somebody may "
-            "be in between: only if the change is known to be right, remove the old one with: "
-            f"ssh-keygen -R {shlex.quote(known_name(config))} -f {place}"
+            f"{subject}: it has changed, {file} has {expected}; somebody may be intercepting "
+            "the connection: only if you know that the change is right, remove the old key "
+            f"with: ssh-keygen -R {shlex.quote(known_host_name(config))} -f {path}"
         )
-    # The very key that was seen: asking for it again may bring another one.
-    line = f"{known_name(config)} {key.get_name()} {key.get_base64()}"
-    folder = shlex.quote(str(config.known_hosts.parent))
-    make = "" if config.known_hosts.parent.is_dir() else f"mkdir -p {folder} && "
+    # The very key that was seen: asking for it again could bring another one.
+    line = f"{known_host_name(config)} {key.get_name()} {key.get_base64()}"
+    folder = config.known_hosts.parent
+    make = "" if folder.is_dir() else f"mkdir -p {shlex.quote(str(folder))} && "
     raise Fatal(
-        f"the host key of {shown}, and is not in HETZNER_KNOWN_HOSTS; if that is its "
-        f"fingerprint, accept it with: {make}echo '{line}' >> {place}"
+        f"{subject}, which is not in HETZNER_KNOWN_HOSTS; if that is its fingerprint, accept "
+        f"it with: {make}echo '{line}' >> {path}"
     )
 
 
 def log_in(config: Config, transport: paramiko.Transport) -> None:
-    """By key file and by password, what is set of them, else by the agent.
-    Fatal if the box takes none of it, HungUp if the connection breaks."""
-    user = config.user
+    """With the key file and the password, as far as they are set, else with the agent; Fatal
+    if the box accepts none of them, or hangs up."""
     attempts: list[tuple[str, Callable[[], object]]] = []
     if config.key_file:
-        key = load_key(config.key_file, config.key_passphrase)
+        key = load_private_key(config.key_file, config.key_passphrase)
         name = f"HETZNER_KEY_FILE {config.key_file}"
-        attempts.append((name, partial(transport.auth_publickey, user, key)))
+        attempts.append((name, partial(transport.auth_publickey, config.user, key)))
     if config.password:
-        # Also answers keyboard-interactive, where that is what the box offers.
-        login = partial(transport.auth_password, user, config.password)
+        # Also answers keyboard-interactive, if that is what the box offers.
+        login = partial(transport.auth_password, config.user, config.password)
         attempts.append(("HETZNER_PASSWORD", login))
     if not attempts:
-        keys = within(CONNECT_LIMIT, lambda: paramiko.Agent().get_keys())
-        if keys is None:
-            raise Fatal("the SSH agent does not answer: restart it, or set HETZNER_KEY_FILE")
+        try:  # paramiko would wait for ever for an agent that is silent
+            asked = ThreadPoolExecutor(1).submit(lambda: paramiko.Agent().get_keys())
+            keys = asked.result(CONNECT_LIMIT)
+        except concurrent.futures.TimeoutError:
+            remedy = "restart it, or set HETZNER_KEY_FILE"
+            raise Fatal(f"the SSH agent does not answer: {remedy}") from None
         name = f"the SSH agent's keys ({len(keys)})"
-        attempts = [(name, partial(transport.auth_publickey, user, key)) for key in keys]
-    tried = " and ".join(dict.fromkeys(name for name, _ in attempts)) or "an empty agent"
-    told = f"the login of {user} with {tried}: {login_remedy(config)}"
-    where = f"{config.host}:{config.port}"
+        attempts = [(name, partial(transport.auth_publickey, config.user, k)) for k in keys]
+    tried = " and ".join(dict.fromkeys(name for name, _ in attempts)) or "an empty SSH agent"
+    message = f"the login of {config.user} with {tried}: correct HETZNER_USER or that"
+    if config.key_file or not config.password:
+        message += "; a Storage Box takes the public key in RFC 4716 form (ssh-keygen -e) on "
+        message += f"port 22, in OpenSSH's on port 23: HETZNER_PORT is {config.port}"
     for _, attempt in attempts:
-        try:
+        with contextlib.suppress(paramiko.AuthenticationException):
             attempt()
-        except paramiko.AuthenticationException:
-            # A connection that breaks now looks like a refusal to paramiko.
-            if not transport.is_active():
-                raise HungUp(f"{where} hung up at {told}") from None
         if transport.is_authenticated():
             return
-    raise Fatal(f"{where} refused {told}")
+        # More attempts, and the box may ban this machine.
+        if not transport.is_active():
+            raise Fatal(f"{config.host}:{config.port} hung up at {message}")
+    raise Fatal(f"{config.host}:{config.port} refused {message}")
 
 
-def login_remedy(config: Config) -> str:
-    """What is likely to be wrong where the box does not take a login."""
-    if config.password and not config.key_file:
-        return "correct HETZNER_USER or that"
-    form = "RFC 4716 (ssh-keygen -e)" if config.port == 22 else "OpenSSH's"
-    fewer = "" if config.key_file else ", or set HETZNER_KEY_FILE: it takes a few tries only"
-    return (
-        f"correct HETZNER_USER or that{fewer}; on port {config.port} a Storage Box takes the "
-        f"public key in {form} form, the other form is for HETZNER_PORT="
-        f"{23 if config.port == 22 else 22}"
-    )
+def read_private_key(path: Path, passphrase: bytes | None) -> paramiko.PKey:
+    """Also in PKCS#8 form, which paramiko does not read."""
+    text = path.read_bytes()
+    if not re.search(b"BEGIN (ENCRYPTED )?PRIVATE KEY", text):
+        return paramiko.PKey.from_path(path, passphrase)
+    secret = serialization.load_pem_private_key(text, passphrase)
+    forms = serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH
+    pem = secret.private_bytes(*forms, serialization.NoEncryption()).decode()
+    for kind in (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey):
+        with contextlib.suppress(paramiko.SSHException):
+            return kind.from_private_key(io.StringIO(pem))
+    raise UnsupportedAlgorithm("no SSH key")
 
 
-def load_key(path: Path, passphrase: str | None) -> paramiko.PKey:
-    """The private key in `path`; Fatal that says what is wrong with it."""
-    secret = passphrase.encode() if passphrase else None
+def load_private_key(path: Path, passphrase: str | None) -> paramiko.PKey:
+    """The key in `path`; Fatal, with what is wrong with it."""
     try:
-        return paramiko.PKey.from_path(path, secret)
+        key = read_private_key(path, passphrase.encode() if passphrase else None)
+        key.public_blob = None  # of a certificate beside it, which may have expired
+        return key
     except OSError as error:
         reason = f"cannot be read: {error}"
     except (TypeError, paramiko.PasswordRequiredException):
         reason = "needs its passphrase: set HETZNER_KEY_PASSPHRASE"
-        if secret:
+        if passphrase:
             reason = "has no passphrase, but HETZNER_KEY_PASSPHRASE is set"
     except (ValueError, paramiko.SSHException, UnsupportedAlgorithm):
-        reason = "is no private key that can be used"
-        if secret:
+        reason = "is not a private key that can be used"
+        if passphrase:
             reason += ", or HETZNER_KEY_PASSPHRASE is wrong"
     raise Fatal(f"HETZNER_KEY_FILE {path} {reason}")
 
 
-def within(seconds: float, act: Callable[[], T]) -> T | None:
-    """act() on a thread of its own, None if it takes longer: it may never end."""
-    future: Future[T] = Future()
-
-    def perform() -> None:
-        try:
-            future.set_result(act())
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=perform, daemon=True).start()
-    concurrent.futures.wait((future,), seconds)
-    return future.result() if future.done() else None
+# ----------------------------------------------------------------- Storage Box
 
 
-class Pace:
-    """Keeps what many threads do below `rate` units a second; None: any."""
+class RateLimit:
+    """Holds many threads below `rate` units a second together; None means no limit."""
 
-    def __init__(self, rate: float | None, stopping: Stopping):
+    def __init__(self, rate: float | None, stopping: StopEvent):
         self._rate, self._stopping = rate, stopping
-        self._lock = threading.Lock()
-        self._due = 0.0
+        self._lock, self._next = threading.Lock(), 0.0
 
     def wait(self, units: float) -> None:
         """Waits until `units` more may be used."""
-        if self._rate is None:
-            return
-        with self._lock:
-            now = time.monotonic()
-            self._due = max(self._due, now) + units / self._rate
-            pause = self._due - now
-        self._stopping.wait(pause)
+        if self._rate is not None:
+            with self._lock:
+                now = time.monotonic()
+                self._next = max(self._next, now) + units / self._rate
+                delay = self._next - now
+            self._stopping.wait(delay)
 
 
-class Broken(FileError):
-    """The connection was lost under it again and again: this file's or folder's failure,
-    but the run's if all end so."""
+class StorageBox:
+    """The box: one session at a time, replaced when it is lost."""
 
-
-class Box:
-    """The Storage Box: one connection at a time, renewed when it is lost.
-
-    Whoever meets the dead connection first reconnects, the others wait for it.
-    An outage ends when something is looked at, read or written again; RECONNECT_PAUSES
-    bounds the tries of one.  What has lost its connection is a suspect: after its tries
-    in company it is tried alone, and nothing begins beside it.
-    """
-
-    def __init__(self, config: Config, stopping: Stopping, patient: bool = True):
-        """`patient`: tries again when it does not answer, and waits meanwhile."""
-        self._config = config
-        self.stopping = stopping
-        self._pauses = RECONNECT_PAUSES if patient else (0,)
-        self._lock = threading.Lock()
-        self._connection: Connection | None = None
-        self._tries = 0
-        self._given_up: Fatal | None = None
-        self.alone = threading.RLock()  # held by whoever may have broken the connection
-        self.pace = Pace(config.bandwidth_limit, stopping).wait
+    def __init__(self, config: Config, stopping: StopEvent, reconnects: bool = True):
+        self._config, self.stopping = config, stopping
+        self._pauses = RECONNECT_PAUSES if reconnects else (0,)
+        self._connecting, self._alone = threading.Lock(), threading.RLock()
+        self._session: Session | None = None
+        self._gone: Fatal | None = None
+        self.bandwidth = RateLimit(config.bandwidth_limit, stopping)
 
     def close(self) -> None:
-        """Ends the connection for good; whoever waits on the box gets Stopped."""
+        """Ends the session for good; whoever uses the box gets Stopped."""
         self.stopping.set()
-        if self._connection is not None:
-            self._connection.close("stopped")
+        if self._session is not None:
+            self._session.close("stopped")
 
-    def connection(self) -> Connection:
-        """The connection, a new one if it was lost; Fatal when the box is gone,
-        Stopped after `close`."""
-        with self._lock:
+    def session(self) -> Session:
+        """The session, a new one if it was lost; Fatal once the box is given up, Stopped.
+        The first thread to find it lost connects again; the others wait for that."""
+        with self._connecting:
             self.stopping.check()
-            if self._given_up is not None:  # nobody need find out once more
-                raise self._given_up
-            connection = self._connection
-            if connection is None or connection.lost is not None:
+            if self._gone is not None:
+                raise self._gone
+            if self._session is None or self._session.lost is not None:
                 try:
-                    connection = self._connect_anew(connection)
+                    self._session = self._connect()
                 except Fatal as error:
-                    self._given_up = error
+                    self._gone = error
                     raise
-        if self.stopping.is_set():
-            self.close()
-        return connection
+            session = self._session
+        if self.stopping.is_set():  # `close` may have missed this one
+            session.close("stopped")
+        return session
 
-    def _connect_anew(self, old: Connection | None) -> Connection:
-        """Once `old` is lost, None at first; Fatal, Stopped."""
-        reason = old.lost if old is not None else None
-        if old is not None and old.useful:
-            self._tries = 0
-        for pause in self._pauses[self._tries :]:
-            if reason is not None:
-                log.warning("%s; trying again in %s s", reason, pause)
+    def session_if_free(self) -> Session | None:
+        """The session, None if it is lost or if something runs alone.  Never waits."""
+        session = self._session
+        if session is None or session.lost is not None or not self._alone.acquire(False):
+            return None
+        self._alone.release()
+        return session
+
+    def _connect(self) -> Session:
+        """A new session, after RECONNECT_PAUSES attempts at most; Fatal, Stopped."""
+        reason: object = self._session and self._session.lost
+        for pause in self._pauses:
+            if reason:
+                log.warning("%s; connecting again in %s s", reason, pause)
             self.stopping.wait(pause)
             self.stopping.check()
-            self._tries += 1
             try:
-                self._connection = connection = connect(self._config)
-                self.stopping.check()  # `close` has not met this one
-                if self._tries > TRIES_IN_COMPANY:  # is it the box, or a file on it?
-                    prove(connection, self._config.remote_path)
-                return connection
+                return connect(self._config)
             except ConnectionLost as error:
-                # More tries of what never worked, and the box may ban this machine.
-                if old is None and isinstance(error, HungUp) and isinstance(reason, HungUp):
-                    raise Fatal(str(error)) from None
                 reason = error
-        tries = f"gave up after {self._tries} tries: " if self._tries > 1 else ""
-        raise Fatal(f"{tries}{reason}")
+            except Fatal as error:
+                if self._session is None:  # it has never worked
+                    raise
+                reason = error
+        tries = len(self._pauses)
+        raise Fatal(f"gave up after {tries} tries: {reason}" if tries > 1 else str(reason))
 
-    def insist(self, operation: Callable[[Connection], T]) -> T:
-        """operation(connection), again from its start whenever the connection
-        is lost under it; Broken after LOSSES_IN_A_ROW times, since then it may
-        be this file that breaks it.
+    def retry(self, operation: Callable[[Session], T]) -> T:
+        """operation(session), from its start again whenever the session is lost under it,
+        or the server refuses with FAILURE: it may have too many files open.
 
-        From the third try on it is `alone`, so that a file that breaks the
-        connection does not take others down with it.
+        From the third try on it runs alone: nothing else is begun meanwhile, so that a
+        file which breaks the connection every time fails without taking others with it.
+        FileError (LOST) after TRIES, SFTPError, Fatal, Stopped.
         """
         with contextlib.ExitStack() as stack:
-            for attempt in range(LOSSES_IN_A_ROW):
-                if attempt == TRIES_IN_COMPANY:
-                    stack.enter_context(self.alone)
-                with self.alone:  # nothing is begun beside what may break the connection
-                    connection = self.connection()
+            for attempt in range(1, TRIES + 1):
+                if attempt > SHARED_TRIES:
+                    stack.enter_context(self._alone)
+                with self._alone:
+                    session = self.session()
                 try:
-                    return operation(connection)
-                except LOST as error:
-                    connection.close(str(error))  # it may be out of step only
+                    return operation(session)
+                except ConnectionLost as error:
+                    session.close(str(error))  # it may only be out of step
                     reason = error
-            raise self.broken(LOSSES_IN_A_ROW, reason)
+                except SFTPError as error:
+                    if error.code != FX_FAILURE or attempt == TRIES:
+                        raise
+                    self.stopping.wait(HANDLE_PAUSE)
+        raise FileError(f"lost the connection {TRIES} times, last: {reason}", LOST)
 
-    def insist_on(self, path: bytes, operation: Callable[[Connection], T]) -> T:
-        """The same, of what opens `path`: a refusal is its FileError, or Vanished."""
+    def retry_reading(self, path: bytes, operation: Callable[[Session], T]) -> T:
+        """`retry` for what opens `path`; a refusal is a FileError, VANISHED if it is gone.
+        OpenSSH says "no such file" for other reasons, too: such a file would count as
+        vanished every night."""
         try:
-            return self.insist(operation)
-        except Status as error:
-            raise self.failure(path, error) from None
-
-    def alone_if_free(self, act: Callable[[], None]) -> bool:
-        """act() with nothing beginning beside it; False, at once, if something else is
-        alone."""
-        if not self.alone.acquire(blocking=False):
-            return False
-        try:
-            act()
-        finally:
-            self.alone.release()
-        return True
-
-    def room(self) -> tuple[int, int] | None:
-        """Bytes used and free where REMOTE_PATH is, None if the server does not
-        tell (OpenSSH's extension, which a Storage Box has)."""
-        path = self._config.remote_path
-
-        def statvfs(connection: Connection) -> tuple[int, int] | None:
-            (reply,) = connection.ask((FXP_EXTENDED, blob(b"statvfs@openssh.com") + blob(path)))
-            try:
-                body = expect(FXP_EXTENDED_REPLY, reply)
-            except Status:
-                return None
-            _, unit, blocks, free, available, *_ = struct.unpack_from(">11Q", body)
-            return (blocks - free) * unit, available * unit
-
-        return self.insist(statvfs)
-
-    def attributes(self, path: bytes) -> Attributes:
-        """Of `path` itself, not of what a link points to; Status, FileError."""
-        return self.insist(lambda connection: lstat(connection, path))
-
-    def broken(self, times: int, last: Exception) -> Broken:
-        """What to tell of a file or folder under which the connection was lost `times`
-        in a row, if the box does answer otherwise: then the outage is over.  Fatal,
-        Stopped."""
-        with contextlib.suppress(ConnectionLost):
-            prove(self.connection(), self._config.remote_path)
-        return Broken(f"lost the connection {times} times, last: {last}")
-
-    def failure(self, path: bytes, error: Status) -> FileError:
-        """What a refusal to open `path` means; Vanished only if it is gone.
-
-        OpenSSH answers "no such file" for other reasons too, and a file that
-        would be taken for vanished every night would never be archived.
-        """
-        if error.code == FX_NO_SUCH_FILE:
+            return self.retry(operation)
+        except SFTPError as error:
+            refusal = error
+        if refusal.code == FX_NO_SUCH_FILE:
             try:
                 self.attributes(path)
-            except Status as gone:
+            except SFTPError as gone:
                 if gone.code == FX_NO_SUCH_FILE:
-                    return Vanished("vanished before it was read")
-            except FileError as lost:
-                return lost
-        if error.code == FX_PERMISSION_DENIED:
-            return FileError("the box denies permission to read it")
-        return FileError(f"the box cannot open it: {error}")
+                    raise FileError("vanished before it was read", VANISHED) from None
+        if refusal.code == FX_PERMISSION_DENIED:
+            raise FileError("the box denies permission to read it")
+        raise FileError(f"the box cannot open it: {refusal}")
 
-    def read_small(self, file: RemoteFile) -> tuple[RemoteFile, bytes, bool]:
-        """The file as it is now, all its bytes, and whether it is `recent`, in
-        two round trips: open; then fstat, reads, fstat and close together.
-        FileError, Vanished."""
-        spans = [(at, min(READ_SIZE, file.size - at)) for at in range(0, file.size, READ_SIZE)]
-        self.pace(file.size)
+    def attributes(self, path: bytes) -> Attributes:
+        """Of `path` itself, even if it is a link; SFTPError, FileError."""
+        request = simple_request(FXP_LSTAT, path)
+        return Attributes(*self.retry(lambda session: session.ask_one(request)))
 
-        def read(connection: Connection) -> tuple[RemoteFile, bytes, bool] | None:
-            began = time.time()
-            handle = open_file(connection, file.path)
-            first, *reads, last, named, _ = connection.ask(
-                (FXP_FSTAT, handle),
-                *(read_request(handle, *span) for span in spans),
-                *look_and_close(file.path, handle),
-            )
-            now = regular_file(file.path, first)
-            pieces = [data_of(reply) for reply in reads]
-            if now.size != file.size or [len(p) for p in pieces] != [n for _, n in spans]:
-                return None
-            must_be(now, last, named)
-            connection.useful = True
-            return now, b"".join(pieces), recent(now, began)
+    def exists(self, path: bytes) -> bool:
+        with contextlib.suppress(SFTPError, FileError):
+            return bool(self.attributes(path))
+        return False
 
-        result = self.insist_on(file.path, read)
-        if result is not None:
-            return result
-        # Its size is not the listed one, or replies were short.
-        with contextlib.closing(Reader(self, file.path)) as reader:
-            reader.must_fit(file)
-            data = reader.read()
-            return reader.file, data, reader.fresh
+    def list_folder(self, path: bytes) -> list[Entry]:
+        """The entries of a folder, sorted by name; FileError."""
+        return self.retry_reading(path, lambda session: list_ahead(session, path).result())
+
+    def room(self) -> tuple[int, int] | None:
+        """Bytes used and free where REMOTE_PATH is; None if the server does not say
+        (statvfs@openssh.com)."""
+        request = simple_request(FXP_EXTENDED, b"statvfs@openssh.com", self._config.remote_path)
+        (reply,) = self.retry(lambda session: session.ask(request))
+        if isinstance(reply, SFTPError):
+            return None
+        _, unit, blocks, free, available, *_ = struct.unpack_from(">11Q", reply)
+        return (blocks - free) * unit, available * unit
 
 
-def lstat(connection: Connection, path: bytes) -> Attributes:
-    """Of `path` itself, not of what a link points to; Status, ConnectionLost."""
-    (reply,) = connection.ask((FXP_LSTAT, blob(path)))
-    connection.useful = True
-    return attributes_of(reply)
-
-
-def prove(connection: Connection, path: bytes) -> None:
-    """ConnectionLost unless the box answers, be it with a refusal."""
-    try:
-        lstat(connection, path)
-    except Status:
-        pass
-    except LOST as error:
-        connection.close(str(error))
-        raise ConnectionLost(str(error)) from None
-
-
-def attributes_of(reply: Reply) -> Attributes:
-    """What a reply to LSTAT or FSTAT tells; Status."""
-    return take_attributes(expect(FXP_ATTRS, reply), 0)[0]
-
-
-def is_link(look: Reply) -> bool:
-    """Whether LSTAT tells of a link."""
-    with contextlib.suppress(Status):
-        return stat.S_ISLNK(attributes_of(look).mode or 0)
-    return False
-
-
-def open_file(connection: Connection, path: bytes, flags: int = FXF_READ) -> bytes:
-    """The handle of `path`, as requests carry it; Status, ConnectionLost."""
-    no_attributes = U32.pack(0)
-    (reply,) = connection.ask((FXP_OPEN, blob(path) + U32.pack(flags) + no_attributes))
-    return handle_of(reply)
-
-
-def handle_of(reply: Reply) -> bytes:
-    """An open file or folder, as requests carry it; Status, ConnectionLost."""
-    handle = bytes(expect(FXP_HANDLE, reply))
-    if len(handle) > MAX_HANDLE:
-        raise ConnectionLost(f"the box sent a handle of {len(handle):,} bytes")
-    return handle
-
-
-def read_request(handle: bytes, at: int, size: int) -> Request:
-    """A READ of `size` bytes from offset `at`; `handle` as from open_file."""
-    return FXP_READ, handle + U64.pack(at) + U32.pack(size)
-
-
-def data_of(reply: Reply) -> memoryview:
-    """The bytes that a READ brought, none at the end of the file; FileError."""
-    try:
-        body = expect(FXP_DATA, reply)
-    except Status as error:
-        if error.code == FX_EOF:
-            return memoryview(b"")
-        raise FileError(f"reading failed: {error}") from None
-    if U32.unpack_from(body, 0)[0] != len(body) - 4:
-        raise ConnectionLost("the box sent data of another length than it said")
-    return body[4:]
-
-
-def regular_file(path: bytes, reply: Reply) -> RemoteFile:
-    """What FSTAT says of `path`; FileError if that is not a whole answer."""
-    try:
-        size, mtime, mode = attributes_of(reply)
-    except Status as error:
-        if error.code == FX_NO_SUCH_FILE:
-            raise Vanished("vanished while it was read") from None
-        raise FileError(f"the box does not tell its size: {error}") from None
-    if size is None or mtime is None:
-        raise FileError("the box does not tell its size and time")
-    if mode is not None and not stat.S_ISREG(mode):
-        raise FileError("changed: it is no regular file any more")
-    return RemoteFile(path, size, mtime)
-
-
-def look_and_close(path: bytes, handle: bytes) -> list[Request]:
-    """What ends the reading of a file; the replies but the last are for must_be.
-    By its path as well: another file may have been renamed over it."""
-    return [(FXP_FSTAT, handle), (FXP_LSTAT, blob(path)), (FXP_CLOSE, handle)]
-
-
-def must_be(before: RemoteFile, *replies: Reply) -> None:
-    """FileError unless size and mtime in all `replies` are what they were."""
-    for reply in replies:
-        after = regular_file(before.path, reply)
-        if before != after:
-            raise FileError(
-                f"changed while it was read: {before.size:,} bytes of mtime "
-                f"{before.mtime}, then {after.size:,} of {after.mtime}"
-            )
-
-
-def recent(file: RemoteFile, began: float) -> bool:
-    """Whether `file`, read since `began` (seconds since the epoch), changed so shortly
-    before that, or since, that another change could have the same time."""
+def is_recent(file: RemoteFile, began: float) -> bool:
+    """Whether the file was modified within RECENT seconds of being read, which began at
+    `began`, so that a second change could have kept its size and mtime."""
     return began - RECENT <= file.mtime <= time.time() + RECENT
 
 
-class Reader:
-    """A file that offers nothing but read(n), so that s3transfer goes through
-    it once, from front to end, and cannot guess its size.
+class FileReader:
+    """A file on the box, read once from an offset to its end.
 
-    It owns the question whether every byte came: it reads a window ahead,
-    completes short replies, goes on at its offset over a new connection, counts
-    and sums what it delivers, and before it lets the last bytes go it checks
-    that the file ends where it should and has the size and mtime that it had
-    when it was opened.  It raises rather than end early: s3transfer would take
-    an early end for a shorter file.
+    It offers nothing but read(n): s3transfer then takes it as a stream of unknown length.
+    s3transfer would also take an early end for a shorter file, so this class owns the
+    question whether every byte came.  It reads a window ahead, asks again for what a short
+    reply left out, goes on at its offset over a new session, and lets the last bytes go
+    only if the file still has the size and mtime that it had at first, by its handle and by
+    its path: another file may have been renamed over it.  Everything else is a FileError.
+
+    A small file takes two round trips: OPEN; then FSTAT, READs, FSTAT and LSTAT.
     """
 
-    def __init__(self, box: Box, path: bytes):
-        """Opens `path`; FileError, Vanished."""
-        self._box = box
-        self._path = path
-        self._began = time.time()
-        self.crc32 = 0  # of all that was delivered
-        self.last_crc32 = 0  # of what the last read() delivered
-        self.fresh = False  # `recent`, as the check at its end found
-        self._delivered = 0
+    def __init__(self, box: StorageBox, listed: RemoteFile, offset: int = 0):
+        """Opens the file as it is now; FileError, also if it has grown by more than GROWTH
+        since it was listed: no memory was set aside for that."""
+        self._box, self._listed, self._began = box, listed, time.time()
+        self.file = listed  # what FSTAT says of it, once it `is_open`
+        self.is_recent = False  # known once it was read to its end
+        self.is_verified = False  # it was read to its end, and had not changed
+        self._is_open = self._is_late = False
+        self._delivered = self._received = offset
         self._arrived: deque[memoryview] = deque()
-        self._got = 0  # end of what arrived
-        self._asked = 0  # end of what was asked for
-        self._flights: deque[tuple[Flight, list[tuple[int, int]]]] = deque()
-        self._read_size = READ_SIZE
-        self._short = 0  # length of the last short reply
-        self._checked = False
-        self.file = box.insist_on(path, self._open)
-
-    def read(self, amount: int = -1) -> bytes:
-        """The next `amount` bytes, fewer only at the end; FileError."""
-        left = self.file.size - self._delivered
-        amount = min(amount, left) if amount >= 0 else left
-        data = io.BytesIO()  # its getvalue() does not copy, join() would
-        if amount:  # all its room at once: growing would copy
-            data.seek(amount - 1)
-            data.write(b"\0")
-            data.seek(0)
-        while data.tell() < amount:
-            while not self._arrived:
-                self._step(self._receive)
-            piece = self._arrived.popleft()
-            wanted = amount - data.tell()
-            if len(piece) > wanted:
-                self._arrived.appendleft(piece[wanted:])
-            data.write(piece[:wanted])
-        while amount == left and not self._checked:
-            self._step(self._check_end)
-        self._delivered += amount
-        self.last_crc32 = zlib.crc32(data.getbuffer())
-        self.crc32 = crc32_combine(self.crc32, self.last_crc32, amount)
-        return data.getvalue()
-
-    def must_fit(self, listed: RemoteFile) -> None:
-        """FileError if the file has outgrown the memory that was set aside."""
-        if self.file.size > listed.size + GROWTH:
-            raise FileError(
-                f"changed: {listed.size:,} bytes when it was listed, now {self.file.size:,}"
-            )
-
-    def close(self) -> None:
-        """Gives the handle back, if the file was not read to its end."""
-        if self._handle:
-            self._connection.flight((FXP_CLOSE, self._handle))
-
-    def _open(self, connection: Connection) -> RemoteFile:
-        asked, self._asked = self._flights, self._got
-        self._flights = deque()
-        for flight, spans in asked:  # what has arrived need not be asked for again
-            if not flight.whole or spans[0][0] != self._asked:
-                break
-            self._flights.append((flight, spans))
-            self._asked = sum(spans[-1])
-        handle = open_file(connection, self._path)
-        # Together: a handle of an earlier connection may be another file's on this one.
-        self._connection, self._handle = connection, handle
-        (reply,) = connection.ask((FXP_FSTAT, handle))
+        self._read_size, self._last_short = READ_SIZE, 0
+        self._session: Session | None = None
+        self._handle = b""
         try:
-            return regular_file(self._path, reply)
-        except FileError:
-            connection.flight((FXP_CLOSE, handle))
-            self._handle = b""
+            while not self._is_open:
+                self._advance()
+        except BaseException:
+            self.close()
             raise
 
-    def _step(self, step: Callable[[], None]) -> None:
-        """One step; over a new connection, everything that had not arrived is asked for
-        again."""
+    def read(self, amount: int = -1) -> bytes:
+        """The next `amount` bytes, fewer only at the end; the rest if negative; FileError."""
+        left = self.file.size - self._delivered
+        amount = left if amount < 0 else min(amount, left)
+        data = io.BytesIO(bytes(amount))  # getvalue() does not copy, as join() would
+        while data.tell() < amount or (amount == left and not self.is_verified):
+            if not self._arrived or data.tell() == amount:
+                self._advance()
+            while self._arrived and data.tell() < amount:
+                piece, room = self._arrived.popleft(), amount - data.tell()
+                if len(piece) > room:
+                    self._arrived.appendleft(piece[room:])
+                data.write(piece[:room])
+        self._delivered += amount
+        return data.getvalue()
 
-        def go_on(connection: Connection) -> None:
-            if connection is not self._connection and self._open(connection) != self.file:
-                raise FileError("changed while the connection was lost")
-            step()
+    def close(self) -> None:
+        """Releases the file; does not wait."""
+        if self._handle and self._session is not None:
+            self._session.send(simple_request(FXP_CLOSE, self._handle))
+        self._handle = b""
 
-        self._box.insist_on(self._path, go_on)
+    def _advance(self) -> None:
+        """Keeps the window full, and takes in the oldest batch."""
 
-    def _receive(self) -> None:
-        """Keeps the window full and takes in the oldest flight."""
-        window_end = min(self.file.size, self._got + READ_WINDOW)
-        while self._asked < window_end and len(self._flights) < FLIGHTS_AHEAD:
-            start, step = self._asked, self._read_size
-            end = self._asked = min(self.file.size, start + READS_PER_FLIGHT * step)
-            spans = [(at, min(step, end - at)) for at in range(start, end, step)]
-            self._box.pace(end - start)
-            requests = (read_request(self._handle, *span) for span in spans)
-            self._flights.append((self._connection.flight(*requests), spans))
-        flight, spans = self._flights.popleft()
-        for (at, size), reply in zip(spans, flight.replies()):
-            self._take(at, size, data_of(reply))
+        def advance(session: Session) -> None:
+            if session is not self._session:
+                self._open(session)
+            window = self._received + READ_WINDOW
+            while not self._is_all_requested and self._requested < window:
+                self._request(session)
+            self._take_batch(session)
 
-    def _take(self, at: int, size: int, data: memoryview) -> None:
-        """`size` bytes from offset `at`, of which `data` came; asks for the rest."""
-        if 0 < len(data) < size:
-            # Twice the same length: that is the most this server answers.
-            if len(data) == self._short:
-                self._read_size = max(len(data), LEAST_READ)
-            self._short = len(data)
+        session = self._session
+        if session is not None and session.lost is None:
+            # This does not begin anything: it need not wait for what runs alone.
+            try:
+                return advance(session)
+            except ConnectionLost as error:
+                session.close(str(error))
+        self._box.retry_reading(self.file.path, advance)
+
+    def _open(self, session: Session) -> None:
+        """Opens the file, to read what has not arrived yet."""
+        self._handle = b""  # of another session it may be another file's
+        self._batches: deque[tuple[Batch, list[tuple[int, int]]]] = deque()
+        self._requested, self._is_all_requested = self._received, False
+        self._handle = session.ask_one(open_request(self.file.path, FOR_READING))
+        self._session = session
+
+    def _request(self, session: Session) -> None:
+        """Asks for the attributes and some more bytes; at the end for the attributes again,
+        also by the path."""
+        start, step = self._requested, self._read_size
+        end = min(self.file.size, start + READS_PER_BATCH * step)
+        spans = [(at, min(step, end - at)) for at in range(start, end, step)]
+        requests = [simple_request(FXP_FSTAT, self._handle)]
+        requests += [read_request(self._handle, *span) for span in spans]
+        if end == self.file.size:
+            requests.append(simple_request(FXP_FSTAT, self._handle))
+            requests.append(simple_request(FXP_LSTAT, self.file.path))
+        self._box.bandwidth.wait(end - start)
+        self._batches.append((session.send(*requests), spans))
+        self._requested, self._is_all_requested = end, end == self.file.size
+
+    def _take_batch(self, session: Session) -> None:
+        batch, spans = self._batches.popleft()
+        before, *results = batch.results()
+        self._check_unchanged(before)
+        if self._session is None:  # its size is not the listed one: it is opened again
+            return
+        for (at, size), data in zip(spans, results):
+            self._take(session, at, size, data)
+        for after in results[len(spans) :]:
+            self._check_unchanged(after)
+        if len(results) > len(spans):
+            self._is_all_requested = self.is_verified = not self._is_late
+            self._is_late = False
+            if self.is_verified:
+                self.is_recent = is_recent(self.file, self._began)
+                self.close()
+
+    def _take(self, session: Session, at: int, size: int, data: Any) -> None:
+        """Takes what came for `size` bytes at offset `at`, and asks for what a short reply
+        has left out."""
         while True:
-            if not data:
-                must_be(self.file, *self._connection.ask((FXP_FSTAT, self._handle)))
+            if isinstance(data, SFTPError) and data.code != FX_EOF:
+                raise FileError(f"reading failed: {data}")
+            if isinstance(data, SFTPError) or not data:
+                self._check_unchanged(session.ask(simple_request(FXP_FSTAT, self._handle))[0])
                 raise FileError(f"ended at {at:,} of {self.file.size:,} bytes")
             if len(data) > size:
                 raise ConnectionLost(f"the box sent {len(data):,} bytes for {size:,}")
             self._arrived.append(data)
-            self._connection.useful = True
             at, size = at + len(data), size - len(data)
-            self._got = at
+            self._received = at
             if not size:
                 return
-            (reply,) = self._connection.ask(read_request(self._handle, at, size))
-            data = data_of(reply)
+            # Twice the same length: that is the most that this server sends.
+            if len(data) == self._last_short:
+                self._read_size = max(len(data), LEAST_READ_SIZE)
+            self._last_short = len(data)
+            self._is_late = self._is_all_requested  # the last check came before this
+            (data,) = session.ask(read_request(self._handle, at, size))
 
-    def _check_end(self) -> None:
-        beyond, last, named, _ = self._connection.ask(
-            read_request(self._handle, self.file.size, 1),
-            *look_and_close(self._path, self._handle),
-        )
-        self._handle = b""  # closed: on the box it may be another file's by now
-        must_be(self.file, last, named)
-        if data_of(beyond):
-            raise FileError(f"does not end at its size of {self.file.size:,} bytes")
-        self.fresh = recent(self.file, self._began)
-        self._checked = True
+    def _check_unchanged(self, found: Attributes | SFTPError) -> None:
+        """FileError unless the file is as it was at first."""
+        if isinstance(found, SFTPError):
+            if found.code == FX_NO_SUCH_FILE:
+                raise FileError("vanished while it was read", VANISHED)
+            raise FileError(f"the box does not tell its size: {found}")
+        size, mtime, mode = found
+        if size is None or mtime is None:
+            raise FileError("the box does not tell its size and time")
+        before, after = self.file, RemoteFile(self.file.path, size, mtime)
+        if not self._is_open and stat.S_ISREG(mode or stat.S_IFREG):
+            if size > self._listed.size + GROWTH:
+                listed = self._listed.size
+                raise FileError(f"changed: {listed:,} bytes when it was listed, now {size:,}")
+            self._is_open, self.file = True, after
+            if size != before.size:  # other bytes have to be asked for
+                self.close()
+                self._session = None
+        elif before != after or not stat.S_ISREG(mode or stat.S_IFREG):
+            raise FileError(
+                f"changed while it was read: {before.size:,} bytes of mtime {before.mtime}, "
+                f"then {after.size:,} of {after.mtime}"
+            )
 
 
-class Listing:
-    """One folder on its way: opendir, then readdirs together until the end.
+# Walking
 
-    It sends and never waits: `arrived` gets it whenever a flight of it is back,
-    for the walk to call `advance`.  It stops asking while PAGE entries wait.  At first,
-    and after its connection was lost, it is `stalled` until the walk calls `start`: then
-    at its turn, and alone until it is `proven`, so that a folder that breaks the
-    connection takes nothing else down with it.
-    """
 
-    def __init__(
-        self, box: Box, path: bytes, arrived: queue.SimpleQueue[Listing], may_be_link: bool
-    ):
-        self.path = path
-        self._may_be_link = may_be_link
-        self._box = box
-        self._queue = arrived
-        self._losses = 0
-        self._given: list[bytes] = []  # the names of earlier pages, / between
-        self._furthest = 0  # the most names that it came to
-        self.entries: list[Entry] = []
-        self.complete, self.stalled = False, True
+def listing_steps(session: Session, path: bytes) -> Generator[Batch, None, list[Entry]]:
+    """Lists a folder: OPENDIR, then READDIRs together until the end.  Yields each batch that
+    it has sent, and goes on when that has been replied to.  Returns the entries, sorted by
+    name.  SFTPError if it cannot be read, FileError if it has no end, ConnectionLost."""
+    opened = session.send(simple_request(FXP_OPENDIR, path))
+    yield opened
+    handle = raise_if_refused(opened.results()[0])
+    names: dict[bytes, Attributes] = {}  # a name may come twice while the folder changes
+    ended, count = False, READDIRS_PER_BATCH
+    try:
+        while not ended:
+            known = len(names)
+            batch = session.send(*[simple_request(FXP_READDIR, handle)] * count)
+            yield batch
+            for result in batch.results():
+                if not isinstance(result, SFTPError):
+                    names.update(result)
+                elif result.code == FX_EOF or ended:
+                    ended = True
+                else:
+                    raise result
+            if len(names) == known and not ended:
+                raise FileError("the box sent a listing that does not end")
+            count = min(2 * count, 8 * READDIRS_PER_BATCH)
+    finally:
+        session.send(simple_request(FXP_CLOSE, handle))  # not waited for
+    return sorted(entry for entry in names.items() if entry[0] not in (b".", b".."))
 
-    def start(self) -> None:
-        """Lists from the beginning; what was handed on is skipped.  Fatal, Stopped."""
-        self.entries = []
-        self.complete = self.stalled = False
-        self.proven = False  # whether names came
-        self.error: FileError | None = None
-        self._handle = b""
-        self._at_end = False
-        self._came_to = 0
-        self._readdirs = READDIRS_PER_FLIGHT
-        given = b"/".join(self._given).split(b"/") if self._given else ()
-        self._skip = {b".", b"..", *given}
-        self._connection = self._box.connection()
-        self._send((FXP_OPENDIR, blob(self.path)))
 
-    def _send(self, *requests: Request) -> None:
-        self._flight = self._connection.flight(
-            *requests, arrived=lambda _: self._queue.put(self)
-        )
+def list_ahead(session: Session, path: bytes, steps_left: int = 0) -> Future[list[Entry]]:
+    """Lists a folder without waiting: each reply sends the next requests.  After `steps_left`
+    steps it is broken off with ConnectionLost, never if 0: names would pile up."""
+    future: Future[list[Entry]] = Future()
+    steps = listing_steps(session, path)
 
-    def advance(self) -> None:
-        """Takes in the flight that arrived; Fatal, Stopped."""
+    def go_on(_: object = None) -> None:
+        nonlocal steps_left
         try:
-            look, *replies = self._flight.replies()
-            if self._handle:
-                if not self._may_be_link and is_link(look):
-                    raise FileError("changed: it is a link now")
-                names = sum(map(self._take, replies))
-                if not names and not self._at_end:
-                    raise ConnectionLost("the box sent a listing that does not end")
-                self._came_to += names
-                if self._came_to > self._furthest:  # not merely as far as before
-                    self._furthest, self._losses = self._came_to, 0
-                self._connection.useful = self.proven = True
-                if self._at_end:
-                    self._end(None)
-            else:
-                self._handle = handle_of(look)
-        except LOST as lost:
-            self._connection.close(str(lost))
-            self._losses += 1
-            if self._losses < LOSSES_IN_A_ROW:
-                self.entries, self.stalled = [], True
-                return
-            self._end(self._box.broken(self._losses, lost))
-        except Status as error:
-            self._end(self._box.failure(self.path, error))
-        except FileError as error:
-            self._end(error)
-        if not self.complete and len(self.entries) < PAGE:
-            self._ask()
+            batch = next(steps)
+            steps_left -= 1
+            if steps_left == 0:
+                raise ConnectionLost("the folder is large")
+            batch.add_done_callback(go_on)
+        except StopIteration as end:
+            future.set_result(end.value)
+        except Exception as error:  # for whoever asks for the result
+            steps.close()
+            future.set_exception(error)
 
-    def _ask(self) -> None:
-        readdirs = [(FXP_READDIR, self._handle)] * self._readdirs
-        self._send((FXP_LSTAT, blob(self.path)), *readdirs)
-        self._readdirs = min(2 * self._readdirs, 8 * READDIRS_PER_FLIGHT)
+    go_on()
+    return future
 
-    def _take(self, reply: Reply) -> int:
-        """The number of names that a READDIR brought, none at the end; a server that
-        answers many at once may bring more names after it."""
-        try:
-            entries = take_names(expect(FXP_NAME, reply))
-        except Status as error:
-            if error.code != FX_EOF and not self._at_end:
-                raise
-            self._at_end = True
-            return 0
-        self.entries += [entry for entry in entries if entry[0] not in self._skip]
-        return sum(name not in (b".", b"..") for name, _ in entries)
 
-    def _end(self, error: FileError | None) -> None:
-        self.complete = True
-        self.error = error
-        if self._handle:  # not waited for: it costs no round trip
-            self._connection.flight((FXP_CLOSE, self._handle))
+class WalkReport:
+    """What the walk has left out, by label, the number of failures, and whether all folders
+    could be listed."""
 
-    def page(self) -> list[Entry]:
-        """The entries, by name, once PAGE wait or all are there; lets the listing go on."""
-        entries, self.entries = self.entries, []
-        entries.sort(key=lambda entry: entry[0])
-        if not self.complete:
-            self._given.append(b"/".join(name for name, _ in entries))
-            self._ask()
-        return entries
+    def __init__(self) -> None:
+        self.skipped: Counter[str] = Counter()
+        self.failed, self.is_whole = 0, True
+
+    def add_failure(self, path: bytes, reason: object) -> None:
+        self.failed += 1
+        log_failure(path, reason)
+
+    def others(self, more: Mapping[str, int]) -> Iterator[tuple[str, object]]:
+        """Rows of a table, for what was met: `more`, and what was left out."""
+        labels = ("Hidden entries", "Excluded", "Links", "Special files", "Vanished")
+        counts = dict(more) | {label: self.skipped[label] for label in labels}
+        yield from (row for row in counts.items() if row[1])
+
+
+def log_failure(name: bytes | str, reason: object) -> None:
+    log.error("FAIL %s: %s", printable(name), reason)
 
 
 class Walk:
-    """Every regular file below `root`, in pages of one folder each, in the same
-    order each time, with flat memory; no recursion, links are not followed.
+    """Every regular file below REMOTE_PATH, in the same order each time.  Many folders are
+    listed at once, and handed on in the order in which they were begun.  One that is too
+    large for that, or met trouble, is listed again when it is its turn, with the box's
+    retries.  Links are not followed."""
 
-    Many folders are listed at once, and taken in the order in which they were
-    begun.  What is left out is counted; what cannot be listed goes to `failed`.
-    """
-
-    def __init__(
-        self, box: Box, root: bytes, rules: Rules, failed: Callable[[bytes, object], None]
-    ):
-        self._box, self._root, self._rules, self._failed = box, root, rules, failed
-        self.hidden = self.excluded = self.links = self.special = self.vanished = 0
-        self._broken = 0  # folders in a row under which the connection was lost
+    def __init__(self, box: StorageBox, config: Config, report: WalkReport):
+        self._box, self._root, self._report = box, config.remote_path, report
+        hidden = config.include_hidden
+        self._filter = PathFilter(config.remote_path, config.exclude, hidden, box.exists)
 
     def __iter__(self) -> Iterator[list[RemoteFile]]:
-        """Raises Fatal (also if `root` itself cannot be listed), Stopped.  Yields an
-        empty page after each WALK_PAUSE without one."""
-        arrived: queue.SimpleQueue[Listing] = queue.SimpleQueue()
+        """Lists of at most PAGE files; an empty one after each COMMIT_PAUSE without files.
+        Fatal if REMOTE_PATH itself cannot be listed, Stopped."""
+        self._box.session()
         waiting = [self._root]
-        begun: deque[Listing] = deque()
-        folders: list[bytes] = []
-        while waiting or begun:
-            while waiting and len(begun) < LISTINGS_AT_ONCE:
-                path = waiting.pop()
-                begun.append(Listing(self._box, path, arrived, path == self._root))
-                self._box.alone_if_free(begun[-1].start)  # else at its turn
-            listing = begun[0]
-            yielded = time.monotonic()
-            while not listing.complete and len(listing.entries) < PAGE:
-                restart = partial(self._restart, listing, arrived)
-                # What is alone is not waited for: what has finished is to be committed.
-                if not (listing.stalled and self._box.alone_if_free(restart)):
-                    with contextlib.suppress(queue.Empty):
-                        arrived.get(timeout=WALK_PAUSE).advance()
-                if time.monotonic() - yielded >= WALK_PAUSE:
+        begun: deque[tuple[bytes, Future[list[Entry]] | None]] = deque()
+        pool = ThreadPoolExecutor(1)
+        try:
+            while waiting or begun:
+                while waiting and len(begun) < LISTINGS_AT_ONCE:
+                    path, session = waiting.pop(), self._box.session_if_free()
+                    ahead = list_ahead(session, path, STEPS_AHEAD) if session else None
+                    begun.append((path, ahead))
+                path, listing = begun.popleft()
+                while listing and not concurrent.futures.wait([listing], COMMIT_PAUSE).done:
                     yield []
-                    yielded = time.monotonic()
-            files = []
-            for name, attributes in listing.page():
-                path = join(listing.path, name)
-                file = self._sort_out(path, name, attributes, folders)
-                if file is not None:
-                    files.append(file)
-            yield files
-            if listing.complete:
-                begun.popleft()
-                self._unlisted(listing)
-                waiting += sorted(folders, reverse=True)
-                folders = []
+                if listing is None or listing.exception() is not None:
+                    listing = pool.submit(self._box.list_folder, path)
+                    while not concurrent.futures.wait([listing], COMMIT_PAUSE).done:
+                        yield []
+                folders: list[bytes] = []
+                entries = self._entries(path, listing)
+                for start in range(0, len(entries), PAGE):
+                    page = entries[start : start + PAGE]
+                    files = (self._sort_out(path, *entry, folders) for entry in page)
+                    yield [file for file in files if file is not None]
+                waiting += reversed(folders)
+            for item in sorted(self._filter.unmatched):
+                log.warning("EXCLUDE_PATHS: %s has matched nothing", printable(item))
+        finally:
+            pool.shutdown(wait=False)
 
-    def _restart(self, listing: Listing, arrived: queue.SimpleQueue[Listing]) -> None:
-        """Begins a listing anew, until it has got further: that takes SILENCE_LIMIT twice
-        at most."""
-        listing.start()
-        while not (listing.proven or listing.complete or listing.stalled):
-            arrived.get().advance()
-
-    def _unlisted(self, listing: Listing) -> None:
-        """Counts a folder that could not be listed, or not to its end."""
-        if isinstance(listing.error, Vanished) and listing.path != self._root:
-            self.vanished += 1
-        elif listing.error and listing.path == self._root:
-            gone = isinstance(listing.error, Vanished)
-            reason = "there is no such folder on the box" if gone else listing.error
-            raise Fatal(f"REMOTE_PATH {printable(self._root)} cannot be listed: {reason}")
-        elif listing.error:
-            self._failed(listing.path, f"this folder cannot be listed: {listing.error}")
-        self._broken = self._broken + 1 if isinstance(listing.error, Broken) else 0
-        if self._broken >= BROKEN_IN_A_ROW:
-            raise Fatal(f"{listing.error}; {self._broken} folders in a row failed so")
+    def _entries(self, path: bytes, listing: Future[list[Entry]]) -> list[Entry]:
+        """The entries of a folder; none if it could not be listed: that is reported."""
+        try:
+            return listing.result()
+        except FileError as error:
+            if path == self._root:
+                gone = error.code == VANISHED
+                reason = "there is no such folder on the box" if gone else error
+                message = f"REMOTE_PATH {printable(path)} cannot be listed: {reason}"
+                raise Fatal(message) from None
+            if error.code == VANISHED:
+                self._report.skipped["Vanished"] += 1
+            else:
+                self._report.is_whole = False
+                self._report.add_failure(path, f"this folder cannot be listed: {error}")
+            return []
 
     def _sort_out(
-        self, path: bytes, name: bytes, attributes: Attributes, folders: list[bytes]
+        self, folder: bytes, name: bytes, attributes: Attributes, folders: list[bytes]
     ) -> RemoteFile | None:
-        """The entry if it is a file to be archived; a folder goes to `folders`,
-        everything else is counted."""
-        if b"/" in name or not name or len(path) > MAX_PATH_BYTES:
-            self._failed(path[:MAX_PATH_BYTES], "no file can have this name")
-            return None
-        if self._rules.hidden(name):
-            self.hidden += 1
-            return None
-        if self._rules.excluded(path):
-            self.excluded += 1
-            return None
-        size, mtime, mode = attributes
-        if size is None or mtime is None or mode is None:
-            try:
-                size, mtime, mode = self._box.attributes(path)
-            except (Status, FileError) as error:
-                self._failed(path, f"the box does not tell what it is: {error}")
-                return None
-        kind = stat.S_IFMT(mode or 0)
-        if kind == stat.S_IFDIR:
+        """The entry if it is a file to be archived.  A folder is added to `folders`."""
+        path, (size, mtime, mode) = join(folder, name), attributes
+        kind, skipped, reason = stat.S_IFMT(mode or 0), "", ""
+        if not name or b"/" in name or len(path) > MAX_PATH_BYTES:
+            reason = "no file can have this name"
+        elif self._filter.is_hidden(name):
+            skipped = "Hidden entries"
+        elif self._filter.is_excluded(path):
+            skipped = "Excluded"
+        elif kind == stat.S_IFDIR:
             folders.append(path)
-        elif kind == stat.S_IFLNK:
-            self.links += 1
-        elif kind not in (stat.S_IFREG, 0):
-            self.special += 1
-        elif kind == 0 or size is None or mtime is None:
-            self._failed(path, "the box does not tell its type, size and time")
-        else:
+        elif kind == stat.S_IFREG and size is not None and mtime is not None:
             return RemoteFile(path, size, mtime)
+        elif kind in (stat.S_IFREG, 0):
+            reason = "the box does not tell its type, size and time"
+        else:
+            skipped = "Links" if kind == stat.S_IFLNK else "Special files"
+        if reason:
+            self._report.add_failure(path[:MAX_PATH_BYTES], reason)
+        elif skipped:
+            self._report.skipped[skipped] += 1
+        return None
         return None
 
 
-# ------------------------------------------------------- Places to restore to
+# ----------------------------------------------------------------------- State
 
-NO_FILE = (-1, -1)
-THROUGH_LINK = "a folder above it is a link, which may lead anywhere: nothing is written there"
-Blocks = Callable[[], Iterator[bytes]]  # a file's bytes, from the start at each call
-
-
-class BoxFolder:
-    """A folder of the box to restore to.  Nothing is overwritten unless told to."""
-
-    def __init__(self, box: Box, folder: bytes):
-        self._box = box
-        self._folder = re.sub(b"/+", b"/", folder)  # as `_make` takes it apart
-        self._made: set[bytes] = set()
-
-    def room(self) -> int | None:
-        """Free bytes, None if nobody tells."""
-        room = self._box.room()
-        return room and room[1]
-
-    def find(self, name: bytes) -> tuple[int, int] | None:
-        """Size and mtime of the file, None if there is none, NO_FILE if something
-        else is in its place; FileError."""
-        try:
-            size, mtime, mode = self._box.attributes(join(self._folder, name))
-        except Status as error:
-            if error.code == FX_NO_SUCH_FILE:
-                return None
-            raise FileError(f"the box does not tell what is there: {error}") from None
-        if size is None or mtime is None or not stat.S_ISREG(mode or 0):
-            return NO_FILE
-        return size, mtime
-
-    def store(self, name: bytes, mtime: int, blocks: Blocks, replace: bool) -> None:
-        """Writes the file under another name and renames it; FileError, also if
-        there is one already and it is not to be replaced.  Fatal if the box is full."""
-        if not 0 <= mtime < 1 << 32:
-            raise FileError(f"SFTP cannot carry its time, {mtime}")
-        path = join(self._folder, name)
-        folder = path.rpartition(b"/")[0]
-        partial_path = join(self._folder, partial_name(name))
-        written: int | None = None
-
-        def write(connection: Connection) -> None:
-            nonlocal written
-            # The answer to an earlier rename may have been lost with its connection.
-            if written is not None and size_and_mtime(connection, path) == (written, mtime):
-                return
-            self._make(connection, folder)
-            written = self._write(connection, partial_path, mtime, blocks())
-            self._rename(connection, partial_path, path, replace)
-            # A lost connection's request may be carried out as late as now.
-            if size_and_mtime(connection, path) != (written, mtime):
-                raise FileError("the box has something else in its place then")
-
-        try:
-            self._box.insist(write)
-        except (Status, FileError) as error:
-            room = self.room() if isinstance(error, Status) else None  # with that file
-            with contextlib.suppress(Fatal, Stopped):  # not waited for
-                self._box.connection().flight((FXP_REMOVE, blob(partial_path)))
-            if isinstance(error, Status):
-                kind = FileError if room is None or room >= MIB else Fatal
-                raise kind(f"the box cannot store it: {error}") from None
-            raise
-
-    def try_out(self) -> None:
-        """Fatal unless files can be made there; leaves the folder."""
-        probe = join(self._folder, partial_name(b""))
-
-        def write(connection: Connection) -> None:
-            self._make(connection, self._folder.rstrip(b"/"))
-            handle = open_file(connection, probe, FXF_WRITE | FXF_CREAT | FXF_TRUNC)
-            connection.ask((FXP_CLOSE, handle), (FXP_REMOVE, blob(probe)))
-
-        try:
-            self._box.insist(write)
-        except Status as error:
-            told = f"{printable(self._folder)} cannot be written to: {error}"
-            raise Fatal(f"{told}; --to-box takes an account that may write") from None
-
-    def _make(self, connection: Connection, folder: bytes) -> None:
-        """The folder and those above it; FileError if one below the folder that is
-        restored to is a link, Status if it cannot be made."""
-        if folder and folder not in self._made:
-            above = [path for path in itertools.accumulate(folder.split(b"/"), join) if path]
-            inner = [path for path in above if path.startswith(join(self._folder, b""))]
-            looks = [(FXP_LSTAT, blob(path)) for path in inner]
-            if looks and any(map(is_link, connection.ask(*looks))):
-                raise FileError(THROUGH_LINK)
-            makes = ((FXP_MKDIR, blob(path) + U32.pack(0)) for path in above)
-            *made, there = connection.ask(*makes, (FXP_LSTAT, blob(folder)))
-            if there.kind == FXP_STATUS:
-                refusals = [status_of(reply, FXP_STATUS) for reply in reversed(made)]
-                raise min(refusals, key=lambda status: status.code != FX_PERMISSION_DENIED)
-            if stat.S_ISREG(attributes_of(there).mode or 0):
-                raise FileError(f"{printable(folder)} is a file on the box, not a folder")
-            if len(self._made) >= PAGE:  # they come in order: the rest is not met again
-                self._made.clear()
-            self._made.add(folder)
-
-    def _write(
-        self, connection: Connection, path: bytes, mtime: int, blocks: Iterator[bytes]
-    ) -> int:
-        """The number of bytes that it wrote, and that the box says are there."""
-        # What a killed pass has left; ProFTPD lets nobody write to a file anew.
-        connection.flight((FXP_REMOVE, blob(path)))
-        handle = open_file(connection, path, FXF_WRITE | FXF_CREAT | FXF_TRUNC)
-        flights: deque[Flight] = deque()
-        at = 0
-        try:
-            for block in blocks:
-                writes = []
-                for start in range(0, len(block), WRITE_SIZE):
-                    piece = block[start : start + WRITE_SIZE]
-                    writes.append((FXP_WRITE, handle + U64.pack(at) + blob(piece)))
-                    at += len(piece)
-                flights.append(connection.flight(*writes))
-                if len(flights) > WRITES_AHEAD:
-                    expect_ok(flights.popleft())
-            for flight in flights:
-                expect_ok(flight)
-            times = U32.pack(ATTR_ACMODTIME) + U32.pack(mtime) + U32.pack(mtime)
-            expect_ok(connection.flight((FXP_FSETSTAT, handle + times)))
-        except BaseException:
-            connection.flight((FXP_CLOSE, handle))
-            raise
-        expect_ok(connection.flight((FXP_CLOSE, handle)))
-        if size_and_mtime(connection, path) != (at, mtime):
-            raise FileError(f"the box does not have {at:,} bytes of mtime {mtime} then")
-        return at
-
-    def _rename(
-        self, connection: Connection, source: bytes, target: bytes, replace: bool
-    ) -> None:
-        names = blob(source) + blob(target)
-        if replace:
-            extended = (FXP_EXTENDED, blob(b"posix-rename@openssh.com") + names)
-            try:
-                return expect_ok(connection.flight(extended))
-            except Status as error:
-                if error.code != FX_UNSUPPORTED:
-                    raise
-            connection.ask((FXP_REMOVE, blob(target)))
-        expect_ok(connection.flight((FXP_RENAME, names)))
-
-
-def size_and_mtime(connection: Connection, path: bytes) -> tuple[int | None, int | None]:
-    """Size and mtime of `path`, None where the server tells none."""
-    with contextlib.suppress(Status):
-        return lstat(connection, path)[:2]
-    return None, None
-
-
-class LocalFolder:
-    """A folder of this machine to restore to, with the same methods."""
-
-    def __init__(self, folder: Path):
-        self._folder = os.fsencode(folder)
-
-    def room(self) -> int | None:
-        folder = Path(os.fsdecode(self._folder)).absolute()
-        with contextlib.suppress(OSError):
-            there = next(path for path in (folder, *folder.parents) if path.exists())
-            return shutil.disk_usage(there).free
-        return None
-
-    def try_out(self) -> None:
-        try:
-            os.makedirs(self._folder, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self._folder):
-                pass
-        except OSError as error:
-            raise Fatal(f"{printable(self._folder)} cannot be written to: {error}") from None
-
-    def find(self, name: bytes) -> tuple[int, int] | None:
-        try:
-            found = os.lstat(self._path(name))
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise FileError(f"cannot be stored: {error.strerror}") from None
-        if found.st_nlink > 1:  # killed between link and unlink
-            with contextlib.suppress(OSError):
-                os.unlink(self._path(partial_name(name)))
-        is_file = stat.S_ISREG(found.st_mode)
-        return (found.st_size, int(found.st_mtime)) if is_file else NO_FILE
-
-    def store(self, name: bytes, mtime: int, blocks: Blocks, replace: bool) -> None:
-        """Fatal if the disk is full."""
-        path, partial_path = self._path(name), self._path(partial_name(name))
-        try:
-            inside = os.path.join(os.path.realpath(self._folder), os.path.dirname(name))
-            if os.path.realpath(os.path.dirname(path)) != os.path.normpath(inside):
-                raise FileError(THROUGH_LINK)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(partial_path)  # of a run that was killed
-            try:
-                with open(partial_path, "xb") as file:
-                    for block in blocks():
-                        file.write(block)
-                    file.flush()
-                    os.fsync(file.fileno())  # the next run believes size and mtime
-                    ours = os.fstat(file.fileno())
-                if not os.path.samestat(ours, os.lstat(partial_path)):
-                    raise FileError("another restore to this folder is writing it")
-                os.utime(partial_path, (mtime, mtime))
-                if replace:
-                    os.replace(partial_path, path)
-                else:
-                    rename_to_new(partial_path, path)
-            finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(partial_path)
-        except (OSError, OverflowError) as error:
-            if getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT):
-                raise Fatal(f"{printable(self._folder)}: {error}") from None
-            raise FileError(f"cannot be stored: {error}") from None
-
-    def _path(self, name: bytes) -> bytes:
-        return os.path.join(self._folder, name)
-
-
-def partial_name(name: bytes) -> bytes:
-    """What a file is called until it is whole, in the same folder: the same in each
-    run, so that nothing piles up, and short enough for every name."""
-    folder, slash, last = name.rpartition(b"/")
-    hidden = b".archive-" + hashlib.sha256(last).hexdigest()[:32].encode() + b".partial"
-    return folder + slash + hidden
-
-
-def rename_to_new(source: bytes, target: bytes) -> None:
-    """Renames, but not over another file: rename(2) would."""
-    try:
-        os.link(source, target)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without links
-        if os.path.lexists(target):
-            raise FileExistsError(errno.EEXIST, "there is one already") from None
-        os.rename(source, target)
-
-
-# --------------------------------------------------------------- State: SQLite
-
+STATE_VERSION = 2  # SQLite's user_version of a database that has these tables
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS files
     (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, uploaded_at INTEGER);
-CREATE TABLE IF NOT EXISTS objects
-    (path TEXT PRIMARY KEY, key TEXT NOT NULL UNIQUE, crc32 INTEGER NOT NULL,
-     parts INTEGER NOT NULL, storage_class TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS recheck (path TEXT PRIMARY KEY) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS replacing (path TEXT PRIMARY KEY) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS uploads (key TEXT PRIMARY KEY) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS runs
-    (started_at INTEGER PRIMARY KEY, ended_at INTEGER, status INTEGER,
-     uploaded INTEGER, skipped INTEGER, failed INTEGER, bytes INTEGER);
+CREATE TABLE objects (path TEXT PRIMARY KEY, key TEXT NOT NULL UNIQUE, etag TEXT,
+    crc32 INTEGER, storage_class TEXT) WITHOUT ROWID;
+CREATE TABLE uploads (key TEXT PRIMARY KEY, path TEXT NOT NULL, size INTEGER NOT NULL,
+    mtime INTEGER, part_size INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE runs (started_at INTEGER PRIMARY KEY, ended_at INTEGER, status INTEGER,
+    uploaded INTEGER, skipped INTEGER, failed INTEGER, bytes INTEGER)
 """
-SNAPSHOT_DUE = ("INSERT OR IGNORE INTO meta VALUES ('snapshot', 'due')",)
+RECORDS = (
+    "SELECT path, size, mtime, uploaded_at, key, etag, crc32, storage_class"
+    " FROM files JOIN objects USING (path)"
+)
 PATHS_PER_QUERY = 500  # below SQLite's limit on parameters, 999 in old builds
+SOURCE_PINS = ("HETZNER_USER", "REMOTE_PATH")
 
 
-class Recorded(NamedTuple):
-    """A row of the state; None is what an earlier script did not record."""
+class Record(NamedTuple):
+    """A row: what the state knows about a file and its object.  `mtime` None: it has to be
+    compared.  `crc32` None: its content is not known first-hand.  `etag` None: not at all."""
 
-    key: str | None
     path: str  # as in the path column
     size: int
-    mtime: int
+    mtime: int | None
     uploaded_at: int | None
+    key: str
+    etag: str | None
     crc32: int | None
     storage_class: str | None
-    doubtful: bool  # a newer object may have been stored since
-
-
-# Without what an earlier script may have written in another form: that is unknown.
-RECORDED = (
-    "SELECT {key} AS key, path, size, mtime,"
-    " CASE typeof(uploaded_at) WHEN 'integer' THEN uploaded_at END, crc32, storage_class,"
-    " path IN (SELECT path FROM replacing)"
-    " FROM files LEFT JOIN objects USING (path) WHERE typeof(path) = 'text'"
-    " AND typeof(size) = 'integer' AND typeof(mtime) = 'integer'"
-)
-PLACED = RECORDED.format(key="coalesce(key, key_of(path))")
 
 
 class PastRun(NamedTuple):
     """A run as the state keeps it; None from `ended_at` on if it was killed."""
 
     started_at: int
-    ended_at: int | None
-    status: int | None
-    uploaded: int | None
-    skipped: int | None
-    failed: int | None
-    bytes: int | None
+    ended_at: int | None = None
+    status: int | None = None
+    uploaded: int | None = None
+    skipped: int | None = None
+    failed: int | None = None
+    bytes: int | None = None
 
 
-class Stored(NamedTuple):
-    """What S3 has acknowledged: a file's bytes under `key`; `parts` 0 means
-    one PUT."""
-
-    file: RemoteFile
-    key: str
-    crc32: int
-    parts: int
-    recheck: bool  # it may have changed again within the second
-    clean: bool  # no unfinished upload of `key` is left
+def pins_of(config: Config) -> dict[str, str]:
+    """What a state is tied to, by setting."""
+    root, destination = path_text(config.remote_path), (config.bucket, config.prefix)
+    names = ("S3_BUCKET", "S3_PREFIX", *SOURCE_PINS)
+    return dict(zip(names, (*destination, config.user, root)))
 
 
 @contextlib.contextmanager
 def state_errors(path: Path) -> Iterator[None]:
-    """Turns every sqlite3.Error into Fatal: nothing goes on without a state."""
+    """Turns an sqlite3.Error into Fatal: nothing goes on without a state."""
     try:
         yield
     except (sqlite3.Error, UnicodeEncodeError) as error:
-        raise Fatal(
-            f"the state database {path} cannot be used: {error}; put that right, or move "
-            "it away, and the next run takes the snapshot from the bucket"
-        ) from None
+        remedy = "repair it, or move it away: the next run makes one from the bucket's listing"
+        if isinstance(error, sqlite3.OperationalError):  # it is not damaged
+            remedy = "check its permissions, the room on its disk and in the folder for "
+            remedy += "temporary files (TMPDIR), and the number of open files"
+        raise Fatal(f"the state database {path} cannot be used: {error}; {remedy}") from None
 
 
 class State:
-    """The record of what is archived: used by one thread, under the lock unless it
-    is a private copy.
+    """What is known to be archived; used by one thread.  Methods raise Fatal.  Whatever is
+    written is committed synchronously, in one transaction."""
 
-    A row is written after S3 has acknowledged the object, in one transaction
-    with all that is known of it, synchronously: what is here, is there.  Every
-    method raises Fatal when the database cannot be used.
-    """
-
-    def __init__(self, path: Path, key_of: Callable[[str], str | None], private: bool = False):
-        """Opens the database at `path`, which `state_is_empty` has checked through,
-        or creates it.  `key_of` gives the key of a path whose row has none, an earlier
-        script's; None if it can have none.  `private`: a copy of it on temporary disk, so
-        that what is written goes nowhere; empty if there is none."""
-        self._path = path
+    def __init__(self, config: Config, copy: bool = False):
+        """Opens the database, or makes it.  `copy`: a copy on temporary disk, so that what
+        is written goes nowhere; an empty one if there is no database."""
+        path = self._path = config.state_db
         with state_errors(path):
+            if not copy:
+                create_private(path)
             self._db = sqlite3.connect(
-                "" if private else path, timeout=LOCKED_LIMIT, isolation_level=None
+                "" if copy else path, timeout=LOCKED_LIMIT, isolation_level=None
             )
-            if private and path.exists():
+            if copy and path.exists():
                 with contextlib.closing(sqlite3.connect(path, timeout=LOCKED_LIMIT)) as source:
                     source.backup(self._db)
+            (verdict,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+            if verdict != "ok":
+                raise sqlite3.DatabaseError(verdict)
             self._db.execute("PRAGMA journal_mode = DELETE")
             self._db.execute("PRAGMA synchronous = FULL")
-            self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
+            if self._rows("PRAGMA user_version") != [(STATE_VERSION,)]:
+                self._upgrade(config)
             self._db.execute(f"PRAGMA busy_timeout = {COMMIT_LIMIT * 1000}")
-            self._db.create_function("key_of", 1, key_of, deterministic=True)
-        self.as_of = math.inf  # when it was stored, of a snapshot: what is newer is unknown
+
+    def _upgrade(self, config: Config) -> None:
+        """Makes the tables.  Of an earlier script's database it keeps the rows of `files`
+        that can have been made with these settings.  Those of the first edition, which says
+        elsewhere what it is not sure of, have to be compared."""
+
+        def key_of(path: str) -> str | None:
+            raw = unescape(path)
+            with contextlib.suppress(FileError):
+                if raw.startswith(join(config.remote_path, b"")) and path_text(raw) == path:
+                    return object_key(config.prefix, relative_path(config.remote_path, raw))
+            return None
+
+        self._db.create_function("key_of", 1, key_of, deterministic=True)
+        tables = {name for (name,) in self._rows("SELECT name FROM sqlite_master")}
+        old = tables & {"objects", "recheck", "replacing", "uploads", "meta", "runs"}
+        unsure = "typeof(mtime) != 'integer'" if "meta" not in tables else "true"
+        statements = [
+            *(f"DROP TABLE {name}" for name in old),
+            *SCHEMA.split(";"),
+            "DELETE FROM files WHERE typeof(path) != 'text' OR typeof(size) != 'integer'"
+            " OR key_of(path) IS NULL",
+            f"UPDATE files SET mtime = NULL WHERE {unsure}",
+            "UPDATE files SET uploaded_at = NULL WHERE typeof(uploaded_at) != 'integer'",
+            "INSERT INTO objects (path, key) SELECT path, key_of(path) FROM files",
+            f"PRAGMA user_version = {STATE_VERSION}",
+        ]
+        self._commit((statement,) for statement in statements)
 
     def _rows(self, query: str, *values: Any) -> list[Any]:
         with state_errors(self._path):
             return self._db.execute(query, values).fetchall()
 
-    def _commit(self, *statements: tuple[Any, ...]) -> None:
-        """(SQL, value, …) statements in one transaction."""
+    def _commit(self, statements: Iterable[tuple[Any, ...]]) -> None:
+        """Executes (SQL, value, ...) statements in one transaction."""
         with state_errors(self._path), self._db:  # which commits or rolls back
             self._db.execute("BEGIN IMMEDIATE")
             for sql, *values in statements:
@@ -2320,215 +1961,205 @@ class State:
     def close(self) -> None:
         self._db.close()
 
-    def pin(self, pins: Mapping[str, str]) -> None:
-        """Ties the state to its source and destination, by setting; Fatal if
-        it is tied to another one: believing that everything is archived there
-        already would lose it."""
+    # Where the state belongs
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it was never brought in line with a bucket."""
+        return not self._rows("SELECT 1 FROM meta WHERE name = 'S3_BUCKET'")
+
+    def check_pins(self, pins: Mapping[str, str]) -> None:
+        """Fatal if the state belongs to another source or destination than `pins`: it would
+        say that everything is archived there already."""
         known = dict(self._rows("SELECT name, value FROM meta"))
         for name, value in pins.items():
             if known.get(name, value) != value:
-                tied, wanted = (printable(text) or "(empty)" for text in (known[name], value))
-                raise Fatal(
-                    f"the state belongs to {name}={tied}, but the setting is {wanted}: set it "
-                    "back, or give the other one a STATE_DB and S3_PREFIX of its own"
-                )
-        new = pins.items() - known.items()
-        if new:
-            self._commit(*(("INSERT INTO meta VALUES (?, ?)", *pin) for pin in new))
+                pinned, wanted = (printable(text) or "(empty)" for text in (known[name], value))
+                remedy = "give the other one a STATE_DB and S3_PREFIX of its own"
+                if name in SOURCE_PINS:
+                    remedy += ", or, if it has the same files, run with --new-source"
+                reason = f"the state belongs to {name}={pinned}, but the setting is {wanted}"
+                raise Fatal(f"{reason}: set it back, or {remedy}")
 
-    def is_pinned(self) -> bool:
-        return bool(self._rows("SELECT 1 FROM meta WHERE name = 'S3_BUCKET'"))
-
-    def not_archived(self, files: list[RemoteFile]) -> list[RemoteFile]:
-        """Those of `files` that have no row of their size and mtime, or one
-        that is to be looked at again, or may be that of a replaced object."""
-        missing = []
-        for start in range(0, len(files), PATHS_PER_QUERY):
-            some = {path_text(file.path): file for file in files[start:][:PATHS_PER_QUERY]}
-            marks = ",".join("?" * len(some))
-            query = (
-                f"SELECT path, size, mtime FROM files WHERE path IN ({marks})"
-                " AND path NOT IN (SELECT path FROM recheck)"
-                " AND path NOT IN (SELECT path FROM replacing)"
-            )
-            settled = set(self._rows(query, *some))
-            missing += [f for path, f in some.items() if (path, *f[1:]) not in settled]
-        return missing
-
-    def doubt(self, paths: Iterable[str]) -> None:
-        """Notes which of these paths, as text, have a row: their objects may be other ones
-        by now, or, should S3's answer to a new one get lost, soon."""
-        note = "INSERT OR IGNORE INTO replacing SELECT path FROM files WHERE path = ?"
-        notes = [(note, path) for path in paths]
-        if notes:
-            self._commit(*notes)
-
-    def earlier(self, file: RemoteFile) -> Recorded | None:
-        """What is recorded of the path of `file`, whatever its size and mtime."""
-        rows = self._rows(RECORDED.format(key="key") + " AND path = ?", path_text(file.path))
-        return Recorded(*rows[0]) if rows else None
-
-    def recorded(self, start: str) -> Iterator[Recorded]:
-        """All rows whose key begins with `start`, in the order of their keys, which
-        is S3's."""
-        with state_errors(self._path):
-            query = f"SELECT * FROM ({PLACED}) WHERE substr(key, 1, ?) = ? ORDER BY key"
-            for row in self._db.execute(query, (len(start), start)):
-                yield Recorded(*row)
-
-    def not_below(self, start: str) -> int:
-        """The number of rows that `recorded` does not give."""
-        below = f"SELECT count(*) FROM ({PLACED}) WHERE substr(key, 1, ?) = ?"
-        query = f"SELECT count(*) - ({below}) FROM files"
-        return int(self._rows(query, len(start), start)[0][0])
-
-    def totals(self) -> list[tuple[str | None, int, int]]:
-        """(storage class, None where it was not recorded; files; bytes)."""
-        return self._rows(
-            "SELECT storage_class, count(*), coalesce(sum(size), 0)"
-            f" FROM ({RECORDED.format(key='key')}) GROUP BY 1 ORDER BY 2 DESC"
+    def pin(self, pins: Mapping[str, str]) -> None:
+        """Ties the state to a source and a destination."""
+        self._commit(
+            ("INSERT OR REPLACE INTO meta VALUES (?, ?)", *pin) for pin in pins.items()
         )
 
-    def count(self) -> int:
-        """The number of files that are recorded."""
-        return sum(files for _, files, _ in self.totals())
+    def forget_source(self) -> None:
+        """Forgets everything that is known of the files on the box, and what the state is
+        tied to: it has to be made from the bucket's listing."""
+        tables = ("DELETE FROM files", "DELETE FROM objects", "DELETE FROM meta")
+        old_parts = "UPDATE uploads SET mtime = NULL"  # nothing is to go on behind them
+        self._commit((statement,) for statement in (*tables, old_parts))
+
+    # Files
+
+    def unsettled(self, files: list[RemoteFile]) -> list[RemoteFile]:
+        """Those of `files` that have no row of their size and mtime."""
+        missing = []
+        for start in range(0, len(files), PATHS_PER_QUERY):
+            chunk = {path_text(f.path): f for f in files[start : start + PATHS_PER_QUERY]}
+            marks = ",".join("?" * len(chunk))
+            query = f"SELECT path, size, mtime FROM files WHERE path IN ({marks})"
+            settled = set(self._rows(query, *chunk))
+            missing += [f for path, f in chunk.items() if (path, *f[1:]) not in settled]
+        return missing
+
+    def find(self, path: bytes) -> Record | None:
+        rows = self._rows(f"{RECORDS} WHERE path = ?", path_text(path))
+        return Record(*rows[0]) if rows else None
+
+    def begin(self, jobs: Iterable[Job]) -> None:
+        """Notes what is about to be read and sent.
+
+        S3's answer to a new version may get lost.  So the row of a file that may get one says
+        nothing about the content until S3 has acknowledged it.  And the next run has to know
+        of which version of a large file there may be parts; of none that counts if it is to
+        be compared first, or was modified so recently that they could be of different ones.
+        """
+        statements: list[tuple[Any, ...]] = []
+        for job in jobs:
+            path = path_text(job.file.path)
+            if job.record is not None:
+                statements += [
+                    ("UPDATE files SET mtime = NULL WHERE path = ?", path),
+                    ("UPDATE objects SET etag = NULL, crc32 = NULL WHERE path = ?", path),
+                ]
+            if job.plan.parts_at_once and not job.resumes:
+                is_known = not (job.compares or is_recent(job.file, time.time()))
+                statements.append(self._upload_row(job, job.file.mtime if is_known else None))
+        if statements:
+            self._commit(statements)
+
+    def note_upload(self, job: Job) -> None:
+        """The comparison of a large file was cut off.  The next run is not to begin it again,
+        perhaps every night: it uploads the file, and that can go on."""
+        self._commit([self._upload_row(job, job.file.mtime)])
+
+    def _upload_row(self, job: Job, mtime: int | None) -> tuple[Any, ...]:
+        row = (job.key, path_text(job.file.path), job.file.size, mtime, job.plan.part_size)
+        return ("INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?)", *row)
+
+    def record(self, archived: Iterable[Archived]) -> None:
+        """Commits what S3 has acknowledged, or was found to hold.  The invariant stands or
+        falls here.  One transaction takes all that finished while the last was written."""
+        statements: list[tuple[Any, ...]] = []
+        for file, stored, is_recent, _ in archived:
+            path, mtime = path_text(file.path), None if is_recent else file.mtime
+            row = (path, file.size, mtime, stored.stored_at)
+            statements.append(("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", *row))
+            statements.append(object_row(path, stored))
+            statements.append(("DELETE FROM uploads WHERE key = ?", stored.key))
+        if statements:
+            self._commit(statements)
+
+    # Unfinished uploads
+
+    def uploads(self) -> dict[str, tuple[int, int | None, int]]:
+        """Uploads that were begun and not completed, by key: size and mtime of their file,
+        None if nothing is to go on behind them, and part size."""
+        rows = self._rows("SELECT key, size, mtime, part_size FROM uploads")
+        return {key: (size, mtime, part_size) for key, size, mtime, part_size in rows}
+
+    def end_upload(self, key: str) -> None:
+        self._commit([("DELETE FROM uploads WHERE key = ?", key)])
+
+    # The whole
+
+    def records(self) -> Iterator[Record]:
+        """All rows in the order of their keys, which is S3's.  They may be changed meanwhile,
+        up to the last one that was returned."""
+        last, query = "", f"{RECORDS} WHERE key > ? ORDER BY key LIMIT {PAGE}"
+        while rows := [Record(*row) for row in self._rows(query, last)]:
+            yield from rows
+            last = rows[-1].key
+
+    def apply(self, differences: Iterable[Difference]) -> None:
+        """Brings rows in line with the bucket's listing."""
+        statements: list[tuple[Any, ...]] = []
+        for verdict, _, path, found, record in differences:
+            if found is None:
+                tables = ("files", "objects")
+                statements += [
+                    (f"DELETE FROM {table} WHERE path = ?", path) for table in tables
+                ]
+            elif record is None or verdict in (WRONG_SIZE, WRONG_ETAG):
+                row = (path, found.size, found.stored_at)  # of which file is not known
+                insert = "INSERT OR REPLACE INTO files VALUES (?, ?, NULL, ?)"
+                statements += [(insert, *row), object_row(path, found)]
+            elif (record.etag, record.storage_class) != (found.etag, found.storage_class):
+                statements.append(object_row(path, found._replace(crc32=record.crc32)))
+        if statements:
+            self._commit(statements)
+
+    def totals(self) -> list[tuple[str | None, int, int]]:
+        """(storage class, None if it is not known; number of files; bytes)."""
+        return self._rows(
+            "SELECT storage_class, count(*), coalesce(sum(size), 0)"
+            " FROM files JOIN objects USING (path) GROUP BY 1 ORDER BY 2 DESC"
+        )
+
+    def record_run(self, run: PastRun) -> None:
+        """At the begin of a run, this also shows that the database can be written."""
+        self._commit([("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?)", *run)])
 
     def last_runs(self, count: int) -> list[PastRun]:
         """The latest first."""
         query = "SELECT * FROM runs ORDER BY started_at DESC LIMIT ?"
         return [PastRun(*row) for row in self._rows(query, count)]
 
-    def forget(self, path: str) -> None:
-        """Drops all that is recorded of `path`, as text: the next run archives it."""
-        tables = ("files", "objects", "recheck", "replacing")
-        statements = [(f"DELETE FROM {table} WHERE path = ?", path) for table in tables]
-        self._commit(*statements, SNAPSHOT_DUE)
 
-    def crc_to_recheck(self, file: RemoteFile) -> int | None:
-        """The CRC-32 of `file`'s object if its row says that it has this size
-        and mtime, and that it was read too soon after a change."""
-        query = (
-            "SELECT crc32 FROM files JOIN objects USING (path) JOIN recheck USING (path)"
-            " WHERE path = ? AND size = ? AND mtime = ?"
-            " AND path NOT IN (SELECT path FROM replacing)"
-        )
-        rows = self._rows(query, path_text(file.path), *file[1:])
-        return rows[0][0] if rows else None
-
-    def owner(self, key: str) -> str | None:
-        """The path whose object has `key`, as text."""
-        rows = self._rows("SELECT path FROM objects WHERE key = ?", key)
-        return rows[0][0] if rows else None
-
-    def record(self, archived: list[Stored], storage_class: str) -> None:
-        """Commits files.  The invariant stands or falls here: only what S3 has
-        acknowledged, and what was checked against it, is passed in.
-
-        One transaction takes all that was acknowledged while the last one was
-        being written: no file waits longer than with one for each.
-        """
-        statements: list[tuple[Any, ...]] = []
-        for file, key, crc32, parts, recheck, clean in archived:
-            path = path_text(file.path)
-            statements += [
-                (
-                    "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)",
-                    *(path, file.size, file.mtime, int(time.time())),
-                ),
-                (  # not REPLACE: another path's row with this key must not give way
-                    "INSERT INTO objects VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT (path) DO"
-                    " UPDATE SET key = ?2, crc32 = ?3, parts = ?4, storage_class = ?5",
-                    *(path, key, crc32, parts, storage_class),
-                ),
-                ("DELETE FROM replacing WHERE path = ?", path),
-                ("DELETE FROM recheck WHERE path = ?", path),
-            ]
-            if recheck:
-                statements.append(("INSERT INTO recheck VALUES (?)", path))
-            if clean:
-                statements.append(("DELETE FROM uploads WHERE key = ?", key))
-        if statements:
-            self._commit(*statements, SNAPSHOT_DUE)
-
-    def snapshot_due(self) -> bool:
-        """Whether anything was archived or forgotten since the last one was stored."""
-        return bool(self._rows("SELECT 1 FROM meta WHERE name = 'snapshot'"))
-
-    def snapshot_stored(self) -> None:
-        self._commit(("DELETE FROM meta WHERE name = 'snapshot'",))
-
-    def settle(self, file: RemoteFile) -> None:
-        """`file` was looked at again, and is what is archived."""
-        self._commit(("DELETE FROM recheck WHERE path = ?", path_text(file.path)))
-
-    def begin_upload(self, key: str) -> None:
-        """Notes that a multipart upload of `key` may be under way from now on."""
-        self._commit(("INSERT OR IGNORE INTO uploads VALUES (?)", key))
-
-    def end_upload(self, key: str) -> None:
-        """Nothing of a multipart upload of `key` is left."""
-        self._commit(("DELETE FROM uploads WHERE key = ?", key))
-
-    def unfinished_uploads(self) -> list[str]:
-        """The keys whose multipart uploads a killed run may have left."""
-        return [key for (key,) in self._rows("SELECT key FROM uploads")]
-
-    def begin_run(self, started_at: int) -> None:
-        """Also shows, before anything is uploaded, that rows can be written."""
-        self._commit(("INSERT OR REPLACE INTO runs (started_at) VALUES (?)", started_at))
-
-    def end_run(self, started_at: int, *ending: int) -> None:
-        """`ending`: status, files uploaded, skipped and failed, bytes uploaded."""
-        self._commit(
-            (
-                "UPDATE runs SET ended_at = ?, status = ?, uploaded = ?, skipped = ?,"
-                " failed = ?, bytes = ? WHERE started_at = ?",
-                *(int(time.time()), *ending, started_at),
-            )
-        )
+def object_row(path: str, found: StoredObject) -> tuple[Any, ...]:
+    row = (path, found.key, found.etag, found.crc32, found.storage_class or None)
+    return ("INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?, ?)", *row)
 
 
-def state_is_empty(path: Path) -> bool:
-    """Whether the database at `path` is missing, or holds neither rows nor
-    pins: of no use, and not to be trusted.  Fatal if it is damaged."""
-    if not path.exists() or not path.stat().st_size:
-        return True
-    with (
-        state_errors(path),
-        contextlib.closing(sqlite3.connect(path, timeout=LOCKED_LIMIT)) as db,
-    ):
-        (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
-        if verdict != "ok":
-            raise sqlite3.DatabaseError(verdict)
-        tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
-        return not any(
-            db.execute(f"SELECT 1 FROM {name} LIMIT 1").fetchone()
-            for name in tables & {"files", "meta"}
-        )
+def create_private(path: Path) -> None:
+    """Creates the file, if it is not there, so that only its user can read it: the state,
+    its lock and the log tell all names."""
+    with contextlib.suppress(OSError):  # whoever opens it then tells what is wrong
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+
+
+def can_lock(path: Path) -> bool:
+    """Whether a new file there can be locked at all."""
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as db:
+            db.execute("BEGIN EXCLUSIVE")
+            return True
+    except sqlite3.Error:
+        return False
+    finally:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds the lock of the state at `path`; Locked if another run has it.
-
-    The lock is an exclusive transaction on a database of its own: the same on
-    every system, and gone with its holder however that ends.
-    """
-    lock = path.with_name(path.name + ".lock")
+def locked(config: Config, suffix: str = ".lock") -> Iterator[None]:
+    """Holds a lock beside the state; Fatal with status 11 if another process has it.  It is
+    an exclusive transaction on an empty database: that works on every system, and ends with
+    its holder, however that ends."""
+    path = config.state_db.with_name(config.state_db.name + suffix)
     try:
-        db = sqlite3.connect(lock, timeout=0, isolation_level=None)
+        create_private(path)
+        db = sqlite3.connect(path, timeout=0, isolation_level=None)
         db.execute("BEGIN EXCLUSIVE")
     except sqlite3.Error as error:
-        if "locked" in str(error):
-            raise Locked(f"another run is at work: it holds {lock}") from None
-        raise Fatal(f"the lock {lock} cannot be taken: {error}") from None
+        reason = str(error)
+        if "locked" in reason and can_lock(path.with_name(f"{path.name}.{os.getpid()}")):
+            raise Fatal(f"another run is at work: it holds {path}", status=11) from None
+        if "locked" in reason:
+            reason = "the file system has no locks, as some network shares: put STATE_DB on a "
+            reason += "local disk"
+        raise Fatal(f"the lock {path} cannot be taken: {reason}") from None
     with contextlib.closing(db):
         yield
 
 
-# ----------------------------------------------------------------- Archive: S3
+# ---------------------------------------------------------------------- Bucket
 
-REMEDIES = {
+REMEDIES = {  # of refusals that every request would meet
     "AccessDenied": "the credentials may not do this: see the README's IAM policy",
     "NoSuchBucket": "create the bucket, or correct S3_BUCKET",
     "PermanentRedirect": "the bucket is in another region: set AWS_REGION to it",
@@ -2543,192 +2174,166 @@ REMEDIES = {
     "AccountProblem": "the account has a problem: ask AWS",
     "NotSignedUp": "the account is not signed up for S3",
 }
-# An answer to HEAD has no body, and so no code but its status.
+# The answer to a HEAD has no body, and so no code but its status.
 HEAD_CODES = {"403": "AccessDenied", "301": "PermanentRedirect"}
+MISSING = ("404", "NoSuchKey", "NoSuchUpload")
 NO_CREDENTIALS = (
-    aws.NoCredentialsError,
-    aws.PartialCredentialsError,
-    aws.CredentialRetrievalError,
-    aws.ProfileNotFound,
-    aws.TokenRetrievalError,
-    aws.SSOError,
+    *(aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError),
+    *(aws.ProfileNotFound, aws.TokenRetrievalError, aws.SSOError),
+    *(aws.RefreshWithMFAUnsupportedError, aws.UnauthorizedSSOTokenError),
 )
 
-
-class Damaged(FileError):
-    """What came is not what S3 holds, or not what is recorded."""
-
-
-class Unreachable(FileError):
-    """S3 did not answer: this file's failure, but the run's if it stays so."""
-
-
-def s3_failure(error: Exception) -> ArchiveError:
-    """What boto3 raised, as Fatal where every file would fail alike, as Cold where
-    the object has to be restored first."""
-    if isinstance(error, aws.ClientError):
-        told = error.response.get("Error", {})
-        code = str(told.get("Code"))
-        code = HEAD_CODES.get(code, code)
-        where = f" {told['BucketName']}:" if "BucketName" in told else ""
-        said = f"S3 refused {error.operation_name}: {code}{where} {told.get('Message', '')}"
-        if code in REMEDIES:
-            return Fatal(f"{said}; {REMEDIES[code]}", code)
-        return (Cold if code == "InvalidObjectState" else FileError)(said, code)
-    if isinstance(error, NO_CREDENTIALS):
-        keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-        return Fatal(f"no AWS credentials: {error}; set {keys}")
-    if isinstance(error, (aws.ConnectionError, aws.HTTPClientError)):
-        return Unreachable(f"S3 does not answer: {error}")
-    return FileError(f"S3: {error}")
+OnBytes = Callable[[int], None]  # called with each number of bytes that were moved
+Read = Callable[[int], bytes]  # the next bytes of a file, as FileReader.read
 
 
 @contextlib.contextmanager
 def s3_errors() -> Iterator[None]:
-    """Turns what boto3 raises into our own errors."""
+    """Turns what boto3 raises into FileError, or Fatal if every request would fail."""
     try:
         yield
-    except (aws.ClientError, aws.BotoCoreError) as error:
-        raise s3_failure(error) from None
+    except aws.ClientError as error:
+        details = error.response.get("Error", {})
+        code = HEAD_CODES.get(str(details.get("Code")), str(details.get("Code")))
+        bucket = f" {details['BucketName']}:" if "BucketName" in details else ""
+        said = f"{error.operation_name}: {code}{bucket} {details.get('Message', '')}"
+        if code in REMEDIES:
+            raise Fatal(f"S3 refused {said}; {REMEDIES[code]}", code) from None
+        if error.operation_name.startswith(("Assume", "GetSession", "GetRole", "CreateToken")):
+            raise Fatal(f"no AWS credentials: {said}", code) from None
+        raise FileError(f"S3 refused {said}", code) from None
+    except NO_CREDENTIALS as error:
+        keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        raise Fatal(f"no AWS credentials: {error}; set {keys}") from None
+    except (aws.ConnectionError, aws.HTTPClientError) as error:
+        raise FileError(f"S3 does not answer: {error}", UNREACHABLE) from None
+    except aws.BotoCoreError as error:
+        raise FileError(f"S3: {error}", type(error).__name__) from None
 
 
-def crc_text(crc32: int) -> str:
-    """A CRC-32 as S3 writes it: big-endian, base64."""
-    return base64.b64encode(U32.pack(crc32)).decode()
+class StoredObject(NamedTuple):
+    """What S3 says about an object; None if it does not know, or was not asked.
 
-
-def crc32_of(answer: Mapping[str, Any]) -> int | None:
-    """The CRC-32 that a HEAD or GET answered, None unless it is of the whole object."""
-    told = answer.get("ChecksumCRC32", "-")
-    return None if "-" in told else int.from_bytes(base64.b64decode(told)[:4], "big")
-
-
-class Held(NamedTuple):
-    """What S3 keeps of an object beside its bytes; None where it keeps none."""
-
-    mtime: int | None  # of the metadata, in rclone's form
-    crc32: int | None  # of the whole object
-    stored_at: int
-
-
-def held(answer: Mapping[str, Any]) -> Held:
-    """What a HEAD or GET answered."""
-    # HTTP's names have no case, and some servers change it.
-    told = {name.lower(): value for name, value in answer["Metadata"].items()}.get("mtime", "")
-    is_time = re.fullmatch(r"-?\d{1,12}(\.\d*)?", told)
-    mtime = math.floor(float(told)) if is_time else None
-    return Held(mtime, crc32_of(answer), math.floor(answer["LastModified"].timestamp()))
-
-
-def other_size(stored: int, recorded: int) -> str:
-    return f"S3 holds {stored:,} bytes, recorded are {recorded:,}"
-
-
-NO_REGION = "a region that it does not tell"
-NOTHING_THERE = ("404", "NoSuchKey", "NoSuchUpload")
-
-
-class S3Object(NamedTuple):
-    """As the listing has it.  `restored`: None where nothing is known of a copy
-    that can be read, False while it is being made, True while it is there."""
+    `restored`: whether a copy of a cold object can be read; False while S3 makes it.
+    """
 
     key: str
     size: int
+    stored_at: int  # seconds since the epoch; of an upload in parts, when it began
     storage_class: str
-    restored: bool | None
-    stored_at: int
+    etag: str
+    crc32: int | None = None  # of the whole object
+    mtime: int | None = None  # from the metadata, where rclone keeps it, too
+    restored: bool | None = None
 
 
-def lifecycle_prefix(rule: Mapping[str, Any]) -> str:
-    """What the keys begin with that a lifecycle rule is for; in both of its forms."""
-    chosen = rule.get("Filter", rule)
-    return str(chosen.get("And", chosen).get("Prefix", ""))
+def etag_of(answer: Mapping[str, Any]) -> str:
+    return str(answer.get("ETag", "")).strip('"')
 
 
-class Download:
-    """One object's bytes, checked; `held` is what S3 keeps beside them."""
-
-    def __init__(self, get: Callable[..., Any], stopping: Stopping):
-        """`get` sends the GET with further parameters; FileError, Cold, Fatal."""
-        self._get, self._stopping = get, stopping
-        answer = get(ChecksumMode="ENABLED")
-        self._first: dict[str, Any] | None = answer
-        self._etag = answer["ETag"]
-        self.size: int = answer["ContentLength"]
-        self.held = held(answer)
-
-    def blocks(self, size: int, crc32: int | None) -> Iterator[bytes]:
-        """All of it, from the start at each call; FileError in place of the end
-        unless it has `size` bytes and that CRC-32, or the one that S3 told.
-
-        A connection that breaks is renewed at the offset where it broke.
-        """
-        crc32 = self.held.crc32 if crc32 is None else crc32
-        if size != self.size:
-            raise FileError(other_size(self.size, size))
-        at = found = failures = 0
-        while True:
-            try:
-                for block in self._body(at).iter_chunks(DOWNLOAD_BLOCK):
-                    self._stopping.check()
-                    found = zlib.crc32(block, found)
-                    at += len(block)
-                    failures = 0
-                    yield block
-                reason = "it ended early"
-            except aws.FlexibleChecksumError as error:
-                raise Damaged(f"damaged on the way: {error}") from None
-            except (aws.BotoCoreError, urllib3.exceptions.HTTPError) as error:
-                reason = str(error)
-            if at >= size:
-                break
-            failures += 1
-            if failures >= S3_ATTEMPTS:
-                raise FileError(f"S3 broke off at {at:,} of {size:,} bytes: {reason}")
-        if at != size:
-            raise FileError(f"S3 sent {at:,} of {size:,} bytes")
-        if crc32 is not None and found != crc32:
-            raise Damaged(f"its CRC-32 is {crc_text(found)}, not {crc_text(crc32)}")
-
-    def _body(self, at: int) -> Any:
-        answer, self._first = self._first, None
-        if answer is None:
-            # The very object that was begun with, not one that has replaced it.
-            part = {"Range": f"bytes={at}-"} if at else {}
-            answer = self._get(IfMatch=self._etag, **part)
-            told = answer.get("ContentRange", "bytes 0-")
-            if answer["ETag"] != self._etag or not told.startswith(f"bytes {at}-"):
-                raise FileError("S3 sent another object, or another part, than was asked for")
-        return answer["Body"]
+def crc32_of(answer: Mapping[str, Any]) -> int | None:
+    """The CRC-32 in an answer, None unless it is that of the whole object."""
+    text = answer.get("ChecksumCRC32") or "-"  # with a dash it is one of the parts' CRCs
+    return None if "-" in text else int.from_bytes(base64.b64decode(text)[:4], "big")
 
 
-class Archive:
-    """The bucket, below the prefix.  Nothing in it is ever deleted, except
-    unfinished multipart uploads of our own."""
+def stored_object(key: str, answer: Mapping[str, Any]) -> StoredObject:
+    """What a HEAD or GET has answered."""
+    # HTTP header names have no case, and some servers change it.
+    metadata = {name.lower(): value for name, value in answer["Metadata"].items()}
+    mtime = re.fullmatch(r"(-?\d{1,12})(\.\d*)?", metadata.get("mtime", ""))
+    stored_at = answer["LastModified"].timestamp() if "LastModified" in answer else 0
+    return StoredObject(
+        *(key, answer["ContentLength"], math.floor(stored_at)),
+        storage_class=answer.get("StorageClass", "STANDARD"),
+        etag=etag_of(answer),
+        crc32=crc32_of(answer),
+        mtime=int(mtime[1]) if mtime else None,
+    )
 
-    def __init__(self, config: Config, stopping: Stopping, patient: bool):
-        """`patient`: makes S3_ATTEMPTS of each request, not one."""
-        self._bucket = config.bucket
-        self._prefix = config.prefix
+
+# An unfinished upload: its id, and its parts to go on behind, from 1 on without a gap, as
+# CompleteMultipartUpload takes them.
+StoredParts = tuple[str, list[dict[str, Any]]]
+
+
+class MultipartClient:
+    """boto3's client as upload_fileobj uses it for one large file.  It goes on behind the
+    parts that an earlier run has stored.  It sends the CRC-32 of each part, and at the end
+    that of the whole: S3 refuses to complete an upload of any other bytes.  It never aborts:
+    the next run goes on with what has arrived."""
+
+    def __init__(self, client: Any, read: Read, stored: StoredParts | None, part_size: int):
+        self._client, self._read = client, read
+        self._upload_id, self._stored = stored or ("", [])
+        self._part_crcs: list[int] = []  # of what this run sends
+        self._refusal: Exception | None = None
+        self.crc32 = 0  # of all parts up to now
+        for part in self._stored:
+            self.crc32 = crc32_of_both(self.crc32, crc32_of(part) or 0, part_size)
+        self.is_completing = self.may_leave_another = False  # an upload whose id got lost
+        self.answer: Mapping[str, Any] = {}  # to CompleteMultipartUpload
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def read(self, amount: int = -1) -> bytes:
+        """The next part; s3transfer asks for one after the other."""
+        if self._refusal is not None:  # the rest would be read in vain
+            raise self._refusal
+        data = self._read(amount)
+        if data:
+            self._part_crcs.append(zlib.crc32(data))
+            self.crc32 = zlib.crc32(data, self.crc32)
+        return data
+
+    def create_multipart_upload(self, **request: Any) -> Any:
+        if self._upload_id:
+            return {"UploadId": self._upload_id}
+        answer = self._client.create_multipart_upload(**request)
+        self.may_leave_another = answer["ResponseMetadata"].get("RetryAttempts", 0) > 0
+        return answer
+
+    def upload_part(self, PartNumber: int, **request: Any) -> Any:
+        request["ChecksumCRC32"] = crc_text(self._part_crcs[PartNumber - 1])
+        request["PartNumber"] = PartNumber + len(self._stored)
+        try:
+            return self._client.upload_part(**request)
+        except Exception as error:
+            self._refusal = error
+            raise
+
+    def complete_multipart_upload(self, MultipartUpload: Any, **request: Any) -> Any:
+        self.is_completing, behind = True, len(self._stored)
+        sent = [p | {"PartNumber": p["PartNumber"] + behind} for p in MultipartUpload["Parts"]]
+        request["MultipartUpload"] = {"Parts": self._stored + sent}
+        request["ChecksumCRC32"] = crc_text(self.crc32)
+        self.answer = self._client.complete_multipart_upload(**request)
+        return self.answer
+
+    def abort_multipart_upload(self, **_: Any) -> None:
+        """Called by s3transfer on every error."""
+
+
+class Bucket:
+    """The bucket below the prefix.  Nothing in it is ever deleted, except unfinished
+    multipart uploads of our own.  Methods raise FileError and Fatal."""
+
+    def __init__(self, config: Config, retries: bool = True):
+        self._name, self.prefix = config.bucket, config.prefix
         self._storage_class = config.storage_class
-        self._stopping = stopping
-        self._uploads: dict[str, str] = {}  # key: upload id, while under way
-        self._part_sums: dict[str, list[int]] = {}  # CRC-32 of the parts, in their order
-        self._refused: dict[str, Exception] = {}  # of a multipart upload, by key
-        self._maybe_left: set[str] = set()  # keys with perhaps an upload of unknown id
-        self._told_left: set[str] = set()  # keys whose upload could not be aborted
-        self._told_no_checksums = False
+        self._has_warned = False
         settings = botocore.config.Config(
             connect_timeout=S3_CONNECT_LIMIT,
             read_timeout=S3_READ_LIMIT,
-            retries={"mode": "standard", "total_max_attempts": S3_ATTEMPTS if patient else 1},
+            retries={"mode": "standard", "total_max_attempts": S3_ATTEMPTS if retries else 1},
             max_pool_connections=config.transfers * PARTS_AT_ONCE,
-            # Our own checksums go with every upload: no second ones, and over
-            # TLS no signature that would sum the bytes once more.
+            # Our own checksums go with every upload; boto3 is to add no others, nor to sign,
+            # that is to read, the body over TLS.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
             s3={"payload_signing_enabled": False},
-            user_agent="archive.py",  # boto3's own takes a tenth of a small PUT
+            user_agent="archive.py",  # composing boto3's own takes a tenth of a small PUT
             tcp_keepalive=True,
         )
         try:
@@ -2737,1339 +2342,995 @@ class Archive:
                 self._client = session.client(
                     "s3", endpoint_url=config.endpoint_url, config=settings
                 )
-            parse_endpoint(self._client.meta.endpoint_url)
-        except ValueError as error:
-            raise Fatal(f"AWS_ENDPOINT_URL, or what boto3 has for it: {error}") from None
+                found = session.get_credentials()
+                if found and not isinstance(found, DeferredRefreshableCredentials):
+                    for secret in (found.secret_key, found.token):
+                        add_secret(config.secrets, secret)
+            parse_endpoint(self._client.meta.endpoint_url)  # it may come from ~/.aws
+        except (ValueError, EOFError, RuntimeError) as error:  # EOFError: it asks for a code
+            raise Fatal(f"AWS_ENDPOINT_URL, or the AWS credentials: {error}") from None
         self.region: str | None = self._client.meta.region_name
-        events = self._client.meta.events
         # "Expect: 100-continue" costs every PUT a round trip.
+        events = self._client.meta.events
         events.unregister("before-call.s3", botocore.handlers.add_expect_header)
-        events.register("before-parameter-build.s3", self._before)
-        events.register_first("needs-retry.s3", self._before_retry)
-        events.register("after-call.s3", self._after)
-        events.register("after-call-error.s3", self._after)
 
-    def _before(self, params: dict[str, Any], context: dict[str, Any], **_: object) -> None:
-        context["archive_key"] = key = params.get("Key", "")
-        if "PartNumber" in params:
-            # In a header, for S3 to hold the part against: what s3transfer would
-            # do, a trailer, costs half as much CPU again, and not every
-            # S3-compatible server takes it.
-            crc32 = self._part_sums[key][params["PartNumber"] - 1]
-            params["ChecksumCRC32"] = crc_text(crc32)
-
-    def _before_retry(self, response: Any, **_: object) -> None:
-        """Called after every attempt, the successful ones too."""
-        if response is None or response[0].status_code >= 500:
-            self._stopping.check()
-
-    def _after(self, context: dict[str, Any], event_name: str, **event: Any) -> None:
-        """What S3 said, for those who only see s3transfer's result."""
-        key = context["archive_key"]
-        answer, exception = event.get("parsed") or {}, event.get("exception")
-        if "Error" in answer:
-            exception = aws.ClientError(answer, event_name.rpartition(".")[2])
-        if exception is not None and key in self._part_sums:
-            self._refused[key] = exception
-        if event_name.endswith(".CreateMultipartUpload"):
-            if "UploadId" in answer:
-                self._uploads[key] = answer["UploadId"]
-            # The answer to an earlier attempt may have been lost on its way.
-            sent = not isinstance(exception, NO_CREDENTIALS)
-            if sent and answer.get("ResponseMetadata", {}).get("RetryAttempts", 1):
-                self._maybe_left.add(key)
-
-    def _ask(self, request: Callable[..., Any], *missing: str, **parameters: Any) -> Any:
-        """The client's answer to a request about our bucket, None if S3 refuses it with
-        one of the codes `missing`: it has looked; FileError, Fatal."""
+    def _ask(self, operation: str, *missing: str, **parameters: Any) -> Any:
+        """S3's answer, None if it refuses with one of the codes `missing`."""
         try:
             with s3_errors():
-                return request(Bucket=self._bucket, **parameters)
+                return getattr(self._client, operation)(Bucket=self._name, **parameters)
         except FileError as error:
             if error.code not in missing:
                 raise
             return None
 
-    def _pages(self, listing: str, prefix: str, **parameters: Any) -> Iterator[Any]:
-        """The answers to a listing of what is below `prefix`; FileError, Fatal."""
-        paginator = self._client.get_paginator(listing)
+    def _list(self, operation: str, entries: str, **parameters: Any) -> Iterator[Any]:
+        """All `entries` of a listing, page by page."""
+        paginator = self._client.get_paginator(operation)
         with s3_errors():
-            yield from paginator.paginate(Bucket=self._bucket, Prefix=prefix, **parameters)
+            for page in paginator.paginate(Bucket=self._name, **parameters):
+                yield from page.get(entries, ())
 
-    def put(self, key: str, data: bytes, crc32: int, mtime: int) -> None:
-        """One PUT, with the CRC-32 for S3 to hold the bytes against.
+    # Uploads
 
-        Not by upload_fileobj, which takes half as much CPU again for it.
-        """
-        checksum = {"ChecksumAlgorithm": "CRC32", "ChecksumCRC32": crc_text(crc32)}
-        extra = self._extra(mtime) | checksum
-        answer = self._ask(self._client.put_object, Key=key, Body=data, **extra)
-        # A server that says nothing of the checksum may not have looked at it.
-        if answer.get("ChecksumCRC32") != crc_text(crc32):
-            self._confirm(key, len(data), crc32)
+    def put(self, key: str, data: bytes, mtime: int) -> StoredObject:
+        """One PUT, with the CRC-32 for S3 to check.  upload_fileobj would take half as much
+        CPU time again."""
+        crc32 = zlib.crc32(data)
+        arguments = self._upload_arguments(mtime) | {"ChecksumCRC32": crc_text(crc32)}
+        answer = self._ask("put_object", Key=key, Body=data, **arguments)
+        return self._confirm(key, answer, len(data), crc32)
 
     def upload(
-        self, key: str, reader: Reader, plan: Plan, progress: Callable[[int], None]
-    ) -> None:
-        """A multipart upload of all that `reader` has, confirmed."""
+        self, key: str, read: Read, file: RemoteFile, plan: UploadPlan,
+        stored: StoredParts | None, progress: OnBytes,
+    ) -> StoredObject:  # fmt: skip
+        """Sends a large file in parts, behind those that are stored: `read` gives the rest.
+        If it fails, its parts stay for the next run, unless S3 does not want them."""
+        rest = file.size - (len(stored[1]) * plan.part_size if stored else 0)
         config = TransferConfig(
-            multipart_threshold=plan.part_size,
+            multipart_threshold=min(rest, plan.part_size),  # what is read first: a whole part
             multipart_chunksize=plan.part_size,
             max_concurrency=plan.parts_at_once,
             preferred_transfer_client="classic",
         )
-        # The parts it holds at once; the constructor does not take it.
-        config.max_in_memory_upload_chunks = plan.parts_at_once
-        checksum = {
-            "ChecksumAlgorithm": "CRC32",
-            "ChecksumType": "FULL_OBJECT",
-            "MpuObjectSize": reader.file.size,
-        }
-        sums = self._part_sums[key] = []
-
-        def read(amount: int = -1) -> bytes:
-            """Called once for each part, in their order."""
-            if key in self._refused:  # s3transfer would read to the end, for nothing
-                raise self._refused[key]
-            data = reader.read(amount)
-            sums.append(reader.last_crc32)
-            return data
-
+        config.max_in_memory_upload_chunks = plan.parts_at_once  # not in the constructor
+        arguments = self._upload_arguments(file.mtime)
+        arguments |= {"ChecksumType": "FULL_OBJECT", "MpuObjectSize": file.size}
+        client = MultipartClient(self._client, read, stored, plan.part_size)
+        source = SimpleNamespace(read=client.read)
         try:
             with s3_errors():
-                self._client.upload_fileobj(
-                    *(SimpleNamespace(read=read), self._bucket, key),
-                    *(self._extra(reader.file.mtime) | checksum, progress, config),
-                )
-            self._uploads.pop(key, None)
-            self._confirm(key, reader.file.size, reader.crc32)
-        finally:
-            del self._part_sums[key]
-            self._refused.pop(key, None)
-            self._clean_up(key)
+                upload_fileobj(client, source, self._name, key, arguments, progress, config)
+        except FileError as error:
+            if not client.is_completing or error.code == UNREACHABLE:
+                raise
+            # If the answer to Complete got lost, asking again is answered like this.
+            found = self.head(key) if error.code == "NoSuchUpload" else None
+            if found is None or (found.size, found.crc32) != (file.size, client.crc32):
+                self.abort_uploads(key)
+                raise
+            return found
+        if client.may_leave_another:
+            self.abort_uploads(key)
+        return self._confirm(key, client.answer, file.size, client.crc32)
 
-    def _extra(self, mtime: int) -> dict[str, Any]:
-        # The time in rclone's form, so that other tools restore it.
-        return {"StorageClass": self._storage_class, "Metadata": {"mtime": str(mtime)}}
+    def _upload_arguments(self, mtime: int) -> dict[str, Any]:
+        """The time is kept in rclone's form, so that rclone restores it, too."""
+        common = {"StorageClass": self._storage_class, "ChecksumAlgorithm": "CRC32"}
+        return common | {"Metadata": {"mtime": str(mtime)}}
 
-    def _confirm(self, key: str, size: int, crc32: int) -> None:
-        """Holds what S3 stored against what was read; FileError if they differ."""
-        head = self._ask(self._client.head_object, Key=key, ChecksumMode="ENABLED")
-        stored_size, stored_crc = head["ContentLength"], crc32_of(head)
-        if stored_size != size:
-            raise FileError(f"S3 holds {stored_size:,} bytes, read {size:,}")
+    def _confirm(self, key: str, answer: Any, size: int, crc32: int) -> StoredObject:
+        """What was stored; FileError unless it is what was read.  A server whose answer has
+        no CRC-32 may not have checked it: HEAD is asked then."""
+        stored_crc, etag = crc32_of(answer), etag_of(answer)
         if stored_crc is None:
-            if not self._told_no_checksums:
-                self._told_no_checksums = True
+            found = self.head(key)
+            if found is None or found.size != size:
+                raise FileError(f"S3 holds {found.size if found else 0:,} bytes, read {size:,}")
+            stored_crc, etag = found.crc32, found.etag
+            if stored_crc is None and not self._has_warned:
+                self._has_warned = True
                 log.warning("this S3 server gives no CRC-32: only sizes are compared")
-        elif stored_crc != crc32:
+        if stored_crc not in (None, crc32):
             raise FileError(f"S3 holds CRC-32 {crc_text(stored_crc)}, read {crc_text(crc32)}")
+        return StoredObject(key, size, int(time.time()), self._storage_class, etag, crc32)
 
-    def _clean_up(self, key: str) -> None:
-        """Aborts what is left of an upload: s3transfer tries that too, but does
-        not tell how it went."""
-        upload_id = self._uploads.get(key)
+    # Unfinished uploads
+
+    def _uploads_of(self, key: str) -> list[str]:
+        """The ids of the unfinished uploads of exactly this key."""
+        uploads = self._list("list_multipart_uploads", "Uploads", Prefix=key)
+        return [upload["UploadId"] for upload in uploads if upload["Key"] == key]
+
+    def stored_parts(self, key: str, part_size: int | None) -> StoredParts | None:
+        """The unfinished upload of `key` that has most parts of `part_size` to go on behind;
+        None if there is none.  Its other uploads are aborted, all if `part_size` is None."""
+        found: list[StoredParts] = []
         try:
-            if upload_id is not None:
-                self._abort(key, upload_id)
-                self._uploads.pop(key, None)
-            if key in self._maybe_left:
-                self.abort_leftovers(key)
-                self._maybe_left.discard(key)
-        except (ArchiveError, Stopped) as error:
-            self._told_left.add(key)
-            log.warning(
-                "the upload %s of %s could not be aborted, its parts cost money: %s; the "
-                "next run tries again, a lifecycle rule is the safety net",
-                *(upload_id or "of unknown id", printable(key), error),
-            )
+            for upload_id in self._uploads_of(key):
+                found.append((upload_id, self._parts_of(key, upload_id, part_size)))
+        except Fatal as error:
+            if error.code != "AccessDenied":
+                raise
+            log.warning("the unfinished upload of %s cannot be used: %s", printable(key), error)
+        found.sort(key=lambda upload: len(upload[1]))
+        best = found.pop() if found and found[-1][1] else None
+        self.abort_uploads(key, [upload_id for upload_id, _ in found])
+        return best
 
-    def _abort(self, key: str, upload_id: str) -> None:
-        abort = self._client.abort_multipart_upload
-        self._ask(abort, "NoSuchUpload", Key=key, UploadId=upload_id)
+    def _parts_of(self, key: str, upload_id: str, size: int | None) -> list[dict[str, Any]]:
+        """The stored parts from 1 on that have this size and a CRC-32, without a gap."""
+        parts: list[dict[str, Any]] = []
+        for part in self._list("list_parts", "Parts", Key=key, UploadId=upload_id):
+            is_next = part["PartNumber"] == len(parts) + 1 and part["Size"] == size
+            if not is_next or crc32_of(part) is None:
+                break
+            parts.append({name: part[name] for name in ("PartNumber", "ETag", "ChecksumCRC32")})
+        return parts
 
-    def may_have_left(self, keys: Iterable[str]) -> None:
-        """Each of these may have an unfinished upload by an earlier run."""
-        self._maybe_left.update(keys)
+    def abort_uploads(self, key: str, upload_ids: list[str] | None = None) -> bool:
+        """Aborts these unfinished uploads of `key`, or all, whose parts are billed; False,
+        after a warning, if S3 refuses."""
+        name = "of unknown id"
+        try:
+            for name in self._uploads_of(key) if upload_ids is None else upload_ids:
+                self._ask("abort_multipart_upload", *MISSING, Key=key, UploadId=name)
+            return True
+        except ArchiveError as error:
+            message = "the upload %s of %s could not be aborted, its parts cost money: %s; a "
+            message += "lifecycle rule is the safety net"
+            log.warning(message, name, printable(key), error)
+            return False
 
-    def is_clean(self, key: str) -> bool:
-        """Whether no multipart upload of `key` is left."""
-        return key not in self._uploads and key not in self._maybe_left
+    def count_unfinished(self) -> int:
+        """The number of unfinished uploads below the prefix, whoever began them."""
+        return len([*self._list("list_multipart_uploads", "Uploads", Prefix=self.prefix)])
 
-    def abort_all(self) -> None:
-        """Aborts what is under way, all at once, for an end that cannot wait for it."""
-        keys = {*self._uploads, *self._maybe_left}
-        with ThreadPoolExecutor(len(keys) or 1) as pool:
-            pool.map(self._clean_up, keys)
+    # Objects
 
-    def tell_unfinished(self) -> None:
-        """Warns of the uploads that are left as they are."""
-        for key in {*self._uploads, *self._maybe_left} - self._told_left:
-            log.warning(
-                "the upload of %s is unfinished, its parts cost money: the next run aborts it",
-                printable(key),
-            )
-
-    def abort_leftovers(self, key: str) -> int:
-        """Aborts the unfinished uploads of exactly `key`; their number."""
-        found = [
-            upload["UploadId"]
-            for page in self._pages("list_multipart_uploads", key)
-            for upload in page.get("Uploads", ())
-            if upload["Key"] == key
-        ]
-        for upload_id in found:
-            self._abort(key, upload_id)
-        return len(found)
-
-    def objects(self, prefix: str) -> Iterator[S3Object]:
-        """What is in the bucket below `prefix`, in the order of the keys; a request
-        for 1,000 of them.  Neither the snapshot nor the empty objects that S3's
-        console makes of folders."""
+    def objects(self, prefix: str) -> Iterator[StoredObject]:
+        """What is below `prefix`, in the order of the keys, 1,000 for a request; without the
+        empty objects that S3's console makes of folders."""
         more = {"OptionalObjectAttributes": ["RestoreStatus"]}
-        for entry in self._entries(prefix, **more):
-            status = entry.get("RestoreStatus", {})
-            expiry = status.get("RestoreExpiryDate")
+        for entry in self._list("list_objects_v2", "Contents", Prefix=prefix, **more):
+            key, size = entry["Key"], entry["Size"]
+            if key.endswith("/") and not size:
+                continue
+            restoring = entry.get("RestoreStatus", {})
+            expiry = restoring.get("RestoreExpiryDate")
             restored = True if expiry and expiry.timestamp() > time.time() else None
-            if status.get("IsRestoreInProgress"):
-                restored = False
-            kind = entry.get("StorageClass", "STANDARD")
-            # Whole seconds, as in the answer to a GET.
-            stored_at = math.floor(entry["LastModified"].timestamp())
-            yield S3Object(entry["Key"], entry["Size"], kind, restored, stored_at)
+            yield StoredObject(
+                *(key, size, math.floor(entry["LastModified"].timestamp())),
+                *(entry.get("StorageClass", "STANDARD"), etag_of(entry)),
+                restored=False if restoring.get("IsRestoreInProgress") else restored,
+            )
 
-    def _entries(self, prefix: str, **more: Any) -> Iterator[Any]:
-        for page in self._pages("list_objects_v2", prefix, **more):
-            self._stopping.check()
-            for entry in page.get("Contents", ()):
-                folder = entry["Key"].endswith("/") and not entry["Size"]
-                if not folder and entry["Key"] != self._prefix + SNAPSHOT:
-                    yield entry
+    def head(self, key: str) -> StoredObject | None:
+        """What S3 says about an object, also about a cold one; None if there is none."""
+        answer = self._ask("head_object", "404", Key=key, ChecksumMode="ENABLED")
+        return None if answer is None else stored_object(key, answer)
 
-    def head(self, key: str) -> Held:
-        """What S3 keeps of an object, also of a cold one; FileError."""
-        return held(self._ask(self._client.head_object, Key=key, ChecksumMode="ENABLED"))
-
-    def has(self, key: str) -> bool:
-        """Whether there is such an object; FileError, Fatal if S3 does not tell."""
-        return self._ask(self._client.head_object, "404", Key=key) is not None
-
-    def ask_for(self, key: str, tier: str, days: int) -> bool:
-        """Asks S3 for a copy that can be read; whether there is one already.
-        FileError, Fatal."""
+    def request_restore(self, key: str, tier: str, days: int) -> bool:
+        """Asks S3 for a copy that can be read; whether there is one already."""
         request = {"Days": days, "GlacierJobParameters": {"Tier": tier.capitalize()}}
         try:
-            answer = self._ask(self._client.restore_object, Key=key, RestoreRequest=request)
+            answer = self._ask("restore_object", Key=key, RestoreRequest=request)
         except FileError as error:
             if error.code == "RestoreAlreadyInProgress":
                 return False
             # Its class is none that has to be restored, or it is back already.
-            if error.code in ("ObjectAlreadyInActiveTierError", "InvalidObjectState"):
+            if error.code in ("ObjectAlreadyInActiveTierError", COLD):
                 return True
             raise
         return bool(answer["ResponseMetadata"]["HTTPStatusCode"] == 200)
 
-    def download(self, key: str) -> Download:
-        """The object; FileError, Cold if it has to be restored first."""
+    def download(self, key: str) -> tuple[StoredObject, Callable[[], Iterator[bytes]]]:
+        """The object, and its bytes in blocks, from the start at each call.  They end with a
+        FileError unless they have the size and the CRC-32 that S3 has told.  If the
+        connection breaks they go on, within the same version of the object."""
 
-        def get(**more: str) -> dict[str, Any]:
+        def get(**more: str) -> Any:
             try:
-                return self._ask(self._client.get_object, Key=key, **more)
+                return self._ask("get_object", Key=key, **more)
             except Fatal as error:
                 if error.code == "AccessDenied":  # perhaps to this one alone
                     raise FileError(str(error), error.code) from None
                 raise
 
-        return Download(get, self._stopping)
+        answer = get(ChecksumMode="ENABLED")
+        stored, bodies = stored_object(key, answer), [answer["Body"]]
 
-    def unfinished(self) -> int:
-        """The number of multipart uploads below the prefix that are not ended."""
-        pages = self._pages("list_multipart_uploads", self._prefix)
-        return sum(len(page.get("Uploads", ())) for page in pages)
+        def blocks() -> Iterator[bytes]:
+            at = crc32 = failures = 0
+            while at < stored.size:
+                reason = "it ended early"
+                if not bodies:
+                    again = get(IfMatch=answer["ETag"], Range=f"bytes={at}-")
+                    if not again.get("ContentRange", "").startswith(f"bytes {at}-"):
+                        raise FileError("S3 sent another part than was asked for")
+                    bodies.append(again["Body"])
+                try:
+                    for block in bodies.pop().iter_chunks(DOWNLOAD_BLOCK):
+                        at, crc32, failures = at + len(block), zlib.crc32(block, crc32), 0
+                        yield block
+                except (aws.BotoCoreError, urllib3.exceptions.HTTPError) as error:
+                    reason = str(error)
+                failures += 1
+                if at < stored.size and failures >= S3_ATTEMPTS:
+                    raise FileError(
+                        f"S3 broke off at {at:,} of {stored.size:,} bytes: {reason}"
+                    )
+            if at != stored.size or stored.crc32 not in (None, crc32):
+                read = f"{at:,} bytes of CRC-32 {crc_text(crc32)}"
+                expected = f"{stored.size:,} of {crc_text(stored.crc32 or 0)}"
+                raise FileError(f"damaged on its way: {read}, not {expected}")
 
-    def aborts_leftovers(self) -> bool:
-        """Whether a lifecycle rule ends unfinished uploads below the prefix."""
-        rules = self._client.get_bucket_lifecycle_configuration
-        answer = self._ask(rules, "NoSuchLifecycleConfiguration") or {}
-        return any(
-            rule["Status"] == "Enabled"
-            and "AbortIncompleteMultipartUpload" in rule
-            and self._prefix.startswith(lifecycle_prefix(rule))
-            for rule in answer.get("Rules", ())
-        )
+        return stored, blocks
 
-    def versioned(self) -> bool:
+    # The bucket itself
+
+    def has_abort_rule(self) -> bool:
+        """Whether a lifecycle rule aborts unfinished uploads below the prefix."""
+        missing = "NoSuchLifecycleConfiguration"
+        answer = self._ask("get_bucket_lifecycle_configuration", missing) or {}
+        for rule in answer.get("Rules", ()):
+            chosen = rule.get("Filter", rule)  # both forms that a rule may have
+            applies = self.prefix.startswith(chosen.get("And", chosen).get("Prefix", ""))
+            aborts = "AbortIncompleteMultipartUpload" in rule
+            if rule["Status"] == "Enabled" and aborts and applies:
+                return True
+        return False
+
+    def is_versioned(self) -> bool:
         """Whether the bucket keeps earlier versions of its objects."""
-        answer = self._ask(self._client.get_bucket_versioning)
-        return bool(answer.get("Status") == "Enabled")
+        return bool(self._ask("get_bucket_versioning").get("Status") == "Enabled")
 
-    def look(self) -> tuple[str, float]:
-        """The bucket's region, and the seconds that this machine's clock is ahead
-        of S3's; FileError, Fatal."""
-        with s3_errors():
-            try:
-                answer = self._client.head_bucket(Bucket=self._bucket)
-            except aws.ClientError:  # without a word of why
-                self.has_objects()
-                raise
-        headers = answer["ResponseMetadata"]["HTTPHeaders"]
-        ahead = time.time() - parsedate_to_datetime(headers["date"]).timestamp()
-        return headers.get("x-amz-bucket-region", NO_REGION), ahead
-
-    def permissions(self) -> Iterator[tuple[str, Callable[[], None]]]:
-        """Each permission that a run needs, and what raises FileError or Fatal if
-        it is missing, to be called in this order; nothing is left behind."""
-        prefix, key, client = self._prefix, self._prefix + PROBE, self._client
+    def permission_probes(self) -> Iterator[tuple[str, Callable[[], object]]]:
+        """Each permission that is needed, and a call that raises without it; called in this
+        order, they leave nothing behind.  s3:RestoreObject is for `restore` only."""
+        key, prefix, ask = self.prefix + PROBE, self.prefix, partial(partial, self._ask)
+        nothing = {"Key": key, "UploadId": "none"}
 
         def upload() -> None:
-            self._abort(key, self._ask(client.create_multipart_upload, Key=key)["UploadId"])
+            upload_id = self._ask("create_multipart_upload", Key=key)["UploadId"]
+            self._ask("abort_multipart_upload", *MISSING, Key=key, UploadId=upload_id)
 
-        def tried(request: Callable[..., Any], **parameters: Any) -> None:
-            self._ask(request, *NOTHING_THERE, **parameters)
-
-        yield "s3:ListBucket", partial(tried, client.list_objects_v2, Prefix=prefix, MaxKeys=1)
-        yield "s3:GetObject", partial(tried, client.head_object, Key=key)
-        uploads = partial(tried, client.list_multipart_uploads, Prefix=prefix, MaxUploads=1)
+        yield "s3:ListBucket", ask("list_objects_v2", Prefix=prefix, MaxKeys=1)
+        yield "s3:GetObject", ask("head_object", *MISSING, Key=key)
+        uploads = ask("list_multipart_uploads", Prefix=prefix, MaxUploads=1)
         yield "s3:ListBucketMultipartUploads", uploads
-        aborted = partial(tried, client.abort_multipart_upload, Key=key, UploadId="none")
-        yield "s3:AbortMultipartUpload", aborted
+        yield "s3:ListMultipartUploadParts", ask("list_parts", *MISSING, **nothing)
+        abort = ask("abort_multipart_upload", *MISSING, **nothing)
+        yield "s3:AbortMultipartUpload", abort
         yield "s3:PutObject", upload
-
-    def may_restore(self) -> bool:
-        """Whether `restore` has the permission that it needs."""
         request = {"Days": 1, "GlacierJobParameters": {"Tier": "Bulk"}}
-        probe = {"Key": self._prefix + PROBE, "RestoreRequest": request}
+        restore = ask("restore_object", *MISSING, Key=key, RestoreRequest=request)
+        yield "s3:RestoreObject", restore
+
+
+# Comparing the state with the bucket
+
+AGREE, NO_OBJECT, WRONG_SIZE = "Agree", "Missing", "Wrong size"
+WRONG_ETAG, NOT_RECORDED, TO_COMPARE = "Wrong checksum", "Not recorded", "To compare"
+
+
+class Difference(NamedTuple):
+    """What the listing and the state say about a key, of which one may be silent; `verdict`
+    is a label of `verify`'s table, `reason` what is wrong, empty if nothing is."""
+
+    verdict: str
+    reason: str
+    path: str  # as in the state's path column
+    found: StoredObject | None
+    record: Record | None
+
+
+def compare_listing(config: Config, bucket: Bucket, state: State) -> Iterator[Difference]:
+    """What S3 holds against what is recorded, key by key in their common order.  Objects
+    whose key no path can have are not ours, and left out."""
+    objects, records = bucket.objects(config.prefix), state.records()
+    found, record = next(objects, None), next(records, None)
+    while found or record:
+        key = min(one.key for one in (found, record) if one)
+        stored = found if found and found.key == key else None
+        row = record if record and record.key == key else None
+        relative, reason = unescape(key[len(config.prefix) :]), ""
+        verdict = AGREE if row and row.mtime is not None else TO_COMPARE
+        if row is None:
+            verdict, reason = NOT_RECORDED, "in the bucket, but not recorded"
+        elif stored is None:
+            verdict, reason = NO_OBJECT, "recorded, but not in the bucket"
+        elif stored.size != row.size:
+            verdict = WRONG_SIZE
+            reason = f"S3 holds {stored.size:,} bytes, recorded are {row.size:,}"
+        elif row.etag not in (None, stored.etag):
+            verdict, reason = WRONG_ETAG, f"S3 holds ETag {stored.etag}, recorded is {row.etag}"
+        with contextlib.suppress(FileError):
+            if object_key(config.prefix, relative) == key:
+                path = path_text(join(config.remote_path, relative))
+                yield Difference(verdict, reason, path, stored, row)
+        found = next(objects, None) if stored else found
+        record = next(records, None) if row else record
+
+
+def reconcile(config: Config, bucket: Bucket, state: State) -> Iterator[Difference]:
+    """Brings the state in line with the bucket's listing, and yields what it has found."""
+    differences = compare_listing(config, bucket, state)
+    while page := list(itertools.islice(differences, PAGE)):
+        state.apply(page)
+        yield from page
+
+
+# ---------------------------------------------------------------------- Output
+
+
+class Formatter(logging.Formatter):
+    """Any message on one line, whoever wrote it, and without secrets."""
+
+    def __init__(self, form: str, secrets: set[str]):
+        super().__init__(form, "%Y-%m-%dT%H:%M:%S%z")
+        self._secrets = secrets  # there may be more of them later
+
+    def format(self, record: logging.LogRecord) -> str:
+        prefixes = {logging.WARNING: "warning: ", logging.CRITICAL: "error: "}
+        record.prefix = prefixes.get(record.levelno, "")
+        text = one_line(super().format(record))
+        for secret in sorted(self._secrets, key=len, reverse=True):  # one may begin another
+            text = text.replace(secret, "***")
+        return text
+
+
+class Console(logging.StreamHandler[TextIO]):
+    """Lines above the progress bars, if there are any."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(self.stream):
+            super().emit(record)
+
+
+def start_logging(config: Config, level: int, bars: bool) -> None:
+    """Results to stdout, everything else to stderr from `level` on, all of it to LOG_FILE;
+    Fatal if that cannot be written."""
+    logging.raiseExceptions = False  # a full disk or a closed pipe is no traceback
+    stderr, stdout = Console(sys.stderr), Console(sys.stdout)
+    stderr.setLevel(level)
+    hidden = {results_log.name, files_log.name if bars else ""}  # bars show the files
+    stderr.addFilter(lambda record: record.name not in hidden)
+    handlers: list[tuple[logging.Handler, str]] = [(stderr, "%(prefix)s%(message)s")]
+    handlers.append((stdout, "%(message)s"))
+    results_log.handlers, log.handlers = [stdout], [stderr]
+    if config.log_file is not None:
+        create_private(config.log_file)
         try:
-            self._ask(self._client.restore_object, *NOTHING_THERE, **probe)
-        except Fatal:
-            return False
-        return True
-
-    def has_objects(self) -> bool:
-        """Whether anything is below the prefix."""
-        return next(self._entries(self._prefix), None) is not None
-
-    def put_snapshot(self, database: Path) -> None:
-        """Stores a copy of the state below the prefix, in the class that needs no
-        restore; no transaction is open."""
-        extra = {"ChecksumAlgorithm": "CRC32"}
-        # One PUT, as long as S3 takes it: parts would be left when a run is killed.
-        config = TransferConfig(
-            multipart_threshold=MAX_PART, preferred_transfer_client="classic"
-        )
-        with s3_errors(), database.open("rb") as source:
-            self._client.upload_fileobj(
-                source, self._bucket, self._prefix + SNAPSHOT, extra, Config=config
+            file = logging.handlers.RotatingFileHandler(
+                config.log_file, maxBytes=10 * MIB, backupCount=5, encoding="utf-8"
             )
-
-    def get_snapshot(self, target: Path) -> int | None:
-        """Writes the state's copy to `target`; when it was stored, None if there is
-        none; Unusable."""
-        key = self._prefix + SNAPSHOT
-        try:
-            snapshot = self.download(key)
-        except Cold:
-            told = f"its snapshot {key} has gone to an archive class: restore it there"
-            raise Unusable(told) from None
-        except FileError as error:
-            if error.code != "NoSuchKey":
-                raise
-            return None
-        try:
-            with target.open("wb") as copy:
-                copy.writelines(snapshot.blocks(snapshot.size, None))
-        except Damaged as error:
-            raise Unusable(f"its snapshot {key} in the bucket is damaged: {error}") from None
-        except FileError as error:
-            raise FileError(f"the state's snapshot {key}: {error}") from None
-        return snapshot.held.stored_at
+        except OSError as error:
+            raise Fatal(f"LOG_FILE cannot be written: {error}", status=2) from None
+        handlers.append((file, "%(asctime)s %(levelname)-8s %(message)s"))
+        log.addHandler(file)
+    for handler, form in handlers:
+        handler.setFormatter(Formatter(form, config.secrets))
+    log.setLevel(min(level, logging.INFO))
+    log.propagate = False
+    # paramiko logs every broken connection with a traceback.
+    logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)
 
 
-# ----------------------------------------------------------------------- Money
-#
-# Estimates, of PRICES_OF, without taxes.  What has no price costs NaN, shown as
-# unknown.
+def show(text: str) -> None:
+    """A line of a result, to stdout and LOG_FILE."""
+    results_log.info("%s", text)
 
 
-class Requests(NamedTuple):
-    """Numbers of requests to S3, by kind."""
-
-    put: int = 0
-    create: int = 0
-    part: int = 0
-    complete: int = 0
-    head: int = 0
-
-
-def requests_of(size: int, plan: Plan) -> Requests:
-    """What the upload of a file of `size` bytes takes."""
-    if not plan.parts_at_once:
-        return Requests(put=1)
-    return Requests(create=1, part=-(-size // plan.part_size), complete=1, head=1)
+def show_table(title: str, rows: Iterable[tuple[str, object]]) -> None:
+    """Rows of a label and a value, numbers with separators."""
+    rows = list(rows)
+    width = max(15, *(len(label) for label, _ in rows))
+    show(f"==== {title} ====")
+    for label, value in rows:
+        show(f"{label:<{width}}: {f'{value:,}' if isinstance(value, int) else value}")
 
 
-class Money:
-    """USD, by the prices of a region, with those that PRICES overrides."""
-
-    def __init__(self, region: str | None, changed: dict[str, float]):
-        self.region = region if region in PRICES else "us-east-1"
-        self._usd = PRICES[self.region] | changed
-        self.note = f"estimates, prices of {PRICES_OF}, {self.region}"
-        if self.region != region:
-            self.note += f" (those of {region or 'your region'} may differ: set PRICES)"
-        if changed:
-            self.note += " with PRICES"
-
-    def about(self) -> dict[str, str]:
-        """What the prices are, as JSON has it."""
-        return {"of": PRICES_OF, "region": self.region, "note": self.note}
-
-    def _cost(self, count: float, *name: str) -> float:
-        """What `count` at the price of that name costs; nothing costs nothing."""
-        return count * self._usd.get(".".join(name), math.nan) if count else 0.0
-
-    def month(self, kind: str, files: int, size: int) -> float:
-        """Storage for a month: bytes at the class's price; for a cold class also
-        8 KB a file at STANDARD's and 32 KB at its own ("Amazon S3 pricing", note
-        on metadata of archived objects)."""
-        return self._cost(size / GIB, kind, "month") + self.index(kind, files)
-
-    def index(self, kind: str, files: int) -> float:
-        """The part of `month` that does not depend on the files' size."""
-        if kind not in COLD_CLASSES:
-            return 0.0
-        standard = self._cost(files * INDEX_IN_STANDARD, "STANDARD", "month")
-        return (standard + self._cost(files * INDEX_IN_CLASS, kind, "month")) / GIB
-
-    def upload(self, kind: str, requests: Requests) -> float:
-        """PUT and Complete at the class's price, Create and parts at that of parts,
-        HEAD at that of GET (S3 user guide, "Multipart upload and pricing")."""
-        put, create, part, complete, head = requests
-        cost = self._cost(put + complete, kind, "put")
-        cost += self._cost(create + part, kind, "part")
-        return (cost + self._cost(head, "get")) / 1000
-
-    def early(self, kind: str, size: int, age_days: float) -> float:
-        """The charge for an object that is overwritten `age_days` after its upload:
-        its storage for what is left of the class's minimum ("Amazon S3 pricing",
-        early deletion, pro rata by days)."""
-        if kind not in MINIMUM_DAYS:
-            return 0.0 if kind == "STANDARD" else math.nan
-        left = max(0.0, MINIMUM_DAYS[kind] - max(0.0, age_days))
-        return self.month(kind, 1, size) * left / DAYS_A_MONTH
-
-    def restore(self, kind: str, tier: str, files: int, size: int, days: int) -> float:
-        """Requests and bytes at the tier's price, and the copies at STANDARD's for
-        `days` (S3 user guide, "Restoring an archived object")."""
-        if kind not in COLD_CLASSES:
-            return 0.0 if kind == "STANDARD" or not files else math.nan
-        request = self._cost(files / 1000, kind, tier, "request")
-        read = self._cost(size / GIB, kind, tier, "gb")
-        copies = self._cost(size / GIB, "STANDARD", "month") * days / DAYS_A_MONTH
-        return request + read + copies
-
-    def download(self, files: int, size: int) -> float:
-        """GETs, and the transfer out of AWS beyond the free 100 GB of a month
-        ("Amazon S3 pricing", data transfer; within AWS's region it is free)."""
-        out = self._cost(max(0.0, size / GIB - FREE_EGRESS), "egress")
-        return self._cost(files / 1000, "get") + out
-
-
-def usd_text(usd: float) -> str:
-    """`$1.23`, `under $0.01`, `unknown`."""
-    if math.isnan(usd):
-        return "unknown"
-    return "under $0.01" if 0 < usd < 0.01 else f"${usd:,.2f}"
-
-
-# -------------------------------------------------------------------- Progress
-
-Sent = Callable[[int], None]  # called with each number of bytes sent
+def show_json(text: str) -> None:
+    """To stdout, exactly as it is: a secret may happen to be part of it."""
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(text, flush=True)
 
 
 class Progress:
-    """tqdm bars on a terminal: one for all, one for each large file.
-
-    Where they are not shown, they cost next to nothing.
-    """
+    """tqdm bars on a terminal: one for all bytes that are moved, one for what is looked at."""
 
     def __init__(self, shown: bool):
         self._shown = shown
-        self._total = tqdm(disable=True)
-        self._over = threading.Event()
-        self._clock = threading.Thread(target=self._tick, daemon=True)
+        self._total = tqdm(disable=True)  # until there is something to be moved
+        self.moved = self._total.update  # called with each number of bytes
 
-    def _bar(self, name: str, size: int) -> Any:
-        return tqdm(
-            total=size, desc=name, unit="B", unit_scale=True, unit_divisor=1024,
-            dynamic_ncols=True, leave=False,
-        )  # fmt: skip
+    def counting(self, doing: str) -> Any:
+        """A bar to update with each number of files that were looked at."""
+        return tqdm(desc=doing, disable=not self._shown, unit=" files", **BAR)
 
-    def _tick(self) -> None:
-        """So that a slow line does not look like a dead one."""
-        while not self._over.wait(1):
-            self._total.refresh()
-
-    @contextlib.contextmanager
-    def counting(self, doing: str) -> Iterator[Sent]:
-        """A function to be called with each number of files that were looked at."""
-        form = {"unit": " files", "dynamic_ncols": True, "leave": False}
-        with tqdm(desc=doing, disable=not self._shown, **form) as bar:
-            yield bar.update
-
-    def found(self, size: int) -> None:
+    def expect(self, size: int) -> None:
         """`size` more bytes are to be moved."""
         if self._shown and self._total.disable:
-            self._total = self._bar("all files", 0)
-            self._clock.start()
+            form = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, **BAR}
+            self._total = tqdm(desc="all files", total=0, **form)
+            self.moved = self._total.update
         if self._shown and size:
             self._total.total += size
             self._total.refresh()
 
-    @contextlib.contextmanager
-    def sending(self, file: RemoteFile) -> Iterator[Sent]:
-        """A function to be called with each number of bytes sent."""
-        if not self._shown or file.size < SMALL_FILE:
-            yield self._total.update
-            return
-        with self._bar(printable(file.path)[-24:], file.size) as bar:
-
-            def sent(size: int) -> None:
-                bar.update(size)
-                self._total.update(size)
-
-            yield sent
-
     def close(self) -> None:
-        self._over.set()
-        if self._clock.ident:
-            self._clock.join()
         self._total.close()
 
 
-# --------------------------------------------------------------------- The run
+BAR = {"dynamic_ncols": True, "leave": False}
 
 
-class Job(NamedTuple):
-    """One file that is to be archived."""
-
-    file: RemoteFile
-    key: str
-    plan: Plan
-    known_crc: int | None  # of the object: only looked at then, and sent if it is another
-
-
-class Failed(NamedTuple):
-    job: Job
-    error: FileError
-
-
-class Unchanged(NamedTuple):
-    """Looked at again, and found to be what is archived."""
-
-    file: RemoteFile
-    recheck: bool
-
-
-class Changed(NamedTuple):
-    """Looked at again, and found to be another one: to be sent."""
-
-    job: Job
-
-
-Outcome = Stored | Unchanged | Changed | Failed
-
-
-def tell_failure(name: bytes | str, reason: object) -> None:
-    log.error("FAIL %s: %s", printable(name), reason)
-
-
-@dataclass
-class Report:
-    """What a run did, as the summary tells it."""
-
-    started_at: int = dataclasses.field(default_factory=lambda: int(time.time()))
-    started: float = dataclasses.field(default_factory=time.monotonic)
-    uploaded: int = 0
-    skipped: int = 0
-    failed: int = 0
-    vanished: int = 0
-    bytes_uploaded: int = 0
-    ended_early: str = ""  # why
-    complete: bool = False
-    snapshot_failed: bool = False
-    walk: Walk | None = None
-
-    def failure(self, path: bytes, reason: object) -> None:
-        self.failed += 1
-        tell_failure(path, reason)
-
-    def summary(self) -> list[str]:
-        """The five lines that are always there, and what else was met."""
-        lines = [
-            ("Uploaded files", self.uploaded),
-            ("Skipped files", self.skipped),
-            ("Failed files", self.failed),
-            ("Bytes uploaded", self.bytes_uploaded),
-            ("Duration (sec)", round(time.monotonic() - self.started)),
-        ]
-        if self.walk is not None:
-            others = [
-                ("Hidden entries", self.walk.hidden),
-                ("Excluded", self.walk.excluded),
-                ("Links", self.walk.links),
-                ("Special files", self.walk.special),
-                ("Vanished", self.vanished + self.walk.vanished),
-            ]
-            lines += [(label, count) for label, count in others if count]
-        told = [f"{label:<15}: {count:,}" for label, count in lines]
-        if self.ended_early:
-            told.append(f"{'Ended early':<15}: {self.ended_early}")
-        return ["==== SUMMARY ====", *told]
-
-
-class Patience:
-    """Counts the files in a row that S3 gave no answer to, or denied; or under which the
-    connection to the box broke."""
-
-    def __init__(self, transfers: int):
-        self._most = {Unreachable: max(4, transfers), Broken: BROKEN_IN_A_ROW}
-        self._kind: type[FileError] | None = None
-        self._count = 0
-
-    def met(self, error: FileError | None) -> None:
-        """Another file has ended so; Fatal if they all do."""
-        kind: type[FileError] | None = None
-        if isinstance(error, Broken):
-            kind = Broken
-        elif isinstance(error, Unreachable) or getattr(error, "code", "") == "AccessDenied":
-            kind = Unreachable
-        self._count = self._count + 1 if kind is self._kind else 1
-        self._kind = kind
-        if kind is not None and self._count >= self._most[kind]:
-            raise Fatal(f"{error}; {self._count} files in a row failed so")
-
-
-class UnderWay:
-    """The jobs that are on their way, on threads, and what became of them; used by
-    one thread.  `errors` are those that end the run."""
-
-    def __init__(self, most: int, memory_limit: int, patience: Patience):
-        self._most, self._memory_limit, self._patience = most, memory_limit, patience
-        self._finished: queue.SimpleQueue[Future[Outcome]] = queue.SimpleQueue()
-        self.pool = ThreadPoolExecutor(most)
-        self.jobs: dict[Future[Outcome], Job] = {}
-        self.errors: list[Exception] = []
-
-    def begin(self, job: Job, send: Callable[[Job], Outcome]) -> None:
-        future = self.pool.submit(send, job)
-        self.jobs[future] = job
-        future.add_done_callback(self._finished.put)
-
-    def must_settle_before(self, job: Job | None) -> bool:
-        """Whether something has finished, or has to before `job` can begin; None: a page
-        of jobs is over."""
-        return not self._finished.empty() or bool(self.jobs and job and not self._fits(job))
-
-    def _fits(self, job: Job) -> bool:
-        memory = job.plan.memory + sum(other.plan.memory for other in self.jobs.values())
-        # A name may be listed twice while its folder changes.
-        twice = any(job.key == other.key for other in self.jobs.values())
-        room = len(self.jobs) < self._most and memory <= self._memory_limit
-        return room and not twice
-
-    def outcomes(self) -> list[Outcome]:
-        """Waits for one that finishes; of all that have by then."""
-        done = [self._finished.get()]
-        while not self._finished.empty():
-            done.append(self._finished.get())
-        ended: list[Outcome] = []
-        for future in done:
-            del self.jobs[future]
-            try:
-                outcome = future.result()
-                ended.append(outcome)
-                self._patience.met(outcome.error if isinstance(outcome, Failed) else None)
-            except Exception as error:  # what is under way is still settled
-                self.errors.append(error)
-        return ended
-
-
-def walk_of(config: Config, box: Box, failed: Callable[[bytes, object], None]) -> Walk:
-    """The walk over all that is selected."""
-    rules = Rules(config.remote_path, config.exclude, config.include_hidden)
-    return Walk(box, config.remote_path, rules, failed)
-
-
-def key_and_plan(file: RemoteFile, config: Config, state: State) -> tuple[str, Plan]:
-    """Where and how `file` goes up; FileError if it cannot."""
-    key = object_key(config.prefix, below(config.remote_path, file.path))
-    owner = state.owner(key)
-    if owner not in (None, path_text(file.path)):
-        raise FileError(f"its key {printable(key)} is that of {printable(owner or '')}")
-    return key, upload_plan(file.size, config.memory_limit)
-
-
-@dataclass
-class Run:
-    """One pass over the box, a chain of generators: walk, pending, transfer,
-    settle.  Only the files themselves are read and sent on other threads."""
-
-    config: Config
-    box: Box
-    archive: Archive
-    state: State
-    report: Report
-    progress: Progress
-
-    def __post_init__(self) -> None:
-        # TRANSFERS files are on their way to S3 at once, and nearly as many small
-        # ones are being read, or wait for their turn: so S3 need not wait for the
-        # box's round trips.  With 1, one file comes after another.
-        self._most_under_way = 2 * self.config.transfers - 1
-        self._turns = threading.Semaphore(self.config.transfers)
-
-    def archive_all(self) -> None:
-        """Archives what is new or changed; Fatal, Stopped.  What S3 has
-        acknowledged by then is committed in any case."""
-        self.report.walk = walk_of(self.config, self.box, self.report.failure)
-        pending = (self._jobs(page) for page in self.report.walk)
-        with contextlib.closing(self._transfer(pending)) as transfer:
-            for outcomes in transfer:
-                self._settle(outcomes)
-
-    def abort_leftovers(self) -> None:
-        """Ends the multipart uploads that a killed run left.  Not being allowed
-        to look is no reason not to archive; Fatal, Stopped."""
-        # Else a tampered snapshot would have us abort others' uploads.
-        ours = [k for k in self.state.unfinished_uploads() if k.startswith(self.config.prefix)]
-        for key in ours:
-            try:
-                count = self.archive.abort_leftovers(key)
-            except ArchiveError as error:
-                if not isinstance(error, FileError) and error.code != "AccessDenied":
-                    raise
-                log.warning("unfinished uploads stay, that of %s: %s", printable(key), error)
-                self.archive.may_have_left(ours[ours.index(key) :])
-                return  # the next would take as long, and end so, too
-            if count:
-                log.info("aborted %d unfinished upload(s) of %s", count, printable(key))
-            self.state.end_upload(key)
-
-    def store_snapshot(self) -> None:
-        """Puts a copy of the state into the bucket, if it has changed since the
-        last, be it in an earlier run that was ended."""
-        if self.state.snapshot_due():
-            try:
-                self.archive.put_snapshot(self.config.state_db)
-            except ArchiveError as error:
-                self.report.snapshot_failed = True
-                log.warning("the state's snapshot could not be stored: %s", error)
-            else:
-                self.state.snapshot_stored()
-
-    def _jobs(self, page: list[RemoteFile]) -> list[Job]:
-        """What of a page is to be archived."""
-        files = self.state.not_archived(page)
-        self.report.skipped += len(page) - len(files)
-        if log.isEnabledFor(logging.DEBUG):
-            for file in sorted(set(page) - set(files)):
-                log.debug("unchanged %s", printable(file.path))
-        jobs = []
-        for file in files:
-            try:
-                key, plan = key_and_plan(file, self.config, self.state)
-            except FileError as error:
-                self.report.failure(file.path, error)
-                continue
-            jobs.append(Job(file, key, plan, self.state.crc_to_recheck(file)))
-        # What is only looked at again may be Unchanged.
-        self.state.doubt(path_text(job.file.path) for job in jobs if job.known_crc is None)
-        self.progress.found(sum(job.file.size for job in jobs))
-        return jobs
-
-    def _transfer(self, pages: Iterable[list[Job]]) -> Generator[list[Outcome], None, None]:
-        """Sends many files at once and yields what became of them, as many as
-        have finished at a time.
-
-        Nothing starts that does not fit into MEMORY_LIMIT with what is under
-        way.  On an error the rest ends, and is yielded as far as it succeeded.
-        """
-        under_way = UnderWay(
-            self._most_under_way, self.config.memory_limit, Patience(self.config.transfers)
-        )
-        errors = under_way.errors
-        try:
-            try:
-                # None after each page: what has finished is committed though nothing is new.
-                for job in (job for page in pages for job in (*page, None)):
-                    while not errors and under_way.must_settle_before(job):
-                        yield from self._outcomes(under_way)
-                    if errors or self._time_is_over():
-                        break
-                    if job is None:
-                        continue
-                    if job.known_crc is None:
-                        self._note(job)
-                    under_way.begin(job, self._send)
-            except Exception as error:  # of the walk
-                errors.append(error)
-            while under_way.jobs:
-                if errors:
-                    self.box.close()
-                yield from self._outcomes(under_way)
-            if errors:
-                # Who waited for a turn was only stopped, by another's error.
-                raise min(errors, key=lambda error: isinstance(error, Stopped))
-        finally:
-            if under_way.jobs:
-                self.box.close()
-            under_way.pool.shutdown()
-
-    def _outcomes(self, under_way: UnderWay) -> Iterator[list[Outcome]]:
-        """Those that are there; once they are settled, what has Changed is sent."""
-        outcomes = under_way.outcomes()
-        yield outcomes
-        for outcome in outcomes:
-            if not isinstance(outcome, Changed) or under_way.errors or self._time_is_over():
-                continue
-            self._note(outcome.job)
-            under_way.begin(outcome.job._replace(known_crc=None), self._send)
-
-    def _note(self, job: Job) -> None:
-        """Notes what is to be sent: whatever becomes of it, the next run knows.  The page
-        is noted already, but not what was recorded since, of a file that is listed twice."""
-        self.state.doubt([path_text(job.file.path)])
-        if job.plan.parts_at_once:
-            self.state.begin_upload(job.key)
-
-    def _time_is_over(self) -> bool:
-        """Whether nothing new may be started; tells so."""
-        limit = self.config.max_runtime
-        if limit is None or time.monotonic() - self.report.started < limit:
-            return False
-        if not self.report.ended_early:
-            log.warning("MAX_RUNTIME is over: the rest is left to the next run")
-            self.report.ended_early = "MAX_RUNTIME was over"
-        return True
-
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Waits for one of the TRANSFERS turns; Stopped if the run is over by then."""
-        with self._turns:
-            self.box.stopping.check()
-            try:
-                yield
-            except Fatal:
-                self.box.close()
-                raise
-
-    def _send(self, job: Job) -> Outcome:
-        """On a thread of its own: reads one file and stores it."""
-        try:
-            with self.progress.sending(job.file) as sent:
-                if job.plan.parts_at_once:
-                    with self._turn():
-                        return self._send_large(job, sent)
-                file, data, fresh = self.box.read_small(job.file)
-                with self._turn():
-                    return self._send_small(job, file, data, fresh, sent)
-        except FileError as error:
-            return Failed(job, error.bare())
-        except (ArchiveError, Stopped):
-            raise
-        except Exception as error:  # whatever a library did not expect of a server
-            log.debug("traceback of %s", printable(job.file.path), exc_info=True)
-            return Failed(job, FileError(f"unexpected {type(error).__name__}: {error}"))
-
-    def _send_small(
-        self, job: Job, file: RemoteFile, data: bytes, fresh: bool, sent: Sent
-    ) -> Outcome:
-        crc32 = zlib.crc32(data)
-        if job.known_crc is not None:
-            same = job.known_crc == crc32 and file == job.file
-            return Unchanged(file, fresh) if same else Changed(job)
-        self.archive.put(job.key, data, crc32, file.mtime)
-        sent(len(data))
-        return Stored(file, job.key, crc32, 0, fresh, self.archive.is_clean(job.key))
-
-    def _send_large(self, job: Job, sent: Sent) -> Outcome:
-        with contextlib.closing(Reader(self.box, job.file.path)) as reader:
-            file = reader.file
-            if job.known_crc is not None:
-                while reader.read(MIB):
-                    pass
-                same = job.known_crc == reader.crc32 and file == job.file
-                return Unchanged(file, reader.fresh) if same else Changed(job)
-            plan = upload_plan(file.size, self.config.memory_limit)
-            if plan.memory > job.plan.memory:
-                reader.must_fit(job.file)
-            if not plan.parts_at_once:
-                data = reader.read()
-                return self._send_small(job, file, data, reader.fresh, sent)
-            self.archive.upload(job.key, reader, plan, sent)
-            parts = -(-file.size // plan.part_size)
-            clean = self.archive.is_clean(job.key)
-            return Stored(file, job.key, reader.crc32, parts, reader.fresh, clean)
-
-    def _settle(self, outcomes: list[Outcome]) -> None:
-        """Commits and counts what has finished."""
-        stored = [outcome for outcome in outcomes if isinstance(outcome, Stored)]
-        self.state.record(stored, self.config.storage_class)
-        for outcome in outcomes:
-            if isinstance(outcome, Stored):
-                path, size, _ = outcome.file
-                self.report.uploaded += 1
-                self.report.bytes_uploaded += size
-                files_log.info("archived %s (%s bytes)", printable(path), f"{size:,}")
-            elif isinstance(outcome, Unchanged):
-                self.report.skipped += 1
-                if not outcome.recheck:
-                    self.state.settle(outcome.file)
-            elif isinstance(outcome, Failed):
-                self._settle_failure(*outcome)
-
-    def _settle_failure(self, job: Job, error: FileError) -> None:
-        if isinstance(error, Vanished):
-            self.report.vanished += 1
-            log.info("vanished %s", printable(job.file.path))
-        else:
-            self.report.failure(job.file.path, error)
-        if job.plan.parts_at_once and self.archive.is_clean(job.key):
-            self.state.end_upload(job.key)
-
-
-def open_state(config: Config, archive: Archive, new_state: bool) -> State:
-    """The state, if need be from its snapshot in the bucket.
-
-    A missing or empty one beside a bucket with objects is never a fresh start:
-    everything would be paid for again.  Fatal then, unless `new_state`.
-    """
-    path = config.state_db
-    if new_state and path.exists():
-        aside = path.with_name(f"{path.name}.{int(time.time())}")
-        path.rename(aside)
-        for old, new in zip(sidecars(path), sidecars(aside)):
-            if old.exists():
-                old.rename(new)
-        log.warning("the old state is kept as %s", aside)
-    elif not new_state and state_is_empty(path):
-        way_out = (
-            "put the state database back, or correct STATE_DB, S3_BUCKET or S3_PREFIX; only "
-            "if everything may be uploaded and paid for again: archive.py run --new-state"
-        )
-        if not take_snapshot(config, archive, way_out) and archive.has_objects():
-            raise Fatal(
-                f"no state in {path} and no snapshot in the bucket, but s3://{config.bucket}/"
-                f"{config.prefix} has objects: {way_out}"
-            )
-    state = State(path, partial(key_of_row, config))
-    if not state.is_pinned():
-        if may_not_be_pinned(state, archive, config):
-            return state
-        if any(row.crc32 is not None for row in state.recorded("")):
-            doubt_replaced(state, archive, config, math.inf)  # archived elsewhere, perhaps
-    state.pin(pins_of(config))
-    return state
-
-
-def key_of_row(config: Config, path: str) -> str | None:
-    """The key of a row that has none, made by an earlier script: nothing is escaped."""
-    start = path_text(join(config.remote_path, b""))
-    inner = path.removeprefix(start)
-    with contextlib.suppress(FileError):
-        object_key(config.prefix, unescape(inner))  # as far as a file can have it at all
-        return config.prefix + inner if path.startswith(start) else None
-    return None
-
-
-def may_not_be_pinned(state: State, archive: Archive, config: Config) -> bool:
-    """Whether an earlier script's state may not be tied to these settings yet; warns if
-    it does not seem to be that of this bucket: what it says is archived would never be
-    archived here."""
-    if not state.count():
-        return False
-    theirs = (row for row in state.recorded(config.prefix) if row.crc32 is None)
-    for row in itertools.islice(theirs, 10):
-        try:
-            if archive.has(str(row.key)):
-                return False
-        except (Fatal, FileError):  # the next run asks again
-            return True
-    log.warning(
-        "%s was made by an earlier script, and what it has recorded is not in s3://%s/%s: if "
-        "S3_BUCKET, S3_PREFIX or REMOTE_PATH is wrong, nothing of it will be archived",
-        *(config.state_db, config.bucket, config.prefix),
-    )
-    return True
-
-
-def destination(config: Config) -> dict[str, str]:
-    """What a state is tied to at S3, by setting."""
-    return {"S3_BUCKET": config.bucket, "S3_PREFIX": config.prefix}
-
-
-def pins_of(config: Config) -> dict[str, str]:
-    """All that a state is tied to: on the box as well."""
-    root = path_text(config.remote_path)
-    return destination(config) | {"HETZNER_USER": config.user, "REMOTE_PATH": root}
-
-
-def sidecars(database: Path) -> list[Path]:
-    """What SQLite takes in when it opens `database` after a kill; -wal beside that of
-    an earlier script."""
-    names = (f"{database.name}{suffix}" for suffix in ("-journal", "-wal", "-shm"))
-    return [database.with_name(name) for name in names]
-
-
-def fetch_snapshot(archive: Archive, target: Path) -> int | None:
-    """Writes the bucket's snapshot to `target`; when it was stored, None if there is
-    none; Unusable."""
-    try:
-        stored_at = archive.get_snapshot(target)
-        if stored_at is None:
-            return None
-        with contextlib.suppress(Fatal):  # what SQLite says of it does not matter
-            if not state_is_empty(target):
-                return stored_at
-        raise Unusable("its snapshot in the bucket is damaged")
-    except Unusable:
-        target.unlink(missing_ok=True)  # nobody is to take it for a state
-        raise
-
-
-def take_snapshot(config: Config, archive: Archive, way_out: str) -> bool:
-    """Puts the snapshot in the bucket, if there is one, in the state's place; Fatal,
-    with the `way_out` if it is of no use, and if it is another box's."""
-    path = config.state_db
-    copy = path.with_name(path.name + ".partial")
-    for left in sidecars(copy):
-        left.unlink(missing_ok=True)
-    try:
-        stored_at = fetch_snapshot(archive, copy)
-        if stored_at is None:
-            return False
-        told = time_text(stored_at)
-        log.warning("no state in %s: taking the bucket's snapshot of %s", path, told)
-        with contextlib.closing(State(copy, partial(key_of_row, config))) as state:
-            if state.is_pinned():
-                state.pin(pins_of(config))
-            doubt_replaced(state, archive, config, stored_at)
-        for left in sidecars(path):  # by a killed run: it would go into the snapshot
-            left.unlink(missing_ok=True)
-        os.replace(copy, path)
-    except Unusable as error:
-        raise Fatal(f"no state in {path}, and {error}: {way_out}") from None
-    finally:
-        copy.unlink(missing_ok=True)
-    return True
-
-
-def matched(
-    objects: Iterable[S3Object], rows: Iterable[Recorded]
-) -> Iterator[tuple[str, S3Object | None, Recorded | None]]:
-    """Each key with its object and its row, None where there is none; both come
-    in the order of their keys."""
-    left, right = iter(objects), iter(rows)
-    found, row = next(left, None), next(right, None)
-    while found or row:
-        key = min(str(one.key) for one in (found, row) if one)
-        held = found if found and found.key == key else None
-        known = row if row and row.key == key else None
-        yield key, held, known
-        found = next(left, None) if held else found
-        row = next(right, None) if known else row
-
-
-def doubt_replaced(state: State, archive: Archive, config: Config, stored_at: float) -> None:
-    """Notes the rows, known at that time, whose objects are newer: a run that was lost
-    with its state has replaced them.  And those of our own without an object, which may
-    have been forgotten since.  FileError, Fatal."""
-
-    def outdated(found: S3Object | None, row: Recorded) -> bool:
-        if found is None:
-            return row.crc32 is not None
-        return found.size != row.size or found.stored_at > stored_at
-
-    pairs = matched(archive.objects(config.prefix), state.recorded(""))
-    state.doubt(row.path for _, found, row in pairs if row and outdated(found, row))
-
-
-def run(work: Run) -> int:
-    """Archives the box: 0, or 3 if something is incomplete; ArchiveError."""
-    report = work.report
-    work.state.begin_run(report.started_at)
-    status = 1
-    try:
-        work.box.connection()
-        work.abort_leftovers()
-        work.archive_all()
-        work.store_snapshot()
-        status = 3 if report.failed or report.ended_early or report.snapshot_failed else 0
-        report.complete = True
-    except Stopped:
-        status = 128 + (work.box.stopping.number or 0)
-        raise
-    finally:
-        counts = (report.uploaded, report.skipped, report.failed, report.bytes_uploaded)
-        work.state.end_run(report.started_at, status, *counts)
-    return status
-
-
-# -------------------------------------------------------------- Other commands
-
-
-@dataclass
-class Count:
-    """Files and their bytes."""
-
-    files: int = 0
-    bytes: int = 0
-
-    def add(self, size: int) -> None:
-        self.files += 1
-        self.bytes += size
-
-    def __add__(self, other: Count) -> Count:
-        return Count(self.files + other.files, self.bytes + other.bytes)
-
-    def __str__(self) -> str:
-        return f"{self.files:,} ({size_text(self.bytes)})"
+# ------------------------------------------------------------------------- Run
 
 
 @dataclass
 class Tools:
-    """What every command works with."""
+    """What the commands work with."""
 
     config: Config
-    box: Box
-    archive: Archive
-    show: Callable[[str], None]  # on stdout
-    tell: Callable[[list[str]], None]  # lines of the result, in LOG_FILE as well
+    box: StorageBox
+    bucket: Bucket
     progress: Progress
 
-    def table(self, title: str, rows: Iterable[tuple[str, object]]) -> None:
-        """Prints rows of a label and a value, numbers with separators."""
-        rows = [(label, f"{v:,}" if isinstance(v, int) else str(v)) for label, v in rows]
-        width = max(len(label) for label, _ in rows)
-        lines = (f"{label:<{width}} : {value}" for label, value in rows)
-        self.tell([f"==== {title} ====", *lines])
 
-    def state(self, pins: Mapping[str, str]) -> State:
-        """A copy of the state to look at, from the bucket's snapshot if there is
-        none here, empty if there is none there either; Fatal."""
-        path, key_of = self.config.state_db, partial(key_of_row, self.config)
-        if not state_is_empty(path):
-            state = State(path, key_of, private=True)
-        else:
-            with tempfile.TemporaryDirectory(prefix="archive-") as folder:
-                snapshot = Path(folder) / "snapshot"
-                as_of, told = self._snapshot(snapshot)
-                log.warning("no state in %s, %s", path, told)
-                state = State(snapshot, key_of, private=True)
-                state.as_of = as_of
-            # A snapshot names the bucket that it was made for.  `restore` and `verify`,
-            # which pin no more than that, may read it in a copy of the bucket, too.
-            if pins == destination(self.config):
-                pins = {}
-        state.pin(pins)
-        return state
-
-    def _snapshot(self, target: Path) -> tuple[float, str]:
-        """Takes the bucket's snapshot, if it is of any use: when it was stored, and
-        what to tell of it."""
-        try:
-            stored_at = fetch_snapshot(self.archive, target)
-        except Unusable as error:
-            return math.inf, f"and {error}"
-        if stored_at is not None:
-            return stored_at, f"taking the snapshot of {time_text(stored_at)}"
-        if self.archive.has_objects():
-            beside = "nor a snapshot of it beside the bucket's objects"
-            return math.inf, f"{beside}: run would not start so"
-        return math.inf, "nor a snapshot of it in the bucket"
+Outcome = tuple[Any, Any, "ArchiveError | None"]  # an item, and its result or its error
 
 
-def nothing_there(config: Config) -> Fatal:
-    """A mistyped prefix is not to look like an archive in order."""
-    return Fatal(
-        f"nothing is archived in s3://{config.bucket}/{config.prefix}: correct S3_BUCKET or "
-        "S3_PREFIX, unless nothing was archived yet"
-    )
+@dataclass
+class Parallel:
+    """work(item) on threads: `threads` items at once, more than one only if their `memory`
+    is at most `limit` together.  A FileError is an outcome.  After any other error, after
+    Stopped, or after SAME_FAILURES of one code in a row, the box is closed, and what was
+    under way is yielded before the error is raised; after Stopped, as far as it ends within
+    STOP_LIMIT."""
 
+    work: Callable[[Any], object]
+    box: StorageBox
+    threads: int
+    memory: Callable[[Any], int] = field(default=lambda _: 0)
+    limit: int = 0
 
-def in_parallel(
-    function: Callable[[T], Answer], items: Iterable[T], threads: int, stopping: Stopping
-) -> Iterator[Answer]:
-    """function(item) of each, in order, on threads, a bounded number ahead; what it
-    raises ends the others, too."""
-    ahead: deque[Future[Answer]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
+    def __post_init__(self) -> None:
+        self._finished: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self._ready: list[Outcome] = []  # collected, and not yet yielded
+        self._under_way = self._held = 0
+        self._codes = deque([""], SAME_FAILURES)  # of the latest outcomes
+        self._failure: BaseException | None = None
+
+    def outcomes(self, items: Iterable[Any]) -> Generator[list[Outcome], None, None]:
+        """What has finished, a list at a time.  An item of None only lets finished work
+        through."""
+        pool = ThreadPoolExecutor(self.threads)
         try:
             for item in items:
-                ahead.append(pool.submit(function, item))
-                if len(ahead) > 2 * threads:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        except BaseException:
-            stopping.set()
-            pool.shutdown(cancel_futures=True)
+                while self._must_wait(item):
+                    yield self._collect()
+                    self._check()
+                if item is not None:
+                    self._under_way += 1
+                    self._held += self.memory(item)
+                    pool.submit(self._attempt, item)
+            while self._under_way:
+                yield self._collect()
+                self._check()
+        except (Fatal, Stopped) as error:  # of the items, of an outcome, or of a signal
+            self._failure = self._failure or error
+            self.box.close()
+            end = time.monotonic() + STOP_LIMIT
+            while self._under_way:
+                if isinstance(self._failure, Stopped) and time.monotonic() > end:
+                    break
+                yield self._collect()
+            yield self._ready
+            raise self._failure from None
+        finally:
+            if self._under_way:
+                self.box.close()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _attempt(self, item: Any) -> None:
+        result: object = None
+        error: ArchiveError | None = None
+        try:
+            result = self.work(item)
+        except Stopped:
+            error = FileError("the run ended before it was done", UNFINISHED)
+        except ArchiveError as known:
+            error = known
+        except Exception as unknown:  # whatever a library did not expect of a server
+            log.debug("traceback", exc_info=True)
+            kind = type(unknown).__name__
+            error = FileError(f"unexpected {kind}: {unknown}", kind)
+        if isinstance(error, Fatal):
+            self.box.close()  # at once: the others are not to begin anything either
+        if error is not None:  # without its frames, which hold the file's bytes
+            error.__traceback__ = error.__context__ = None
+        self._finished.put((item, result, error))
+
+    def _must_wait(self, item: Any) -> bool:
+        """Whether finished work has to be collected before `item` is begun."""
+        if item is None or not self._under_way:
+            return not self._finished.empty()
+        is_full = self._held + self.memory(item) > self.limit
+        return is_full or self._under_way == self.threads or not self._finished.empty()
+
+    def _collect(self) -> list[Outcome]:
+        """What has finished; waits COMMIT_PAUSE at most for the first."""
+        with contextlib.suppress(queue.Empty):
+            outcome = self._finished.get(timeout=COMMIT_PAUSE)
+            while True:
+                self._take(*outcome)
+                outcome = self._finished.get_nowait()
+        outcomes, self._ready = self._ready, []
+        return outcomes
+
+    def _take(self, item: Any, result: Any, error: ArchiveError | None) -> None:
+        self._under_way -= 1
+        self._held -= self.memory(item)
+        if isinstance(error, Fatal):  # the cause of any Stopped before it
+            self._failure = error
+            return
+        self._ready.append((item, result, error))
+        code = error.code if error else ""
+        if code not in (VANISHED, UNFINISHED):
+            self._codes.append(code)
+            if code and self._codes.count(code) == SAME_FAILURES and self._failure is None:
+                reason = f"{error}; {SAME_FAILURES} in a row failed like this"
+                self._failure = Fatal(reason, code)
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        self.box.stopping.check()
+
+
+class Job(NamedTuple):
+    """A file that may have to be uploaded."""
+
+    file: RemoteFile
+    key: str
+    plan: UploadPlan
+    record: Record | None  # its row
+    upload_begun: bool  # in an earlier run, in parts, and not completed
+    resumes: bool  # and of this very version, with parts of this size
+
+    @property
+    def compares(self) -> bool:
+        """Whether the file is compared with its object first."""
+        has_row = self.record is not None and self.record.size == self.file.size
+        return has_row and not self.resumes
+
+
+class Archived(NamedTuple):
+    """A file, and its object, which S3 has acknowledged or was found to hold already."""
+
+    file: RemoteFile  # as it was read
+    stored: StoredObject
+    is_recent: bool  # it has to be compared again
+    is_upload: bool
+
+
+Uploads = Mapping[str, tuple[int, "int | None", int]]  # as from State.uploads
+
+
+def make_job(file: RemoteFile, config: Config, state: State, uploads: Uploads) -> Job:
+    """What has to be done about a file that no row settles; FileError if nothing can be."""
+    key = object_key(config.prefix, relative_path(config.remote_path, file.path))
+    plan = plan_upload(file.size, config.memory_limit)
+    version = (file.size, file.mtime, plan.part_size)
+    resumes = plan.parts_at_once > 0 and uploads.get(key) == version
+    return Job(file, key, plan, state.find(file.path), key in uploads, resumes)
+
+
+class Report(WalkReport):
+    """What a run has done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started_at, self.began = int(time.time()), time.monotonic()
+        self.uploaded = self.unchanged = self.compared = self.bytes_uploaded = 0
+        self.ended_early = ""  # why
+
+    def rows(self) -> Iterator[tuple[str, object]]:
+        """The summary: five labels that are always there, and what else was met."""
+        yield "Uploaded files", self.uploaded
+        yield "Skipped files", self.unchanged
+        yield "Failed files", self.failed
+        yield "Bytes uploaded", self.bytes_uploaded
+        yield "Duration (sec)", round(time.monotonic() - self.began)
+        yield from self.others({"Compared files": self.compared})
+        if self.ended_early:
+            yield "Ended early", self.ended_early
+
+
+class Run:
+    """One pass over the box: walk, decide, transfer, settle.  Only the files themselves are
+    read and sent on other threads."""
+
+    def __init__(self, tools: Tools, state: State, report: Report):
+        self._state, self._report, self._progress = state, report, tools.progress
+        self._config, self._box, self._bucket = tools.config, tools.box, tools.bucket
+        self._uploads = state.uploads()
+        self._seen: set[str] = set()  # keys of these uploads that jobs were made for
+        # TRANSFERS files are on their way to S3 at once, and nearly as many small ones are
+        # being read, or wait for their turn: so S3 need not wait for the box's round trips.
+        # With TRANSFERS=1 one file comes after the other.
+        self._turns = threading.Semaphore(self._config.transfers)
+
+    def archive(self) -> None:
+        """Archives what is new or changed; Fatal, Stopped.  What S3 has acknowledged by then
+        is committed in any case."""
+        threads, limit = 2 * self._config.transfers - 1, self._config.memory_limit
+        work = Parallel(self._transfer, self._box, threads, lambda j: j.plan.memory, limit)
+        with contextlib.closing(work.outcomes(self._jobs())) as outcomes:
+            for finished in outcomes:
+                with self._box.stopping.deferred():
+                    self._settle(finished)
+        if self._report.is_whole and not self._report.ended_early:
+            # Uploads of files that are gone, or that need none any more.
+            for key in self._uploads.keys() - self._seen:
+                if self._bucket.abort_uploads(key):
+                    log.info("aborted the unfinished upload of %s", printable(key))
+                    self._state.end_upload(key)
+
+    def _is_over(self) -> bool:
+        """Whether MAX_RUNTIME is over: what has not begun is left to the next run."""
+        limit = self._config.max_runtime
+        if limit is None or time.monotonic() - self._report.began < limit:
+            return False
+        if not self._report.ended_early:
+            self._report.ended_early = "MAX_RUNTIME was over"
+            log.warning("MAX_RUNTIME is over: the rest is left to the next run")
+        return True
+
+    def _jobs(self) -> Iterator[Job | None]:
+        """What may have to be uploaded; None after each page, so that what has finished is
+        committed even while nothing new is found."""
+        for page in Walk(self._box, self._config, self._report):
+            files, jobs = self._state.unsettled(page), []
+            self._report.unchanged += len(page) - len(files)
+            if log.isEnabledFor(logging.DEBUG):
+                for file in sorted(set(page) - set(files)):
+                    log.debug("unchanged %s", printable(file.path))
+            for file in files:
+                try:
+                    jobs.append(make_job(file, self._config, self._state, self._uploads))
+                except FileError as error:
+                    self._report.add_failure(file.path, error)
+            self._seen.update(job.key for job in jobs if job.upload_begun)
+            self._state.begin(jobs)
+            self._progress.expect(sum(job.file.size for job in jobs))
+            for job in (*jobs, None):
+                if self._is_over():
+                    return
+                yield job
+
+    def _transfer(self, job: Job) -> Archived | None:
+        """Reads one file and stores it, on a thread of its own, unless S3 holds it; None if
+        it is too late to begin."""
+        if self._is_over() or self._box.stopping.is_set():
+            return None
+        parts: StoredParts | None = None
+        if job.upload_begun:
+            part_size = job.plan.part_size if job.resumes else None
+            parts = self._bucket.stored_parts(job.key, part_size)
+        # S3 may have completed an upload without our having been told.
+        is_complete = job.resumes and parts is None
+        found = self._object_to_compare(job) if job.compares or is_complete else None
+        # The mtime that its program has put into the metadata is as good as a row of ours,
+        # unless it was stored so soon that the file could have changed again and kept it.
+        if found and found.mtime == job.file.mtime < found.stored_at - RECENTLY_STORED:
+            return Archived(job.file, found, False, False)
+        if job.plan.parts_at_once:
+            with self._turns:
+                self._box.stopping.check()
+                archived = self._compare_large(job, found) if found and job.compares else None
+                return archived or self._archive_large(job, parts)
+        with contextlib.closing(FileReader(self._box, job.file)) as reader:
+            data = reader.read()
+        same = with_content(found, [data]) if found and found.size == len(data) else None
+        if same:
+            return Archived(reader.file, same, reader.is_recent, False)
+        with self._turns:
+            self._box.stopping.check()
+            stored = self._bucket.put(job.key, data, reader.file.mtime)
+        self._progress.moved(len(data))
+        return Archived(reader.file, stored, reader.is_recent, True)
+
+    def _object_to_compare(self, job: Job) -> StoredObject | None:
+        """What S3 holds for the file; None if it cannot be the same.  S3 is asked unless the
+        state knows first-hand."""
+        record = job.record
+        if record and record.crc32 is not None and record.etag:
+            kind, stored_at = record.storage_class or "", record.uploaded_at or 0
+            return StoredObject(job.key, record.size, stored_at, kind, record.etag)
+        found = self._bucket.head(job.key)
+        return found if found and found.size == job.file.size else None
+
+    def _read(self, reader: FileReader, amount: int) -> bytes:
+        """reader.read(amount), unless MAX_RUNTIME is over before the end of the file."""
+        if not reader.is_verified and self._is_over():
+            raise FileError("MAX_RUNTIME is over", UNFINISHED)
+        return reader.read(amount)
+
+    def _compare_large(self, job: Job, found: StoredObject) -> Archived | None:
+        """Reads the file to compare it; None if it is not the same."""
+        if not ETagComparison(found.etag, found.size).is_possible:
+            return None  # not read in vain
+        with contextlib.closing(FileReader(self._box, job.file)) as reader:
+            if reader.file.size != found.size:
+                return None
+            same = with_content(found, iter(partial(self._read, reader, BLOCK), b""))
+        return Archived(reader.file, same, reader.is_recent, False) if same else None
+
+    def _archive_large(self, job: Job, parts: StoredParts | None) -> Archived:
+        """Uploads a large file, behind the parts that are stored.  It has to be as it was
+        listed: that is the version whose parts the state has noted."""
+        plan, moved = job.plan, self._progress.moved
+        if parts and len(parts[1]) * plan.part_size >= job.file.size:
+            parts[1].pop()  # something has to be left to be sent
+        offset = len(parts[1]) * plan.part_size if parts else 0
+        with contextlib.closing(FileReader(self._box, job.file, offset)) as reader:
+            if reader.file != job.file:
+                raise FileError("changed since it was listed: the next run archives it")
+            moved(offset)
+            read = partial(self._read, reader)
+            stored = self._bucket.upload(job.key, read, reader.file, plan, parts, moved)
+            return Archived(reader.file, stored, reader.is_recent, True)
+
+    def _settle(self, outcomes: list[Outcome]) -> None:
+        """Commits and counts what has finished."""
+        report = self._report
+        self._state.record(archived for _, archived, _ in outcomes if archived)
+        for job, archived, error in outcomes:
+            path = printable(job.file.path)
+            if archived and archived.is_upload:
+                report.uploaded += 1
+                report.bytes_uploaded += archived.file.size
+                files_log.info("archived %s (%s bytes)", path, f"{archived.file.size:,}")
+            elif archived:
+                report.compared += 1
+                log.debug("compared %s", path)
+            elif error and error.code == VANISHED:
+                report.skipped["Vanished"] += 1
+                log.info("vanished %s", path)
+            elif error and error.code == UNFINISHED:
+                is_known = not is_recent(job.file, report.started_at)
+                if job.compares and job.plan.parts_at_once and is_known:
+                    self._state.note_upload(job)
+            elif error:
+                report.add_failure(job.file.path, error)
+
+
+def with_content(found: StoredObject, blocks: Iterable[bytes]) -> StoredObject | None:
+    """The object, with its CRC-32, if by its ETag these bytes are its content."""
+    comparison, crc32 = ETagComparison(found.etag, found.size), 0
+    for block in blocks:
+        comparison.update(block)
+        crc32 = zlib.crc32(block, crc32)
+    return found._replace(crc32=crc32) if comparison.matches() else None
+
+
+def take_over(config: Config, bucket: Bucket, state: State) -> None:
+    """Brings a new state, or one of an earlier script, in line with the bucket, and ties it
+    to these settings.  If it breaks off, the next run begins it again."""
+    counts = Counter(difference.verdict for difference in reconcile(config, bucket, state))
+    gone = counts.pop(NO_OBJECT, 0)
+    if counts or gone:
+        message = "%s is new, or of an earlier script: took over %s objects of %s"
+        log.warning(message, config.state_db, f"{counts.total():,}", config.place)
+    if gone:
+        log.warning("%s of its rows have no object there, and are dropped", f"{gone:,}")
+    state.pin(pins_of(config))
+
+
+def run(tools: Tools, new_source: bool, report: Report) -> int:
+    """Archives the box: 0, or 3 if something is incomplete."""
+    config, stopping, status = tools.config, tools.box.stopping, 1
+    # What has not ended by then is cut off, so that nothing hangs.
+    out_of_time = threading.Timer((config.max_runtime or 0) + RUNTIME_GRACE, tools.box.close)
+    out_of_time.daemon = True
+    with locked(config), contextlib.closing(State(config)) as state:
+        pins = pins_of(config)
+        if new_source:
+            tools.box.session()  # a mistyped user is not to cost the state
+            state.check_pins({name: pins[name] for name in pins.keys() - SOURCE_PINS})
+            state.forget_source()
+        state.check_pins(pins)
+        state.record_run(PastRun(report.started_at))
+        try:
+            if config.max_runtime is not None:
+                out_of_time.start()
+            if state.is_new:
+                take_over(config, tools.bucket, state)
+            tools.box.session()
+            Run(tools, state, report).archive()
+            status = 3 if report.failed or report.ended_early else 0
+        except Stopped:
+            status, report.ended_early = 3, "MAX_RUNTIME was over"
+            if stopping.signal is not None:
+                status = 128 + stopping.signal
+                report.ended_early = f"by {signal.Signals(stopping.signal).name}"
+        except Exception:
+            report.ended_early = "by an error"
             raise
+        finally:
+            out_of_time.cancel()
+            with stopping.deferred():
+                counts = (report.uploaded, report.unchanged, report.failed)
+                ended = (int(time.time()), status, *counts, report.bytes_uploaded)
+                state.record_run(PastRun(report.started_at, *ended))
+                show_table("SUMMARY", report.rows())
+    return status
 
 
-def json_number(usd: float) -> float | None:
-    """An amount as JSON has it: null where it is unknown."""
-    return None if math.isnan(usd) else round(usd, 6)
+# ---------------------------------------------- Plan, status, verify and check
 
 
-def by_class(state: State, default: str) -> dict[str, Count]:
-    """What is archived, by storage class; `default` where none was recorded."""
-    held: dict[str, Count] = {}
+@dataclass
+class Count:
+    files: int = 0
+    bytes: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.files:,} ({format_size(self.bytes)})"
+
+
+Counts = dict[str, Count]  # by storage class
+
+
+def total(counts: Counts) -> Count:
+    return Count(sum(c.files for c in counts.values()), sum(c.bytes for c in counts.values()))
+
+
+def add(counts: Counts, name: str, size: int, files: int = 1) -> None:
+    count = counts.setdefault(name, Count())
+    count.files, count.bytes = count.files + files, count.bytes + size
+
+
+def by_class(state: State, default: str) -> Counts:
+    """What is archived; under `default` where no class was recorded."""
+    counts: Counts = {}
     for kind, files, size in state.totals():
-        held[kind or default] = held.get(kind or default, Count()) + Count(files, size)
-    return held
+        add(counts, kind or default, size, files)
+    return counts
+
+
+def month_cost(prices: Prices, counts: Counts) -> float:
+    return sum(prices.month(kind, c.files, c.bytes) for kind, c in counts.items())
+
+
+def restore_cost(prices: Prices, counts: Counts, tier: str, days: int = 7) -> float:
+    """USD for copies of all of it that can be read for `days`."""
+    return sum(prices.restore(k, tier, c.files, c.bytes, days) for k, c in counts.items())
+
+
+def json_usd(usd: float) -> float | None:
+    """An amount as JSON has it: null if it is unknown."""
+    return None if math.isnan(usd) else round(usd, 6)
 
 
 # plan
 
 
-@dataclass
-class Forecast:
-    """What a run would do, and what that costs in USD."""
+class Forecast(WalkReport):
+    """What a run would do, and what that costs."""
 
-    config: Config
-    money: Money
-    afterwards: dict[str, Count]  # what is archived, by class
-    new: Count = dataclasses.field(default_factory=Count)
-    changed: Count = dataclasses.field(default_factory=Count)
-    unchanged: Count = dataclasses.field(default_factory=Count)
-    unreadable: int = 0
-    requests: Requests = Requests()
-    early: float = 0.0
+    def __init__(self, tools: Tools, state: State):
+        super().__init__()
+        self._config, self._state, self._uploads = tools.config, state, state.uploads()
+        self.prices = Prices(tools.bucket.region, tools.config.prices)
+        self.afterwards = by_class(state, tools.config.storage_class)
+        kinds = ("new", "changed", "to_compare", "unchanged")
+        self.counts: Counts = {kind: Count() for kind in kinds}
+        self.requests = Counter(put=0, create=0, part=0, complete=0, head=0)
+        self.early = 0.0  # USD, for objects that are overwritten early
 
-    def failure(self, path: bytes, reason: object) -> None:
-        self.unreadable += 1
-        tell_failure(path, reason)
-
-    def add(self, page: list[RemoteFile], state: State) -> None:
-        """Foresees what becomes of a page of files."""
-        pending = state.not_archived(page)
-        for file in set(page) - set(pending):
-            self.unchanged.add(file.size)
+    def add_page(self, page: list[RemoteFile]) -> None:
+        """Foresees what becomes of these files."""
+        pending, kind = self._state.unsettled(page), self._config.storage_class
+        size = sum(f.size for f in page) - sum(f.size for f in pending)
+        add(self.counts, "unchanged", size, len(page) - len(pending))
         for file in pending:
-            if state.crc_to_recheck(file) is not None:
-                self.unchanged.add(file.size)
-                continue
-            row = state.earlier(file)
             try:
-                requests = requests_of(file.size, key_and_plan(file, self.config, state)[1])
+                job = make_job(file, self._config, self._state, self._uploads)
             except FileError as error:
-                self.failure(file.path, error)
+                self.add_failure(file.path, error)
                 continue
-            (self.changed if row else self.new).add(file.size)
-            self.requests = Requests(*map(sum, zip(self.requests, requests)))
-            if row:
-                kind = row.storage_class or self.config.storage_class
-                age = (time.time() - (row.uploaded_at or 0)) / 86400
-                self.early += self.money.early(kind, row.size, age)
-                self.afterwards[kind].files -= 1
-                self.afterwards[kind].bytes -= row.size
-            self.afterwards.setdefault(self.config.storage_class, Count()).add(file.size)
+            record = job.record
+            if record and job.compares:
+                add(self.counts, "to_compare", file.size)
+                self.requests["head"] += record.crc32 is None or not record.etag
+                continue
+            add(self.counts, "changed" if record else "new", file.size)
+            self.requests.update(job.plan.requests(file.size))
+            add(self.afterwards, kind, file.size)
+            if record:
+                old_kind = record.storage_class or kind
+                age = (time.time() - (record.uploaded_at or 0)) / 86400
+                self.early += self.prices.early(old_kind, record.size, age)
+                add(self.afterwards, old_kind, -record.size, -1)
 
     def usd(self) -> dict[str, float]:
-        """What comes of it, in USD."""
-        money, after = self.money, self.afterwards.items()
-        archived = sum(self.afterwards.values(), Count())
+        """Amounts, by their names in JSON."""
+        prices, after, archived = self.prices, self.afterwards, total(self.afterwards)
+        index = sum(prices.month_of_index(kind, c.files) for kind, c in after.items())
         return {
-            "upload": money.upload(self.config.storage_class, self.requests),
+            "upload": prices.upload(self._config.storage_class, self.requests),
             "overwritten_early": self.early,
-            "storage_a_month": sum(money.month(k, c.files, c.bytes) for k, c in after),
-            "of_it_per_object": sum(money.index(k, c.files) for k, c in after),
-            "full_restore_bulk": restore_cost(money, after, "bulk"),
-            "full_restore_standard": restore_cost(money, after, "standard"),
-            "full_download": money.download(archived.files, archived.bytes),
+            "storage_a_month": month_cost(prices, after),
+            "of_it_per_object": index,
+            **{f"full_restore_{tier}": restore_cost(prices, after, tier) for tier in TIERS},
+            "full_download": prices.download(archived.files, archived.bytes),
         }
 
-
-def plan(tools: Tools, as_json: bool) -> int:
-    """Walks the box and tells what `run` would do; changes nothing.  0, or 3 if
-    something could not be listed."""
-    config, money = tools.config, Money(tools.archive.region, tools.config.prices)
-    with contextlib.closing(tools.state(pins_of(config))) as state:
-        if state.as_of < math.inf:
-            doubt_replaced(state, tools.archive, config, state.as_of)
-        forecast = Forecast(config, money, by_class(state, config.storage_class))
-        walk = walk_of(config, tools.box, forecast.failure)
-        with tools.progress.counting("looking") as looked:
-            for page in walk:
-                forecast.add(page, state)
-                looked(len(page))
-    usd = forecast.usd()
-    if as_json:
-        told = {
-            "new": forecast.new,
-            "changed": forecast.changed,
-            "unchanged": forecast.unchanged,
-            "unreadable": forecast.unreadable,
-            "hidden": walk.hidden,
-            "excluded": walk.excluded,
-            "links": walk.links,
-            "special": walk.special,
-            "requests": forecast.requests._asdict(),
-            "afterwards": sum(forecast.afterwards.values(), Count()),
-            "usd": {name: json_number(amount) for name, amount in usd.items()},
-            "prices": money.about(),
+    def json(self) -> str:
+        labels = {"hidden": "Hidden entries", "excluded": "Excluded", "links": "Links"}
+        labels["special"] = "Special files"
+        everything = {
+            **self.counts,
+            **{name: self.skipped[label] for name, label in labels.items()},
+            "unreadable": self.failed,
+            "requests": self.requests,
+            "afterwards": total(self.afterwards),
+            "usd": {name: json_usd(amount) for name, amount in self.usd().items()},
+            "prices": self.prices.about,
         }
-        tools.show(json.dumps(told, indent=2, default=vars))
+        return json.dumps(everything, indent=2, default=vars)
+
+    def rows(self) -> Iterator[tuple[str, object]]:
+        usd = {name: format_usd(amount) for name, amount in self.usd().items()}
+        new, changed = self.counts["new"], self.counts["changed"]
+        requests = ", ".join(f"{n:,} {kind}" for kind, n in self.requests.items() if n)
+        yield "New files", new
+        yield "Changed files", changed
+        yield "To compare", self.counts["to_compare"]
+        yield "Unreadable", self.failed
+        yield "Unchanged files", self.counts["unchanged"]
+        yield from self.others({})
+        yield "To upload", total({"new": new, "changed": changed})
+        yield "Requests", requests or "none"
+        yield "Upload", usd["upload"]
+        yield "Overwritten early", usd["overwritten_early"]
+        yield "Archive afterwards", total(self.afterwards)
+        yield "Storage a month", usd["storage_a_month"]
+        for tier, hours in TIERS.items():
+            cost = usd[f"full_restore_{tier}"]
+            yield f"Restore, {tier}", f"{cost}, within {hours} hours, for 7 days"
+        yield "Download of all", f"{usd['full_download']} out of AWS"
+
+
+def plan(tools: Tools, json_wanted: bool) -> int:
+    """Shows what `run` would do and cost; changes nothing.  0, or 3 if something could not
+    be listed."""
+    with contextlib.closing(State(tools.config, copy=True)) as state:
+        state.check_pins(pins_of(tools.config))
+        if state.is_new:
+            take_over(tools.config, tools.bucket, state)
+        forecast = Forecast(tools, state)
+        with tools.progress.counting("looking") as bar:
+            for page in Walk(tools.box, tools.config, forecast):
+                forecast.add_page(page)
+                bar.update(len(page))
+    if json_wanted:
+        show_json(forecast.json())
     else:
-        show_plan(tools, forecast, walk, usd)
-    return 3 if forecast.unreadable else 0
-
-
-def restore_cost(
-    money: Money, held: Iterable[tuple[str, Count]], tier: str, days: int = 7
-) -> float:
-    """USD for copies of all of it that can be read for `days`."""
-    return sum(money.restore(kind, tier, c.files, c.bytes, days) for kind, c in held)
-
-
-def show_plan(tools: Tools, forecast: Forecast, walk: Walk, usd: dict[str, float]) -> None:
-    others = (("Links", walk.links), ("Special", walk.special))
-    requests = (f"{n:,} {kind}" for kind, n in forecast.requests._asdict().items() if n)
-    archived = sum(forecast.afterwards.values(), Count())
-    told = {name: usd_text(amount) for name, amount in usd.items()}
-    bulk, standard = told["full_restore_bulk"], told["full_restore_standard"]
-    tools.table(
-        "PLAN",
-        [
-            ("New files", forecast.new),
-            ("Changed files", forecast.changed),
-            ("Unchanged files", forecast.unchanged),
-            ("Unreadable", forecast.unreadable),
-            ("Hidden", walk.hidden),
-            ("Excluded", walk.excluded),
-            *((label, count) for label, count in others if count),
-            ("To upload", forecast.new + forecast.changed),
-            ("Requests", ", ".join(requests) or "none"),
-            ("Upload", told["upload"]),
-            ("Overwritten early", told["overwritten_early"]),
-            ("Archive afterwards", archived),
-            ("Storage a month", told["storage_a_month"]),
-            ("Restore all, Bulk", f"{bulk}, within 48 hours, for 7 days"),
-            ("Restore, Standard", f"{standard}, within 12 hours, for 7 days"),
-            ("and download it", f"{told['full_download']} out of AWS"),
-        ],
-    )
-    tools.tell([f"({forecast.money.note})"])
-    index = usd["of_it_per_object"]
-    data = usd["storage_a_month"] - index
-    if index > data:
-        times = f"{index / data:,.1f} times as much as" if data else "more than"
-        log.warning(
-            "files have %s on average: the 40 KB that S3 adds to each object cost %s the data",
-            *(size_text(archived.bytes / archived.files), times),
-        )
+        show_table("PLAN", forecast.rows())
+        show(f"({forecast.prices.note})")
+        usd, archived = forecast.usd(), total(forecast.afterwards)
+        if usd["of_it_per_object"] > usd["storage_a_month"] / 2:
+            message = (
+                "files have %s on average: the 40 KB S3 adds to each cost more than the data"
+            )
+            log.warning(message, format_size(archived.bytes / archived.files))
+    return 3 if forecast.failed else 0
 
 
 # status
@@ -4077,608 +3338,613 @@ def show_plan(tools: Tools, forecast: Forecast, walk: Walk, usd: dict[str, float
 NOT_KNOWN = "not known"
 
 
-def status(tools: Tools, as_json: bool) -> int:
-    """Tells what is archived and how both ends are, as far as they can be asked."""
-    config, money = tools.config, Money(tools.archive.region, tools.config.prices)
-    held: dict[str, Count] = {}
-    runs: list[PastRun] = []
-    state, state_told = asked(partial(tools.state, pins_of(config)))
-    if state is not None:
-        with contextlib.closing(state):
-            held, runs = by_class(state, config.storage_class), state.last_runs(5)
-    month = sum(money.month(kind, count.files, count.bytes) for kind, count in held.items())
-    room, room_told = asked(tools.box.room, "the server does not tell")
-    leftovers, leftovers_told = asked(tools.archive.unfinished)
-    rule, rule_told = versions, versions_told = None, leftovers_told
-    if leftovers_told != NOT_KNOWN:  # each question may take as long as S3 has time
-        rule, rule_told = asked(tools.archive.aborts_leftovers)
-        versions, versions_told = asked(tools.archive.versioned)
-    if as_json:
-        told = {
-            "archived": held if state else None,
-            "usd_a_month": json_number(month) if state else None,
-            "prices": money.about(),
-            "runs": [run._asdict() for run in runs],
-            "box": {"used": room[0], "free": room[1]} if room else None,
-            "unfinished_uploads": leftovers,
-            "lifecycle_rule": rule,
-            "versioning": versions,
-        }
-        tools.show(json.dumps(told, indent=2, default=vars))
-        return 0
-    no_rule = "none that aborts unfinished uploads: see the README"
-    box = f"{size_text(room[0])} used, {size_text(room[1])} free" if room else room_told
-    tools.table(
-        "STATUS",
-        [
-            ("Archived", state_told or sum(held.values(), Count())),
-            *held.items(),
-            ("Storage a month", state_told or usd_text(month)),
-            ("Box", box),
-            ("Unfinished uploads", leftovers_told or leftovers),
-            ("Lifecycle rule", rule_told or ("aborts unfinished uploads" if rule else no_rule)),
-            ("Versioning", versions_told or ("on" if versions else "off")),
-        ],
-    )
-    tools.tell([f"({money.note})", *(["", *past_runs(runs)] if state else ())])
-    return 0
-
-
-def asked(question: Callable[[], T], unknown: str = "") -> tuple[T | None, str]:
-    """The answer and what to tell instead of it, if there is none."""
+def try_or_none(question: Callable[[], T]) -> tuple[T | None, str]:
+    """The answer; or None, and what to show instead of it, after a warning."""
     try:
-        answer = question()
+        return question(), ""
     except ArchiveError as error:
         if error.code == "AccessDenied":
             return None, "the credentials may not ask"
         log.warning("%s", error)
         return None, NOT_KNOWN
-    return answer, unknown if answer is None else ""
 
 
-def past_runs(runs: list[PastRun]) -> list[str]:
-    """The last runs as a table."""
-    if not runs:
-        return ["no run yet"]
-    lines = [
-        f"{'Run':<25}  {'status':<8}{'uploaded':>10}{'failed':>8}{'bytes':>12}{'took':>10}"
+def status(tools: Tools, json_wanted: bool) -> int:
+    """Shows what is archived and how both ends are, as far as they can be asked."""
+    config, bucket = tools.config, tools.bucket
+    prices = Prices(bucket.region, config.prices)
+
+    def read_state() -> tuple[Counts, list[PastRun]]:
+        with contextlib.closing(State(config, copy=True)) as state:
+            state.check_pins(pins_of(config))
+            return by_class(state, config.storage_class), state.last_runs(5)
+
+    known, no_state = try_or_none(read_state)
+    counts, runs = known or ({}, [])
+    usd = month_cost(prices, counts)
+    room, no_room = try_or_none(tools.box.room)
+    unfinished, no_count = try_or_none(bucket.count_unfinished)
+    rule, no_rule, versioned, no_versions = None, no_count, None, no_count
+    if no_count != NOT_KNOWN:  # each question may take as long as S3 has time
+        rule, no_rule = try_or_none(bucket.has_abort_rule)
+        versioned, no_versions = try_or_none(bucket.is_versioned)
+    if json_wanted:
+        answers = {
+            "archived": counts if known else None,
+            "usd_a_month": json_usd(usd) if known else None,
+            "prices": prices.about,
+            "runs": [past._asdict() for past in runs],
+            "box": {"used": room[0], "free": room[1]} if room else None,
+            "unfinished_uploads": unfinished,
+            "lifecycle_rule": rule,
+            "versioning": versioned,
+        }
+        show_json(json.dumps(answers, indent=2, default=vars))
+        return 0
+    used, free = map(format_size, room or (0, 0))
+    rows: list[tuple[str, object]] = [
+        ("Archived", no_state or total(counts)),
+        *counts.items(),
+        ("Storage a month", no_state or format_usd(usd)),
+        ("Box", f"{used} used, {free} free" if room else no_room or "the server does not tell"),
+        ("Unfinished uploads", no_count or unfinished),
+        (
+            "Lifecycle rule",
+            no_rule or ("aborts unfinished uploads" if rule else "none: see the README"),
+        ),
+        ("Versioning", no_versions or ("on" if versioned else "off")),
     ]
-    for run in runs:
-        took = "" if run.ended_at is None else f"{run.ended_at - run.started_at:,} s"
-        ended = "no end" if run.status is None else str(run.status)
-        lines.append(
-            f"{time_text(run.started_at):<25}  {ended:<8}{run.uploaded or 0:>10,}"
-            f"{run.failed or 0:>8,}{size_text(run.bytes or 0):>12}{took:>10}"
-        )
-    return lines
+    show_table("STATUS", rows)
+    show(f"({prices.note})")
+    if known:
+        show_runs(runs)
+    return 0
+
+
+def show_runs(runs: list[PastRun]) -> None:
+    columns = "{:<25}  {:<8}{:>10}{:>8}{:>12}{:>10}".format
+    names = columns("Run", "status", "uploaded", "failed", "bytes", "took")
+    show("")
+    show(names if runs else "no run yet")
+    for past in runs:
+        took = "" if past.ended_at is None else f"{past.ended_at - past.started_at:,} s"
+        ended = "no end" if past.status is None else past.status
+        uploaded, failed = f"{past.uploaded or 0:,}", f"{past.failed or 0:,}"
+        size, started = format_size(past.bytes or 0), format_time(past.started_at)
+        show(columns(started, ended, uploaded, failed, size, took))
 
 
 # verify
 
 
-class Finding(NamedTuple):
-    """What became of one key: a label of the summary, what is wrong, and the row's
-    path as text if the row is not to be believed any more."""
-
-    label: str
-    key: str
-    fault: str = ""
-    wrong: str | None = None
-
-
-def verify(tools: Tools, checksums: bool, repair: bool) -> int:
-    """Holds the state against the bucket's listing; 0, or 3 if they differ."""
-    config = tools.config
-    labels = ["Agree", "Missing", "Wrong size", "Wrong class"]
-    labels += ["Wrong checksum"] if checksums else []
-    counts = dict.fromkeys((*labels, "In doubt", "No checksum", "Not recorded", "Failed"), 0)
-    forgotten = 0
-
-    def judge(pair: tuple[str, S3Object | None, Recorded | None]) -> Finding:
-        key, _, row = pair
-        finding = compare(state.as_of, *pair)
-        if finding.fault or row is None:
-            return finding
-        try:
-            stored = tools.archive.head(key).crc32
-        except FileError as error:
-            return Finding("Failed", key, str(error))
-        if stored is None or row.crc32 is None:
-            return finding if finding.label == "In doubt" else Finding("No checksum", key)
-        if stored == row.crc32:
-            return Finding("Agree", key)
-        fault = f"S3 holds CRC-32 {crc_text(stored)}, recorded is {crc_text(row.crc32)}"
-        return Finding("Wrong checksum", key, fault, row.path)
-
+def verify(tools: Tools, repair: bool) -> int:
+    """Compares the state with the bucket's listing; downloads nothing.  0, or 3 if they
+    differ.  `repair` brings the state in line, so that the next run uploads or compares."""
+    config, other_class = tools.config, 0
+    labels = (AGREE, NO_OBJECT, WRONG_SIZE, WRONG_ETAG, NOT_RECORDED)
+    counts = Counter(dict.fromkeys(labels, 0))
     with contextlib.ExitStack() as stack:
         if repair:
-            stack.enter_context(locked(config.state_db))
-            if state_is_empty(config.state_db):
-                raise Fatal(f"no state in {config.state_db} to repair: archive.py run")
-            real = State(config.state_db, partial(key_of_row, config))
-            stack.callback(real.close)
-            if not real.is_pinned():  # a mistyped setting would make all of it forgotten
-                raise Fatal(f"{config.state_db} is an earlier script's: archive.py run first")
-            real.pin(pins_of(config))
-        state = stack.enter_context(contextlib.closing(tools.state(destination(config))))
-        looked = stack.enter_context(tools.progress.counting("verifying"))
-        pairs = matched(tools.archive.objects(config.prefix), state.recorded(config.prefix))
-        compared = partial(compare, state.as_of)
-        findings: Iterator[Finding] = itertools.starmap(compared, pairs)
-        if checksums:
-            findings = in_parallel(judge, pairs, config.transfers, tools.box.stopping)
-        for finding in findings:
-            looked(1)
-            counts[finding.label] += 1
-            if finding.fault:
-                tell_failure(finding.key, finding.fault)
-            if repair and finding.wrong is not None and surely(tools.archive, finding):
-                real.forget(finding.wrong)
-                forgotten += 1
-        counts["No key"] = without_key(state, config)
-    if not any(counts.values()):
-        raise nothing_there(config)
-    good = ("Agree", "In doubt", "No checksum")  # the next run sees to what is in doubt
-    bad = sum(count for label, count in counts.items() if label not in good)
-    shown = [(label, count) for label, count in counts.items() if count or label in labels]
-    tools.table("VERIFY", shown)
-    if forgotten:
-        told = "%s are forgotten: the next run archives what of them is still on the box"
-        log.warning(told, f"{forgotten:,}")
-    return 3 if bad else 0
-
-
-def without_key(state: State, config: Config) -> int:
-    """The number of records that cannot have been made with these settings; warns."""
-    count = state.not_below(config.prefix)
-    if count:
-        told = "%s rows cannot have been made with these settings, and are not looked at"
-        log.warning(f"{told}: correct S3_PREFIX or REMOTE_PATH", f"{count:,}")
-    return count
-
-
-def surely(archive: Archive, finding: Finding) -> bool:
-    """Whether a finding may cost a row: what is missing from the listing is asked
-    for by name, too; Fatal."""
-    with contextlib.suppress(FileError):
-        return finding.label != "Missing" or not archive.has(finding.key)
-    return False
-
-
-def compare(as_of: float, key: str, found: S3Object | None, row: Recorded | None) -> Finding:
-    """What the listing has of `key` against what is recorded, known at that time."""
-    if row is None:
-        return Finding("Not recorded", key, "in the bucket, but not recorded")
-    if found is None:
-        return Finding("Missing", key, "recorded, but not in the bucket", row.path)
-    if found.size != row.size:
-        return Finding("Wrong size", key, other_size(found.size, row.size), row.path)
-    if row.storage_class not in (None, found.storage_class):
-        fault = f"S3 holds it in {found.storage_class}, recorded is {row.storage_class}"
-        return Finding("Wrong class", key, fault, row.path)
-    doubtful = row.doubtful or found.stored_at > as_of
-    return Finding("In doubt" if doubtful else "Agree", key)
-
-
-# restore
-
-
-class Wanted(NamedTuple):
-    """An object that is to be restored, with its row, if it has one."""
-
-    key: str
-    name: bytes  # below the folder that is restored to
-    size: int
-    row: Recorded | None
-    maybe_newer: bool  # than the object that the row is of
-    storage_class: str
-    restored: bool | None  # as in S3Object
-    fault: str = ""  # why it cannot be
-
-    def time_and_sum(self, held: Held) -> tuple[int, int | None]:
-        """Its mtime and CRC-32, None if nobody knows that: the row's if it may be the
-        row's object, S3's if it is another and may be.  FileError if it is another and
-        may not.
-
-        A run gives a new object another time.  Where the row says that an answer was
-        lost, or an earlier script's object may have any time, size and sum tell as well.
-        """
-        row = self.row
-        if row is not None:
-            other_time = held.mtime not in (None, row.mtime)
-            other_sum = None not in (row.crc32, held.crc32) and row.crc32 != held.crc32
-            time_says_little = row.doubtful or row.crc32 is None
-            other = other_time or (time_says_little and (other_sum or row.size != self.size))
-            if not (other and self.maybe_newer):
-                if row.size != self.size:
-                    raise FileError(other_size(self.size, row.size))
-                return row.mtime, row.crc32
-        return held.stored_at if held.mtime is None else held.mtime, held.crc32
-
-
-# What is the case with one, in the words of the summary.
-THERE, RESTORED, FAILED = "Already there", "Restored files", "Failed files"
-ASKED, BUSY, COLD = "Asked of S3", "Under way at S3", "Not asked for"
-READY = "Ready"
-
-
-@dataclass
-class Restore:
-    """One pass of bringing files back: what can be read is fetched, what is cold
-    is asked for."""
-
-    tools: Tools
-    state: State
-    target: LocalFolder | BoxFolder
-    paths: list[bytes]  # below REMOTE_PATH; empty for all
-    tier: str
-    days: int
-    replace: bool
-    manifest: TextIO | None = None  # a line of CSV for each that is cold
-    may_ask: threading.Semaphore | None = None  # how many more S3 may be asked for
-    bytes: int = 0
-
-    def __post_init__(self) -> None:
-        self._pace = Pace(RESTORES_A_SECOND, self.tools.box.stopping)
-        self._threads = self.tools.config.transfers
-        self.counts = dict.fromkeys((THERE, RESTORED, ASKED, BUSY, COLD, FAILED), 0)
-        self._under_way: dict[bytes, Wanted] = {}  # by name, while it is being written
-
-    def look(self) -> tuple[int, int, dict[str, Count]]:
-        """Bytes that can be fetched, and that S3 is at work on; what is cold, by class."""
-        cold: dict[str, Count] = {}
-        sizes = {READY: 0, BUSY: 0}
-        with self.tools.progress.counting("looking") as looked:
-            for wanted, case, _ in self._each(self._case):
-                looked(1)
-                if case == COLD:
-                    cold.setdefault(wanted.storage_class, Count()).add(wanted.size)
-                if case in sizes:
-                    sizes[case] += wanted.size
-        return sizes[READY], sizes[BUSY], cold
-
-    def bring_back(self) -> None:
-        """Counts what was done, and tells failures."""
-        patience = Patience(self._threads)
-        for wanted, case, fault in self._each(self._bring_back):
-            self.counts[case] += 1
-            patience.met(fault)
-            if case == FAILED:
-                tell_failure(wanted.name, fault)
-            elif case == RESTORED:
-                self.bytes += wanted.size
-                size = f"{wanted.size:,}"
-                files_log.info("restored %s (%s bytes)", printable(wanted.name), size)
-            elif case == COLD and self.manifest is not None:
-                self.manifest.write(f"{self.tools.config.bucket},{quote(wanted.key)}\n")
-
-    def summarize(self) -> None:
-        rows = [*self.counts.items(), ("Restored bytes", self.bytes)]
-        self.tools.table("RESTORE", rows)
-
-    def _each(
-        self, judge: Callable[[Wanted], str]
-    ) -> Iterator[tuple[Wanted, str, FileError | None]]:
-        """Each that is wanted, what `judge` says of it, and the FileError."""
-
-        def judged(wanted: Wanted) -> tuple[Wanted, str, FileError | None]:
-            self.tools.box.stopping.check()
-            try:
-                return wanted, judge(wanted), None
-            except FileError as error:
-                return wanted, FAILED, error.bare()
-            except (ArchiveError, Stopped):
-                raise
-            except Exception as error:  # whatever a library did not expect of a server
-                log.debug("traceback of %s", printable(wanted.key), exc_info=True)
-                reason = f"unexpected {type(error).__name__}: {error}"
-                return wanted, FAILED, FileError(reason)
-
-        return in_parallel(judged, self._wanted(), self._threads, self.tools.box.stopping)
-
-    def _wanted(self) -> Iterator[Wanted]:
-        config = self.tools.config
-        for path in self.paths or [b""]:
-            met = False
-            # As this program spells a key, and as other ones do.
-            spellings = (escape(path, KEY_ESCAPES), path.decode("utf-8", "replace"))
-            for start in dict.fromkeys(config.prefix + spelling for spelling in spellings):
-                pairs = matched(self.tools.archive.objects(start), self.state.recorded(start))
-                for wanted in map(self._describe, pairs):
-                    if not path or wanted.key[len(start) :][:1] in ("", "/"):
-                        met = True
-                        yield wanted
-            if path and not met:
-                nothing = "nothing is archived under this path: the exact one, no pattern"
-                yield Wanted("", path, 0, None, False, "", None, nothing)
-            elif not met:
-                raise nothing_there(config)
-
-    def _describe(self, pair: tuple[str, S3Object | None, Recorded | None]) -> Wanted:
-        key, found, row = pair
-        inner = key[len(self.tools.config.prefix) :]
-        name = unescape(inner)
-        size, kind, restored = found[1:4] if found else (0, "", None)
-        maybe_newer = False
-        if row and found:  # a run that was lost with its state may have replaced it
-            known_at = min((row.uploaded_at or math.inf) + CLOCK_LIMIT, self.state.as_of)
-            maybe_newer = row.doubtful or found.stored_at > known_at
-        fault = ""
-        windows = os.name == "nt" and (b"\\" in name or b":" in name)
-        if {b"", b".", b".."} & set(name.split(b"/")) or b"\0" in name or windows:
-            fault = "no file can have this name"
-        elif inner not in (escape(name, KEY_ESCAPES), name.decode("utf-8", "replace")):
-            fault = "another program's: its name is that of another key"
-        elif found is None:
-            fault = "recorded, but not in the bucket"
-        elif row and row.size != size and not maybe_newer:
-            fault = other_size(size, row.size)
-        return Wanted(key, name, size, row, maybe_newer, kind, restored, fault)
-
-    def _case(self, wanted: Wanted) -> str:
-        """What is the case; FileError."""
-        if wanted.fault:
-            raise FileError(wanted.fault)
-        ours = self.tools.config.prefix + escape(wanted.name, KEY_ESCAPES)
-        if wanted.key != ours and self.tools.archive.has(ours):
-            raise FileError(f"an earlier one of this name: {printable(ours)} has replaced it")
-        there = self.target.find(wanted.name)
-        if there is not None:
-            row = wanted.row
-            mtime = row.mtime if row else None
-            if there[0] == wanted.size and (row is None or wanted.maybe_newer):
-                mtime, _ = wanted.time_and_sum(self.tools.archive.head(wanted.key))
-            if there == (wanted.size, mtime):
-                return THERE
-            if there == NO_FILE:
-                raise FileError("something that is no file is in its place")
-            if not self.replace:
-                raise FileError(
-                    f"another file is there, of {there[0]:,} bytes and mtime {there[1]}, not "
-                    f"{wanted.size:,} and {mtime}: --overwrite replaces it"
-                )
-        if wanted.storage_class not in COLD_CLASSES or wanted.restored:
-            return READY
-        return COLD if wanted.restored is None else BUSY
-
-    def _bring_back(self, wanted: Wanted) -> str:
-        """Does what can be done now, and says what was; FileError."""
-        case = self._case(wanted)
-        # More may have become cold since it was agreed to.
-        if case == COLD and self.may_ask and self.may_ask.acquire(blocking=False):
-            self._pace.wait(1)
-            ready = self.tools.archive.ask_for(wanted.key, self.tier, self.days)
-            case = READY if ready else ASKED
-        if case != READY:
-            return case
-        try:
-            self._fetch(wanted)
-        except Cold:  # its copy has gone since it was listed: the next pass asks anew
-            if wanted.storage_class in COLD_CLASSES:
-                return COLD
-            kind = wanted.storage_class
-            raise FileError(f"is in an archive tier of {kind}: restore it there") from None
-        return RESTORED
-
-    def _fetch(self, wanted: Wanted) -> None:
-        """The object's bytes to their place; FileError."""
-        name = wanted.name
-        if self._under_way.setdefault(name, wanted) is not wanted:
-            raise FileError("another object gives the same name")
-        try:
-            download = self.tools.archive.download(wanted.key)
-            mtime, crc32 = wanted.time_and_sum(download.held)
-            if wanted.row and (mtime, crc32) != (wanted.row.mtime, wanted.row.crc32):
-                told = "%s was stored anew after it was recorded: S3's word holds"
-                log.warning(told, printable(wanted.name))
-            with self.tools.progress.sending(RemoteFile(name, wanted.size, mtime)) as sent:
-
-                def blocks() -> Iterator[bytes]:
-                    for block in download.blocks(wanted.size, crc32):
-                        yield block
-                        sent(len(block))
-
-                self.target.store(name, mtime, blocks, self.replace)
-        finally:
-            del self._under_way[name]
-
-
-def restore(tools: Tools, options: argparse.Namespace, agreed: Callable[[str], bool]) -> int:
-    """Brings files back; 75 while something is cold, 3 if something failed, else 0.
-
-    `agreed` is asked before anything is requested that costs money.
-    """
-    config = tools.config
-    if options.to is not None:
-        target: LocalFolder | BoxFolder = LocalFolder(Path(options.to))
-    else:
-        target = BoxFolder(tools.box, parse_root(options.to_box))
-    lock = config.state_db.with_name(config.state_db.name + ".restore")
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(locked(lock))
-        state = stack.enter_context(contextlib.closing(tools.state(destination(config))))
-        without_key(state, config)
-        paths = restore_paths(options.path, config.remote_path)
-        work = Restore(
-            tools, state, target, paths, options.tier, options.days, options.overwrite
-        )
-        ready, busy, cold = work.look()
-        if cold:
-            estimate(tools, cold, ready + busy, options)
-        warn_of_room(target, ready + busy + sum(count.bytes for count in cold.values()))
-        if cold and options.manifest:
-            work.manifest = stack.enter_context(manifest(options.manifest))
-        elif cold:
-            if not options.yes and not agreed("Ask S3 for it?"):
-                raise ConfigError("nothing was asked for: it costs money; --yes agrees to it")
-            target.try_out()
-            work.may_ask = threading.Semaphore(sum(count.files for count in cold.values()))
-        tools.progress.found(ready)
-        try:
-            work.bring_back()
-        except (ArchiveError, Stopped):
-            work.summarize()
-            raise
-    work.summarize()
-    counts = work.counts
-    waiting = counts[ASKED] + counts[BUSY] + counts[COLD]
-    if work.manifest and counts[COLD]:
-        log.warning(
-            "%s lists %s objects: upload it, and start an S3 Batch Operations job with it, "
-            "operation Restore, %d days, %s; then run restore again without --manifest",
-            *(options.manifest, f"{counts[COLD]:,}", options.days, options.tier.capitalize()),
-        )
-    elif waiting:
-        log.warning(
-            "%s files cannot be read yet: run the same command again, it may take %d hours",
-            *(f"{waiting:,}", TIERS[options.tier]),
-        )
-    return 75 if waiting else 3 if counts[FAILED] else 0
-
-
-@contextlib.contextmanager
-def manifest(path: Path) -> Iterator[TextIO]:
-    """A new file; ConfigError."""
-    try:
-        with path.open("w", newline="", encoding="ascii") as file:
-            yield file
-    except OSError as error:
-        raise ConfigError(f"--manifest: {error}") from None
-
-
-def warn_of_room(target: LocalFolder | BoxFolder, needed: int) -> None:
-    """Warns where that many bytes do not fit: before they are paid for."""
-    room = target.room()
-    if room is not None and needed > room:
-        log.warning(
-            "%s are to be restored, but only %s are free there: make room, or restore less at "
-            "a time (copies that S3 makes cost money while they wait)",
-            *(size_text(needed), size_text(room)),
-        )
-
-
-def restore_paths(given: Iterable[str], root: bytes) -> list[bytes]:
-    """The paths below REMOTE_PATH, given as on the box, whole or relative to it;
-    none of them below another."""
-    start = join(root, b"")
-    names = [os.fsencode(path).rstrip(b"/") for path in given]
-    if b"" in names and root != b"/":  # `$unset/`, perhaps
-        raise ConfigError(f"/ is not below REMOTE_PATH {printable(root)}: name none for all")
-    inner = {name.removeprefix(start).removeprefix(b"./") for name in names}
-    if inner & {b"", b"."} or {root, join(b".", root)} & set(names):
-        return []
-    return sorted(p for p in inner if not any(p.startswith(join(q, b"")) for q in inner))
-
-
-def estimate(
-    tools: Tools, cold: dict[str, Count], more: int, options: argparse.Namespace
-) -> None:
-    """Tells what the restore costs; `more` bytes need not be asked for, but fetched."""
-    money = Money(tools.archive.region, tools.config.prices)
-    asked_for = sum(cold.values(), Count())
-    tier, days = options.tier, options.days
-    download = money.download(asked_for.files, asked_for.bytes + more)
-    tools.table(
-        "ESTIMATE",
-        [
-            ("To be asked of S3", asked_for),
-            ("Tier", f"{tier.capitalize()}, ready within {TIERS[tier]} hours, for {days} days"),
-            ("Restore", usd_text(restore_cost(money, cold.items(), tier, days))),
-            ("Download", f"{usd_text(download)} out of AWS"),
-        ],
-    )
-    tools.tell([f"({money.note})"])
+            stack.enter_context(locked(config))
+        copy = not repair or not config.state_db.exists()  # none is made
+        state = stack.enter_context(contextlib.closing(State(config, copy)))
+        if state.is_new:
+            reason = f"{config.state_db} is missing, or an earlier script's"
+            raise Fatal(f"{reason}: archive.py run makes the state, or takes it over")
+        state.check_pins(pins_of(config))
+        bar = stack.enter_context(tools.progress.counting("verifying"))
+        for verdict, reason, path, found, record in reconcile(config, tools.bucket, state):
+            bar.update(1)
+            counts[verdict] += 1
+            if reason:
+                log_failure(unescape(path), reason)
+            elif found and record and record.storage_class not in (None, found.storage_class):
+                other_class += 1
+    if not counts.total():
+        raise Fatal(f"nothing is archived in {config.place}: correct S3_BUCKET or S3_PREFIX")
+    faults = counts.total() - counts[AGREE] - counts[TO_COMPARE]
+    show_table("VERIFY", counts.items())
+    if other_class:
+        note = "%s objects are in another storage class than was recorded: that does no harm"
+        log.warning(note, f"{other_class:,}")
+    if repair and faults:
+        log.warning("the state is repaired: the next run uploads what S3 does not hold")
+    return 3 if faults else 0
 
 
 # check
 
 
 def check(tools: Tools) -> int:
-    """Tries everything that a run needs, one after another, and prints a line for
-    each; leaves nothing behind.  0, or 1 if something is wrong."""
-    wrong = 0
+    """Tries everything that a run needs, one after another, and shows a line for each;
+    leaves nothing behind.  0, or 1 if something is wrong."""
+    config, bucket, wrong = tools.config, tools.bucket, 0
 
-    def told(verdict: str, what: str) -> None:
-        tools.tell([f"{verdict:<5}  {printable(what)}"])
+    def line(verdict: str, text: str) -> None:
+        show(f"{verdict:<5}  {text}")
 
-    def tried(what: str, question: Callable[[], Any]) -> bool:
+    def attempt(name: str, question: Callable[[], object]) -> str:
+        """Empty if all is well, else a code for what is wrong."""
         nonlocal wrong
         try:
-            told("ok", question() or what)
-        except Locked as busy:
-            told("note", f"{what}: {busy}")
-        except (ArchiveError, ConnectionLost) as error:
-            wrong += 1
-            told("WRONG", f"{what}: {error}")
-            return False
-        return True
+            question()
+        except ArchiveError as error:
+            # Another run may be at work, and restore may have credentials of its own.
+            harmless = error.status == 11 or name == "s3:RestoreObject"
+            reason = "there is no such folder on the box" if error.code == VANISHED else error
+            line("note" if harmless else "WRONG", f"{name}: {reason}")
+            wrong += not harmless
+            return error.code or "error"
+        line("ok", name)
+        return ""
 
-    def advised(what: str, question: Callable[[], bool], advice: str) -> None:
-        answer, unknown = asked(question)
-        told("ok" if answer else "note", f"{what}: {unknown or ('yes' if answer else advice)}")
+    def try_state() -> None:
+        with locked(config), contextlib.closing(State(config, copy=True)) as state:
+            state.check_pins(pins_of(config))
 
-    told("ok", "settings")
-    tried("state", lambda: check_state(tools.config))
-    if tried("Storage Box", lambda: check_box(tools, partial(told, "ok"))):
-        tried("REMOTE_PATH", lambda: check_root(tools))
-    if tried("bucket", lambda: check_bucket(tools)):
-        for permission, attempt in tools.archive.permissions():
-            if not tried(permission, attempt) and permission == "s3:AbortMultipartUpload":
-                break  # the next one would leave something behind
-        needed = "no, and restore needs it"
-        advised("s3:RestoreObject", tools.archive.may_restore, needed)
-        rule = "lifecycle rule for unfinished uploads"
-        advised(rule, tools.archive.aborts_leftovers, "none: see the README, The bucket")
+    def advise(name: str, question: Callable[[], bool], advice: str) -> None:
+        answer, unknown = try_or_none(question)
+        line("ok" if answer else "note", f"{name}: {unknown or ('yes' if answer else advice)}")
+
+    line("ok", "settings")
+    attempt(f"state in {config.state_db}", try_state)
+    if not attempt("Storage Box (host key, login, SFTP)", tools.box.session):
+        root = config.remote_path
+        attempt(f"REMOTE_PATH {printable(root)}", lambda: tools.box.list_folder(root))
+    for permission, probe in bucket.permission_probes():
+        code = attempt(permission, probe)
+        # Others would be refused alike; or the next one would leave something behind.
+        if code and (code != "AccessDenied" or permission == "s3:AbortMultipartUpload"):
+            break
+    else:
+        no_rule = "none: see the README, The bucket"
+        advise("lifecycle rule for unfinished uploads", bucket.has_abort_rule, no_rule)
         off = "no: what changes on the box replaces its object"
-        advised("versioning", tools.archive.versioned, off)
-        if not wrong and state_is_empty(tools.config.state_db):
-            tried("snapshot of the state", lambda: check_snapshot(tools))
+        advise("versioning", bucket.is_versioned, off)
     return 1 if wrong else 0
 
 
-def check_state(config: Config) -> str:
-    """That the state can be used, or made; Fatal."""
-    with locked(config.state_db):
-        if state_is_empty(config.state_db):
-            if not os.access(config.state_db.parent, os.W_OK):
-                raise Fatal(f"STATE_DB {config.state_db} cannot be created there")
-            return f"state: none yet in {config.state_db}"
-        state = State(config.state_db, partial(key_of_row, config), private=True)
-        with contextlib.closing(state):
-            state.pin(pins_of(config))
-            files = state.count()
-    return f"state: {files:,} files in {config.state_db}"
+# --------------------------------------------------------------------- Restore
+
+THROUGH_LINK = "a folder above it is a link, which may lead anywhere: nothing is written there"
+Blocks = Callable[[], Iterator[bytes]]  # a file's bytes, from the start at each call
 
 
-def check_snapshot(tools: Tools) -> str:
-    """That a run could start, though there is no state here; Fatal."""
-    with contextlib.closing(tools.state(pins_of(tools.config))) as state:
-        files = state.count()
-    if not files and tools.archive.has_objects():
-        raise Fatal("none, but the bucket has objects: put the state database back")
-    return f"snapshot of the state: {files:,} files" if files else "nothing is archived yet"
+def partial_name(name: bytes) -> bytes:
+    """What a file is called until it is complete, in the same folder: the same in every
+    pass, so that nothing piles up, and short enough for every file system."""
+    folder, slash, last = name.rpartition(b"/")
+    hidden = b".archive-" + hashlib.sha256(last).hexdigest()[:32].encode() + b".partial"
+    return folder + slash + hidden
 
 
-def check_box(tools: Tools, passed: Callable[[str], None]) -> str:
-    connect(tools.config, passed).close("checked")
-    return "SFTP answers"
+class LocalFolder:
+    """A folder of this machine to restore to; made if it is not there, Fatal if that fails."""
+
+    def __init__(self, folder: str):
+        self._folder = Path(folder)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise Fatal(f"{printable(folder)} cannot be written to: {error}") from None
+
+    def _path(self, name: bytes) -> Path:
+        return self._folder / os.fsdecode(name)
+
+    def room(self) -> int | None:
+        """Free bytes, None if that is not known."""
+        return shutil.disk_usage(self._folder).free
+
+    def find(self, name: bytes) -> Attributes | None:
+        """Of what has this name; FileError."""
+        try:
+            found = self._path(name).lstat()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise FileError(f"cannot be stored: {error.strerror}") from None
+        return Attributes(found.st_size, int(found.st_mtime), found.st_mode)
+
+    def store(self, name: bytes, mtime: int, blocks: Blocks, overwrite: bool) -> None:
+        """Writes the file under another name and renames it.  FileError, also if there is
+        one already and it is not to be overwritten; Fatal if the disk is full."""
+        path, partial_path = self._path(name), self._path(partial_name(name))
+        try:
+            inside = Path(os.path.realpath(self._folder), os.path.dirname(os.fsdecode(name)))
+            if os.path.realpath(path.parent) != str(inside):
+                raise FileError(THROUGH_LINK)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial_path.unlink(missing_ok=True)  # of a pass that was killed
+            try:
+                with partial_path.open("xb") as file:
+                    file.writelines(blocks())
+                    file.flush()
+                    os.fsync(file.fileno())  # the next pass trusts size and mtime
+                    written = os.fstat(file.fileno())
+                if not os.path.samestat(written, partial_path.lstat()):
+                    raise FileError("another restore to this folder is writing it")
+                os.utime(partial_path, (mtime, mtime))
+                if not overwrite and os.path.lexists(path):
+                    raise FileError("another file has appeared there: --overwrite replaces it")
+                partial_path.replace(path)
+            finally:
+                partial_path.unlink(missing_ok=True)
+        except (OSError, OverflowError) as error:
+            if getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT):
+                raise Fatal(f"{printable(str(self._folder))}: {error}") from None
+            raise FileError(f"cannot be stored: {error}") from None
 
 
-def check_root(tools: Tools) -> str:
-    root = tools.config.remote_path
-    walk = Walk(tools.box, root, Rules(root, ("*",), True), lambda *_: None)
-    deque(walk, 0)  # this folder alone, to its end: all that is in it is excluded
-    return f"REMOTE_PATH {printable(root)} can be listed"
+class BoxFolder:
+    """A folder of the box to restore to, with the same methods."""
+
+    def __init__(self, box: StorageBox, folder: bytes):
+        self._box, self._folder = box, re.sub(b"/+", b"/", folder)
+        probe = join(self._folder, partial_name(b""))
+
+        def try_out(session: Session) -> None:
+            self._make_folders(session, probe)
+            handle = session.ask_one(open_request(probe, FOR_WRITING))
+            session.ask(simple_request(FXP_CLOSE, handle), simple_request(FXP_REMOVE, probe))
+
+        try:
+            box.retry(try_out)
+        except (SFTPError, FileError) as error:
+            reason = f"{printable(folder)} cannot be written to: {error}"
+            raise Fatal(f"{reason}; --to-box takes an account that may write") from None
+
+    def room(self) -> int | None:
+        return (self._box.room() or (0, None))[1]
+
+    def find(self, name: bytes) -> Attributes | None:
+        try:
+            return self._box.attributes(join(self._folder, name))
+        except SFTPError as error:
+            if error.code == FX_NO_SUCH_FILE:
+                return None
+            raise FileError(f"the box does not tell what is there: {error}") from None
+
+    def store(self, name: bytes, mtime: int, blocks: Blocks, overwrite: bool) -> None:
+        """As LocalFolder.store; Fatal if the box is full."""
+        path, partial_path = (join(self._folder, n) for n in (name, partial_name(name)))
+        mtime = min(max(0, mtime), (1 << 32) - 1)  # SFTP's times are unsigned
+        written: int | None = None  # bytes
+
+        def store(session: Session) -> None:
+            nonlocal written
+            # The answer to an earlier rename may have been lost with its session.
+            if written is not None and size_and_mtime(session, path) == (written, mtime):
+                return
+            try:
+                self._make_folders(session, path)
+                written = write_file(session, partial_path, mtime, blocks())
+                if overwrite:
+                    session.ask(simple_request(FXP_REMOVE, path))
+                session.ask_one(simple_request(FXP_RENAME, partial_path, path))
+            except SFTPError as error:
+                raise FileError(f"the box cannot store it: {error}") from None
+            # A request of a lost session may be carried out as late as now.
+            if size_and_mtime(session, path) != (written, mtime):
+                raise FileError("the box has something else in its place then")
+
+        try:
+            self._box.retry(store)
+        except FileError as error:
+            room = None
+            with contextlib.suppress(Fatal, Stopped, FileError):
+                room = self.room()  # with what was written
+                self._box.retry(lambda s: s.ask(simple_request(FXP_REMOVE, partial_path)))
+            if room is not None and room < MIB:
+                raise Fatal(f"{error}; the box is full") from None
+            raise
+
+    def _make_folders(self, session: Session, path: bytes) -> None:
+        """Makes the folders above `path`.  FileError if one below the folder that is restored
+        to is a link, SFTPError if one cannot be made."""
+        above = list(itertools.accumulate(path.split(b"/"), join))[:-1]
+        folders = [folder for folder in above if folder]
+        looks = [simple_request(FXP_LSTAT, folder) for folder in folders]
+        found = session.ask(*looks) if looks else []
+        missing = []
+        for folder, there in zip(folders, found):
+            if isinstance(there, SFTPError):
+                missing.append((FXP_MKDIR, string(folder) + U32.pack(0)))
+            elif stat.S_ISREG(there.mode or 0):
+                raise FileError(f"{printable(folder)} is a file on the box, not a folder")
+            elif stat.S_ISLNK(there.mode or 0) and folder.startswith(join(self._folder, b"")):
+                raise FileError(THROUGH_LINK)
+        refused = [result for result in session.ask(*missing) if result] if missing else []
+        if refused and isinstance(session.ask(looks[-1])[0], SFTPError):  # nobody else made it
+            raise_if_refused(refused[0])
 
 
-def check_bucket(tools: Tools) -> str:
-    region, ahead = tools.archive.look()
-    if abs(ahead) > CLOCK_LIMIT:
-        way = "ahead of" if ahead > 0 else "behind"
-        raise Fatal(f"this machine's clock is {abs(ahead):,.0f} s {way} S3's: set it")
-    if region not in (tools.archive.region, NO_REGION):
-        raise Fatal(f"it is in {region}, not {tools.archive.region}: set AWS_REGION={region}")
-    return f"bucket {tools.config.bucket} in {region}, clocks {abs(ahead):.0f} s apart"
+def size_and_mtime(session: Session, path: bytes) -> tuple[int | None, int | None]:
+    """Of the file on the box, None where the server tells none."""
+    (found,) = session.ask(simple_request(FXP_LSTAT, path))
+    return found[:2] if isinstance(found, Attributes) else (None, None)
+
+
+def write_file(session: Session, path: bytes, mtime: int, blocks: Iterator[bytes]) -> int:
+    """Writes a new file; its size.  SFTPError, FileError if the box has another one then."""
+    # What a killed pass has left; ProFTPD lets nobody write to a file anew.
+    session.send(simple_request(FXP_REMOVE, path))
+    handle = session.ask_one(open_request(path, FOR_WRITING))
+    batches: deque[Batch] = deque()
+    at = 0
+    try:
+        for block in blocks:
+            for start in range(0, len(block), WRITE_SIZE):
+                piece = block[start : start + WRITE_SIZE]
+                write = FXP_WRITE, string(handle) + U64.pack(at) + string(piece)
+                batches.append(session.send(write))
+                at += len(piece)
+            while len(batches) > WRITES_AHEAD:
+                raise_if_refused(batches.popleft().results()[0])
+        times = U32.pack(ATTR_ACMODTIME) + 2 * U32.pack(mtime)
+        batches.append(session.send((FXP_FSETSTAT, string(handle) + times)))
+        for batch in batches:
+            raise_if_refused(batch.results()[0])
+    finally:
+        closing = session.send(simple_request(FXP_CLOSE, handle))
+    raise_if_refused(closing.results()[0])
+    if size_and_mtime(session, path) != (at, mtime):
+        raise FileError(f"the box does not have {at:,} bytes of mtime {mtime} then")
+    return at
+
+
+# What becomes of an object, in the words of the table.
+THERE, RESTORED, FAILED = "Already there", "Restored files", "Failed files"
+ASKED, BUSY, NOT_ASKED = "Asked of S3", "Under way at S3", "Not asked for"
+READY = "Ready"
+
+
+class Restore:
+    """One pass: what can be read is fetched, and what is cold is asked for."""
+
+    def __init__(self, tools: Tools, options: argparse.Namespace):
+        self._tools, self._options = tools, options
+        self._config, self._bucket = tools.config, tools.bucket
+        self._paths = restore_paths(options.path, tools.config.remote_path)
+        to, to_box = options.to, options.to_box
+        self.target: LocalFolder | BoxFolder
+        self.target = BoxFolder(tools.box, parse_folder(to_box)) if to_box else LocalFolder(to)
+        self.may_ask = threading.Semaphore(0)  # how many more objects S3 is asked for
+        self.manifest: TextIO | None = None  # a line of CSV for each object that is cold
+        self.counts = dict.fromkeys((THERE, RESTORED, ASKED, BUSY, NOT_ASKED, FAILED), 0)
+        self.bytes, self._left_out = 0, set[str]()
+        self._other_names: dict[str, bytes] = {}  # of files that have a folder's name, by key
+
+    def look(self) -> tuple[int, int, Counts]:
+        """Bytes that can be fetched, and that S3 is restoring; what is cold, by class."""
+        cold: Counts = {}
+        sizes: Counter[str] = Counter()
+        with self._tools.progress.counting("looking") as bar:
+            for found, word, _ in self._each(self._case):
+                bar.update(1)
+                sizes[word or FAILED] += found.size
+                if word == NOT_ASKED:
+                    add(cold, found.storage_class, found.size)
+        return sizes[READY], sizes[BUSY], cold
+
+    def bring_back(self) -> None:
+        """Does what can be done now, counts it, and logs failures."""
+        for found, word, error in self._each(self._bring_back):
+            self.counts[word or FAILED] += 1
+            name = self._name(found.key)
+            if error:
+                log_failure(name, error)
+            elif word == RESTORED:
+                self.bytes += found.size
+                files_log.info("restored %s (%s bytes)", printable(name), f"{found.size:,}")
+            elif word == NOT_ASKED and self.manifest is not None:
+                self.manifest.write(f"{self._config.bucket},{quote(found.key)}\n")
+
+    def _each(self, work: Callable[[StoredObject], str]) -> Iterator[Outcome]:
+        """Each object that is wanted, what `work` says about it, and the FileError."""
+        pool = Parallel(work, self._tools.box, self._config.transfers)
+        with contextlib.closing(pool.outcomes(self._wanted())) as outcomes:
+            for finished in outcomes:
+                yield from finished
+
+    def _name(self, key: str) -> bytes:
+        """Where the object goes: its path relative to REMOTE_PATH, as a rule."""
+        return self._other_names.get(key) or unescape(key[len(self._config.prefix) :])
+
+    def _key(self, name: bytes) -> str:
+        """The key that this program gives to a name."""
+        return self._config.prefix + escape(name, KEY_ESCAPES)
+
+    def _give_other_name(self, key: str) -> None:
+        """`x` was a file once, and there is `x/y` now: the file goes beside the folder."""
+        name = self._name(key)
+        other = name + b".file"
+        while self._bucket.head(self._key(other)) is not None:
+            other += b".file"
+        self._other_names[key] = other
+        message = "%s is a folder as well: the file of that name is restored as %s"
+        log.warning(message, printable(name), printable(other))
+
+    def _wanted(self) -> Iterator[StoredObject]:
+        """The objects at and below the paths that were named; one of size -1 for a path
+        that has none."""
+        for path in self._paths or [b""]:
+            # As this program spells a key, and as others may.
+            others = self._config.prefix + path.decode("utf-8", "replace")
+            starts, is_empty = sorted({self._key(path), others}), True
+            above: list[str] = []  # keys that the next one begins with
+            for found in itertools.chain.from_iterable(map(self._bucket.objects, starts)):
+                key = found.key
+                if path and not any(key[len(start) :][:1] in ("", "/") for start in starts):
+                    continue
+                is_empty = False
+                while above and not key.startswith(above[-1]):
+                    above.pop()
+                for upper in above:
+                    if key.startswith(upper + "/") and upper not in self._other_names:
+                        self._give_other_name(upper)
+                above.append(key)
+                our_key = self._key(self._name(key))
+                if our_key != key and key not in self._left_out and self._bucket.head(our_key):
+                    message = "left out %s: %s stands for the same name"
+                    log.warning(message, printable(key), our_key)
+                    self._left_out.add(key)
+                if key not in self._left_out:
+                    yield found
+            if is_empty and not path:
+                reason = "correct S3_BUCKET or S3_PREFIX"
+                raise Fatal(f"nothing is archived in {self._config.place}: {reason}")
+            if is_empty:
+                yield StoredObject(starts[0], -1, 0, "", "")
+
+    def _case(self, found: StoredObject) -> str:
+        """THERE, READY, BUSY or NOT_ASKED; FileError."""
+        name = self._name(found.key)
+        if found.size < 0:
+            raise FileError("nothing is archived under this path: the exact one, no pattern")
+        is_windows_name = os.name == "nt" and (b"\\" in name or b":" in name)
+        if {b"", b".", b".."} & set(name.split(b"/")) or b"\0" in name or is_windows_name:
+            raise FileError("no file can have this name")
+        there = self.target.find(name)
+        if there is not None:
+            if not stat.S_ISREG(there.mode or 0):
+                raise FileError("something that is not a file has its name")
+            mtime = mtime_of(self._bucket.head(found.key) or found)
+            # FAT keeps even seconds; SFTP, and not every disk, times outside of this range.
+            is_same = there.mtime in (mtime, mtime & ~1) or not 0 <= mtime < 1 << 31
+            if there.size == found.size and is_same:
+                return THERE
+            if not self._options.overwrite:
+                raise FileError(
+                    f"another file is there, of {there.size} bytes and mtime {there.mtime}, "
+                    f"not {found.size} and {mtime}: --overwrite replaces it"
+                )
+        if found.storage_class not in COLD_CLASSES or found.restored:
+            return READY
+        return NOT_ASKED if found.restored is None else BUSY
+
+    def _bring_back(self, found: StoredObject) -> str:
+        """Does what can be done now, and returns what was; FileError."""
+        word, options, stopping = self._case(found), self._options, self._tools.box.stopping
+        # More may have become cold since the cost was agreed to.
+        if word == NOT_ASKED and self.may_ask.acquire(blocking=False):
+            stopping.check()
+            is_back = self._bucket.request_restore(found.key, options.tier, options.days)
+            word = READY if is_back else ASKED
+        if word != READY:
+            return word
+        try:
+            stored, blocks = self._bucket.download(found.key)
+
+            def counted_blocks() -> Iterator[bytes]:
+                for block in blocks():
+                    stopping.check()
+                    self._tools.progress.moved(len(block))
+                    yield block
+
+            name, mtime = self._name(found.key), mtime_of(stored)
+            self.target.store(name, mtime, counted_blocks, options.overwrite)
+        except FileError as error:
+            if error.code != COLD:
+                raise
+            if found.storage_class not in COLD_CLASSES:
+                reason = f"is in an archive tier of {found.storage_class}: restore it there"
+                raise FileError(reason) from None
+            return NOT_ASKED  # its copy has expired since: the next pass asks anew
+        return RESTORED
+
+
+def mtime_of(stored: StoredObject) -> int:
+    """The mtime to restore: from S3's metadata, else the time of the upload."""
+    return stored.stored_at if stored.mtime is None else stored.mtime
+
+
+def restore(tools: Tools, options: argparse.Namespace) -> int:
+    """Brings files back: 75 while something is cold, 3 if something failed, else 0."""
+    tier, days = options.tier, options.days
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(tools.config, ".restore.lock"))
+        work = Restore(tools, options)
+        ready, busy, cold = work.look()
+        if cold:
+            show_estimate(tools, cold, ready + busy, options)
+        needed, room = ready + busy + total(cold).bytes, work.target.room()
+        if room is not None and needed > room:
+            message = "%s are to be restored, but only %s are free there: copies that S3 makes "
+            message += "cost money while they wait"
+            log.warning(message, format_size(needed), format_size(room))
+        if cold and options.manifest:
+            work.manifest = stack.enter_context(open_manifest(options.manifest))
+        elif cold:
+            if not options.yes and not confirm("Ask S3 for it?"):
+                message = "nothing was asked for: it costs money; run it again with --yes"
+                raise Fatal(message, status=2)
+            work.may_ask = threading.Semaphore(total(cold).files)
+        tools.progress.expect(ready)
+        try:
+            work.bring_back()
+        finally:
+            show_table("RESTORE", (*work.counts.items(), ("Restored bytes", work.bytes)))
+    counts = work.counts
+    waiting = counts[ASKED] + counts[BUSY] + counts[NOT_ASKED]
+    if work.manifest and counts[NOT_ASKED]:
+        message = "%s lists %s objects: upload it, start an S3 Batch Operations job with it "
+        message += "(Restore, %d days, %s), then run restore again without --manifest"
+        count = f"{counts[NOT_ASKED]:,}"
+        log.warning(message, options.manifest, count, days, tier.capitalize())
+    elif waiting:
+        message = "%s files are still being restored by S3, which takes up to %d hours.  Run "
+        message += "the same command again later."
+        log.warning(message, f"{waiting:,}", TIERS[tier])
+    return 75 if waiting else 3 if counts[FAILED] else 0
+
+
+def restore_paths(given: Iterable[str], root: bytes) -> list[bytes]:
+    """The paths below REMOTE_PATH, given relative to it or whole; none of them below
+    another; empty for all.  Fatal if one cannot be meant."""
+    start = join(root, b"")
+    names = [os.fsencode(path).rstrip(b"/") for path in given]
+    if b"" in names and root != b"/":  # `$unset/`, perhaps
+        message = f"/ is not below REMOTE_PATH {printable(root)}: name no path for all"
+        raise Fatal(message, status=2)
+    inner = {name.removeprefix(start).removeprefix(b"./") for name in names}
+    if inner & {b"", b"."} or {root, join(b".", root)} & set(names):
+        return []
+    return sorted(p for p in inner if not any(p.startswith(join(q, b"")) for q in inner))
+
+
+def show_estimate(tools: Tools, cold: Counts, more: int, options: argparse.Namespace) -> None:
+    """Shows what restoring what is cold costs; `more` bytes need only be fetched."""
+    prices, wanted = Prices(tools.bucket.region, tools.config.prices), total(cold)
+    tier, days = options.tier, options.days
+    download = prices.download(wanted.files, wanted.bytes + more)
+    rows: list[tuple[str, object]] = [
+        ("To be asked of S3", wanted),
+        ("Tier", f"{tier.capitalize()}, ready within {TIERS[tier]} hours, for {days} days"),
+        ("Restore", format_usd(restore_cost(prices, cold, tier, days))),
+        ("Download", f"{format_usd(download)} out of AWS"),
+    ]
+    show_table("ESTIMATE", rows)
+    show(f"({prices.note})")
+
+
+@contextlib.contextmanager
+def open_manifest(path: Path) -> Iterator[TextIO]:
+    """A new file for `--manifest`; Fatal."""
+    try:
+        with path.open("w", newline="", encoding="ascii") as file:
+            yield file
+    except OSError as error:
+        raise Fatal(f"--manifest {path}: {error}", status=2) from None
+
+
+def confirm(question: str) -> bool:
+    """Whether a person at the terminal says yes."""
+    if not (sys.stdin and sys.stdin.isatty()):
+        return False
+    print(f"{question} [y/N] ", end="", flush=True, file=sys.stderr)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 # ---------------------------------------------------------------- Command line
@@ -4686,155 +3952,14 @@ def check_bucket(tools: Tools) -> str:
 STATUSES = """\
 exit statuses:
   0      all selected files are archived (restore: are there; verify: agree)
-  1      fatal: credentials, host key, bucket, box or state; the reason is told
-  2      usage or configuration
+  1      fatal error: credentials, host key, bucket, Storage Box or state database;
+         see the message
+  2      usage or settings
   3      incomplete: some file failed or differs, or MAX_RUNTIME was over
   11     another run holds the lock
-  75     restore is under way: run it again later
+  75     S3 is still restoring: run it again later
   128+n  ended by signal n
 """
-
-
-def redacted(text: str, secrets: Iterable[str]) -> str:
-    for secret in sorted(secrets, key=len, reverse=True):  # one may begin another
-        text = text.replace(secret, "***")
-    return text
-
-
-class OneLine(logging.Formatter):
-    """Any message on one line, whoever wrote it, and without secrets."""
-
-    def __init__(self, form: str, secrets: Iterable[str]):
-        super().__init__(form, "%Y-%m-%dT%H:%M:%S%z")
-        self._secrets = secrets
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        kind = {logging.WARNING: "warning: ", logging.CRITICAL: "error: "}
-        text = kind.get(record.levelno, "") + record.message
-        shown = (char if char.isprintable() else printable(char) for char in text)
-        record.message = text if text.isprintable() else "".join(shown)
-        return super().formatMessage(record)
-
-    def formatException(self, ei: Any) -> str:
-        return printable(super().formatException(ei))
-
-    def format(self, record: logging.LogRecord) -> str:
-        return redacted(super().format(record), self._secrets)
-
-
-class Console(logging.StreamHandler):
-    """Log lines on stderr, above the bars where there are any."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with tqdm.external_write_mode(sys.stderr):
-            super().emit(record)
-
-
-def start_logging(config: Config, level: int, bars: bool) -> None:
-    """To stderr from `level` on, and to LOG_FILE; ConfigError if that cannot be
-    written."""
-    logging.raiseExceptions = False  # a closed pipe or a full disk is no traceback
-    console = Console(sys.stderr)
-    console.setLevel(level)
-    # The bars tell of each file already.
-    hidden = {logfile_log.name, files_log.name if bars else ""}
-    console.addFilter(lambda record: record.name not in hidden)
-    console.setFormatter(OneLine("%(message)s", config.secrets))
-    log.handlers = [console]
-    log.setLevel(min(level, logging.INFO))
-    log.propagate = False
-    # paramiko tells of every broken connection with a traceback.
-    logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)
-    if config.log_file is not None:
-        try:
-            handler = logging.handlers.RotatingFileHandler(
-                config.log_file, maxBytes=10 * MIB, backupCount=5, encoding="utf-8"
-            )
-        except OSError as error:
-            raise ConfigError(f"LOG_FILE cannot be written: {error}") from None
-        form = "%(asctime)s %(levelname)-8s %(message)s"
-        handler.setFormatter(OneLine(form, config.secrets))
-        log.addHandler(handler)
-
-
-def show(text: str) -> None:
-    """Prints to stdout; a closed output (`| head`) is no error."""
-    try:
-        with tqdm.external_write_mode(sys.stdout):  # above the bars, if there are any
-            print(text, flush=True)
-    except OSError as error:
-        let_go(sys.stdout)
-        if not isinstance(error, BrokenPipeError):
-            log.warning("the output could not be written: %s", error)
-
-
-def let_go(stream: Any) -> None:
-    """What nobody takes goes nowhere: else Python ends with a status of its own."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def tell(secrets: Iterable[str], lines: list[str]) -> None:
-    """Lines of a result, on stdout and in LOG_FILE."""
-    show(redacted("\n".join(lines), secrets))  # S3's words may be among them
-    for line in lines:
-        logfile_log.info("%s", line)
-
-
-class Signals:
-    """Makes SIGINT, SIGTERM and SIGHUP an orderly end within ten seconds.
-
-    Python's handlers run on the main thread only, which a signal may not wake,
-    and whatever they interrupt may hold any lock.  So the number goes through a
-    socket to a thread that does the rest: `close` lets all that waits on the
-    box end.  What has not ended after STOP_LIMIT, or at a second signal, is cut
-    off with the process, after its uploads were aborted and `last_words` told.
-    """
-
-    def __init__(self, box: Box, archive: Archive, last_words: Callable[[], None]):
-        self._box, self._archive, self._last_words = box, archive, last_words
-        self._woken, self._waker = socket.socketpair()
-        self._waker.setblocking(False)
-        self._old: dict[int, Any] = {}
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Signals:
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            # Ignored by whoever started us, nohup say: so be it.
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-                self._old[number] = signal.signal(number, lambda *_: None)
-        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._waker.send(b"\0")  # no signal's number
-        self._thread.join()
-        signal.set_wakeup_fd(-1)
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-        self._woken.close()
-        self._waker.close()
-
-    def _watch(self) -> None:
-        (number,) = self._woken.recv(1)
-        if number == 0:
-            return
-        self._box.stopping.number = number
-        self._box.close()
-        # Where nobody reads what is told, whoever tells it waits for ever; and no thread
-        # may be left to tell it.
-        with contextlib.suppress(RuntimeError):
-            within(1, lambda: log.warning("%s: ending", signal.Signals(number).name))
-        self._woken.settimeout(STOP_LIMIT)
-        with contextlib.suppress(TimeoutError):
-            if self._woken.recv(1) == b"\0":
-                return
-        try:
-            within(STOP_LIMIT / 2, self._archive.abort_all)
-            within(1, self._last_words)
-        finally:
-            os._exit(128 + number)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -4844,77 +3969,94 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=STATUSES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    env_help = "the settings (default: .env beside archive.py)"
-    parser.add_argument("--env-file", type=Path, metavar="FILE", help=env_help)
-    loudness = parser.add_mutually_exclusive_group()
-    choice = partial(loudness.add_argument, dest="level", action="store_const")
-    choice("-v", const=logging.DEBUG, help="tell of unchanged files too")
-    choice("-q", const=logging.WARNING, help="only warnings, failures and the summary")
+    env_file = "the settings (default: .env beside archive.py)"
+    parser.add_argument("--env-file", type=Path, metavar="FILE", help=env_file)
+    level = parser.add_mutually_exclusive_group()
+    add_level = partial(level.add_argument, dest="level", action="store_const")
+    add_level("-v", "--verbose", const=logging.DEBUG, help="also list unchanged files")
+    quiet = "only warnings, failures and the summary"
+    add_level("-q", "--quiet", const=logging.WARNING, help=quiet)
     commands = parser.add_subparsers(metavar="COMMAND", dest="command")
 
     def add(name: str, text: str, **flags: str) -> argparse.ArgumentParser:
-        described = f"{text[0].upper()}{text[1:]}."
-        command = commands.add_parser(name, help=text, description=described)
-        for flag, told in flags.items():
-            command.add_argument("--" + flag.replace("_", "-"), action="store_true", help=told)
+        description = f"{text[0].upper()}{text[1:]}."
+        command = commands.add_parser(name, help=text, description=description)
+        for flag, meaning in flags.items():
+            option = f"--{flag.replace('_', '-')}"
+            command.add_argument(option, action="store_true", help=meaning)
         return command
 
-    again = "start with an empty state although the bucket has objects: everything is "
-    again += "uploaded, and paid for, again"
-    add("run", "archive what is new or changed (the default)", new_state=again)
+    new_source = "the files are at another HETZNER_USER or REMOTE_PATH now: compare them"
+    add("run", "archive what is new or changed (the default)", new_source=new_source)
     add("plan", "what run would do and what it would cost; changes nothing", json="as JSON")
     add("status", "what is archived, its cost, the last runs, the box's room", json="as JSON")
-    sums = "the stored CRC-32, too: a request for each object"
-    repair = "forget what is missing or wrong, so that the next run archives it again"
-    held = "hold the state against the bucket, without cold reads"
-    add("verify", held, checksums=sums, repair=repair)
-    add_restore(add("restore", "bring files back; to be run again until it ends with 0"))
+    repair = "bring the state in line: the next run uploads or compares what differs"
+    verify_text = "compare the state with the bucket's listing; downloads nothing"
+    add("verify", verify_text, repair=repair)
+    add_restore(add("restore", "bring files back; run it again until it ends with 0"))
     add("check", "try settings, box, bucket and permissions, with the remedy for each")
-    parser.set_defaults(level=logging.INFO, command="run", new_state=False)
+    parser.set_defaults(level=logging.INFO, command="run", new_source=False)
     return parser
 
 
 def add_restore(command: argparse.ArgumentParser) -> None:
     """The arguments of `restore`."""
     add = command.add_argument
+    # Not what an unset variable of a shell script leaves.
+    not_empty = argument(partial(parse_match, r"(?s).+", "a path"))
     path = "file or folder as on the box (default: all)"
     add("path", nargs="*", type=not_empty, metavar="PATH", help=path)
-    where = command.add_mutually_exclusive_group(required=True)
-    local = "a folder of this machine"
-    where.add_argument("--to", type=not_empty, metavar="FOLDER", help=local)
-    box = "a folder of the Storage Box"
-    where.add_argument("--to-box", type=not_empty, metavar="FOLDER", help=box)
-    add("--tier", choices=TIERS, default="bulk", help="bulk: 48 hours; standard: 12, dearer")
+    place = command.add_mutually_exclusive_group(required=True)
+    here, there = "a folder of this machine", "a folder of the Storage Box"
+    place.add_argument("--to", type=not_empty, metavar="FOLDER", help=here)
+    place.add_argument("--to-box", type=not_empty, metavar="FOLDER", help=there)
+    tiers = "bulk: within 48 hours; standard: within 12, dearer"
+    add("--tier", choices=TIERS, default="bulk", help=tiers)
     days = "how long the copies can be read (default: 7)"
-    add("--days", type=whole_days, default=7, metavar="N", help=days)
+    parse_days = argument(partial(parse_int, 1, 3650))
+    add("--days", type=parse_days, default=7, metavar="N", help=days)
     add("--yes", action="store_true", help="agree to the cost without being asked")
     add("--overwrite", action="store_true", help="replace other files that are in the way")
     manifest = "write what is cold there, for S3 Batch Operations, and ask for nothing"
     add("--manifest", type=Path, metavar="FILE", help=manifest)
 
 
-def not_empty(text: str) -> str:
-    """Not what an unset variable of a shell script leaves."""
-    if not text:
-        raise argparse.ArgumentTypeError("expected a path, not nothing")
-    return text
+def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """A parser of settings for an argument: its message is shown, too."""
+
+    def parse_argument(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{error}, not {text!r}") from None
+
+    return parse_argument
 
 
-def whole_days(text: str) -> int:
-    try:
-        return parse_whole(1, 3650, text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error}, not {text!r}") from None
+def handle_signals(stopping: StopEvent) -> None:
+    """Makes SIGINT, SIGTERM and SIGHUP an orderly end within ten seconds: they raise Stopped
+    on the main thread.  What has not ended by then, or at a second signal, is cut off."""
+
+    def handle(number: int, _frame: object) -> None:
+        if stopping.signal is not None:
+            os._exit(128 + number)
+        # If nobody reads what is printed, whoever prints it waits for ever.
+        cut_off = threading.Timer(STOP_LIMIT + 3, os._exit, [128 + number])
+        cut_off.daemon = True
+        cut_off.start()
+        stopping.signalled(number)
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        # Ignored by whoever has started us, nohup for example: so be it.
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handle)
 
 
 def tune_memory() -> None:
-    """Keeps parts in memory that is used again, and in no more than that.
-
-    By default glibc fetches 16 MiB from the system for each part, whose page
-    faults take a fifth of the CPU, or keeps a heap for each thread, twice what
-    is held (mallopt(3)).  And the collector need not look again and again at
-    what was imported.
-    """
+    """Keeps parts in memory that is used again, and in no more than that: by default glibc
+    fetches 16 MiB from the system for each, whose page faults take a fifth of the CPU time,
+    or keeps a heap for each thread (mallopt(3)).  And what was imported is no garbage."""
     m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another libc
         libc = ctypes.CDLL(None)
@@ -4930,23 +4072,18 @@ def main(argv: list[str] | None = None) -> int:
         return start(argv)
     except KeyboardInterrupt:  # before there is anything to end in order
         return 128 + signal.SIGINT
+    except SystemExit as end:  # argparse has printed help or a usage error
+        return int(end.code or 0)
     finally:
         for stream in filter(None, (sys.stdout, sys.stderr)):
-            try:
+            with contextlib.suppress(OSError):  # nobody reads it
                 stream.flush()
-            except OSError:
-                let_go(stream)
 
 
 def start(argv: list[str] | None) -> int:
     """Reads arguments and settings, and runs the command; its exit status."""
-    try:
-        arguments = make_parser().parse_args(argv)
-    except SystemExit as end:  # argparse has printed help or a usage error
-        return int(end.code or 0)
+    arguments = make_parser().parse_args(argv)
     bars = bool(sys.stderr and sys.stderr.isatty()) and arguments.level <= logging.INFO
-    # State, lock and log tell all names, and whoever can read the lock can hold it.
-    os.umask(0o077)
     tune_memory()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is
@@ -4955,99 +4092,51 @@ def start(argv: list[str] | None) -> int:
     try:
         config = load_config(env_file, os.environ)
         start_logging(config, arguments.level, bars)
-    except ConfigError as error:
-        if env_file is None:
-            print(f"error: there is no {beside}: copy .env.example to it", file=sys.stderr)
-        for fault in str(error).splitlines():
+    except Fatal as error:
+        missing = [] if env_file else [f"there is no {beside}: copy .env.example to it"]
+        for fault in (*missing, *str(error).splitlines()):
             print(f"error: {fault}", file=sys.stderr)
-        return 2
-    for warning in cautions(config, env_file):
+        return error.status
+    for warning in config_warnings(config, env_file):
         log.warning("%s", warning)
-    # Where boto3 looks for them; what is empty it would take for a value.
+    # boto3 looks into the environment, where an empty variable counts as a value.
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         del os.environ[name]
     os.environ.update(config.aws_environ)
-    return command(config, arguments, bars)
+    return execute(config, arguments, bars)
 
 
-def command(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
+def execute(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
     """Runs the command; the one place where errors become exit statuses."""
-    stopping = Stopping()
-    patient = arguments.command not in ("status", "check")
-    box = Box(config, stopping, patient)
-    progress = Progress(bars)
-    report = Report()
-
-    def summarize() -> None:
-        number = stopping.number
-        if not report.complete and (report.walk is not None or number is not None):
-            name = "an error" if number is None else signal.Signals(number).name
-            report.ended_early = f"by {name}"
-        if report.walk is not None or (arguments.command == "run" and report.ended_early):
-            tell(config.secrets, report.summary())
-
+    stopping = StopEvent()
+    retries = arguments.command not in ("status", "check")
+    box, progress, exit_status = StorageBox(config, stopping, retries), Progress(bars), 1
     try:
-        archive = Archive(config, stopping, patient)
-        tools = Tools(config, box, archive, show, partial(tell, config.secrets), progress)
-
-        def last_words() -> None:
-            archive.tell_unfinished()
-            summarize()
-
-        with Signals(box, archive, last_words):
-            return perform(tools, arguments, report)
-    except (ArchiveError, Stopped) as error:
-        if isinstance(error, ArchiveError):
-            log.critical("%s", error)
-        if stopping.number is not None:
-            return 128 + stopping.number
-        return 11 if isinstance(error, Locked) else 2 if isinstance(error, ConfigError) else 1
-    except Exception as error:  # a defect of ours: told in one line all the same
+        handle_signals(stopping)
+        tools = Tools(config, box, Bucket(config, retries), progress)
+        commands: dict[str, Callable[[], int]] = {
+            "run": lambda: run(tools, arguments.new_source, Report()),
+            "plan": lambda: plan(tools, arguments.json),
+            "status": lambda: status(tools, arguments.json),
+            "verify": lambda: verify(tools, arguments.repair),
+            "restore": lambda: restore(tools, arguments),
+            "check": lambda: check(tools),
+        }
+        exit_status = commands[arguments.command]()
+    except Stopped:
+        pass
+    except ArchiveError as error:
+        log.critical("%s", error)
+        exit_status = error.status
+    except Exception as error:  # a defect of ours, in one line all the same
         log.critical("unexpected %s: %s", type(error).__name__, error)
         log.debug("traceback", exc_info=True)
-        return 1
     finally:
         box.close()
         progress.close()
-        summarize()
-
-
-def perform(tools: Tools, arguments: argparse.Namespace, report: Report) -> int:
-    """The command's exit status; ArchiveError."""
-    match arguments.command:
-        case "plan":
-            return plan(tools, arguments.json)
-        case "status":
-            return status(tools, arguments.json)
-        case "verify":
-            return verify(tools, arguments.checksums, arguments.repair)
-        case "restore":
-            return restore(tools, arguments, agreed)
-        case "check":
-            return check(tools)
-    config, archive = tools.config, tools.archive
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(locked(config.state_db))
-        state = open_state(config, archive, arguments.new_state)
-        stack.enter_context(contextlib.closing(state))
-        return run(Run(config, tools.box, archive, state, report, tools.progress))
-
-
-def agreed(question: str) -> bool:
-    """Whether a person at the terminal says yes."""
-    if not (sys.stdin and sys.stdin.isatty()):
-        return False
-
-    def leave(*_: object) -> None:
-        raise Stopped("stopped")
-
-    before = signal.signal(signal.SIGINT, leave)  # else the line would be waited for
-    try:
-        print(f"{question} [y/N] ", end="", flush=True, file=sys.stderr)
-        return sys.stdin.readline().strip().lower() in ("y", "yes")
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return exit_status if stopping.signal is None else 128 + stopping.signal
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Not sys.exit(): Python would wait for threads that wait for S3.
+    os._exit(main())

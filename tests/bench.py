@@ -166,11 +166,10 @@ def small_works() -> list[Work]:
     large = 24 * MIB  # sent in parts
     folders = Tree(10, 10, 100)
     return [
-        Work("one", Tree(1, 1, large), (0, 20), Tree(1, 1, MIB)),
-        Work("eight", Tree(1, 4, large), (20,)),
+        Work("one", Tree(1, 1, large), (0,), Tree(1, 1, MIB)),
+        Work("eight", Tree(1, 2, large), (20,)),
         Work("small", Tree(4, 10, 4096), (20,), Tree(1, 10, 4096)),
-        Work("unchanged", Tree(10, 10, 100), (20,), folders),
-        Work("unchanged", Tree(20, 10, 100), (0, 20), folders),
+        Work("unchanged", Tree(20, 10, 100), (0,), folders),
     ]
 
 

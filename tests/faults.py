@@ -34,13 +34,14 @@ def wait_for(condition):
 
 
 def assert_all_archived(archive, box):
-    """The bucket holds the tree, and what the state says of it is true beyond doubt."""
+    """The bucket holds the tree, the state says so, and nothing is left to be done."""
     objects = archive.objects()
     held = {os.fsencode(key): found[:2] for key, found in objects.items()}
     there = tree(box.root)
     assert held == there, set(held.items()) ^ set(there.items())
     assert len(archive.rows()) == len(held)
-    assert archive.query("SELECT * FROM replacing") == []
+    assert archive.query("SELECT path FROM files WHERE mtime IS NULL") == []
+    assert archive.query("SELECT key FROM uploads") == []
     archive.assert_invariant()
 
 
@@ -57,7 +58,8 @@ def assert_failed(result, reasons):
 
 def recorded(archive):
     """The rows of a state whose program may have been killed at any instant:
-    {path: (size, mtime, key, crc32, in doubt)}. The database itself stays as it is."""
+    {path: (size, mtime, key, crc32)}, with an mtime of None where the object has to be
+    compared. The database itself stays as it is."""
     with tempfile.TemporaryDirectory() as folder:
         for suffix in ("", "-journal"):
             with contextlib.suppress(FileNotFoundError):
@@ -67,20 +69,19 @@ def recorded(archive):
             if not db.execute("SELECT * FROM sqlite_master").fetchall():
                 return {}
             rows = db.execute(
-                "SELECT path, size, mtime, key, crc32, path IN (SELECT path FROM replacing)"
-                " FROM files LEFT JOIN objects USING (path)"
+                "SELECT path, size, mtime, key, crc32 FROM files LEFT JOIN objects USING (path)"
             )
             return {path: row for path, *row in rows}
 
 
 def assert_rows_are_true(archive):
-    """Each row has its object, with that size and CRC-32; uploads may be under way.
+    """Each row has its object; with an mtime it is of that size and CRC-32. Uploads may be
+    under way.
 
-    A changed file may have its new object and still its old row, if S3's answer was
-    lost or the run killed: then the row is noted as in doubt, so that the next run
-    archives the file again, whatever it looks like then.
+    A changed file may have its new object and still its old row, if S3's answer was lost or
+    the run was killed: then the row has no mtime, so that the next run compares the file.
     """
     objects = archive.objects()
-    for path, (size, _, key, crc, in_doubt) in recorded(archive).items():
+    for path, (size, mtime, key, crc) in recorded(archive).items():
         assert key in objects, f"{path} is recorded, but S3 has no {key}"
-        assert in_doubt or objects[key][:2] == (size, crc), path
+        assert mtime is None or objects[key][:2] == (size, crc), path

@@ -293,6 +293,16 @@ def names(*entries):
     return lambda request: request.names(entries)
 
 
+def every_second(fault):
+    """Meet `fault` in the second request, the fourth and so on, whatever they are about."""
+    answers = itertools.cycle((honest, fault))
+
+    def act(request):
+        return next(answers)(request)
+
+    return act
+
+
 def unknown_id(request):
     """Answer under an id that nobody asked with, then honestly."""
     honest = request.reply()
@@ -454,11 +464,14 @@ class FaultyBox(Box):
     back until nothing more has arrived for so long. What a client sends without
     waiting is then one flight, and a path costs as many round trips as there are
     flights with a request about it, other than a CLOSE. `shuffle` (a seed) answers
-    each flight in random order.
+    each flight in random order. While `max_handles` files and folders are open, it
+    refuses to open more with FAILURE, and counts that in `refused`.
     """
 
-    def __init__(self, tree=None, quiet=None, shuffle=None):
+    def __init__(self, tree=None, quiet=None, shuffle=None, max_handles=float("inf")):
         super().__init__()
+        self.max_handles = max_handles
+        self.refused = 0
         self.tree = tree
         self.quiet = quiet
         self.shuffle = random.Random(shuffle) if shuffle is not None else None
@@ -633,6 +646,11 @@ class _Session:
             self.box.on_data()
 
     def new_handle(self, request, handle):
+        if len(self.handles) >= self.box.max_handles:
+            self.box.refused += 1
+            if handle.file:
+                handle.file.close()
+            return request.status(FAILURE)
         name = b"%d" % next(self.numbers)
         self.handles[name] = handle
         return request.packet(HANDLE, _string(name))

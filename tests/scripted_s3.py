@@ -9,10 +9,13 @@ A fault is a function that is given an Exchange and returns the Answer to send, 
 None to close the connection without one. The true answer is `exchange.forward()`.
 """
 
+import base64
 import http.client
+import re
 import socket
 import struct
 import threading
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,11 +29,13 @@ OPERATIONS = [
     ("PUT", True, "partNumber", "UploadPart"),
     ("PUT", True, "", "PutObject"),
     ("DELETE", True, "uploadId", "AbortMultipartUpload"),
+    ("DELETE", True, "", "DeleteObject"),
     ("HEAD", True, "", "HeadObject"),
     ("GET", True, "uploadId", "ListParts"),
     ("GET", True, "", "GetObject"),
     ("GET", False, "uploads", "ListMultipartUploads"),
     ("GET", False, "list-type", "ListObjectsV2"),
+    ("GET", False, "versions", "ListObjectVersions"),
     ("HEAD", False, "", "HeadBucket"),
 ]
 
@@ -54,6 +59,7 @@ class Exchange:
         self.bucket, _, key = target.path.lstrip("/").partition("/")
         self.key = unquote(key)
         self.part = int(query.get("partNumber", [0])[0])
+        self.upload_id = query.get("uploadId", [""])[0]
         self.operation = next(
             (
                 operation
@@ -78,6 +84,10 @@ class Exchange:
         return self._body
 
     def forward(self):
+        """The true answer."""
+        return self.s3.honest(self)
+
+    def ask(self):
         """The real server's answer."""
         connection = http.client.HTTPConnection(self.s3.upstream, timeout=60)
         try:
@@ -261,6 +271,10 @@ class ScriptedS3:
     def always(self, operation, fault, key=None):
         return self.on(operation, fault, key, times=float("inf"))
 
+    def honest(self, exchange):
+        """The true answer to a request."""
+        return exchange.ask()
+
     def answer(self, exchange):
         with self.lock:
             self.under_way += 1
@@ -277,6 +291,73 @@ class ScriptedS3:
         finally:
             with self.lock:
                 self.under_way -= 1
+
+
+class StrictS3(ScriptedS3):
+    """The same, with CRC-32 checksums as S3 has them and moto has not.
+
+    Bytes that differ from their x-amz-checksum-crc32 header are refused. The checksum of
+    each part is kept, and is in the answer to ListParts. An upload is completed only with
+    the checksum of all parts together, which is in the answer to that.
+
+    `parts` lists (key, part number, bytes) of each part that was received to its end.
+    """
+
+    def __init__(self, url):
+        super().__init__(url)
+        self.parts = []
+        self.part_sums = {}  # (CRC-32, bytes) by (key, upload id, part number)
+
+    def honest(self, exchange):
+        told = exchange.headers.get("x-amz-checksum-crc32")
+        is_whole = exchange.operation == "CompleteMultipartUpload"
+        summed = self.sum_of_parts(exchange) if is_whole else zlib.crc32(exchange.body())
+        if exchange.operation == "UploadPart":
+            with self.lock:
+                self.parts.append((exchange.key, exchange.part, exchange.length))
+        if told and summed is not None and told != _crc_text(summed):
+            return error(400, "BadDigest", "The CRC32 you specified did not match")(exchange)
+        answer = exchange.ask()
+        if answer.status != 200:
+            return answer
+        if told and exchange.operation == "UploadPart":
+            with self.lock:
+                part = exchange.key, exchange.upload_id, exchange.part
+                self.part_sums[part] = summed, exchange.length
+        elif told and is_whole and summed is not None:
+            told = f"<ChecksumCRC32>{told}</ChecksumCRC32><ChecksumType>FULL_OBJECT<"
+            end = b"</CompleteMultipartUploadResult>"
+            _insert(answer, end, told.encode() + b"/ChecksumType>" + end)
+        elif exchange.operation == "ListParts":
+            for number in map(int, re.findall(rb"<PartNumber>(\d+)<", answer.body)):
+                found = self.part_sums.get((exchange.key, exchange.upload_id, number))
+                if found:
+                    end = b"<PartNumber>%d</PartNumber>" % number
+                    sum_text = f"<ChecksumCRC32>{_crc_text(found[0])}</ChecksumCRC32>"
+                    _insert(answer, end, sum_text.encode() + end)
+        return answer
+
+    def sum_of_parts(self, exchange):
+        """The CRC-32 of the parts that are to be completed, None if that of one is not
+        known."""
+        whole = 0
+        for number in map(int, re.findall(rb"<PartNumber>(\d+)<", exchange.body())):
+            part = self.part_sums.get((exchange.key, exchange.upload_id, number))
+            if part is None:
+                return None
+            zeros = bytes(part[1])
+            whole = zlib.crc32(zeros, whole) ^ zlib.crc32(zeros) ^ part[0]
+        return whole
+
+
+def _crc_text(crc):
+    return base64.b64encode(crc.to_bytes(4, "big")).decode()
+
+
+def _insert(answer, what, replacement):
+    assert answer.body.count(what) == 1, answer.body
+    answer.body = answer.body.replace(what, replacement)
+    answer.headers["content-length"] = str(len(answer.body))
 
 
 class _Server(ThreadingHTTPServer):

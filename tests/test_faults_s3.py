@@ -1,6 +1,5 @@
 """What S3 may do to a run: refuse, fail, hang, and answer wrongly."""
 
-import dataclasses
 import os
 import re
 import signal
@@ -8,7 +7,7 @@ import time
 
 import faulty_sftp
 import pytest
-from conftest import MIB, SNAPSHOT, tree
+from conftest import MIB, tree
 from faults import (
     LARGE,
     SIZES,
@@ -19,8 +18,8 @@ from faults import (
     wait_for,
     write,
 )
-from faulty_sftp import EOF, PERMISSION_DENIED, FaultyBox, ends_at, one_file
-from scripted_s3 import error, first, hang, headers, lost_answer, no_checksums, reset
+from faulty_sftp import PERMISSION_DENIED, FaultyBox, one_file
+from scripted_s3 import Exchange, error, first, hang, headers, lost_answer, no_checksums, reset
 
 IMPATIENT = {**SIZES, "S3_CONNECT_LIMIT": 1, "S3_READ_LIMIT": 1, "S3_ATTEMPTS": 2}
 
@@ -59,17 +58,15 @@ def recorded(archive):
         ("PermanentRedirect", 301, "AWS_REGION"),
         ("RequestTimeTooSkewed", 403, "clock"),
         ("ExpiredToken", 400, "renew"),
-        ("InvalidAccessKeyId", 403, "AWS_ACCESS_KEY_ID"),
-        ("SignatureDoesNotMatch", 403, "AWS_SECRET_ACCESS_KEY"),
     ],
 )
-@pytest.mark.parametrize("operation", [None, "PutObject"], ids=["at the start", "at a PUT"])
 def test_refusal_that_concerns_every_file_ends_the_run_at_the_first(
-    archive, box, s3, operation, code, status, remedy
+    archive, box, s3, code, status, remedy
 ):
+    """At a PUT; those of the first request are told by `check` in the same words."""
     for number in range(20):
         write(box.root / f"f{number}", SMALL)
-    s3.always(operation, error(status, code, x_amz_bucket_region="eu-west-1"))
+    s3.always("PutObject", error(status, code, x_amz_bucket_region="eu-west-1"))
     result = archive(TRANSFERS=4)
     assert result.status == 1, result.stderr
     told = [line for line in result.stderr.splitlines() if code in line]
@@ -141,11 +138,7 @@ def test_refusal_keeps_what_was_archived_before(archive, box, s3):
 # --- What a later request heals ---------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [error(500, "InternalError"), error(503, "SlowDown"), reset],
-    ids=["500", "503", "reset"],
-)
+@pytest.mark.parametrize("fault", [error(503, "SlowDown"), reset], ids=["503", "reset"])
 def test_trouble_that_passes_costs_nothing_and_is_counted_once(archive, box, s3, fault):
     troubles = []
     for operation, size in OPERATIONS.items():
@@ -169,26 +162,6 @@ def test_answer_that_is_lost_is_asked_for_again(archive, box, s3):
     assert_all_archived(archive, box)
 
 
-def test_upload_whose_first_answer_was_lost_is_aborted_in_the_end(archive, box, s3):
-    """The request was made again, so that there are two, and one id is not known."""
-    write(box.root / "large", LARGE)
-    s3.on("CreateMultipartUpload", lost_answer)
-    assert archive(constants=SIZES).status == 0
-    assert archive(constants=SIZES).status == 0
-    assert s3.requests["CreateMultipartUpload"] == 2
-    assert_all_archived(archive, box)
-
-
-def test_completion_whose_answer_was_lost_is_found_or_made_again(archive, box, s3):
-    """Made again, it may find its upload gone."""
-    write(box.root / "large", LARGE)
-    s3.on("CompleteMultipartUpload", lost_answer)
-    assert archive(constants=SIZES).status in (0, 3)
-    archive.assert_invariant()
-    assert archive(constants=SIZES).status == 0
-    assert_all_archived(archive, box)
-
-
 @pytest.mark.parametrize("fault", [error(500, "InternalError"), hang], ids=["500", "hang"])
 def test_trouble_that_stays_with_one_file_costs_only_that_file(archive, box, s3, fault):
     write(box.root / "other", SMALL)
@@ -202,7 +175,9 @@ def test_trouble_that_stays_with_one_file_costs_only_that_file(archive, box, s3,
     assert recorded(archive) == {"other"}
     archive.assert_invariant()
     s3.rules.clear()
-    assert archive(constants=SIZES).counts == (5, 1, 0)
+    # S3 had completed one of them, which HEAD shows now.
+    result = archive(constants=SIZES)
+    assert (result.status, result.counts) == (0, (4, 1, 0)), result.stderr
     assert_all_archived(archive, box)
 
 
@@ -238,7 +213,7 @@ def test_signal_while_s3_does_what_was_asked_leaves_nothing_half_done(
 
     def stop():
         running.process.terminate()
-        wait_for(lambda: "ending" in archive.log_file.read_text())
+        wait_for(lambda: not box.transports[-1].is_active())  # it has begun to end
 
     s3.on(operation, first(stop))
     running = archive.start(constants=SIZES)
@@ -263,7 +238,9 @@ def test_object_that_differs_from_what_was_read_is_not_recorded(archive, box, s3
     reasons = {"size": f"S3 holds 5 bytes read {LARGE}", "crc": "S3 holds CRC-32 AAAAAA=="}
     assert_failed(result, reasons)
     assert recorded(archive) == {"well"}
-    assert archive(constants=SIZES).counts == (2, 1, 0)
+    # HEAD says something else now, and so nothing is sent again.
+    result = archive(constants=SIZES)
+    assert (result.status, result.counts) == (0, (0, 1, 0)), result.stderr
     assert_all_archived(archive, box)
 
 
@@ -315,37 +292,82 @@ def test_small_file_is_sent_with_the_checksum_that_lets_s3_refuse_damage(archive
     assert_all_archived(archive, box)
 
 
-# --- Abort and snapshot -----------------------------------------------------
+# --- The same refusal for every file ----------------------------------------
 
-
-def test_upload_that_cannot_be_aborted_is_told_of_and_aborted_by_the_next_run(
-    archive, box, s3, bucket
-):
-    write(box.root / "large", LARGE)
-    box.always("READ", b"large", ends_at(LARGE - 1))
-    s3.always("AbortMultipartUpload", error(403, "AccessDenied"))
-    result = archive(constants=SIZES)
-    assert_failed(result, {"large": "ended at"})
-    (upload,) = bucket.client.list_multipart_uploads(Bucket=bucket.name)["Uploads"]
-    assert upload["UploadId"] in result.stderr
-    s3.rules.clear()
-    box.rules.clear()
-    assert archive(constants=SIZES).status == 0
-    assert_all_archived(archive, box)
+LIMIT = 20  # files of which each is refused alike, until the run ends
 
 
 @pytest.mark.parametrize(
-    "fault",
-    [error(403, "AccessDenied"), error(500, "InternalError"), hang],
-    ids=["403", "500", "hang"],
+    ("operation", "status", "code"),
+    [
+        ("PutObject", 403, "QuotaExceeded"),
+        ("CreateMultipartUpload", 501, "NotImplemented"),
+        ("UploadPart", 400, "InvalidStorageClass"),
+    ],
 )
-def test_snapshot_that_cannot_be_stored_leaves_the_files_done(archive, box, s3, fault):
-    write(box.root / "f", SMALL)
-    s3.always("PutObject", fault, key=SNAPSHOT)
-    result = archive(constants=IMPATIENT)
-    assert (result.status, result.counts) == (3, (1, 0, 0)), result.stderr
-    assert re.search("warning: .*snapshot", result.stderr)
-    assert_all_archived(archive, box)
+def test_refusal_that_repeats_for_every_file_ends_the_run(
+    archive, box, s3, operation, status, code
+):
+    sizes = {"SMALL_FILE": 1_000, "PART_SIZE": 5 * MIB}
+    for number in range(LIMIT + 20):
+        write(box.root / f"f{number:02}", 500 if operation == "PutObject" else SMALL)
+    s3.always(operation, error(status, code))
+    result = archive(constants=sizes, TRANSFERS=4)
+    assert result.status == 1, result.stderr
+    assert LIMIT <= len(result.failures) < LIMIT + 20
+    (last,) = [line for line in result.stderr.splitlines() if "in a row" in line]
+    assert code in last
+    assert sum(1 for (name, _) in s3.about if name == operation) < LIMIT + 20
+    archive.assert_invariant()
+
+
+def test_refusal_of_some_files_does_not_end_the_run(archive, box, s3):
+    """Whatever their number, as long as others are taken between them."""
+    for number in range(50):
+        write(box.root / f"f{number:02}", SMALL)
+        if number % 10:
+            s3.always("PutObject", error(400, "Odd"), key=f"f{number:02}")
+    result = archive(TRANSFERS=1)
+    assert (result.status, result.counts) == (3, (5, 0, 45))
+
+
+CREDENTIALS = {
+    "fail": "echo no token for you >&2; exit 1",
+    "are no JSON": "echo hello",
+    "have expired": """echo '{"Version": 1, "AccessKeyId": "AKIAIOSFODNN7EXAMPLE",
+        "SecretAccessKey": "canary-secret-key-8a7e", "SessionToken": "t",
+        "Expiration": "2020-01-01T00:00:00Z"}'""",
+}
+
+
+@pytest.mark.parametrize("what", [*CREDENTIALS, "need a code from a person"])
+def test_credentials_that_cannot_be_had_end_the_run_with_one_line(archive, box, s3, what):
+    write(box.root / "a", SMALL)
+    assert archive().status == 0
+    for number in range(LIMIT + 20):
+        write(box.root / f"f{number:02}", SMALL)
+    folder = archive.folder / "home" / ".aws"
+    folder.mkdir()
+    if what in CREDENTIALS:
+        script = folder / "credentials.sh"
+        script.write_text(CREDENTIALS[what])
+        profile = f"credential_process = /bin/sh {script}\n"
+    else:
+        profile = (
+            "role_arn = arn:aws:iam::123456789012:role/x\nsource_profile = other\n"
+            "mfa_serial = arn:aws:iam::123456789012:mfa/x\n[profile other]\n"
+            "aws_access_key_id = x\naws_secret_access_key = x\n"
+        )
+    (folder / "config").write_text(f"[profile box]\n{profile}")
+    nobody = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}
+    s3.requests.clear()
+    result = archive(**nobody, AWS_PROFILE="box", TRANSFERS=4)
+    assert result.status == 1, result.stderr
+    assert len(result.failures) < LIMIT + 20, result.stderr
+    (last,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "credentials" in last.lower()
+    assert s3.requests.total() == 0
+    assert recorded(archive) == {"a"}
 
 
 # --- Secrets ----------------------------------------------------------------
@@ -386,137 +408,71 @@ def test_no_secret_is_in_the_process_list(archive, box, s3):
     assert not [line for line in seen for secret in archive.secrets if secret in line]
 
 
-def test_row_of_an_object_that_was_replaced_without_an_answer_is_not_believed(archive, box, s3):
-    """The old version, put back with its time, is not what S3 holds."""
-    path = box.root / "f"
-    write(path, SMALL)
-    old, times = path.read_bytes(), (path.stat().st_mtime,) * 2
-    assert archive().status == 0
-    path.write_bytes(b"new!")
-    s3.on("PutObject", lost_answer, key="f", times=2)
-    assert archive(constants=IMPATIENT).status == 3
-    path.write_bytes(old)
-    os.utime(path, times)
-    assert '"changed": {\n    "files": 1' in archive("plan", "--json").stdout
-    assert archive().counts == (1, 0, 0)
-    archive.assert_invariant()
-    assert archive().counts == (0, 1, 0)
+# --- Answers that are lost while an object is replaced ----------------------
 
 
 @pytest.mark.parametrize("how", ["no answer", "killed"])
-def test_row_of_an_object_that_was_looked_at_again_and_replaced_is_not_believed(
-    archive, box, s3, how
+@pytest.mark.parametrize(
+    ("size", "recent"),
+    [(SMALL, True), (LARGE, False)],
+    ids=["small, modified just now", "large"],
+)
+def test_old_content_that_is_put_back_after_a_lost_answer_is_archived_again(
+    archive, box, s3, how, size, recent
 ):
+    """With its size and time: the row of the old version says nothing any more."""
     path = box.root / "f"
-    write(path, SMALL, mtime=int(time.time()) + 2)  # so that it is looked at again
+    write(path, size, mtime=int(time.time()) if recent else 1_700_000_000)
     old, times = path.read_bytes(), (int(path.stat().st_mtime),) * 2
-    assert archive().counts == (1, 0, 0)
+    sizes = {**SIZES, "RECENT": 60 if recent else 0}
+    assert archive(constants=sizes).counts == (1, 0, 0)
     path.write_bytes(old[::-1])
-    os.utime(path, times)
-    if how == "killed":
-        killed = "archive.State.record = lambda _, some, __: some and __import__('os')._exit(9)"
-        assert archive.start(before=killed).wait().status == 9
-    else:
-        s3.on("PutObject", lost_answer, key="f", times=2)
-        assert archive(constants=IMPATIENT).status == 3
-    path.write_bytes(old)
-    os.utime(path, times)
-    assert archive().counts == (1, 0, 0)
-    archive.assert_invariant()
-
-
-@pytest.mark.parametrize("how", ["no answer", "killed"])
-def test_row_of_a_file_that_is_listed_twice_is_not_believed(archive, box, s3, how):
-    """It is replaced while its folder is listed: two versions in one run, of which the
-    first is recorded."""
-    path = box.root / "f"
-    write(path, SMALL)
-    old, times = path.read_bytes(), (int(path.stat().st_mtime),) * 2
-    listed = box.tree.lstat(b"f")
-    pages = [(b"f", listed), (b"f", dataclasses.replace(listed, mtime=listed.mtime + 1))]
-    for nth, page in enumerate(pages, 1):
-        box.on("READDIR", b"", faulty_sftp.names(page), nth=nth)
-    box.on("READDIR", b"", faulty_sftp.status(EOF), nth=3, times=9)
+    os.utime(path, times if recent else None)
+    operation = "PutObject" if size == SMALL else "CompleteMultipartUpload"
 
     def kill():
         archive.running[-1].kill()
 
-    def replaced():
-        time.sleep(1)  # until both are listed
-        path.write_bytes(old[::-1])
-        os.utime(path, (times[0] + 1,) * 2)
-
-    s3.on("PutObject", first(replaced), key="f")
     if how == "killed":
-        s3.on("PutObject", first(kill, lost_answer), key="f", nth=2)
+        s3.on(operation, first(kill, lost_answer), key="f")
     else:
-        s3.on("PutObject", lost_answer, key="f", nth=2, times=2)
-    pages_of_one = {"PAGE": 1, "READDIRS_PER_FLIGHT": 1}
-    result = archive(constants={"S3_ATTEMPTS": 2, **pages_of_one})
-    assert result.status == (3 if how == "no answer" else -9), result.stderr
+        s3.on(operation, lost_answer, key="f", times=2)
+    result = archive(constants={**IMPATIENT, **sizes})
+    assert result.status == (-9 if how == "killed" else 3), result.stderr
+    wait_for(lambda: not s3.under_way)
     assert_rows_are_true(archive)
-    box.rules.clear()
+    s3.rules.clear()
     path.write_bytes(old)
     os.utime(path, times)
-
-    assert archive().counts == (1, 0, 0)
-    archive.assert_invariant()
-
-
-def test_large_file_that_is_only_looked_at_leaves_nothing_to_ask_about(archive, box, s3):
-    write(box.root / "large", LARGE, mtime=int(time.time()))
     assert archive(constants=SIZES).counts == (1, 0, 0)
-    s3.requests.clear()
-    assert archive(constants=SIZES).counts == (0, 1, 0)
-    assert archive(constants=SIZES).counts == (0, 1, 0)
-    assert s3.requests.total() == 0
+    archive.assert_invariant()
+    assert archive.contents() == {"f": old}
 
 
-def test_upload_in_doubt_is_known_though_the_run_is_killed_at_the_commit(
-    archive, box, s3, bucket
-):
-    """Its second upload was recorded; the first one's parts would be billed for ever."""
-    write(box.root / "large", LARGE)
-    s3.on("CreateMultipartUpload", lost_answer)
-    s3.always("ListMultipartUploads", error(500, "InternalError"))
-    killed = (
-        "record = archive.State.record\n"
-        "def record_and_die(state, stored, kind):\n"
-        "    record(state, stored, kind)\n"
-        "    stored and __import__('os')._exit(9)\n"
-        "archive.State.record = record_and_die\n"
-    )
-    constants = {**SIZES, **IMPATIENT}
-    assert archive.start(constants=constants, before=killed).wait().status == 9
-    assert len(archive.rows()) == len(bucket.uploads()) == 1
-    s3.rules.clear()
-
-    assert archive(constants=SIZES).counts == (0, 1, 0)
-    assert bucket.uploads() == []
-
-
-def test_file_that_is_looked_at_again_in_vain_is_not_paid_twice(archive, box):
+def test_file_that_is_looked_at_again_in_vain_is_not_paid_twice(archive, box, s3):
     """Only what is sent may have replaced its object."""
     write(box.root / "f", SMALL, mtime=int(time.time()))
-    assert archive().counts == (1, 0, 0)
+    assert archive(constants={"RECENT": 60}).counts == (1, 0, 0)
     box.on("OPEN", b"f", faulty_sftp.status(PERMISSION_DENIED))
     assert archive().counts == (0, 0, 1)
-    assert archive().counts == (0, 1, 0)
+    assert archive().counts[::2] == (0, 0)
+    assert s3.requests["PutObject"] == 1
 
 
-def test_large_file_may_grow_after_it_was_listed(archive, box):
-    """Parts take the same memory, whatever their number."""
+def test_large_file_that_grew_after_it_was_listed_is_left_to_the_next_run(archive, box):
+    """No memory was set aside for the rest of it."""
     path = box.root / "large"
-    write(path, 4 * LARGE)
+    write(path, LARGE)
 
     def grown():
         with path.open("ab") as file:
             file.write(b"!" * 100_000)
+        os.utime(path, (1_700_000_005,) * 2)
 
     box.on("OPEN", b"large", faulty_sftp.first(grown))
-    assert archive(constants=SIZES).status == 0
-    archive.assert_invariant()
-    assert archive.objects()["large"][0] == 4 * LARGE + 100_000
+    assert_failed(archive(constants=SIZES), {"large": "changed"})
+    assert archive(constants=SIZES).counts == (1, 0, 0)
+    assert_all_archived(archive, box)
 
 
 def test_server_that_tells_no_time_is_no_obstacle(archive, box, s3):
@@ -540,92 +496,34 @@ def test_composite_checksum_is_none_of_the_whole(archive, box, s3):
     assert "only sizes are compared" in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("fault", "status"),
-    [(hang, 3), (error(503, "ServiceUnavailable"), 3), (error(403, "ExpiredToken"), 1)],
-    ids=["hang", "503", "expired"],
-)
-def test_uploads_that_were_left_are_not_asked_about_in_vain(archive, box, s3, fault, status):
-    """By a killed run: each request may take as long as S3 has time."""
+@pytest.mark.parametrize("then", [error(403, "ExpiredToken"), Exchange.forward])
+def test_run_that_is_stopped_while_s3_answers_says_how_it_ended(archive, box, s3, then):
+    """A refusal is told though a signal came; a run that was complete is no early end."""
     write(box.root / "f", SMALL)
-    assert archive().status == 0
-    write(box.root / "g", SMALL)
-    for number in range(20):
-        archive.execute(f"INSERT INTO uploads VALUES ('k{number}')")
-    s3.requests.clear()
-    s3.always(None, fault)
-    result = archive(constants=IMPATIENT)
-    assert result.status == status
-    assert s3.requests["ListMultipartUploads"] <= 2
-    assert result.stderr.count("ExpiredToken") == (status == 1)
+    running = []
 
-
-def stop_during(running, archive, then):
-    """End the run by a signal while S3 is at work, and answer with `then`."""
-
-    def fault(exchange):
-        exchange.body()
+    def stop():
         running[0].process.terminate()
-        wait_for(lambda: "ending" in archive.log_file.read_text())
-        return then(exchange)
+        time.sleep(0.3)
 
-    return fault
-
-
-@pytest.mark.parametrize("key", ["f", SNAPSHOT])
-def test_run_that_was_complete_is_not_called_ended_early(archive, box, s3, key):
-    write(box.root / "f", SMALL)
-    running = []
-    s3.on("PutObject", stop_during(running, archive, lambda asked: asked.forward()), key=key)
+    s3.on("PutObject", first(stop, then), key="f")
     running.append(archive.start())
     result = running[0].wait(30)
+    assert result.status in (0, 143)
     assert (result.status == 143) == ("Ended early" in result.stdout)
-    assert result.status == archive.query("SELECT status FROM runs")[0][0]
-
-
-def test_snapshot_that_a_signal_stopped_is_no_other_failure(archive, box, s3):
-    write(box.root / "f", SMALL)
-    running = []
-    stop = stop_during(running, archive, error(500, "InternalError"))
-    s3.on("PutObject", stop, key=SNAPSHOT)
-    running.append(archive.start())
-    assert running[0].wait(30).status == 143
-
-
-def test_refusal_is_told_though_a_signal_came(archive, box, s3):
-    write(box.root / "f", SMALL)
-    running = []
-    stop = stop_during(running, archive, error(403, "ExpiredToken"))
-    s3.on("PutObject", stop, key="f")
-    running.append(archive.start())
-    result = running[0].wait(30)
-    assert result.status == 143
-    assert "ExpiredToken" in result.stderr
-
-
-def test_uploads_that_a_signal_leaves_are_named(archive, box, s3, bucket):
-    for number in range(8):
-        write(box.root / f"large{number}", LARGE)
-    s3.always("UploadPart", hang)
-    s3.always("AbortMultipartUpload", hang)
-    running = archive.start(constants=SIZES, MEMORY_LIMIT="1G")
-    wait_for(lambda: s3.requests["UploadPart"] >= 16)
-    running.process.terminate()
-    result = running.wait(30)
-    assert result.status == 143
-    left = bucket.uploads()
-    assert len(left) == 8
-    assert all(f" of {key} is unfinished" in result.stderr for key in left)
+    assert len(archive.rows()) == len(archive.objects()) == result.summary["Uploaded files"]
+    if not archive.objects():
+        assert "ExpiredToken" in result.stderr
 
 
 def test_file_that_s3_takes_while_it_fails_the_others_is_recorded(archive, box, s3):
     write(box.root / "0slow", SMALL)
-    for n in range(12):
+    for n in range(LIMIT + 10):
         write(box.root / f"f{n}", SMALL)
-    s3.always("PutObject", first(lambda: time.sleep(4)), key="0slow")
+    s3.always("PutObject", first(lambda: time.sleep(2)), key="0slow")
     s3.always("PutObject", reset)
     result = archive(constants={**SIZES, "S3_ATTEMPTS": 1}, TRANSFERS="4")
-    assert result.status == 1
+    assert result.status == 1, result.stderr
     assert archive.rows().keys() == {"./0slow"}
 
 

@@ -3,11 +3,13 @@
 import base64
 import os
 import stat
+import subprocess
+import sys
 import time
 from zlib import crc32
 
 import pytest
-from conftest import MIB, SNAPSHOT
+from conftest import MIB
 from faults import SIZES, SMALL, assert_all_archived, assert_failed, write
 from faulty_sftp import PERMISSION_DENIED, Attributes, drop, names, status
 from scripted_s3 import ScriptedS3, error
@@ -48,14 +50,7 @@ def test_known_hosts_lines_of_others_do_no_harm_however_odd(archive, box, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "form",
-    [
-        "@revoked {} {}",
-        "@revoked\t{}  {}",
-        "@revoked * {1}",
-        "@revoked *.your-storagebox.de {1}",
-        "@revoked other.example.com {1}",
-    ],
+    "form", ["@revoked {} {}", "@revoked\t{}  {}", "@revoked other.example.com {1}"]
 )
 def test_revoked_host_key_is_refused_though_it_is_also_known(archive, box, tmp_path, form):
     known_hosts = tmp_path / "known_hosts"
@@ -71,22 +66,21 @@ def test_revoked_host_key_is_refused_though_it_is_also_known(archive, box, tmp_p
 # --- Listings without end ---------------------------------------------------
 
 
-@pytest.mark.parametrize("entries", [(), ((b".", FOLDER), (b"..", FOLDER))])
-def test_listing_that_never_ends_fails_its_folder_alone(archive, box, entries):
+def test_listing_that_never_ends_fails_its_folder_alone(archive, box):
     write(box.root / "endless" / "f", SMALL)
-    box.always("READDIR", b"endless", names(*entries))
+    box.always("READDIR", b"endless", names((b".", FOLDER), (b"..", FOLDER)))
     result = archive()
     assert_failed(result, {"endless": "a listing that does not end"})
     assert set(archive.objects()) == {"f"}
 
 
 def test_max_runtime_ends_a_walk_that_finds_nothing_new(archive, box):
-    for number in range(300):
+    for number in range(100):
         (box.root / f"empty{number}").mkdir()
     result = archive(constants={"LISTINGS_AT_ONCE": 1}, MAX_RUNTIME="0s")
     assert result.status == 3
     assert "MAX_RUNTIME" in result.stderr
-    assert box.requests["OPENDIR"] < 300
+    assert box.requests["OPENDIR"] < 100
 
 
 def test_folders_are_followed_only_to_a_depth_that_a_system_can_open(archive, box):
@@ -138,40 +132,26 @@ def test_text_of_s3_cannot_turn_a_line_around(archive_of, box, moto):
 # --- The state --------------------------------------------------------------
 
 
-def test_snapshot_of_more_than_one_part_is_stored_and_taken_back(archive, bucket):
+HOT_JOURNAL = """
+import os, sqlite3, sys
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+db.execute("PRAGMA cache_spill = 1")
+db.execute("PRAGMA cache_size = 1")
+db.execute("BEGIN IMMEDIATE")
+db.execute("CREATE TABLE x AS SELECT zeroblob(1000000) AS b")
+db.execute("INSERT INTO x SELECT zeroblob(1000000)")
+os._exit(9)
+"""
+
+
+def test_journal_of_a_killed_run_is_not_rolled_back_into_a_new_state(archive, box):
     assert archive().status == 0
-    archive.execute("CREATE TABLE ballast AS SELECT zeroblob(?) AS bytes", 9 * MIB)
-    write(archive.box.root / "g", SMALL)
-    assert archive().status == 0
-    assert len(bucket.content(SNAPSHOT)) > 9 * MIB
+    subprocess.run([sys.executable, "-c", HOT_JOURNAL, archive.state_db], check=False)
+    assert archive.state_db.with_name(archive.state_db.name + "-journal").exists()
     archive.state_db.unlink()
-    result = archive()
-    assert (result.status, result.counts) == (0, (0, 2, 0))
-
-
-def test_journal_of_a_killed_run_is_not_rolled_back_into_the_snapshot(archive, box):
-    assert archive().status == 0
-    journal = archive.state_db.with_name(archive.state_db.name + "-journal")
     write(box.root / "g", SMALL)
-    killed = archive.start(
-        before="import os\n"
-        "commit = archive.State._commit\n"
-        "def die(self, *statements):\n"
-        "    if 'INTO files' in statements[0][0]:\n"
-        "        self._db.execute('PRAGMA cache_spill = 1')\n"
-        "        self._db.execute('PRAGMA cache_size = 1')\n"
-        "        self._db.execute('BEGIN IMMEDIATE')\n"
-        "        self._db.execute('CREATE TABLE x AS SELECT zeroblob(1000000) AS b')\n"
-        "        self._db.execute('INSERT INTO x SELECT zeroblob(1000000)')\n"
-        "        os._exit(9)\n"
-        "    commit(self, *statements)\n"
-        "archive.State._commit = die"
-    )
-    killed.wait()
-    assert journal.exists()
-    archive.state_db.unlink()
     result = archive()
-    assert result.status == 0, result.stderr
+    assert (result.status, result.counts) == (0, (1, 0, 0)), result.stderr
     assert_all_archived(archive, box)
 
 
@@ -199,20 +179,6 @@ def test_each_part_carries_the_sum_of_what_was_read(archive_of, box, moto):
         assert int.from_bytes(base64.b64decode(header), "big") == summed
 
 
-def test_snapshot_that_failed_is_stored_by_the_next_run_though_nothing_is_new(
-    archive_of, box, moto, bucket
-):
-    write(box.root / "f", SMALL)
-    with ScriptedS3(moto.url) as s3:
-        archive = archive_of(box, AWS_ENDPOINT_URL=s3.url)
-        refusal = s3.on("PutObject", error(400, "Odd"), key=SNAPSHOT)
-        assert archive().status == 3
-        assert refusal.fired == 1
-        result = archive()
-    assert (result.status, result.counts) == (0, (0, 1, 0))
-    assert bucket.content(SNAPSHOT)
-
-
 # --- The same second --------------------------------------------------------
 
 
@@ -221,19 +187,19 @@ def test_file_rewritten_while_s3_takes_its_time_is_archived_by_the_next_run(
 ):
     """In the same second and with the same size, long before S3 acknowledges."""
     path = box.root / "f"
-    now = int(time.time())
+    now, recent = int(time.time()), 4  # s, so that a slow machine has begun to read by then
     write(path, SMALL, mtime=now)
 
     def rewrite(exchange):
         path.write_bytes(b"!" * SMALL)
         os.utime(path, (now, now))
-        time.sleep(8)  # by when the time of the file is no longer recent
+        # By then the time of the file is no longer recent.
+        time.sleep(max(0, now + recent + 1 - time.time()))
         return exchange.forward()
 
     with ScriptedS3(moto.url) as s3:
         s3.on("PutObject", rewrite, key="f")
         archive = archive_of(box, AWS_ENDPOINT_URL=s3.url)
-        # Six seconds, so that a slow machine has begun to read by then.
-        assert archive(constants={"RECENT": 6}).counts == (1, 0, 0)
+        assert archive(constants={"RECENT": recent}).counts == (1, 0, 0)
         assert archive().counts == (1, 0, 0)
         assert_all_archived(archive, box)

@@ -206,30 +206,17 @@ def assert_login_fails(result, *words):
     assert [word for word in words if word not in line] == []
 
 
-def test_a_wrong_password_ends_the_run_with_the_setting_to_correct(archive):
+def test_a_wrong_password_ends_the_run_with_the_setting_to_correct(archive, asyncssh_box):
     assert_login_fails(archive(HETZNER_PASSWORD="wrong"), "HETZNER_PASSWORD")
 
     assert archive.bucket.list() == []
-
-
-def test_a_wrong_password_is_not_tried_again_and_again(archive, asyncssh_box):
-    archive(HETZNER_PASSWORD="wrong")
-
-    # Once as a password, once in answer to the question for it.
+    # It is not tried again and again: once as a password, once in answer to the question.
     assert len(asyncssh_box.attempts) <= 2
     assert asyncssh_box.connections == 1
 
 
-def test_a_refused_key_ends_the_run_with_the_setting_to_correct(archive):
-    other = archive.folder / "other_key"
-    asyncssh.generate_private_key("ssh-ed25519").write_private_key(other)
-
-    result = archive(HETZNER_PASSWORD=None, HETZNER_KEY_FILE=other)
-
-    assert_login_fails(result, "key", "HETZNER_KEY_FILE")
-
-
-def test_a_refused_key_ends_the_run_on_the_real_servers_too(archive_of, box):
+def test_a_refused_key_ends_the_run_with_the_setting_to_correct(archive_of, box):
+    """On the real servers."""
     archive = archive_of(box)
     other = archive.folder / "other_key"
     asyncssh.generate_private_key("ssh-ed25519").write_private_key(other)
@@ -277,12 +264,10 @@ def test_a_missing_or_wrong_passphrase_ends_the_run_with_the_setting_to_correct(
     assert locked_box.attempts == []
 
 
-@pytest.mark.parametrize("kind", ["missing", "a folder", "not a key", "a public key"])
+@pytest.mark.parametrize("kind", ["missing", "not a key", "a public key"])
 def test_a_key_file_that_is_none_ends_the_run_with_its_path(archive, asyncssh_box, kind):
     path = archive.folder / "key"
-    if kind == "a folder":
-        path.mkdir()
-    elif kind == "not a key":
+    if kind == "not a key":
         path.write_bytes(os.urandom(300))
     elif kind == "a public key":
         path.write_bytes(asyncssh_box.user_key.export_public_key())

@@ -2,11 +2,9 @@
 
 import os
 import re
-import signal
 import socket
 import subprocess
 import time
-from zlib import crc32
 
 import asyncssh
 import pytest
@@ -21,6 +19,10 @@ SMALL_PARTS = {"SMALL_FILE": 5 * MIB, "PART_SIZE": 5 * MIB}
 COLD = "DEEP_ARCHIVE"
 
 
+# For what does not depend on the server.
+ONE_SERVER = pytest.mark.parametrize("box", [OpenSSH], indirect=True, ids=["openssh"])
+
+
 def as_objects(root):
     """What the bucket must hold for a folder whose names need no escaping."""
     return {os.fsdecode(path): (size, crc, COLD) for path, (size, crc) in tree(root).items()}
@@ -32,19 +34,10 @@ def once(action):
     return lambda: pending.pop()() if pending else None
 
 
-def box_that(on_listing=lambda: None, on_open=lambda: None, on_read=lambda: None):
-    """A box on which something happens before a listing or open, or after a read."""
+def box_that(on_read):
+    """A box on which something happens after a read."""
 
     class Server(asyncssh.SFTPServer):
-        async def scandir(self, path):
-            on_listing()
-            async for entry in super().scandir(path):
-                yield entry
-
-        def open(self, path, pflags, attrs):
-            on_open()
-            return super().open(path, pflags, attrs)
-
         def read(self, file_obj, offset, size):
             data = super().read(file_obj, offset, size)
             on_read()
@@ -83,9 +76,10 @@ def test_a_tree_arrives_bit_for_bit_and_a_second_run_writes_nothing(archive, box
     assert archive.bucket.writes()[before:] == []
 
 
+@ONE_SERVER
 def test_files_of_the_default_limits_arrive_bit_for_bit(archive, box):
     limit = 16 * MIB
-    sizes = [limit - 1, limit, limit + 1, 2 * limit]
+    sizes = [limit - 1, limit, limit + 1]
     fill(box.root, {str(size): size for size in sizes})
 
     result = archive()
@@ -95,6 +89,7 @@ def test_files_of_the_default_limits_arrive_bit_for_bit(archive, box):
     archive.assert_invariant()
 
 
+@ONE_SERVER
 def test_new_and_changed_files_are_archived_and_nothing_else(archive, box):
     names = ["same", "grown", "touched", "rewritten", "folder/same"]
     fill(box.root, dict.fromkeys(names, b"first"))
@@ -105,17 +100,17 @@ def test_new_and_changed_files_are_archived_and_nothing_else(archive, box):
     fill(box.root, {"touched": b"first", "rewritten": b"other"}, mtime=OLD + 1)
     result = archive()
 
-    assert result.counts == (4, 2, 0)
+    assert result.counts == (3, 2, 0)
+    assert result.compared == 1, "the touched one"
     written = {path for _, path, _ in archive.bucket.writes()[before:]}
     name = archive.bucket.name
-    assert {f"/{name}/{key}" for key in ("grown", "new", "touched", "rewritten")} == {
-        path for path in written if not path.endswith(".db")
-    }
+    assert written == {f"/{name}/{key}" for key in ("grown", "new", "rewritten")}
     assert archive.objects() == as_objects(box.root)
     assert archive.rows()["./touched"] == (5, OLD + 1)
     archive.assert_invariant()
 
 
+@ONE_SERVER
 def test_what_vanished_from_the_box_stays_in_the_bucket(archive, box):
     fill(box.root, {"kept": b"kept", "gone": b"gone"})
     archive()
@@ -128,6 +123,7 @@ def test_what_vanished_from_the_box_stays_in_the_bucket(archive, box):
     archive.assert_invariant()
 
 
+@ONE_SERVER
 def test_an_empty_box_is_archived_with_status_0(archive):
     result = archive()
 
@@ -136,6 +132,7 @@ def test_an_empty_box_is_archived_with_status_0(archive):
     assert archive.objects() == {}
 
 
+@ONE_SERVER
 def test_objects_carry_the_time_of_modification_as_rclone_writes_it(archive, box):
     fill(box.root, {"small": b"small", "large": 6 * MIB})
 
@@ -146,28 +143,7 @@ def test_objects_carry_the_time_of_modification_as_rclone_writes_it(archive, box
         assert float(head["Metadata"]["mtime"]) == OLD
 
 
-def test_a_small_file_costs_one_request_and_a_large_one_its_parts_and_three(archive, box):
-    fill(box.root, {"small": 100, "large": 11 * MIB})
-
-    archive(constants=SMALL_PARTS)
-
-    def requests_for(key):
-        path = f"/{archive.bucket.name}/{key}"
-        return [method for method, at, _ in archive.bucket.moto.requests if at == path]
-
-    assert requests_for("small") == ["PUT"]
-    assert sorted(requests_for("large")) == ["HEAD", *["POST"] * 2, *["PUT"] * 3]
-
-
-def test_all_files_come_over_one_connection(archive_of, asyncssh_box):
-    fill(asyncssh_box.root, {f"{n}/{n}": n for n in range(40)})
-
-    result = archive_of(asyncssh_box)()
-
-    assert result.counts == (40, 0, 0)
-    assert asyncssh_box.connections == 1
-
-
+@ONE_SERVER
 def test_the_summary_is_the_end_of_the_output_with_its_five_labels(archive, box):
     fill(box.root, {str(n): 1000 for n in range(1, 4)})
 
@@ -198,20 +174,10 @@ def test_bytes_that_had_to_be_sent_twice_are_counted_once(archive_of, asyncssh_b
     archive.assert_invariant()
 
 
-def test_bytes_are_those_of_the_files_not_of_the_wire(archive, box):
-    content = b"\0" * 300_000 + b"\r\n\x1a" * 1000
-    fill(box.root, {"binary": content})
-
-    result = archive()
-
-    assert archive.contents() == {"binary": content}
-    assert result.summary["Bytes uploaded"] == len(content)
-    assert archive.objects()["binary"][1] == crc32(content)
-
-
 # --- What is left out ---
 
 
+@ONE_SERVER
 def test_hidden_entries_are_skipped_counted_and_reported(archive, box):
     fill(box.root, {"seen": b"seen", ".hidden": b"x", "folder/.hidden": b"x"})
     fill(box.root, {".folder/inside": b"x"})
@@ -223,6 +189,7 @@ def test_hidden_entries_are_skipped_counted_and_reported(archive, box):
     assert re.search(r"(?i)hidden\D*\b3\b|\b3\b\D*hidden", result.output)
 
 
+@ONE_SERVER
 def test_include_hidden_archives_them(archive, box):
     fill(box.root, {"seen": b"seen", ".hidden": b"x", ".folder/inside": b"x"})
 
@@ -231,6 +198,7 @@ def test_include_hidden_archives_them(archive, box):
     assert set(archive.objects()) == {"seen", ".hidden", ".folder/inside"}
 
 
+@ONE_SERVER
 @pytest.mark.parametrize("setting", ["EXCLUDE_PATHS", "EXCLUDE_DIRS"])
 def test_exclusions_hold_for_files_and_folders_and_for_nothing_like_them(archive, box, setting):
     fill(
@@ -252,6 +220,7 @@ def test_exclusions_hold_for_files_and_folders_and_for_nothing_like_them(archive
     assert set(archive.objects()) == {"cache2/a", "www/cache/a", "www/skip.iso.txt", "kept"}
 
 
+@ONE_SERVER
 def test_exclusions_may_be_written_with_the_remote_path_before_them(archive, box):
     fill(box.root, {"base/cache/a": b"x", "base/file": b"x", "base/kept": b"kept"})
 
@@ -260,6 +229,7 @@ def test_exclusions_may_be_written_with_the_remote_path_before_them(archive, box
     assert set(archive.objects()) == {"kept"}
 
 
+@ONE_SERVER
 def test_exclusions_may_be_globs(archive, box):
     fill(box.root, {"a.tmp": b"x", "b/c.tmp": b"x", "b/kept": b"kept", "d1/e": b"x"})
 
@@ -320,54 +290,9 @@ def test_unreadable_files_and_folders_fail_and_the_rest_is_archived(archive, box
     archive.assert_invariant()
 
 
-def test_a_file_that_vanishes_after_it_was_listed_is_no_failure(archive_of):
-    with box_that(on_open=lambda: gone.unlink(missing_ok=True)) as box:
-        gone = box.root / "gone"
-        fill(box.root, {"gone": b"x", "kept": b"x"})
-        archive = archive_of(box)
-
-        result = archive()
-
-        assert result.status == 0, result.stderr
-        assert result.counts == (1, 0, 0)
-        assert re.search("(?i)vanished", result.output)
-        assert set(archive.objects()) == {"kept"}
-        assert set(archive.rows()) == {"./kept"}
-
-
-def test_a_folder_that_vanishes_after_it_was_listed_is_no_failure(archive_of):
-    listings = []
-
-    def on_listing():
-        listings.append(True)
-        if len(listings) == 2:
-            gone.rmdir()
-
-    with box_that(on_listing=on_listing) as box:
-        gone = box.root / "a"
-        gone.mkdir()
-        fill(box.root, {"kept": b"x"})
-        archive = archive_of(box)
-
-        result = archive()
-
-        assert not gone.exists()
-        assert result.status == 0, result.stderr
-        assert set(archive.objects()) == {"kept"}
-
-
-CHANGES = {
-    "grows": lambda path: path.open("ab").write(b"more"),
-    "is touched": lambda path: os.utime(path, (OLD + 9, OLD + 9)),
-    "shrinks": lambda path: os.truncate(path, 10),
-}
-
-
-@pytest.mark.parametrize("size", [1000, 6 * MIB], ids=["small", "large"])
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_file_that_changes_while_it_is_read_is_not_recorded(archive_of, change, size):
-    with box_that(on_read=once(lambda: CHANGES[change](box.root / "file"))) as box:
-        fill(box.root, {"file": size})
+def test_a_file_that_shrinks_while_it_is_read_is_not_recorded(archive_of):
+    with box_that(on_read=once(lambda: os.truncate(box.root / "file", 10))) as box:
+        fill(box.root, {"file": 6 * MIB})
         archive = archive_of(box)
 
         result = archive(constants=SMALL_PARTS)
@@ -375,8 +300,6 @@ def test_a_file_that_changes_while_it_is_read_is_not_recorded(archive_of, change
         assert result.status == 3
         [failure] = result.failures
         assert failure.startswith("./file: ")
-        if change != "shrinks":
-            assert "changed while it was read" in failure
         assert archive.rows() == {}
         archive.assert_invariant()
 
@@ -387,77 +310,31 @@ def test_a_file_that_changes_while_it_is_read_is_not_recorded(archive_of, change
         archive.assert_invariant()
 
 
-@pytest.mark.parametrize("size", [1000, 6 * MIB], ids=["small", "large"])
-def test_a_file_replaced_by_another_while_it_is_read_is_not_recorded(archive_of, size):
-    def replace():
-        fill(box.root, {".new": size + 1}, mtime=OLD + 9)
-        os.replace(box.root / ".new", box.root / "file")
-
-    with box_that(on_read=once(replace)) as box:
-        fill(box.root, {"file": size})
-        archive = archive_of(box)
-
-        result = archive(constants=SMALL_PARTS)
-
-        assert result.status == 3
-        assert "changed while it was read" in result.failures[0]
-        assert archive.rows() == {}
-        archive.assert_invariant()
-
-        again = archive(constants=SMALL_PARTS)
-
-        assert (again.status, again.counts) == (0, (1, 0, 0))
-        assert archive.objects() == as_objects(box.root)
-
-
+@ONE_SERVER
 def test_the_earlier_object_stays_when_a_new_version_cannot_be_read(archive, box):
     fill(box.root, {"file": b"first"})
     archive()
-    rows = archive.rows()
     fill(box.root, {"file": b"second"})
     os.chmod(box.root / "file", 0)
 
     result = archive()
 
     assert (result.status, result.counts) == (3, (0, 0, 1))
-    assert archive.rows() == rows
+    assert archive.rows() == {"./file": (5, None)}, "still there, to be compared"
     assert archive.contents() == {"file": b"first"}
 
+    fill(box.root, {"back": b"first"})
+    os.replace(box.root / "back", box.root / "file")
+    again = archive()
 
-def test_a_file_rewritten_within_the_same_second_is_archived_again(archive_of):
-    # The listing says that the file was written just now, whenever that is.
-    with box_that(on_listing=once(lambda: os.utime(box.root / "file"))) as box:
-        fill(box.root, {"file": b"first"})
-        archive = archive_of(box)
-        assert archive().counts == (1, 0, 0)
-        [(_, mtime)] = archive.rows().values()
-
-        fill(box.root, {"file": b"other"}, mtime=mtime)
-        result = archive()
-
-        assert (result.status, result.counts) == (0, (1, 0, 0))
-        assert archive.contents() == {"file": b"other"}
-        archive.assert_invariant()
-
-
-def test_a_file_written_just_now_is_looked_at_again_but_not_paid_twice(archive_of):
-    with box_that(on_listing=once(lambda: os.utime(box.root / "file"))) as box:
-        fill(box.root, {"file": b"first"})
-        archive = archive_of(box)
-        archive()
-        before = len(archive.bucket.writes())
-
-        result = archive()
-
-        assert (result.status, result.counts) == (0, (0, 1, 0))
-        assert archive.bucket.writes()[before:] == []
-        archive.assert_invariant()
+    assert (again.status, again.counts, again.compared) == (0, (0, 0, 0), 1)
+    archive.assert_invariant()
 
 
 # --- Shapes of the tree ---
 
 
-@pytest.mark.parametrize("box", [OpenSSH], indirect=True, ids=["openssh"])
+@ONE_SERVER
 def test_depth_is_no_limit(archive, box):
     # Not on ProFTPD: its own work grows with the third power of the depth.
     depth = 1100
@@ -490,13 +367,13 @@ def test_depth_is_no_limit(archive, box):
 
 def test_a_large_folder_and_many_folders_are_walked_whole(archive_of, asyncssh_box):
     fill(asyncssh_box.root, {"plain": b"x"})
-    for n in range(300):
+    for n in range(100):
         (asyncssh_box.root / f"folder{n}").mkdir()
     wide = asyncssh_box.root / "wide"
     wide.mkdir()
-    for n in range(3000):
+    for n in range(1200):
         (wide / f".{n}").touch()
-    fill(asyncssh_box.root, {f"folder{n}/file": b"x" for n in range(0, 300, 10)})
+    fill(asyncssh_box.root, {f"folder{n}/file": b"x" for n in range(0, 100, 5)})
 
     archive = archive_of(asyncssh_box)
     result = archive()
@@ -507,7 +384,7 @@ def test_a_large_folder_and_many_folders_are_walked_whole(archive_of, asyncssh_b
         for key, value in as_objects(asyncssh_box.root).items()
         if not key.startswith("wide/.")
     }
-    assert re.search("(?i)hidden.*3,000|3,000.*hidden", result.output)
+    assert re.search("(?i)hidden.*1,200", result.output)
 
 
 # --- Limits that the user sets ---
@@ -533,8 +410,8 @@ def test_after_max_runtime_nothing_new_is_started(archive_of, asyncssh_box):
 
 @pytest.fixture
 def slow(archive_of, asyncssh_box):
-    """An archive behind a relay, with a large file to read, and a small one before it."""
-    fill(asyncssh_box.root, {"large": 12 * MIB, "early": b"small"})
+    """An archive behind a relay, with a large file to read."""
+    fill(asyncssh_box.root, {"large": 12 * MIB})
     with Relay(asyncssh_box.host, asyncssh_box.port) as relay:
         archive = archive_of(asyncssh_box)
         archive.settings.update(asyncssh_box.settings(port=relay.port))
@@ -553,7 +430,7 @@ def until(condition, limit=30):
 def test_a_second_run_ends_with_11_and_touches_nothing(slow):
     slow.relay.freeze(after=8 * MIB)
     first = slow.start(constants=SMALL_PARTS)
-    until(lambda: slow.bucket.uploads() and "./early" in slow.rows())
+    until(lambda: slow.relay.frozen and slow.bucket.uploads())
     database = slow.state_db.read_bytes()
 
     with (
@@ -588,23 +465,4 @@ def test_a_run_after_one_that_was_killed_just_runs(slow):
 
     assert result.status == 0, result.stderr
     assert slow.objects() == as_objects(slow.box.root)
-    slow.assert_invariant()
-
-
-@pytest.mark.parametrize(
-    "number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"]
-)
-def test_a_signal_ends_a_run_whose_box_is_silent_and_leaves_nothing_half_done(
-    slow, number, status
-):
-    slow.relay.freeze(after=8 * MIB)
-    running = slow.start(constants=SMALL_PARTS)
-    until(lambda: slow.relay.frozen and slow.bucket.uploads())
-
-    running.process.send_signal(number)
-    result = running.wait(timeout=10)
-
-    assert result.status == status
-    assert "./large" not in slow.rows()
-    assert result.summary["Failed files"] <= 1
     slow.assert_invariant()

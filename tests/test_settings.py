@@ -214,54 +214,60 @@ def test_all_faults_are_told_in_one_message_with_status_2(archive, box):
     assert box.connections == 0
 
 
-@pytest.mark.parametrize(
-    "setting, value",
-    [
-        ("HETZNER_HOST", ""),
-        ("HETZNER_PORT", "0"),
-        ("HETZNER_PORT", "65536"),
-        ("HETZNER_USER", ""),
-        ("S3_BUCKET", "s3://bucket"),
-        ("S3_BUCKET", "bucket/folder"),
-        ("S3_PREFIX", "a/../b/"),
-        ("STORAGE_CLASS", "deep archive"),
-        ("TRANSFERS", "many"),
-        ("MEMORY_LIMIT", "0"),
-        ("BANDWIDTH_LIMIT", "fast"),
-        ("MAX_RUNTIME", "6 parsecs"),
-        ("MAX_RUNTIME", "10\u017f"),  # a long s
-        ("AWS_ENDPOINT_URL", "ftp://127.0.0.1"),
-        ("AWS_ENDPOINT_URL", "http://127.0.0.1.example.com"),
-    ],
-)
-def test_a_bad_value_ends_with_status_2_and_the_name_of_its_setting(archive, setting, value):
-    result = archive(**{setting: value})
+BAD_VALUES = [
+    {
+        "HETZNER_HOST": "",
+        "HETZNER_PORT": "0",
+        "HETZNER_USER": "",
+        "S3_BUCKET": "s3://bucket",
+        "S3_PREFIX": "a/../b/",
+        "STORAGE_CLASS": "deep archive",
+        "TRANSFERS": "many",
+        "MEMORY_LIMIT": "0",
+        "BANDWIDTH_LIMIT": "fast",
+        "MAX_RUNTIME": "6 parsecs",
+        "AWS_ENDPOINT_URL": "ftp://127.0.0.1",
+    },
+    {
+        "HETZNER_PORT": "65536",
+        "S3_BUCKET": "bucket/folder",
+        "MAX_RUNTIME": "10\u017f",  # a long s
+        "AWS_ENDPOINT_URL": "http://127.0.0.1.example.com",
+    },
+]
+
+
+@pytest.mark.parametrize("values", BAD_VALUES, ids=["one of each", "others"])
+def test_a_bad_value_ends_with_status_2_and_the_name_of_its_setting(archive, values):
+    result = archive(**values)
 
     assert result.status == 2
-    assert setting in result.stderr
+    told = re.findall(r"^error: (\w+)", result.stderr, re.MULTILINE)
+    assert sorted(told) == sorted(values), result.stderr
 
 
-@pytest.mark.parametrize(
-    "setting, value",
-    [
-        ("MEMORY_LIMIT", "256M"),
-        ("MEMORY_LIMIT", "1GiB"),
-        ("BANDWIDTH_LIMIT", "20M"),
-        ("MAX_RUNTIME", "90"),
-        ("MAX_RUNTIME", "6h"),
-        ("INCLUDE_HIDDEN", "True"),
-        ("INCLUDE_HIDDEN", "no"),
-        ("STORAGE_CLASS", "GLACIER"),
-        ("LOG_FILE", ""),
-        ("HETZNER_PASSWORT_ALT", "not one of ours, nor nearly"),
-        ("EXCLUDE_PATHS", " , "),
-    ],
-)
-def test_a_good_value_is_taken_without_a_word(archive, setting, value):
-    result = archive(**{setting: value})
+GOOD_VALUES = [
+    {
+        "MEMORY_LIMIT": "256M",
+        "BANDWIDTH_LIMIT": "20M",
+        "MAX_RUNTIME": "90",
+        "INCLUDE_HIDDEN": "True",
+        "STORAGE_CLASS": "GLACIER",
+        "LOG_FILE": "",
+        "EXCLUDE_PATHS": " , ",
+    },
+    {"MEMORY_LIMIT": "1GiB", "MAX_RUNTIME": "6h", "INCLUDE_HIDDEN": "no"},
+]
+
+
+@pytest.mark.parametrize("values", GOOD_VALUES, ids=["one of each", "others"])
+def test_a_good_value_is_taken_without_a_word(archive, values):
+    result = archive(**values)
 
     assert result.status == 0, result.stderr
-    assert setting not in result.stderr
+    assert [setting for setting in values if setting in result.stderr] == []
+    [(_, _, storage_class)] = archive.objects().values()
+    assert storage_class == values.get("STORAGE_CLASS", "DEEP_ARCHIVE")
 
 
 def test_an_env_file_that_is_missing_ends_with_status_2_and_its_name(archive):
@@ -272,22 +278,22 @@ def test_an_env_file_that_is_missing_ends_with_status_2_and_its_name(archive):
 
 
 def test_a_misspelt_setting_in_the_env_file_is_an_error_with_a_suggestion(archive, tmp_path):
-    file = env_file(tmp_path / "my.env", {"S3_BUKET": "x", "MY_OWN": "left alone"})
+    file = env_file(tmp_path / "my.env", {"S3_BUKET": "x", "MY_OWN": "x"})
 
     result = archive("--env-file", file)
 
     assert result.status == 2
     assert "S3_BUKET" in result.stderr and "S3_BUCKET" in result.stderr
-    assert "MY_OWN" not in result.stderr
+    assert "MY_OWN: unknown setting" in result.stderr
 
 
-@pytest.mark.parametrize("name", ["storage_class", "Hetzner_Port", "exclude_paths"])
-def test_a_setting_in_other_letters_is_misspelt(archive, tmp_path, name):
-    env_file = tmp_path / "env"
-    env_file.write_text(f"{name}=1\n")
-    result = archive("--env-file", env_file)
+def test_a_setting_in_other_letters_is_misspelt(archive, tmp_path):
+    names = ("storage_class", "Hetzner_Port", "exclude_paths")
+    file = env_file(tmp_path / "env", dict.fromkeys(names, 1))
+    result = archive("--env-file", file)
     assert result.status == 2
-    assert f"{name}: there is no such setting; did you mean {name.upper()}?" in result.stderr
+    for name in names:
+        assert re.search(rf"\b{name}: .*did you mean {name.upper()}\?", result.stderr)
 
 
 def test_an_env_file_that_others_can_read_is_worth_a_warning(archive, tmp_path):
@@ -299,27 +305,33 @@ def test_an_env_file_that_others_can_read_is_worth_a_warning(archive, tmp_path):
     assert str(file) in result.stderr and "chmod 600" in result.stderr
 
 
-def test_the_storage_class_is_the_one_that_is_set(archive):
-    archive(STORAGE_CLASS="GLACIER")
-
-    [(_, _, storage_class)] = archive.objects().values()
-    assert storage_class == "GLACIER"
-
-
 # --- The command line ---
 
 
-def test_help_tells_every_command_and_exit_status(archive):
+def test_help_names_every_command_option_and_exit_status(archive):
     result = archive("--help")
 
     assert result.status == 0
-    for status in (0, 1, 2, 3, 11, 128):
+    for status in (0, 1, 2, 3, 11, 75, 128):
         assert re.search(rf"^ *{status}\b", result.stdout, re.MULTILINE), status
-    assert re.search(r"\brun\b", result.stdout)
+    for command in ("run", "plan", "status", "verify", "restore", "check"):
+        assert re.search(rf"^ +{command} ", result.stdout, re.MULTILINE), command
+    for option in ("-v, --verbose", "-q, --quiet", "--env-file FILE"):
+        assert option in result.stdout, option
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize("arguments", [["rum"], ["--dry"], ["run", "extra"]])
+@pytest.mark.parametrize(
+    ("command", "option"), [("run", "--new-source"), ("verify", "--repair"), ("plan", "--json")]
+)
+def test_help_of_a_command_explains_its_options(archive, command, option):
+    result = archive(command, "--help")
+
+    assert result.status == 0
+    assert re.search(rf"^ +{option} +\w+", result.stdout, re.MULTILINE), result.stdout
+
+
+@pytest.mark.parametrize("arguments", [["rum"], ["--new-state"], ["-v", "-q"]])
 def test_an_unknown_word_on_the_command_line_ends_with_status_2(archive, arguments):
     assert archive(*arguments).status == 2
     assert archive.bucket.list() == []
@@ -367,13 +379,13 @@ def test_there_is_a_line_for_each_archived_file_and_none_for_a_skipped_one(archi
 
     assert re.search(r"\barchived \./file \(1 bytes?\)", first.stderr)
     assert "file" not in second.stderr
-    assert "file" in archive("-v").stderr
+    assert "unchanged ./file" in archive("-v").stderr
 
 
 def test_quiet_leaves_failures_and_the_summary(archive, box):
     os.mkdir(box.root / "closed", 0)
 
-    result = archive("-q")
+    result = archive("--quiet")
 
     assert result.status == 3
     [line] = result.stderr.splitlines()
@@ -388,13 +400,8 @@ def test_the_log_file_holds_all_lines_and_the_summary_of_each_run(archive):
     assert result.log.count("==== SUMMARY ====") == 2
     assert result.log.count("archived ./file") == 1
     assert result.log.count("Uploaded files : 1") == 1
-
-
-def test_the_log_file_is_no_ones_business_but_the_users(archive):
-    archive()
-
     for path in (archive.log_file, archive.state_db):
-        assert path.stat().st_mode & 0o002 == 0
+        assert path.stat().st_mode & 0o002 == 0, "it is no one's business but the user's"
 
 
 def test_without_a_log_file_none_is_written(archive):
@@ -417,18 +424,16 @@ def test_a_log_file_that_cannot_be_written_ends_the_run_with_its_path(archive):
 
 
 def test_there_are_no_bars_where_there_is_no_terminal(archive, box):
-    fill(box.root, {"large": 20 * MIB})
+    fill(box.root, {"large": 17 * MIB})
 
     result = archive()
 
     assert "\r" not in result.output and "%|" not in result.output
 
 
-@pytest.mark.parametrize(
-    "columns, term", [(80, "xterm"), (20, "xterm"), (1, "xterm"), (80, "dumb")]
-)
+@pytest.mark.parametrize("columns, term", [(80, "xterm"), (1, "xterm"), (80, "dumb")])
 def test_a_terminal_of_any_kind_does_no_harm(archive, box, columns, term):
-    fill(box.root, {"large": 20 * MIB, b"name \x1b[2J\n": b"x"})
+    fill(box.root, {"large": 17 * MIB, b"name \x1b[2J\n": b"x"})
     master, terminal = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, PROGRAM, "--env-file", archive.env_file],
@@ -513,17 +518,14 @@ def test_line_of_the_env_file_that_says_nothing_is_a_fault(archive, line):
     assert archive.box.connections == 0
 
 
-@pytest.mark.parametrize(
-    ("setting", "value"),
-    [
-        ("AWS_ENDPOINT_URL", "https://me:hush@s3.example"),
-        ("S3_BUCKET", "s3://me:hush@bucket/x"),
-    ],
-)
-def test_password_in_a_setting_is_refused_and_not_shown(archive, setting, value):
-    result = archive(**{setting: value})
+def test_password_in_a_setting_is_refused_and_not_shown(archive):
+    values = {
+        "AWS_ENDPOINT_URL": "https://me:hush@s3.example",
+        "S3_BUCKET": "s3://me:hush@bucket/x",
+    }
+    result = archive(**values)
     assert result.status == 2
-    assert setting in result.stderr
+    assert [setting for setting in values if setting not in result.stderr] == []
     assert "hush" not in result.output + result.log
 
 
@@ -542,9 +544,9 @@ def test_state_that_is_a_link_to_itself_is_a_fault(archive, tmp_path):
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("name", ["AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_CA_BUNDLE"])
-def test_empty_aws_setting_counts_as_not_set(archive, name):
-    assert archive(**{name: ""}).status == 0
+def test_empty_aws_setting_counts_as_not_set(archive):
+    names = ("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_CA_BUNDLE")
+    assert archive(**dict.fromkeys(names, "")).status == 0
 
 
 def test_text_that_the_terminal_cannot_show_is_escaped(archive, box):
@@ -555,13 +557,8 @@ def test_text_that_the_terminal_cannot_show_is_escaped(archive, box):
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-@pytest.mark.parametrize("place", ["/dev/full", "a closed pipe"])
-def test_output_that_cannot_be_written_leaves_the_status(archive, stream, place):
-    if place == "/dev/full":
-        output = os.open(place, os.O_WRONLY)
-    else:
-        reader, output = os.pipe()
-        os.close(reader)
+def test_output_that_cannot_be_written_leaves_the_status(archive, stream):
+    output = os.open("/dev/full", os.O_WRONLY)
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: output}
     command = [sys.executable, PROGRAM, "--env-file", archive.env_file]
     ended = subprocess.run(
@@ -569,8 +566,7 @@ def test_output_that_cannot_be_written_leaves_the_status(archive, stream, place)
     )
     os.close(output)
     assert ended.returncode == 0
-    told = "could not be written" in (ended.stderr or "")
-    assert told == ((stream, place) == ("stdout", "/dev/full"))
+    assert "Traceback" not in (ended.stderr or "")
 
 
 def test_json_is_json_whatever_the_secrets_are(archive):

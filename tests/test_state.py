@@ -1,33 +1,81 @@
-"""The state database: what is recorded, what is not, and what if it is lost."""
+"""The state database: what is recorded, and whose archive it may speak for."""
 
+import contextlib
 import os
 import shutil
 import sqlite3
 from zlib import crc32
 
 import pytest
-from conftest import MIB, OLD, SNAPSHOT, earlier_database, fill
-from scripted_s3 import error
+from conftest import MIB, OLD, earlier_database, fill
+from faults import LARGE, SIZES, assert_all_archived
+from faulty_sftp import PERMISSION_DENIED, status
+from moto.core import DEFAULT_ACCOUNT_ID
+from moto.s3.models import s3_backends
 
-SMALL_PARTS = {"SMALL_FILE": 5 * MIB, "PART_SIZE": 5 * MIB}
-
-# No file may grow beyond this: what a full disk does to a database.
-FULL_DISK = """
-import resource, signal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+# The tables of the first edition. Its databases have no user_version.
+FIRST_EDITION = """
+CREATE TABLE files
+    (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, uploaded_at INTEGER);
+CREATE TABLE objects
+    (path TEXT PRIMARY KEY, key TEXT NOT NULL UNIQUE, crc32 INTEGER NOT NULL,
+     parts INTEGER NOT NULL, storage_class TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE recheck (path TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE replacing (path TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE uploads (key TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE runs
+    (started_at INTEGER PRIMARY KEY, ended_at INTEGER, status INTEGER,
+     uploaded INTEGER, skipped INTEGER, failed INTEGER, bytes INTEGER);
 """
 
 
 @pytest.fixture
-def box(asyncssh_box):
-    fill(asyncssh_box.root, {"a": b"aa", "folder/b": b"bbb"})
-    return asyncssh_box
+def box(faulty_box):
+    fill(faulty_box.root, {"a": b"aa", "folder/b": b"bbb"})
+    return faulty_box
 
 
-def integrity(path):
-    with sqlite3.connect(path) as db:
-        return db.execute("PRAGMA integrity_check").fetchone()[0]
+@pytest.fixture
+def archive(archive_of, box, s3):
+    return archive_of(box, AWS_ENDPOINT_URL=s3.url)
+
+
+def first_edition_database(archive, rows, pins=None, recheck=(), replacing=()):
+    """A state as the first edition left it: rows of (path, size, mtime, CRC-32)."""
+    with contextlib.closing(sqlite3.connect(archive.state_db)) as db, db:
+        db.executescript(FIRST_EDITION)
+        for path, size, mtime, crc in rows:
+            key = path.removeprefix("./")
+            db.execute("INSERT INTO files VALUES (?, ?, ?, ?)", (path, size, mtime, OLD))
+            values = (path, key, crc, 0, "DEEP_ARCHIVE")
+            db.execute("INSERT INTO objects VALUES (?, ?, ?, ?, ?)", values)
+        db.executemany("INSERT INTO recheck VALUES (?)", [(path,) for path in recheck])
+        db.executemany("INSERT INTO replacing VALUES (?)", [(path,) for path in replacing])
+        pins = {
+            "S3_BUCKET": archive.bucket.name,
+            "S3_PREFIX": "",
+            "HETZNER_USER": archive.box.user,
+            "REMOTE_PATH": ".",
+            "snapshot": "due",
+            **(pins or {}),
+        }
+        db.executemany("INSERT INTO meta VALUES (?, ?)", pins.items())
+        db.execute("INSERT INTO runs VALUES (1, 2, 0, 3, 0, 0, 9)")
+
+
+def put(bucket, contents, prefix=""):
+    """Objects as some other program stores them, with a checksum, without a time."""
+    for key, content in contents.items():
+        bucket.client.put_object(
+            Bucket=bucket.name, Key=prefix + key, Body=content, ChecksumAlgorithm="CRC32"
+        )
+
+
+def put_any(bucket, keys):
+    """Small objects with keys that no client of S3 would send as they are."""
+    for key in keys:
+        s3_backends[DEFAULT_ACCOUNT_ID]["aws"].put_object(bucket.name, key, b"xx")
 
 
 # --- What is recorded ---
@@ -55,260 +103,39 @@ def test_each_file_has_its_row_with_the_time_of_its_upload(archive, bucket):
         assert abs(head["LastModified"].timestamp() - uploaded_at) < 60
 
 
+def test_what_s3_said_of_each_object_is_recorded(archive, box, bucket):
+    fill(box.root, {"large": LARGE})
+    archive(constants=SIZES)
+
+    listed = {entry["Key"]: entry["ETag"].strip('"') for entry in bucket.list()}
+    kept = archive.query("SELECT key, etag, crc32, storage_class FROM objects")
+    assert {key: etag for key, etag, _, _ in kept} == listed
+    assert "-" in listed["large"], "it is one of parts"
+    sums = {key: (crc, storage_class) for key, _, crc, storage_class in kept}
+    assert sums == {key: found[1:] for key, found in archive.objects().items()}
+
+
 def test_files_done_before_a_kill_are_recorded(archive, box):
     """A commit for each file: kill -9 loses what was under way and nothing else."""
-    fill(box.root, {f"{n:02}": 2 * MIB for n in range(10)})
+    fill(box.root, {f"{n:02}": MIB for n in range(8)})
     running = archive.start(TRANSFERS="1", BANDWIDTH_LIMIT="4M")
     line = ""
-    while line.count("archived") == 0 or "05" not in line:
+    while "archived" not in line or "03" not in line:
         line = running.process.stderr.readline()
     running.process.kill()
     running.process.wait()
 
-    assert {"./00", "./01", "./02", "./03", "./04"} <= set(archive.rows())
+    assert {"./00", "./01", "./02"} <= set(archive.rows())
     archive.assert_invariant()
 
 
 def test_an_object_of_a_failed_file_is_not_recorded(archive, box):
-    os.chmod(box.root / "a", 0)
+    box.always("OPEN", b"a", status(PERMISSION_DENIED))
 
     assert archive().status == 3
 
     assert set(archive.rows()) == {"./folder/b"}
     assert archive.query("SELECT path FROM objects") == [("./folder/b",)]
-
-
-# --- A database of an earlier script ---
-
-
-def test_a_database_of_an_earlier_script_is_taken_over(archive, bucket):
-    """Its files are in the bucket already, under the keys that we would give them."""
-    for key, content in {"a": b"aa", "folder/b": b"bbb"}.items():
-        bucket.client.put_object(Bucket=bucket.name, Key=key, Body=content)
-    earlier_database(archive, [("./a", 2, OLD), ("./folder/b", 3, OLD)])
-    before = len(bucket.writes())
-
-    result = archive()
-
-    assert (result.status, result.counts) == (0, (0, 2, 0))
-    assert [w for w in bucket.writes()[before:] if SNAPSHOT not in w[1]] == []
-
-
-def test_what_changed_since_an_earlier_script_is_archived(archive, box):
-    earlier_database(archive, [("./a", 2, OLD), ("./folder/b", 3, OLD - 1)])
-
-    result = archive()
-
-    assert result.counts == (1, 1, 0)
-    assert archive.rows() == {"./a": (2, OLD), "./folder/b": (3, OLD)}
-    assert archive.contents() == {"folder/b": b"bbb"}
-
-
-# --- Another destination, another source ---
-
-
-@pytest.mark.parametrize(
-    "setting, value",
-    [
-        ("S3_BUCKET", "another-bucket"),
-        ("S3_PREFIX", "another/"),
-        ("HETZNER_USER", "another"),
-        ("REMOTE_PATH", "folder"),
-    ],
-)
-def test_a_state_of_another_destination_or_source_is_refused(
-    archive, box, bucket, setting, value
-):
-    archive()
-    old = str(archive.settings.get(setting, ""))
-    bucket.client.create_bucket(Bucket="another-bucket")
-    before = len(bucket.writes())
-    database = archive.state_db.read_bytes()
-    if setting == "HETZNER_USER":
-        box.user = value
-
-    result = archive(**{setting: value})
-
-    assert result.status == 1
-    error = result.stderr
-    assert setting in error and value in error and old in error
-    assert "STATE_DB" in error  # what to do
-    assert bucket.writes()[before:] == []
-    assert archive.state_db.read_bytes() == database
-
-
-def test_a_slash_after_remote_path_makes_no_other_place_of_it(archive):
-    archive(REMOTE_PATH="folder")
-
-    result = archive(REMOTE_PATH="folder/")
-
-    assert (result.status, result.counts) == (0, (0, 1, 0))
-
-
-# --- A database that is lost ---
-
-
-def test_a_snapshot_of_the_state_is_beside_the_objects(archive, bucket, tmp_path):
-    archive()
-
-    [entry] = [entry for entry in bucket.list() if entry["Key"] == SNAPSHOT]
-    assert entry["StorageClass"] == "STANDARD"
-    snapshot = tmp_path / "snapshot.db"
-    snapshot.write_bytes(bucket.content(SNAPSHOT))
-    assert integrity(snapshot) == "ok"
-    with sqlite3.connect(snapshot) as db:
-        rows = db.execute("SELECT path, size FROM files ORDER BY path").fetchall()
-    assert rows == [("./a", 2), ("./folder/b", 3)]
-
-
-def test_a_run_that_archived_nothing_writes_no_snapshot(archive, bucket):
-    archive()
-    before = len(bucket.writes())
-
-    archive()
-
-    assert bucket.writes()[before:] == []
-
-
-@pytest.mark.parametrize("loss", ["missing", "empty"])
-def test_a_lost_database_is_taken_back_from_the_bucket(archive, box, loss):
-    archive()
-    archive.state_db.unlink()
-    if loss == "empty":
-        archive.state_db.touch()
-    fill(box.root, {"new": b"new"})
-
-    result = archive()
-
-    assert (result.status, result.counts) == (0, (1, 2, 0))
-    assert "snapshot" in result.stderr
-    assert set(archive.rows()) == {"./a", "./folder/b", "./new"}
-    archive.assert_invariant()
-
-
-def without_snapshot(archive, bucket):
-    bucket.client.delete_object(Bucket=bucket.name, Key=SNAPSHOT)
-
-
-@pytest.mark.parametrize("loss", ["missing", "empty"])
-def test_a_lost_database_without_a_snapshot_ends_the_run_with_the_way_out(
-    archive, bucket, loss
-):
-    archive()
-    without_snapshot(archive, bucket)
-    archive.state_db.unlink()
-    if loss == "empty":
-        archive.state_db.touch()
-    before = len(bucket.writes())
-
-    # The second time tells that the first left no fresh database behind.
-    for result in (archive(), archive()):
-        assert result.status == 1
-        assert "--new-state" in result.stderr
-        assert bucket.writes()[before:] == []
-
-
-def test_new_state_begins_anew_where_the_user_says_so(archive, bucket):
-    archive()
-    without_snapshot(archive, bucket)
-    archive.state_db.unlink()
-
-    result = archive("run", "--new-state")
-
-    assert (result.status, result.counts) == (0, (2, 0, 0))
-    archive.assert_invariant()
-
-
-def test_other_objects_outside_of_the_prefix_are_no_lost_archive(archive_of, box, bucket):
-    bucket.client.put_object(Bucket=bucket.name, Key="other/file", Body=b"x")
-
-    result = archive_of(box, S3_PREFIX="mine/")()
-
-    assert (result.status, result.counts) == (0, (2, 0, 0))
-
-
-# --- A database in trouble ---
-
-
-def assert_ends_before_any_upload(archive, bucket, **settings):
-    """Status 1, the database named in one line, no write to the bucket."""
-    before = len(bucket.writes())
-    result = archive(**settings)
-    assert result.status == 1
-    assert str(archive.state_db) in result.stderr.splitlines()[-1]
-    assert bucket.writes()[before:] == []
-    return result
-
-
-def test_a_damaged_database_ends_the_run_before_any_upload(archive, box, bucket):
-    fill(box.root, {f"many/{n}": b"x" for n in range(300)})
-    archive()
-    content = bytearray(archive.state_db.read_bytes())
-    content[4096:12288] = os.urandom(8192)
-    archive.state_db.write_bytes(content)
-    fill(box.root, {"new": b"new"})
-
-    assert_ends_before_any_upload(archive, bucket)
-
-    assert archive.state_db.read_bytes() == content
-
-
-def test_a_file_that_is_no_database_ends_the_run_before_any_upload(archive, bucket):
-    archive.state_db.write_bytes(b"not a database, but somebody's file\n" * 100)
-
-    assert_ends_before_any_upload(archive, bucket)
-
-    assert archive.state_db.read_bytes().startswith(b"not a database")
-
-
-def test_a_read_only_database_ends_the_run_before_any_upload(archive, box, bucket):
-    archive()
-    # A format version that this SQLite may read, but not write; unlike the file's
-    # mode it holds for root as well (https://www.sqlite.org/fileformat.html, 1.3.3).
-    with archive.state_db.open("r+b") as file:
-        file.seek(18)
-        file.write(b"\x03")
-    fill(box.root, {"new": b"new"})
-
-    assert_ends_before_any_upload(archive, bucket)
-
-
-def test_a_database_that_another_program_holds_ends_the_run_before_any_upload(
-    archive, box, bucket
-):
-    archive()
-    fill(box.root, {"new": b"new"})
-    other = sqlite3.connect(archive.state_db)
-    other.execute("BEGIN EXCLUSIVE")
-    try:
-        assert_ends_before_any_upload(archive, bucket)
-    finally:
-        other.close()
-
-
-def test_a_state_path_whose_folder_is_missing_ends_the_run_with_its_path(archive, bucket):
-    archive.state_db = archive.folder / "no" / "such" / "state.db"
-
-    assert_ends_before_any_upload(archive, bucket, STATE_DB=archive.state_db)
-
-
-def test_a_disk_that_fills_up_stops_the_uploads_and_harms_no_row(archive, box, bucket):
-    archive()
-    rows = archive.rows()
-    fill(box.root, {f"many/{'x' * 200}{n:04}": b"x" for n in range(400)})
-    limit = archive.state_db.stat().st_size + 20_000
-
-    result = archive(before=FULL_DISK.format(limit=limit), LOG_FILE="")
-
-    assert result.status == 1
-    assert str(archive.state_db) in result.output
-    assert rows.items() <= archive.rows().items()
-    assert len(archive.objects()) < 402
-    archive.assert_invariant()
-
-    assert archive().status == 0
-    assert len(archive.rows()) == 402
-    archive.assert_invariant()
 
 
 def test_a_database_may_be_moved_with_its_settings(archive, tmp_path):
@@ -320,86 +147,252 @@ def test_a_database_may_be_moved_with_its_settings(archive, tmp_path):
     assert archive(STATE_DB=moved).counts == (0, 2, 0)
 
 
-def test_the_crc_that_is_kept_is_that_of_the_content(archive, box):
-    fill(box.root, {"large": 6 * MIB})
-    archive(constants=SMALL_PARTS)
-
-    kept = dict(archive.query("SELECT path, crc32 FROM objects"))
-
-    assert kept["./a"] == crc32(b"aa")
-    assert kept["./large"] == crc32((box.root / "large").read_bytes())
+# --- A database of an earlier script ---
 
 
-@pytest.mark.parametrize("prefix", ["", "typo/"])
-def test_an_earlier_scripts_state_of_another_bucket_is_doubted(archive, bucket, prefix):
-    earlier_database(archive, [("./a", 2, OLD), ("./folder/b", 3, OLD)])
-    bucket.client.put_object(Bucket=bucket.name, Key="folder/b", Body=b"abc")
-    result = archive(S3_PREFIX=prefix)
-    assert result.status == 0
-    assert ("is not in s3://" in result.stderr) == bool(prefix)
-    assert ("is not in s3://" in archive(S3_PREFIX=prefix).stderr) == bool(prefix)
-
-
-@pytest.mark.parametrize("lost", [False, True])
-def test_what_is_archived_now_does_not_vouch_for_an_earlier_script(archive, box, lost):
-    """Nor does the snapshot of it."""
-    earlier_database(archive, [("./a", 2, OLD)])
-    fill(box.root, {"new": b"new"})
-    assert "is not in s3://" in archive().stderr
-    if lost:
-        archive.state_db.unlink()
-    result = archive()
-    assert result.status == 0
-    assert "is not in s3://" in result.stderr
-
-
-def test_an_earlier_scripts_state_is_not_tied_while_s3_does_not_tell(
-    archive_of, box, bucket, s3
+@pytest.mark.parametrize("there", ["all", "some", "none"])
+def test_of_an_earlier_scripts_files_those_that_s3_lacks_are_uploaded(
+    archive, box, bucket, s3, there
 ):
-    archive = archive_of(box, AWS_ENDPOINT_URL=s3.url)
-    earlier_database(archive, [("./a", 2, OLD), ("./folder/b", 3, OLD)])
-    s3.always("HeadObject", error(403, "AccessDenied"))
-    assert archive(S3_PREFIX="rihgt/").status == 0
-    s3.rules.clear()
-    for key, content in {"a": b"aa", "folder/b": b"bbb"}.items():
-        bucket.client.put_object(Bucket=bucket.name, Key=f"right/{key}", Body=content)
-    assert archive(S3_PREFIX="right/").status == 0
-    assert archive(S3_PREFIX="rihgt/").status == 1, "it is tied now"
-
-
-def test_what_is_archived_before_s3_tells_of_an_earlier_scripts_objects_is_paid_once(
-    archive_of, box, bucket, s3
-):
-    """Its policy may not have allowed to ask."""
-    archive = archive_of(box, AWS_ENDPOINT_URL=s3.url)
-    bucket.client.put_object(Bucket=bucket.name, Key="a", Body=b"aa")
-    earlier_database(archive, [("./a", 2, OLD)])
-    fill(box.root, {"a": b"aa", "new": b"new"})
-    s3.on("HeadObject", error(403, "AccessDenied"), key="a")
-
-    uploaded, skipped, _ = archive().counts
-    assert (uploaded > 0, skipped) == (True, 1)
-    assert archive().counts == (0, uploaded + skipped, 0)
-
-
-@pytest.mark.parametrize("wrong", [{"S3_PREFIX": "rihgt/"}, {"S3_BUCKET": "another"}])
-def test_an_earlier_scripts_state_is_not_tied_to_a_mistyped_place(archive, box, bucket, wrong):
-    contents = {"a": b"aa", "folder/b": b"bbb"}
-    for key, content in contents.items():
-        bucket.client.put_object(Bucket=bucket.name, Key=f"right/{key}", Body=content)
-    earlier_database(archive, [("./a", 2, OLD), ("./folder/b", 3, OLD)])
+    """What is in the bucket under the key of the path, at the recorded size, is skipped
+    and not even asked about."""
+    contents = {"a": b"aa", "folder/b": b"bbb", "cut": b"whole", "folder/Ω x": b"x"}
     fill(box.root, contents)
-    fill(box.root, {"new": b"new"})
+    earlier_database(archive, [(f"./{n}", len(c), OLD) for n, c in contents.items()])
+    held = {
+        "all": contents,
+        "some": {"a": b"aa", "folder/Ω x": b"x", "cut": b"who"},
+        "none": {},
+    }[there]
+    put(bucket, held)
+    right = [name for name, content in held.items() if content == contents[name]]
+    missing = contents.keys() - set(right)
 
-    bucket.client.create_bucket(Bucket="another")
+    result = archive()
 
-    wrong = {"S3_PREFIX": "right/", **wrong}
-    assert archive(**wrong).counts == (1, 2, 0)
-    repair = archive("verify", "--repair", **wrong)
-    assert repair.status == 1
-    assert "archive.py run" in repair.stderr
-    result = archive(S3_PREFIX="right/")
+    assert (result.status, result.counts) == (0, (len(missing), len(right), 0)), result.stderr
+    assert s3.requests["HeadObject"] == 0
+    assert {key for operation, key in s3.about if operation == "PutObject"} == missing
+    assert "of an earlier script" in result.stderr
+    assert ("are dropped" in result.stderr) == bool(missing)
+    assert archive.rows() == {f"./{name}": (len(c), OLD) for name, c in contents.items()}
+    assert_all_archived(archive, box)
+    assert archive().counts == (0, 4, 0)
 
-    assert (result.status, result.counts) == (0, (1, 2, 0)), result.stderr
-    assert archive("verify", S3_PREFIX="right/").status == 0
-    assert archive(S3_PREFIX="right/").counts == (0, 3, 0)
+
+def test_what_changed_since_an_earlier_script_is_archived(archive, bucket):
+    """The other one is skipped, whatever S3 holds in its place: its row is believed."""
+    put(bucket, {"a": b"--", "folder/b": b"old"})
+    earlier_database(archive, [("./a", 2, OLD), ("./folder/b", 3, OLD - 1)])
+
+    result = archive()
+
+    assert result.counts == (1, 1, 0)
+    assert archive.rows() == {"./a": (2, OLD), "./folder/b": (3, OLD)}
+    assert archive.contents() == {"a": b"--", "folder/b": b"bbb"}
+
+
+@pytest.mark.parametrize("size", [3, 9], ids=["touched", "stored by another program"])
+def test_what_s3_holds_as_it_is_now_is_compared_and_not_sent(archive, bucket, size):
+    """Its row has another time, or another size."""
+    put(bucket, {"a": b"aa", "folder/b": b"bbb"})
+    earlier_database(archive, [("./a", 2, OLD), ("./folder/b", size, OLD - 1)])
+
+    result = archive()
+
+    assert (result.counts, result.compared) == ((0, 1, 0), 1)
+    assert archive().counts == (0, 2, 0)
+
+
+def test_rows_that_these_settings_cannot_have_made_are_dropped(archive, box, bucket):
+    """Cut by position, "xyz.txt" would be the row of the object "z.txt"."""
+    names = ("a", "z.txt", "no size", "half", "no time")
+    fill(box.root, dict.fromkeys(names, b"cc"))
+    put(bucket, {name: b"cc" for name in names if name != "z.txt"})
+    rows = [
+        ("./a", 2, OLD),
+        ("xyz.txt", 2, OLD),
+        ("/home/a", 2, OLD),
+        ("./a//b", 1, OLD),
+        ("./../a", 1, OLD),
+        (None, 1, OLD),
+        (b"./a", 2, OLD),
+        ("./no size", None, OLD),
+        ("./half", 2, OLD + 0.5),
+        ("./no time", 2, None),
+    ]
+    earlier_database(archive, rows)
+
+    result = archive()
+
+    # Not there are z.txt and folder/b. Not sure about are all but ./a.
+    assert (result.status, result.counts, result.compared) == (0, (2, 1, 0), 3), result.stderr
+    assert_all_archived(archive, box)
+    assert len(archive.rows()) == len(names) + 1
+    assert archive("verify").status == 0
+
+
+def test_objects_whose_keys_no_path_has_do_no_harm(archive, box, bucket, s3):
+    """Such as S3's console and other programs store. They stay, and are not ours."""
+    keys = ["folder/", "a//b", "/a", "../up", "folder/./b", "with content/", "line\nfeed"]
+    keys += ["\u201b41", "Icon\r"]  # an escape where none is needed, and a missing one
+    put_any(bucket, [f"mine/{key}" for key in keys])
+    put(bucket, {"console/": b"", "": b""}, "mine/")
+    put(bucket, {"mine": b"x", "mine-too/a": b"x", "a": b"x"})
+    before = archive.contents()
+    fill(box.root, {"A": b"xx", "Icon\r": b"xx", "line\nfeed": b"xx"})
+    settings = {"S3_PREFIX": "mine/"}
+
+    result = archive(**settings)
+
+    assert (result.status, result.counts, result.failures) == (0, (5, 0, 0), [])
+    assert before.items() <= archive.contents().items()
+    assert len(archive.rows()) == 5
+    assert archive("verify", **settings).status == 0
+    assert archive(**settings).counts == (0, 5, 0)
+
+
+# --- A database of the first edition ---
+
+
+def test_of_the_first_editions_files_those_in_doubt_are_compared(archive, box, bucket, s3):
+    """Those in `recheck` may have changed unseen, and those in `replacing` may have another
+    object than the row says. None that S3 holds is sent."""
+    contents = {
+        "a": b"aa",
+        "folder/b": b"bbb",
+        "looked at again": b"same",
+        "changed unseen": b"new!",
+        "not replaced": b"same",
+        "replaced": b"back",
+        "both": b"new!",
+    }
+    fill(box.root, contents)
+    rows = [(f"./{name}", len(c), OLD, crc32(c)) for name, c in contents.items()]
+    first_edition_database(
+        archive,
+        rows,
+        recheck=["./looked at again", "./changed unseen", "./both"],
+        replacing=["./not replaced", "./replaced", "./both", "./never archived"],
+    )
+    put(bucket, {**contents, "changed unseen": b"old!", "replaced": b"lost", "both": b"???!"})
+
+    result = archive()
+
+    uploaded, skipped, failed = result.counts
+    assert (result.status, uploaded, failed) == (0, 3, 0), result.stderr
+    assert skipped + result.compared == 4
+    assert result.compared >= 2
+    sent = {key for operation, key in s3.about if operation == "PutObject"}
+    assert sent == {"changed unseen", "replaced", "both"}
+    assert archive.contents() == contents
+    assert_all_archived(archive, box)
+    assert archive().counts == (0, 7, 0)
+
+
+def test_the_first_editions_copy_of_its_state_in_the_bucket_does_no_harm(archive, box, bucket):
+    first_edition_database(
+        archive, [("./a", 2, OLD, crc32(b"aa")), ("./folder/b", 3, OLD, crc32(b"bbb"))]
+    )
+    put(bucket, {"a": b"aa", "folder/b": b"bbb", ".archive_state.db": b"SQLite format 3\0"})
+
+    assert archive().counts[0] == 0
+    assert archive("verify").status == 0
+    assert ".archive_state.db" in archive.objects()
+    archive.assert_invariant()
+
+
+def test_a_state_of_the_first_edition_is_not_believed_of_another_place(archive, bucket):
+    """It says which bucket and prefix it belongs to."""
+    rows = [("./a", 2, OLD, crc32(b"aa")), ("./folder/b", 3, OLD, crc32(b"bbb"))]
+    first_edition_database(archive, rows)
+    put(bucket, {"a": b"aa", "folder/b": b"bbb", "other/a": b"??", "other/folder/b": b"???"})
+
+    result = archive(S3_PREFIX="other/")
+
+    assert result.status == 1 or archive.contents()["other/a"] == b"aa", "a false row"
+    assert result.status == 0 or "S3_PREFIX" in result.stderr
+
+
+# --- Another destination, another source ---
+
+SOURCE = ["HETZNER_USER", "REMOTE_PATH"]
+DESTINATION = ["S3_BUCKET", "S3_PREFIX"]
+
+
+@pytest.mark.parametrize("setting", SOURCE + DESTINATION)
+def test_a_state_of_another_destination_or_source_is_refused(archive, box, bucket, setting):
+    archive()
+    value = "folder" if setting == "REMOTE_PATH" else "another"
+    old = str(archive.settings.get(setting, ""))
+    before = len(bucket.writes())
+    database = archive.state_db.read_bytes()
+    if setting == "HETZNER_USER":
+        box.user = value
+    if setting == "S3_BUCKET":
+        bucket.client.create_bucket(Bucket=value)
+        before += 1
+    of_destination = setting in DESTINATION
+
+    for arguments in (["run"], ["run", "--new-source"][: 1 + of_destination]):
+        result = archive(*arguments, **{setting: value})
+
+        assert result.status == 1
+        assert setting in result.stderr and value in result.stderr and old in result.stderr
+        assert "STATE_DB" in result.stderr  # what to do
+        assert ("--new-source" in result.stderr) == (not of_destination)
+        assert bucket.writes()[before:] == []
+        assert archive.state_db.read_bytes() == database
+
+
+def test_a_slash_after_remote_path_makes_no_other_place_of_it(archive):
+    archive(REMOTE_PATH="folder")
+
+    result = archive(REMOTE_PATH="folder/")
+
+    assert (result.status, result.counts) == (0, (0, 1, 0))
+
+
+@pytest.mark.parametrize("setting", SOURCE)
+def test_new_source_pays_for_nothing_that_is_there(archive_of, box, s3, setting):
+    """The archive's files are on another box, or in another folder of it, some with other
+    times; one was changed with its size kept, one is new, one is gone."""
+    names = ("kept", "folder/touched", "changed", "gone")
+    fill(box.root / "old", dict.fromkeys(names, 1_000))
+    fill(box.root / "old", {"large": LARGE, "large and touched": LARGE, "empty": 0})
+    archive = archive_of(box, AWS_ENDPOINT_URL=s3.url, REMOTE_PATH="old")
+    assert archive(constants=SIZES).counts == (7, 0, 0)
+    before = archive.contents()
+
+    root = box.root / "old"
+    value = "another"
+    if setting == "REMOTE_PATH":
+        value = "new/folder"
+        (box.root / "new").mkdir()
+        root = root.rename(box.root / "new" / "folder")
+    else:
+        box.user = value
+    for touched in ("folder/touched", "large and touched"):
+        os.utime(root / touched, (OLD + 1_000, OLD + 1_000))
+    fill(root, {"changed": bytes(1_000), "new": b"new"}, OLD + 1_000)
+    (root / "gone").unlink()
+    s3.requests.clear()
+    s3.about.clear()
+
+    archive.settings[setting] = value
+    result = archive("run", "--new-source", constants=SIZES)
+
+    assert (result.status, result.counts, result.compared) == (0, (2, 0, 0), 5), result.stderr
+    assert s3.requests["PutObject"] == 2
+    assert s3.requests["CreateMultipartUpload"] == 0
+    assert archive.contents() == {**before, "changed": bytes(1_000), "new": b"new"}
+    archive.assert_invariant()
+    assert archive(constants=SIZES).counts == (0, 7, 0), "it is tied to the new source"
+    assert archive("verify").status == 0
+
+
+def test_new_source_without_any_change_does_no_harm(archive, s3):
+    for counts in ((2, 0, 0), (0, 0, 0)):
+        assert archive("run", "--new-source").counts == counts
+    assert s3.requests["PutObject"] == 2
+    assert archive().counts == (0, 2, 0)

@@ -1,0 +1,613 @@
+"""Large files whose upload was interrupted: the next run goes on with them."""
+
+import base64
+import os
+import random
+import subprocess
+import threading
+import time
+from collections import Counter
+from functools import partial
+from zlib import crc32
+
+import pytest
+from conftest import MIB
+from faults import (
+    LARGE,
+    SEED,
+    SIZES,
+    SMALL,
+    assert_all_archived,
+    assert_failed,
+    assert_rows_are_true,
+    wait_for,
+    write,
+)
+from faulty_sftp import PERMISSION_DENIED, first, freeze, status
+from relay import Relay
+from scripted_s3 import error, hang, lost_answer, reset, rewritten
+from scripted_s3 import first as first_in_s3
+
+PART = SIZES["PART_SIZE"]
+PARTS = 4
+BIG = (PARTS - 1) * PART + 1_000  # bytes
+# One part after the other, so that it is known which have arrived.
+IN_ORDER = {**SIZES, "PARTS_AT_ONCE": 1}
+
+
+@pytest.fixture
+def box(faulty_box):
+    return faulty_box
+
+
+@pytest.fixture
+def s3(strict_s3):
+    return strict_s3
+
+
+@pytest.fixture
+def archive(archive_of, box, s3):
+    return archive_of(box, AWS_ENDPOINT_URL=s3.url)
+
+
+def uploads(bucket, key=None):
+    """The ids of the unfinished uploads, of all keys or of one."""
+    listing = bucket.client.list_multipart_uploads(Bucket=bucket.name)
+    return {
+        upload["UploadId"]
+        for upload in listing.get("Uploads", [])
+        if key in (None, upload["Key"])
+    }
+
+
+def sent(s3, key="big"):
+    """How often each part of a file has arrived at S3, by its number."""
+    return Counter(number for name, number, _ in s3.parts if name == key)
+
+
+def kill(archive):
+    archive.running[-1].kill()
+    archive.running[-1].wait()
+
+
+def terminate(archive):
+    archive.running[-1].terminate()
+
+
+def interrupt(archive, s3, at_part=4, **settings):
+    """A run that is killed when S3 has all parts before that one."""
+    s3.on("UploadPart", first_in_s3(lambda: kill(archive), reset), nth=at_part)
+    result = archive.start(constants=IN_ORDER, **settings).wait()
+    assert result.status == -9
+    wait_for(lambda: not s3.under_way)
+    s3.rules.clear()
+    assert_rows_are_true(archive)
+    assert archive.query("SELECT path FROM uploads") == [("./big",)]
+
+
+def any_of(*conditions):
+    return any(condition() for condition in conditions)
+
+
+def slow_source(box, seconds, path=b"big"):
+    """Each READ, which is of 252 KiB at most, takes that long."""
+    box.always("READ", path, first(lambda: time.sleep(seconds)))
+
+
+# --- Going on ---------------------------------------------------------------
+
+
+def test_next_run_after_a_kill_goes_on_behind_the_stored_parts(archive, box, s3):
+    write(box.root / "big", BIG)
+    interrupt(archive, s3)
+    assert sent(s3) == dict.fromkeys([1, 2, 3], 1)
+    box.reads.clear()
+    result = archive(constants=SIZES)
+    assert (result.status, result.counts) == (0, (1, 0, 0)), result.stderr
+    assert result.summary["Bytes uploaded"] == BIG
+    assert sent(s3) == dict.fromkeys(range(1, PARTS + 1), 1)
+    assert sum(size for _, _, size in s3.parts) == BIG
+    assert min(offset for path, offset, _ in box.reads if path == b"big") == 3 * PART
+    assert s3.requests["CreateMultipartUpload"] == 1
+    assert_all_archived(archive, box)
+
+
+def test_part_that_arrived_though_its_answer_was_lost_is_not_sent_again(archive, box, s3):
+    write(box.root / "big", BIG)
+    s3.on("UploadPart", first_in_s3(lambda: kill(archive), lost_answer), nth=3)
+    assert archive.start(constants=IN_ORDER).wait().status == -9
+    wait_for(lambda: not s3.under_way)
+    assert archive(constants=SIZES).status == 0
+    assert sent(s3) == dict.fromkeys(range(1, PARTS + 1), 1)
+    assert_all_archived(archive, box)
+
+
+@pytest.mark.parametrize("parts", [1, PARTS], ids=["one part", "all parts"])
+def test_going_on_at_the_first_or_the_last_part_is_right(archive, box, s3, parts):
+    """All are there if the kill came before the request that completes them; S3 has a part
+    that is as large as the others as the last one here."""
+    write(box.root / "big", PARTS * PART)
+    s3.on("CompleteMultipartUpload", first_in_s3(lambda: kill(archive), reset))
+    s3.on("UploadPart", first_in_s3(lambda: kill(archive), reset), nth=parts + 1)
+    assert archive.start(constants=IN_ORDER).wait().status == -9
+    wait_for(lambda: not s3.under_way)
+    s3.rules.clear()
+    assert archive(constants=SIZES).status == 0
+    assert sum(sent(s3).values()) <= PARTS + (parts == PARTS)
+    assert_all_archived(archive, box)
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "MAX_RUNTIME", "box gone", "S3 gone"])
+def test_parts_stay_however_the_run_ends_and_the_next_one_goes_on(archive_of, box, s3, how):
+    write(box.root / "big", 8 * PART)
+    with Relay(box.host, box.port) as relay:
+        archive = archive_of(box, **box.settings(port=relay.port), AWS_ENDPOINT_URL=s3.url)
+        happens = {
+            "SIGTERM": lambda: terminate(archive),
+            "MAX_RUNTIME": lambda: time.sleep(3.1),
+            "box gone": relay.stop,
+            "S3 gone": lambda: s3.always("UploadPart", reset),
+        }[how]
+        s3.on("UploadPart", first_in_s3(happens), nth=2)
+        limits = {"RECONNECT_PAUSES": (0, 0), "S3_ATTEMPTS": 2, "READ_WINDOW": MIB}
+        max_runtime = "3s" if how == "MAX_RUNTIME" else None
+        result = archive(constants={**IN_ORDER, **limits}, MAX_RUNTIME=max_runtime)
+        statuses = {"SIGTERM": 143, "MAX_RUNTIME": 3, "box gone": 1, "S3 gone": 3}
+        assert result.status == statuses[how], result.stderr
+        assert result.summary["Uploaded files"] == 0
+        # The others are not the file's failure.
+        assert len(result.failures) == (how == "S3 gone"), result.stderr
+        archive.assert_invariant()
+        assert 1 <= len(s3.parts) < 8
+        s3.rules.clear()
+        if how == "box gone":
+            relay.start()
+        assert archive(constants=SIZES).counts == (1, 0, 0)
+    assert sent(s3) == dict.fromkeys(range(1, 9), 1)
+    assert_all_archived(archive, box)
+
+
+def test_file_that_is_killed_every_few_seconds_is_complete_in_the_end(archive, box, s3):
+    print(f"TEST_SEED={SEED}")
+    draw = random.Random(SEED)
+    write(box.root / "big", BIG)
+    slow_source(box, 0.03)  # 0.6 s for a part
+    kills, result = 0, None
+    while result is None:
+        arrived = threading.Event()
+        s3.on("UploadPart", first_in_s3(arrived.set))
+        running = archive.start(constants=SIZES)
+        # Or nothing was left to be sent.
+        wait_for(
+            partial(any_of, arrived.is_set, lambda p=running.process: p.poll() is not None)
+        )
+        try:
+            result = running.wait(timeout=draw.uniform(0, 0.5))
+        except subprocess.TimeoutExpired:
+            kill(archive)
+            kills += 1
+            wait_for(lambda: not s3.under_way)
+            s3.rules.clear()
+            assert_rows_are_true(archive)
+    assert result.status == 0
+    assert kills >= 2
+    # The source is slower than S3, so that hardly anything is in flight.
+    assert sum(sent(s3).values()) <= PARTS + kills
+    assert_all_archived(archive, box)
+
+
+def test_file_is_complete_in_the_end_though_max_runtime_is_far_too_short(archive, box, s3):
+    """Night after night, and with a source that takes four times as long."""
+    parts = 6
+    write(box.root / "big", (parts - 1) * PART + 1_000)
+    slow_source(box, 0.04)  # 0.8 s for a part
+    results = []
+    while not results or results[-1].status == 3:
+        results.append(archive(constants={**SIZES, "READ_WINDOW": MIB}, MAX_RUNTIME="2s"))
+        assert results[-1].failures == []
+        assert len(results) <= 2 * parts
+        archive.assert_invariant()
+    assert results[-1].status == 0, results[-1].stderr
+    assert len(results) > 2
+    assert sent(s3) == dict.fromkeys(range(1, parts + 1), 1)
+    assert_all_archived(archive, box)
+
+
+@pytest.mark.parametrize("silent", ["box", "S3"])
+def test_max_runtime_ends_a_large_file_also_if_nothing_answers_any_more(
+    archive, box, s3, silent
+):
+    """With the limits as they are it takes at most a minute."""
+    write(box.root / "big", BIG)
+    if silent == "box":
+        box.on("READ", b"big", freeze, at=2 * PART)
+    else:
+        s3.always("UploadPart", hang)
+    began = time.monotonic()
+    result = archive(constants={**SIZES, "RUNTIME_GRACE": 2, "STOP_LIMIT": 1}, MAX_RUNTIME="1s")
+    assert time.monotonic() - began < 1 + 2 + 1 + 5
+    assert result.status == 3, result.stderr
+    assert result.summary
+    assert "MAX_RUNTIME" in result.output
+    archive.assert_invariant()
+
+
+def test_limits_after_max_runtime_are_less_than_a_minute_together(archive, box):
+    write(box.root / "f", SMALL)
+    total = "assert archive.RUNTIME_GRACE + archive.STOP_LIMIT < 60"
+    assert archive.start(before=total).wait().status == 0
+
+
+# --- Beginning anew ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param({1: PART + 1, 2: PART}, id="another size"),
+        pytest.param({2: PART, 3: PART}, id="the first is missing"),
+        pytest.param({1: None, 3: PART}, id="one between is missing"),
+        pytest.param({1: (PART, "no CRC-32"), 2: (PART, "no CRC-32")}, id="no CRC-32"),
+    ],
+)
+def test_parts_that_cannot_be_used_are_not_and_the_file_is_sent_anew(
+    archive, box, s3, bucket, parts
+):
+    """Parts with other bytes, so that it would be seen; None stands for the right ones."""
+    write(box.root / "big", BIG)
+    interrupt(archive, s3, at_part=1)
+    (ours,) = uploads(bucket)
+    upload = {"Bucket": bucket.name, "Key": "big"}
+    bucket.client.abort_multipart_upload(**upload, UploadId=ours)
+    summed = {"ChecksumAlgorithm": "CRC32", "ChecksumType": "FULL_OBJECT"}
+    begun = bucket.client.create_multipart_upload(**upload, **summed)
+    made = {**upload, "UploadId": begun["UploadId"]}
+    for number, what in parts.items():
+        size, no_crc = what if isinstance(what, tuple) else (what, False)
+        data = os.urandom(size) if size else (box.root / "big").read_bytes()[:PART]
+        bucket.client.upload_part(**made, PartNumber=number, Body=data)
+        if not no_crc:
+            s3.part_sums["big", begun["UploadId"], number] = crc32(data), len(data)
+    s3.parts.clear()
+    result = archive(constants=SIZES)
+    assert (result.status, result.counts) == (0, (1, 0, 0)), result.stderr
+    assert uploads(bucket) == set()
+    assert sent(s3) == {
+        number: 1 for number in range(1, PARTS + 1) if number not in parts or parts[number]
+    }
+    assert_all_archived(archive, box)
+
+
+def other_mtime(path):
+    os.utime(path, (1_700_000_005,) * 2)
+
+
+def other_content(path):
+    write(path, path.stat().st_size, mtime=1_700_000_005)
+    path.write_bytes(path.read_bytes()[::-1])
+    other_mtime(path)
+
+
+def other_size(path):
+    write(path, BIG + 1)
+
+
+def small_now(path):
+    write(path, SMALL)
+
+
+@pytest.mark.parametrize("change", [other_content, other_size, small_now])
+def test_file_that_has_changed_since_is_sent_anew_and_its_parts_are_aborted(
+    archive, box, s3, bucket, change
+):
+    write(box.root / "big", BIG)
+    interrupt(archive, s3)
+    old = uploads(bucket)
+    change(box.root / "big")
+    s3.parts.clear()
+    result = archive(constants=SIZES)
+    assert (result.status, result.counts) == (0, (1, 0, 0)), result.stderr
+    assert len(old) == 1
+    assert uploads(bucket) == set()
+    assert sum(size for _, _, size in s3.parts) in (0, (box.root / "big").stat().st_size)
+    assert_all_archived(archive, box)
+
+
+def test_parts_of_a_size_that_is_not_used_any_more_are_aborted(archive, box, s3, bucket):
+    write(box.root / "big", BIG)
+    interrupt(archive, s3)
+    result = archive(constants={**SIZES, "PART_SIZE": 8 * MIB})
+    assert result.status == 0, result.stderr
+    assert uploads(bucket) == set()
+    assert_all_archived(archive, box)
+
+
+def test_file_that_changes_while_it_goes_on_is_not_recorded(archive, box, s3):
+    write(box.root / "big", BIG)
+    interrupt(archive, s3)
+    box.on("OPEN", b"big", first(lambda: other_content(box.root / "big")))
+    assert_failed(archive(constants=SIZES), {"big": "changed"})
+    assert archive.rows() == {}
+    assert archive(constants=SIZES).counts == (1, 0, 0)
+    assert_all_archived(archive, box)
+
+
+def test_parts_of_a_version_that_was_never_listed_are_not_gone_on_with(archive, box, s3):
+    """Another version is there when the file is opened, and the first one again, with its
+    size and mtime, when the next run comes."""
+    path = box.root / "big"
+    write(path, BIG)
+    content, times = path.read_bytes(), (path.stat().st_mtime,) * 2
+    box.on("OPEN", b"big", first(lambda: other_content(path)))
+    s3.on("UploadPart", first_in_s3(lambda: kill(archive), reset), nth=3)
+    result = archive.start(constants=IN_ORDER).wait()
+    assert result.status in (-9, 3), result.stderr
+    wait_for(lambda: not s3.under_way)
+    s3.rules.clear()
+    path.write_bytes(content)
+    os.utime(path, times)
+    assert archive(constants=SIZES).status == 0
+    assert_all_archived(archive, box)
+
+
+@pytest.mark.parametrize("row", [False, True], ids=["a new file", "one that was compared"])
+def test_file_that_is_rewritten_within_its_second_is_not_gone_on_with(archive, box, s3, row):
+    """Its parts would be of two versions that have the same size and mtime."""
+    path = box.root / "big"
+    if row:
+        write(path, BIG)
+        assert archive(constants=IN_ORDER).status == 0
+        s3.requests.clear()
+    now = int(time.time())
+    path.write_bytes(os.urandom(BIG))
+    os.utime(path, (now, now))
+    stop = first_in_s3(lambda: terminate(archive))
+    s3.on("UploadPart", stop, nth=3)
+    recent = {**IN_ORDER, "RECENT": 60, "STOP_LIMIT": 2}
+    assert archive(constants=recent).status == 143
+    assert s3.requests["UploadPart"] >= 3
+    s3.rules.clear()
+    path.write_bytes(os.urandom(BIG))
+    os.utime(path, (now, now))
+    assert archive(constants=SIZES).status == 0
+    assert_rows_are_true(archive)
+    assert archive.contents()["big"] == path.read_bytes()
+
+
+# --- Whose uploads ----------------------------------------------------------
+
+
+def test_uploads_of_other_people_stay_also_of_keys_that_begin_alike(archive, box, s3, bucket):
+    write(box.root / "big", BIG)
+    write(box.root / "new", LARGE)  # of which somebody else has an upload under way, too
+    for key in ("bigger", "big/x", "bi", "other", "new"):
+        bucket.client.create_multipart_upload(Bucket=bucket.name, Key=key)
+    others = uploads(bucket)
+    interrupt(archive, s3, EXCLUDE_PATHS="new")
+    assert len(uploads(bucket) - others) == 1
+    assert archive(constants=SIZES).status == 0
+    (box.root / "big").unlink()
+    assert archive(constants=SIZES).status == 0
+    assert uploads(bucket) == others
+
+
+@pytest.mark.parametrize("how", ["gone", "excluded", "archived since"])
+def test_upload_of_a_file_that_is_gone_or_excluded_is_aborted_after_a_whole_walk(
+    archive, box, s3, bucket, how
+):
+    write(box.root / "big", BIG)
+    write(box.root / "folder" / "f", SMALL)
+    interrupt(archive, s3)
+    settings = {}
+    if how == "gone":
+        (box.root / "big").unlink()
+    elif how == "excluded":
+        settings = {"EXCLUDE_PATHS": "big"}
+    else:  # perhaps by a run with another machine's state
+        size, mtime = BIG, int((box.root / "big").stat().st_mtime)
+        row = ("./big", size, mtime, mtime)
+        archive.execute("INSERT INTO files VALUES (?, ?, ?, ?)", *row)
+        archive.execute("INSERT INTO objects VALUES (?, 'big', 'e', 1, NULL)", "./big")
+    unlistable = box.always("OPENDIR", b"folder", status(PERMISSION_DENIED))
+    assert archive(constants=SIZES, **settings).status == 3
+    assert unlistable.fired
+    assert len(uploads(bucket)) == 1
+    assert archive.query("SELECT key FROM uploads") == [("big",)]
+    box.rules.clear()
+
+    result = archive(constants=SIZES, **settings)
+    assert result.status == 0, result.stderr
+    assert uploads(bucket) == set()
+    assert archive.query("SELECT key FROM uploads") == []
+    assert "aborted the unfinished upload of big" in result.stderr
+
+
+def test_max_runtime_leaves_uploads_of_files_that_were_not_come_to(archive, box, s3, bucket):
+    write(box.root / "big", BIG)
+    interrupt(archive, s3)
+    assert archive(constants=SIZES, MAX_RUNTIME="0s").status == 3
+    assert len(uploads(bucket)) == 1
+    assert archive(constants=SIZES).status == 0
+    assert sent(s3) == dict.fromkeys(range(1, PARTS + 1), 1)
+
+
+@pytest.mark.parametrize(
+    ("why", "fault"),
+    [("changed", error(500, "InternalError")), ("gone", error(403, "AccessDenied"))],
+    ids=["changed, 500", "gone, 403"],
+)
+def test_abort_that_is_refused_is_a_warning_with_key_and_upload_id(
+    archive, box, s3, bucket, why, fault
+):
+    write(box.root / "big", BIG)
+    interrupt(archive, s3)
+    (left,) = uploads(bucket)
+    if why == "changed":
+        other_content(box.root / "big")
+    else:
+        (box.root / "big").unlink()
+    s3.always("AbortMultipartUpload", fault)
+    result = archive(constants={**SIZES, "S3_ATTEMPTS": 2})
+    assert (result.status, result.failures) == (0, []), result.stderr
+    (warning,) = [line for line in result.stderr.splitlines() if left in line]
+    assert "warning" in warning
+    assert " big " in warning
+    assert uploads(bucket) == {left}
+    if why == "gone":
+        s3.rules.clear()
+        assert archive(constants=SIZES).status == 0
+        assert uploads(bucket) == set(), "a later run has aborted it"
+
+
+def test_upload_that_could_not_be_looked_for_is_not_left_for_ever(archive, box, s3, bucket):
+    write(box.root / "big", BIG)
+    interrupt(archive, s3)
+    s3.always("ListMultipartUploads", error(500, "InternalError"))
+    result = archive(constants={**SIZES, "S3_ATTEMPTS": 2})
+    assert result.status in (0, 3)
+    assert "big" in result.stderr
+    archive.assert_invariant()
+    s3.rules.clear()
+
+    assert archive(constants=SIZES).status == 0
+    assert uploads(bucket) == set()
+    assert_all_archived(archive, box)
+
+
+def test_upload_whose_first_answer_was_lost_is_aborted_in_the_end(archive, box, s3, bucket):
+    """The request was made again, so that there are two, and one id is not known."""
+    write(box.root / "big", LARGE)
+    s3.on("CreateMultipartUpload", lost_answer)
+    assert archive(constants=SIZES).status == 0
+    assert s3.requests["CreateMultipartUpload"] == 2
+    assert uploads(bucket) == set()
+    assert_all_archived(archive, box)
+
+
+def test_upload_whose_only_answer_was_lost_is_gone_on_with_or_aborted(archive, box, s3, bucket):
+    write(box.root / "big", BIG)
+    s3.on("CreateMultipartUpload", first_in_s3(lambda: kill(archive), lost_answer))
+    assert archive.start(constants=SIZES).wait().status == -9
+    wait_for(lambda: not s3.under_way)
+    assert len(uploads(bucket)) == 1
+    archive.assert_invariant()
+    assert archive(constants=SIZES).status == 0
+    assert uploads(bucket) == set()
+    assert_all_archived(archive, box)
+
+
+# --- Completing -------------------------------------------------------------
+
+
+def test_upload_that_s3_refuses_to_complete_is_aborted(archive, box, s3, bucket):
+    for name in ("big", "other"):
+        write(box.root / name, LARGE)
+    s3.on("CompleteMultipartUpload", error(400, "BadDigest"), key="big")
+    result = archive(constants=SIZES)
+    assert_failed(result, {"big": "BadDigest"})
+    assert archive.rows().keys() == {"./other"}
+    assert uploads(bucket) == set()
+    archive.assert_invariant()
+    assert archive(constants=SIZES).counts == (1, 1, 0)
+    assert_all_archived(archive, box)
+
+
+def test_upload_is_completed_with_the_checksum_of_what_was_read(archive, box, s3, bucket):
+    """S3 tells another checksum of a stored part than that of the bytes it has, and so what
+    it puts together is not what the box has."""
+    write(box.root / "big", BIG)
+    interrupt(archive, s3)
+    s3.on("ListParts", rewritten(lambda body: body.replace(told_sum(s3, 1), b"AAAAAA==")))
+    result = archive(constants=SIZES)
+    assert_failed(result, {"big": "BadDigest"})
+    assert archive.rows() == archive.objects() == {}
+    assert uploads(bucket) == set()
+    assert archive(constants=SIZES).counts == (1, 0, 0)
+    assert_all_archived(archive, box)
+
+
+def told_sum(s3, number):
+    """A part's CRC-32 as it is in ListParts."""
+    (crc,) = [crc for (_, _, part), (crc, _) in s3.part_sums.items() if part == number]
+    return base64.b64encode(crc.to_bytes(4, "big"))
+
+
+@pytest.mark.parametrize("told", ["checksum", "composite"])
+def test_answer_to_complete_with_another_checksum_is_not_believed(
+    archive, box, s3, bucket, told
+):
+    write(box.root / "big", LARGE)
+
+    def other(body):
+        start, _, rest = body.partition(b"<ChecksumCRC32>")
+        own, _, end = rest.partition(b"<")
+        sum_text = b"AAAAAA==" if told == "checksum" else own + b"-2"
+        return start + b"<ChecksumCRC32>" + sum_text + b"<" + end
+
+    s3.on("CompleteMultipartUpload", rewritten(other))
+    result = archive(constants=SIZES)
+    if told == "composite":  # is none of the whole: HEAD is asked
+        assert result.status == 0, result.stderr
+        assert s3.requests["HeadObject"] == 1
+    else:
+        assert_failed(result, {"big": "S3 holds CRC-32 AAAAAA== read"})
+        assert archive.rows() == {}
+        assert archive(constants=SIZES).status == 0
+    assert_all_archived(archive, box)
+
+
+def test_completion_whose_answer_was_lost_is_found_by_head(archive, box, s3):
+    write(box.root / "big", BIG)
+    s3.on("CompleteMultipartUpload", lost_answer)
+    s3.on("CompleteMultipartUpload", error(404, "NoSuchUpload"), nth=2)
+    result = archive(constants=SIZES)
+    assert (result.status, result.counts) == (0, (1, 0, 0)), result.stderr
+    assert s3.requests["CompleteMultipartUpload"] == 2
+    assert s3.requests["HeadObject"] == 1
+    assert_all_archived(archive, box)
+    s3.requests.clear()
+    assert archive(constants=SIZES).counts == (0, 1, 0)
+    assert s3.requests.total() == 0
+
+
+@pytest.mark.parametrize("held", ["another object", "nothing"])
+def test_upload_that_is_gone_and_whose_object_is_another_has_failed(
+    archive, box, s3, bucket, held
+):
+    path = box.root / "big"
+    if held != "nothing":
+        write(path, LARGE)
+        assert archive(constants=SIZES).status == 0
+    write(path, LARGE, mtime=1_700_000_005)
+    path.write_bytes(path.read_bytes()[::-1])
+    other_mtime(path)
+    s3.on("CompleteMultipartUpload", reset)
+    s3.on("CompleteMultipartUpload", error(404, "NoSuchUpload"), nth=2)
+    assert_failed(archive(constants=SIZES), {"big": "NoSuchUpload"})
+    assert_rows_are_true(archive)
+    assert uploads(bucket) == set()
+    assert archive(constants=SIZES).counts == (1, 0, 0)
+    assert_all_archived(archive, box)
+
+
+@pytest.mark.parametrize("how", ["killed", "no answer"])
+def test_object_that_is_complete_though_nobody_was_told_is_not_sent_again(
+    archive, box, s3, how
+):
+    """The upload is gone since S3 has completed it: HEAD tells the next run."""
+    write(box.root / "big", BIG)
+    done = (lambda: kill(archive)) if how == "killed" else (lambda: None)
+    fault = first_in_s3(done, lost_answer)
+    s3.on("CompleteMultipartUpload", fault)
+    s3.on("CompleteMultipartUpload", reset, nth=2, times=9)
+    limits = {**SIZES, "S3_ATTEMPTS": 2}
+    result = archive.start(constants=limits).wait()
+    assert result.status == (-9 if how == "killed" else 3), result.stderr
+    wait_for(lambda: not s3.under_way)
+    s3.rules.clear()
+    assert "big" in archive.objects()
+
+    result = archive(constants=SIZES)
+    assert result.status == 0, result.stderr
+    assert sent(s3) == dict.fromkeys(range(1, PARTS + 1), 1)
+    assert_all_archived(archive, box)
