@@ -3952,8 +3952,7 @@ def confirm(question: str) -> bool:
 STATUSES = """\
 exit statuses:
   0      all selected files are archived (restore: are there; verify: agree)
-  1      fatal error: credentials, host key, bucket, Storage Box or state database;
-         see the message
+  1      fatal error: credentials, host key, bucket, Storage Box, state database
   2      usage or settings
   3      incomplete: some file failed or differs, or MAX_RUNTIME was over
   11     another run holds the lock
