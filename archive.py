@@ -2681,7 +2681,7 @@ class Formatter(logging.Formatter):
         return text
 
 
-class Console(logging.StreamHandler[TextIO]):
+class Console(logging.StreamHandler):  # type: ignore[type-arg]
     """Lines above the progress bars, if there are any."""
 
     def emit(self, record: logging.LogRecord) -> None:
