@@ -3158,7 +3158,7 @@ def run(tools: Tools, new_source: bool, report: Report) -> int:
             if stopping.signal is not None:
                 status = 128 + stopping.signal
                 report.ended_early = f"by {signal.Signals(stopping.signal).name}"
-        except Exception:
+        except Exception:  # whatever it is: the summary says so, and it goes on its way
             report.ended_early = "by an error"
             raise
         finally:
