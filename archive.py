@@ -2177,6 +2177,10 @@ REMEDIES = {  # of refusals that every request would meet
 # The answer to a HEAD has no body, and so no code but its status.
 HEAD_CODES = {"403": "AccessDenied", "301": "PermanentRedirect"}
 MISSING = ("404", "NoSuchKey", "NoSuchUpload")
+# Refusals that may pass, and that boto3 does not retry: bytes that were cut or damaged on
+# their way, a conflict with another request, and what proxies answer for a server.
+PASSING_CODES = ("IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "OperationAborted")
+PASSING_STATUSES = (408, 425, *range(520, 528))
 NO_CREDENTIALS = (
     *(aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError),
     *(aws.ProfileNotFound, aws.TokenRetrievalError, aws.SSOError),
@@ -2184,7 +2188,23 @@ NO_CREDENTIALS = (
 )
 
 OnBytes = Callable[[int], None]  # called with each number of bytes that were moved
+
 Read = Callable[[int], bytes]  # the next bytes of a file, as FileReader.read
+
+
+def retry_pause(
+    response: Any = None, attempts: int = 0, operation: Any = None, **_: Any
+) -> float | None:
+    """For botocore's needs-retry event: the seconds to wait before the request is sent
+    again, None to leave it to boto3's own rule."""
+    if response is None or attempts >= S3_ATTEMPTS:
+        return None
+    (http, answer), name = response, operation.name
+    code = answer.get("Error", {}).get("Code")
+    if code == "BadDigest" and name == "CompleteMultipartUpload":
+        return None  # it is about the parts that S3 has stored
+    may_pass = code in PASSING_CODES or http.status_code in PASSING_STATUSES
+    return 2**attempts / 4 if may_pass else None
 
 
 @contextlib.contextmanager
@@ -2353,6 +2373,8 @@ class Bucket:
         # "Expect: 100-continue" costs every PUT a round trip.
         events = self._client.meta.events
         events.unregister("before-call.s3", botocore.handlers.add_expect_header)
+        if retries:
+            events.register("needs-retry.s3", retry_pause)
 
     def _ask(self, operation: str, *missing: str, **parameters: Any) -> Any:
         """S3's answer, None if it refuses with one of the codes `missing`."""
@@ -2593,7 +2615,9 @@ class Bucket:
         nothing = {"Key": key, "UploadId": "none"}
 
         def upload() -> None:
-            upload_id = self._ask("create_multipart_upload", Key=key)["UploadId"]
+            arguments = self._upload_arguments(0)  # S3 may refuse the storage class, too
+            answer = self._ask("create_multipart_upload", Key=key, **arguments)
+            upload_id = answer["UploadId"]
             self._ask("abort_multipart_upload", *MISSING, Key=key, UploadId=upload_id)
 
         yield "s3:ListBucket", ask("list_objects_v2", Prefix=prefix, MaxKeys=1)
@@ -3384,7 +3408,10 @@ def status(tools: Tools, json_wanted: bool) -> int:
     used, free = map(format_size, room or (0, 0))
     rows: list[tuple[str, object]] = [
         ("Archived", no_state or total(counts)),
-        *counts.items(),
+        *(
+            (kind, count if kind == config.storage_class else f"{count}, not STORAGE_CLASS")
+            for kind, count in counts.items()
+        ),
         ("Storage a month", no_state or format_usd(usd)),
         ("Box", f"{used} used, {free} free" if room else no_room or "the server does not tell"),
         ("Unfinished uploads", no_count or unfinished),
@@ -3445,7 +3472,8 @@ def verify(tools: Tools, repair: bool) -> int:
     faults = counts.total() - counts[AGREE] - counts[TO_COMPARE]
     show_table("VERIFY", counts.items())
     if other_class:
-        note = "%s objects are in another storage class than was recorded: that does no harm"
+        note = "%s objects are in another storage class than was recorded, which does no harm: "
+        note += "the state has it now" if repair else "verify --repair records it"
         log.warning(note, f"{other_class:,}")
     if repair and faults:
         log.warning("the state is repaired: the next run uploads what S3 does not hold")

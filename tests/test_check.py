@@ -63,6 +63,13 @@ def assert_run_says_the_same(archive, fault, **settings):
     assert archive.objects() == {}
 
 
+def refuses_class(exchange):
+    """Some S3-compatible servers have no cold classes."""
+    if exchange.headers.get("x-amz-storage-class") == "DEEP_ARCHIVE":
+        return error(400, "InvalidStorageClass")(exchange)
+    return exchange.forward()
+
+
 # --- Nothing is wrong ---
 
 
@@ -351,3 +358,9 @@ def test_neither_secrets_nor_lines_of_others_are_shown(archive, s3):
 
     assert "SignatureDoesNotMatch" in only_fault(result)
     assert ("ok", "all is well") not in lines(result)
+
+
+def test_server_without_the_storage_class_is_found_out_before_a_run(archive, s3):
+    s3.always("CreateMultipartUpload", refuses_class)
+    assert "InvalidStorageClass" in only_fault(archive("check"))
+    assert wrong(archive("check", STORAGE_CLASS="STANDARD")) == []

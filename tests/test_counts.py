@@ -133,7 +133,7 @@ def wait_until_idle(box, running):
 def test_files_that_fail_do_not_keep_their_bytes(archive_of, s3):
     """Seen by what the process holds: the box may read on, whatever is kept."""
     size, count = 8 * MIB, 30
-    s3.always("PutObject", error(400, "BadDigest"))
+    s3.always("PutObject", error(400, "InvalidTag"))
     with FaultyBox(many_files(1, count, size)) as box:
         archive = archive_of(box, AWS_ENDPOINT_URL=s3.url, MEMORY_LIMIT="32M")
         result = archive.start(before=MEASURED, constants={"SAME_FAILURES": 1_000}).wait()

@@ -211,3 +211,35 @@ def test_file_system_without_locks_is_not_taken_for_another_run(archive, command
     result = archive.start(command, before=NO_LOCKS).wait()
     assert result.status == 1
     assert "STATE_DB" in result.output and "local disk" in result.output
+
+
+# --- Refusals that pass ------------------------------------------------------
+
+SIZES = {"SMALL_FILE": 1 << 20, "PART_SIZE": 5 << 20}
+PASSING = {
+    "cut": error(400, "IncompleteBody"),
+    "damaged": error(400, "BadDigest"),
+    "damaged over http": error(400, "XAmzContentSHA256Mismatch"),
+    "in conflict": error(409, "OperationAborted"),
+    "too slow": error(408, "Odd"),
+    "of a proxy": error(520, "Odd"),
+}
+
+
+@pytest.mark.parametrize(("operation", "size"), [("PutObject", 100), ("UploadPart", 12 << 20)])
+def test_refusal_that_passes_is_tried_again(archive, box, s3, operation, size):
+    fill(box.root, dict.fromkeys(PASSING, b"x" * size))
+    met = [s3.on(operation, fault, key=name, times=2) for name, fault in PASSING.items()]
+    result = archive(constants=SIZES, AWS_ENDPOINT_URL=s3.url)
+    assert (result.status, [rule.fired for rule in met]) == (0, [2] * 6), result.stderr
+    assert set(archive.objects()) == set(PASSING)
+    archive.assert_invariant()
+
+
+def test_parts_that_are_damaged_at_s3_are_not_completed_again(archive, box, s3):
+    """Asking again would change nothing: the parts stay as they are."""
+    fill(box.root, {"file": b"x" * (12 << 20)})
+    met = s3.always("CompleteMultipartUpload", error(400, "BadDigest"))
+    result = archive(constants=SIZES, AWS_ENDPOINT_URL=s3.url)
+    assert (result.status, met.fired) == (3, 1), result.stderr
+    assert archive.rows() == {}
