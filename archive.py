@@ -26,8 +26,8 @@ S3 is not known to hold is uploaded.  Nothing is ever deleted from the bucket, a
 on the box is changed, except by `restore --to-box`.
 
 Sections, each using only those above it: Limits, Prices, Errors, Names, Settings, SFTP,
-Login, Storage Box, State, Bucket, Output, Run, Plan status verify and check, Restore,
-Command line (with the exit statuses).
+Login, Storage Box, State, Bucket, Output, Parallel work, Forecast (with `plan`), Run,
+Ls status verify and check, Restore, Command line (with the exit statuses).
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ import errno
 import fnmatch
 import gc
 import hashlib
+import heapq
 import io
 import itertools
 import json
@@ -69,11 +70,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timezone
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TextIO, TypeVar
+from typing import Any, NamedTuple, NoReturn, TextIO, TypeVar
 from urllib.parse import quote, urlsplit
 
 try:
@@ -84,7 +86,7 @@ try:
     import paramiko
     import urllib3
     from boto3.s3.inject import upload_fileobj
-    from boto3.s3.transfer import TransferConfig
+    from boto3.s3.transfer import S3Transfer, TransferConfig
     from botocore import exceptions as aws
     from botocore.credentials import DeferredRefreshableCredentials
     from cryptography.exceptions import UnsupportedAlgorithm
@@ -98,6 +100,8 @@ files_log = logging.getLogger("archive.files")  # one line per file; not beside 
 results_log = logging.getLogger("archive.results")  # to stdout and LOG_FILE
 
 T = TypeVar("T")
+
+VERSION = "2.0"  # what changes with the first number is in the README, Upgrading
 
 # ---------------------------------------------------------------------- Limits
 
@@ -163,6 +167,9 @@ DOWNLOAD_BLOCK = 256 * KIB
 RECENT, RECENTLY_STORED = 2, 60
 
 TIERS = {"bulk": 48, "standard": 12}  # hours until S3 has restored, at most
+WAIT_PAUSE = 15 * 60  # s between the passes of `restore --wait`
+# Below this, S3's 40 KB for a cold object cost more than STANDARD, which `plan` advises then.
+TINY_FILE, CLASS_FOR_TINY = 8 * KIB, "STANDARD"
 
 # ---------------------------------------------------------------------- Prices
 #
@@ -201,6 +208,9 @@ DAYS_PER_MONTH = 30
 FREE_EGRESS = 100  # GB a month
 
 
+ONE = {"put": 1, "part": 1}  # request of each kind that has a price of its own
+
+
 class Prices:
     """What things cost in USD in a region, estimated; NaN if there is no price for it.
     `overrides` are prices by name, which replace those of the region."""
@@ -236,11 +246,17 @@ class Prices:
 
     def upload(self, kind: str, requests: Mapping[str, int]) -> float:
         """PUT and Complete at the class's price, Create and parts at that of parts, HEAD at
-        that of GET (S3 user guide, "Multipart upload and pricing")."""
+        that of GET (S3 user guide, "Multipart upload and pricing"), listings at that of PUT
+        into STANDARD."""
         puts = requests.get("put", 0) + requests.get("complete", 0)
         parts = requests.get("create", 0) + requests.get("part", 0)
         cost = self._cost(puts, kind, "put") + self._cost(parts, kind, "part")
+        cost += self._cost(requests.get("list", 0), "STANDARD", "put")
         return (cost + self._cost(requests.get("head", 0), "get")) / 1000
+
+    def requests(self, sent: Mapping[tuple[str, str], int]) -> float:
+        """`upload` of requests by class and name."""
+        return sum(self.upload(kind, {name: n}) for (kind, name), n in [*sent.items()])
 
     def early(self, kind: str, size: int, age_days: float) -> float:
         """The charge for overwriting an object at this age: its storage for the rest of the
@@ -573,6 +589,12 @@ def parse_size(text: str, least: int = 1) -> int:
     return size
 
 
+def parse_usd(text: str) -> float:
+    if not re.fullmatch(r"\d{1,6}(\.\d+)?|\.\d+", text.strip(), re.A):
+        raise ValueError("expected USD like 5 or 0.25")
+    return float(text)
+
+
 def parse_duration(text: str) -> int:
     """Seconds of `90s`, `1h30m`, `2d` or `45`."""
     if not re.fullmatch(r"\d+|(\d+\s*[smhd]\s*)+", text.strip(), re.I | re.A):
@@ -637,10 +659,53 @@ def parse_prices(text: str) -> dict[str, float]:
     prices = {}
     for item in parse_list(text):
         name, _, usd = (part.strip() for part in item.partition("="))
-        if name not in ALL_PRICE_NAMES or not re.fullmatch(r"\d{0,6}(\.\d+)?", usd) or not usd:
+        if name not in ALL_PRICE_NAMES:
             raise ValueError(f"expected name=USD with names of {', '.join(ALL_PRICE_NAMES)}")
-        prices[name] = float(usd)
+        prices[name] = parse_usd(usd)
     return prices
+
+
+# What boto3 calls ExtraArgs, without those that this program sets itself.
+EXTRA_ARGS = [
+    name
+    for name in S3Transfer.ALLOWED_UPLOAD_ARGS
+    if not name.startswith(("Checksum", "Metadata", "MpuObjectSize", "StorageClass"))
+]
+
+
+def parse_extra_args(text: str) -> dict[str, str]:
+    """Values by name, of `ServerSideEncryption=aws:kms, Tagging=kind=backup`; or of a JSON
+    object, for values with commas."""
+    pairs: dict[Any, Any] = {}
+    if text.lstrip().startswith("{"):
+        with contextlib.suppress(ValueError):
+            pairs = json.loads(text)
+    else:
+        items = (item.partition("=") for item in parse_list(text))
+        pairs = {name.strip(): value.strip() for name, _, value in items}
+    for name, value in pairs.items():
+        if name not in EXTRA_ARGS:
+            raise ValueError(f"{name} is none of {', '.join(EXTRA_ARGS)}")
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"{name} has no value that is a text")
+    if text and not pairs:
+        raise ValueError("expected Name=value, or a JSON object")
+    return pairs
+
+
+def parse_time(text: str) -> float:
+    """The time since the epoch of a date (its beginning), of a time, in the user's time
+    zone unless it has one, or of an age like `30d`; ValueError if it is in the future."""
+    text, seconds = text.strip(), math.inf
+    with contextlib.suppress(ValueError, OverflowError, OSError):
+        if text[-1:] in ("s", "m", "h", "d"):
+            seconds = time.time() - parse_duration(text)
+        else:
+            seconds = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text)).timestamp()
+    if not 0 <= seconds <= time.time():
+        examples = "2026-11-30, 2026-11-30T18:00 or 30d"
+        raise ValueError(f"expected a time in the past, like {examples}")
+    return seconds
 
 
 def parse_path(text: str) -> Path:
@@ -688,6 +753,9 @@ class Config:
     region: str | None = setting("AWS_REGION")
     endpoint_url: str | None = setting("AWS_ENDPOINT_URL", parse_endpoint)
     storage_class: str = setting("STORAGE_CLASS", STORAGE_CLASS, "DEEP_ARCHIVE")
+    small_files_below: int | None = setting("SMALL_FILES_BELOW", parse_size)
+    small_files_class: str | None = setting("SMALL_FILES_CLASS", STORAGE_CLASS)
+    extra_args: dict[str, str] = setting("S3_EXTRA_ARGS", parse_extra_args, "")
     state_db: Path = setting("STATE_DB", parse_path, "archive_state.db")
     log_file: Path | None = setting("LOG_FILE", parse_path, "archive.log")
     exclude: tuple[str, ...] = setting("EXCLUDE_PATHS", parse_list, "")
@@ -696,6 +764,8 @@ class Config:
     memory_limit: int = setting("MEMORY_LIMIT", partial(parse_size, least=MIN_MEMORY), "128M")
     bandwidth_limit: int | None = setting("BANDWIDTH_LIMIT", parse_size)
     max_runtime: int | None = setting("MAX_RUNTIME", parse_duration)
+    max_cost: float | None = setting("MAX_COST", parse_usd)
+    max_changed: int | None = setting("MAX_CHANGED", partial(parse_int, 0, 100))
     prices: dict[str, float] = setting("PRICES", parse_prices, "")
     aws_environ: Mapping[str, str] = field(repr=False, kw_only=True)  # for boto3
     secrets: set[str] = field(repr=False, kw_only=True)  # in every form, never to be shown
@@ -704,6 +774,12 @@ class Config:
     def place(self) -> str:
         """Where the objects are, for messages."""
         return f"s3://{self.bucket}/{self.prefix}"
+
+    def class_of(self, size: int) -> str:
+        """The storage class that a file of `size` bytes is uploaded into."""
+        if self.small_files_class and size < (self.small_files_below or 0):
+            return self.small_files_class
+        return self.storage_class
 
 
 # The other AWS_ variables belong to boto3, and reach it as they are; proxies, too.
@@ -748,7 +824,8 @@ def setting_faults(settings: Mapping[str, str]) -> Iterator[str]:
     take: without its value."""
     for name, value in settings.items():
         is_aws = name.startswith("AWS_")
-        if (name in SECRETS or is_aws) and re.search(r"[\0-\x1f\x7f]", value):
+        is_header = name in SECRETS or is_aws or name == "S3_EXTRA_ARGS"
+        if is_header and re.search(r"[\0-\x1f\x7f]", value):
             yield f"{name}: contains a line break or another control character"
         if name in SETTINGS or name.upper() in PROXIES:
             continue
@@ -793,7 +870,11 @@ def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
                 values[option.name] = value.resolve() if name == "STATE_DB" else value
             except (ValueError, OSError, RuntimeError) as error:
                 is_secret = "@" in text or any(secret in text for secret in secrets)
+                is_secret |= name == "S3_EXTRA_ARGS"  # which may have a key in it
                 faults.append(f"{name}: {error}" + ("" if is_secret else f", not {text!r}"))
+    if (values["small_files_below"] is None) != (values["small_files_class"] is None):
+        faults.append("SMALL_FILES_BELOW and SMALL_FILES_CLASS: set both, or none")
+    add_secret(secrets, (values["extra_args"] or {}).get("SSECustomerKey"))
     # On Windows, no variable tells whether there is an agent.
     has_agent = environ.get("SSH_AUTH_SOCK") or sys.platform == "win32"
     if not (values["password"] or values["key_file"] or has_agent):
@@ -1715,16 +1796,21 @@ def list_ahead(session: Session, path: bytes, steps_left: int = 0) -> Future[lis
 
 
 class WalkReport:
-    """What the walk has left out, by label, the number of failures, and whether all folders
-    could be listed."""
+    """What the walk has left out, by label, the number of failures, the folders that could
+    not be listed, and the items of EXCLUDE_PATHS that have matched nothing."""
 
     def __init__(self) -> None:
         self.skipped: Counter[str] = Counter()
-        self.failed, self.is_whole = 0, True
+        self.failed, self.unlisted = 0, set[bytes]()
+        self.unmatched: set[str] = set()
 
     def add_failure(self, path: bytes, reason: object) -> None:
         self.failed += 1
         log_failure(path, reason)
+
+    def warn_of_unmatched(self) -> None:
+        for item in sorted(self.unmatched):
+            log.warning("EXCLUDE_PATHS: %s has matched nothing", printable(item))
 
     def others(self, more: Mapping[str, int]) -> Iterator[tuple[str, object]]:
         """Rows of a table, for what was met: `more`, and what was left out."""
@@ -1775,10 +1861,21 @@ class Walk:
                     files = (self._sort_out(path, *entry, folders) for entry in page)
                     yield [file for file in files if file is not None]
                 waiting += reversed(folders)
-            for item in sorted(self._filter.unmatched):
-                log.warning("EXCLUDE_PATHS: %s has matched nothing", printable(item))
+            self._report.unmatched = self._filter.unmatched
         finally:
             pool.shutdown(wait=False)
+
+    def leaves_out(self, path: bytes) -> bool:
+        """Whether the walk does not reach this path: it is hidden or excluded, or a folder
+        above it is, or could not be listed."""
+        root = join(self._root, b"")
+        parts = path.removeprefix(root).split(b"/")
+        above = [root[:-1], *itertools.accumulate(parts, join, initial=root)][1:]
+        return (
+            any(map(self._filter.is_hidden, parts))
+            or any(map(self._filter.is_excluded, above))
+            or bool(self._report.unlisted.intersection(above))
+        )
 
     def _entries(self, path: bytes, listing: Future[list[Entry]]) -> list[Entry]:
         """The entries of a folder; none if it could not be listed: that is reported."""
@@ -1793,7 +1890,7 @@ class Walk:
             if error.code == VANISHED:
                 self._report.skipped["Vanished"] += 1
             else:
-                self._report.is_whole = False
+                self._report.unlisted.add(path)
                 self._report.add_failure(path, f"this folder cannot be listed: {error}")
             return []
 
@@ -1827,7 +1924,7 @@ class Walk:
 
 # ----------------------------------------------------------------------- State
 
-STATE_VERSION = 2  # SQLite's user_version of a database that has these tables
+STATE_VERSION = 3  # SQLite's user_version of a database that has these tables
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS files
     (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, uploaded_at INTEGER);
@@ -1837,7 +1934,7 @@ CREATE TABLE uploads (key TEXT PRIMARY KEY, path TEXT NOT NULL, size INTEGER NOT
     mtime INTEGER, part_size INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE runs (started_at INTEGER PRIMARY KEY, ended_at INTEGER, status INTEGER,
-    uploaded INTEGER, skipped INTEGER, failed INTEGER, bytes INTEGER)
+    uploaded INTEGER, skipped INTEGER, failed INTEGER, bytes INTEGER, spent REAL)
 """
 RECORDS = (
     "SELECT path, size, mtime, uploaded_at, key, etag, crc32, storage_class"
@@ -1871,6 +1968,7 @@ class PastRun(NamedTuple):
     skipped: int | None = None
     failed: int | None = None
     bytes: int | None = None
+    spent: float | None = None  # USD
 
 
 def pins_of(config: Config) -> dict[str, str]:
@@ -1915,7 +2013,11 @@ class State:
                 raise sqlite3.DatabaseError(verdict)
             self._db.execute("PRAGMA journal_mode = DELETE")
             self._db.execute("PRAGMA synchronous = FULL")
-            if self._rows("PRAGMA user_version") != [(STATE_VERSION,)]:
+            version = self._rows("PRAGMA user_version")
+            if version == [(2,)]:
+                column = "ALTER TABLE runs ADD COLUMN spent REAL"
+                self._commit([(column,), (f"PRAGMA user_version = {STATE_VERSION}",)])
+            elif version != [(STATE_VERSION,)]:
                 self._upgrade(config)
             self._db.execute(f"PRAGMA busy_timeout = {COMMIT_LIMIT * 1000}")
 
@@ -2068,13 +2170,25 @@ class State:
 
     # The whole
 
-    def records(self) -> Iterator[Record]:
-        """All rows in the order of their keys, which is S3's.  They may be changed meanwhile,
-        up to the last one that was returned."""
-        last, query = "", f"{RECORDS} WHERE key > ? ORDER BY key LIMIT {PAGE}"
+    def records(self, condition: str = "true") -> Iterator[Record]:
+        """Rows in the order of their keys, which is S3's.  They may be changed meanwhile, up
+        to the last one that was returned."""
+        query = f"{RECORDS} WHERE {condition} AND key > ? ORDER BY key LIMIT {PAGE}"
+        last = ""
         while rows := [Record(*row) for row in self._rows(query, last)]:
             yield from rows
             last = rows[-1].key
+
+    def note_seen(self, files: Iterable[RemoteFile]) -> None:
+        """Notes, until the database is closed, that these files are on the box."""
+        table = "CREATE TEMP TABLE IF NOT EXISTS seen (path TEXT PRIMARY KEY) WITHOUT ROWID"
+        insert = "INSERT OR IGNORE INTO temp.seen VALUES (?)"
+        self._commit([(table,), *((insert, path_text(file.path)) for file in files)])
+
+    def unseen(self) -> Iterator[Record]:
+        """The rows of files that were not noted as seen."""
+        self.note_seen([])
+        return self.records("path NOT IN (SELECT path FROM temp.seen)")
 
     def apply(self, differences: Iterable[Difference]) -> None:
         """Brings rows in line with the bucket's listing."""
@@ -2103,12 +2217,17 @@ class State:
 
     def record_run(self, run: PastRun) -> None:
         """At the begin of a run, this also shows that the database can be written."""
-        self._commit([("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?)", *run)])
+        self._commit([("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *run)])
 
     def last_runs(self, count: int) -> list[PastRun]:
         """The latest first."""
         query = "SELECT * FROM runs ORDER BY started_at DESC LIMIT ?"
         return [PastRun(*row) for row in self._rows(query, count)]
+
+    def spent_since(self, seconds: float) -> float:
+        """USD that the runs have spent that began after that time since the epoch."""
+        query = "SELECT coalesce(sum(spent), 0) FROM runs WHERE started_at >= ?"
+        return float(self._rows(query, seconds)[0][0])
 
 
 def object_row(path: str, found: StoredObject) -> tuple[Any, ...]:
@@ -2187,6 +2306,11 @@ NO_CREDENTIALS = (
     *(aws.RefreshWithMFAUnsupportedError, aws.UnauthorizedSSOTokenError),
 )
 
+# The requests that are paid for, by their names in Prices.upload.
+COUNTED = {"PutObject": "put", "CreateMultipartUpload": "create", "UploadPart": "part"}
+COUNTED |= {"CompleteMultipartUpload": "complete", "HeadObject": "head"}
+COUNTED |= {"ListObjectsV2": "list", "ListMultipartUploads": "list", "ListParts": "list"}
+
 OnBytes = Callable[[int], None]  # called with each number of bytes that were moved
 
 Read = Callable[[int], bytes]  # the next bytes of a file, as FileReader.read
@@ -2245,6 +2369,7 @@ class StoredObject(NamedTuple):
     crc32: int | None = None  # of the whole object
     mtime: int | None = None  # from the metadata, where rclone keeps it, too
     restored: bool | None = None
+    version_id: str | None = None  # if it need not be the current version
 
 
 def etag_of(answer: Mapping[str, Any]) -> str:
@@ -2258,7 +2383,7 @@ def crc32_of(answer: Mapping[str, Any]) -> int | None:
 
 
 def stored_object(key: str, answer: Mapping[str, Any]) -> StoredObject:
-    """What a HEAD or GET has answered."""
+    """What a HEAD or GET has answered about the current version."""
     # HTTP header names have no case, and some servers change it.
     metadata = {name.lower(): value for name, value in answer["Metadata"].items()}
     mtime = re.fullmatch(r"(-?\d{1,12})(\.\d*)?", metadata.get("mtime", ""))
@@ -2270,6 +2395,28 @@ def stored_object(key: str, answer: Mapping[str, Any]) -> StoredObject:
         crc32=crc32_of(answer),
         mtime=int(mtime[1]) if mtime else None,
     )
+
+
+def version_parameter(version_id: str | None) -> dict[str, str]:
+    return {} if version_id is None else {"VersionId": version_id}
+
+
+def versions_at(entries: Iterable[Any], at: float) -> Iterator[Any]:
+    """Of a listing of versions and delete markers, sorted by key and with the latest first,
+    those versions that were current at a time.
+
+    The dates are whole seconds, and that of an upload in parts is when it began.  So within a
+    second the order of the listing counts, and the version that is current now is the latest
+    whatever its date is.
+    """
+    for _, group in itertools.groupby(entries, itemgetter("Key")):
+        versions = [*group]
+        versions.reverse()
+        versions.sort(key=itemgetter("IsLatest", "LastModified"))
+        before = itertools.takewhile(lambda v: v["LastModified"].timestamp() <= at, versions)
+        current = deque(before, 1)
+        if current and "ETag" in current[0]:  # else it was deleted, or not there yet
+            yield current[0]
 
 
 # An unfinished upload: its id, and its parts to go on behind, from 1 on without a gap, as
@@ -2340,9 +2487,11 @@ class Bucket:
     multipart uploads of our own.  Methods raise FileError and Fatal."""
 
     def __init__(self, config: Config, retries: bool = True):
-        self._name, self.prefix = config.bucket, config.prefix
-        self._storage_class = config.storage_class
+        self._config, self._name, self.prefix = config, config.bucket, config.prefix
         self._has_warned = False
+        # The requests that were sent, by storage class and by their name in COUNTED.
+        self.requests: Counter[tuple[str, str]] = Counter()
+        self._counting = threading.Lock()
         settings = botocore.config.Config(
             connect_timeout=S3_CONNECT_LIMIT,
             read_timeout=S3_READ_LIMIT,
@@ -2353,7 +2502,8 @@ class Bucket:
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
             s3={"payload_signing_enabled": False},
-            user_agent="archive.py",  # composing boto3's own takes a tenth of a small PUT
+            # Composing boto3's own takes a tenth of a small PUT.
+            user_agent=f"archive.py/{VERSION}",
             tcp_keepalive=True,
         )
         try:
@@ -2375,23 +2525,42 @@ class Bucket:
         events.unregister("before-call.s3", botocore.handlers.add_expect_header)
         if retries:
             events.register("needs-retry.s3", retry_pause)
+        events.register("before-send.s3", self._count)
+
+    def _count(self, event_name: str, request: Any, **_: Any) -> None:
+        name = COUNTED.get(event_name.rpartition(".")[2])
+        if name is not None:
+            kind = request.headers.get("x-amz-storage-class") or self._config.storage_class
+            with self._counting:
+                self.requests[kind.decode() if isinstance(kind, bytes) else kind, name] += 1
+
+    def _arguments(self, operation: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a request: the bucket, those of S3_EXTRA_ARGS that it knows, `parameters`."""
+        meta, extra = self._client.meta, self._config.extra_args
+        if extra:
+            name = meta.method_to_api_mapping[operation]
+            known = meta.service_model.operation_model(name).input_shape.members
+            extra = {name: value for name, value in extra.items() if name in known}
+        return {"Bucket": self._name, **extra, **parameters}
 
     def _ask(self, operation: str, *missing: str, **parameters: Any) -> Any:
         """S3's answer, None if it refuses with one of the codes `missing`."""
+        arguments = self._arguments(operation, parameters)
         try:
             with s3_errors():
-                return getattr(self._client, operation)(Bucket=self._name, **parameters)
+                return getattr(self._client, operation)(**arguments)
         except FileError as error:
             if error.code not in missing:
                 raise
             return None
 
-    def _list(self, operation: str, entries: str, **parameters: Any) -> Iterator[Any]:
-        """All `entries` of a listing, page by page."""
+    def _list(self, operation: str, *entries: str, **parameters: Any) -> Iterator[Any]:
+        """All `entries` of a listing, page by page, by their keys if they are of two kinds."""
         paginator = self._client.get_paginator(operation)
         with s3_errors():
-            for page in paginator.paginate(Bucket=self._name, **parameters):
-                yield from page.get(entries, ())
+            for page in paginator.paginate(**self._arguments(operation, parameters)):
+                kinds = (page.get(kind, ()) for kind in entries)
+                yield from heapq.merge(*kinds, key=lambda entry: entry.get("Key", ""))
 
     # Uploads
 
@@ -2399,7 +2568,8 @@ class Bucket:
         """One PUT, with the CRC-32 for S3 to check.  upload_fileobj would take half as much
         CPU time again."""
         crc32 = zlib.crc32(data)
-        arguments = self._upload_arguments(mtime) | {"ChecksumCRC32": crc_text(crc32)}
+        arguments = self._upload_arguments(len(data), mtime)
+        arguments["ChecksumCRC32"] = crc_text(crc32)
         answer = self._ask("put_object", Key=key, Body=data, **arguments)
         return self._confirm(key, answer, len(data), crc32)
 
@@ -2417,7 +2587,7 @@ class Bucket:
             preferred_transfer_client="classic",
         )
         config.max_in_memory_upload_chunks = plan.parts_at_once  # not in the constructor
-        arguments = self._upload_arguments(file.mtime)
+        arguments = self._config.extra_args | self._upload_arguments(file.size, file.mtime)
         arguments |= {"ChecksumType": "FULL_OBJECT", "MpuObjectSize": file.size}
         client = MultipartClient(self._client, read, stored, plan.part_size)
         source = SimpleNamespace(read=client.read)
@@ -2437,9 +2607,10 @@ class Bucket:
             self.abort_uploads(key)
         return self._confirm(key, client.answer, file.size, client.crc32)
 
-    def _upload_arguments(self, mtime: int) -> dict[str, Any]:
+    def _upload_arguments(self, size: int, mtime: int) -> dict[str, Any]:
         """The time is kept in rclone's form, so that rclone restores it, too."""
-        common = {"StorageClass": self._storage_class, "ChecksumAlgorithm": "CRC32"}
+        storage_class = self._config.class_of(size)
+        common = {"StorageClass": storage_class, "ChecksumAlgorithm": "CRC32"}
         return common | {"Metadata": {"mtime": str(mtime)}}
 
     def _confirm(self, key: str, answer: Any, size: int, crc32: int) -> StoredObject:
@@ -2456,7 +2627,8 @@ class Bucket:
                 log.warning("this S3 server gives no CRC-32: only sizes are compared")
         if stored_crc not in (None, crc32):
             raise FileError(f"S3 holds CRC-32 {crc_text(stored_crc)}, read {crc_text(crc32)}")
-        return StoredObject(key, size, int(time.time()), self._storage_class, etag, crc32)
+        storage_class = self._config.class_of(size)
+        return StoredObject(key, size, int(time.time()), storage_class, etag, crc32)
 
     # Unfinished uploads
 
@@ -2511,11 +2683,16 @@ class Bucket:
 
     # Objects
 
-    def objects(self, prefix: str) -> Iterator[StoredObject]:
-        """What is below `prefix`, in the order of the keys, 1,000 for a request; without the
-        empty objects that S3's console makes of folders."""
-        more = {"OptionalObjectAttributes": ["RestoreStatus"]}
-        for entry in self._list("list_objects_v2", "Contents", Prefix=prefix, **more):
+    def objects(self, prefix: str, at: float | None = None) -> Iterator[StoredObject]:
+        """What is below `prefix`, or was at the time `at`, in the order of the keys, 1,000 for
+        a request; without the empty objects that S3's console makes of folders."""
+        listing = {"Prefix": prefix, "OptionalObjectAttributes": ["RestoreStatus"]}
+        if at is None:
+            entries = self._list("list_objects_v2", "Contents", **listing)
+        else:
+            kinds = "Versions", "DeleteMarkers"
+            entries = versions_at(self._list("list_object_versions", *kinds, **listing), at)
+        for entry in entries:
             key, size = entry["Key"], entry["Size"]
             if key.endswith("/") and not size:
                 continue
@@ -2526,18 +2703,21 @@ class Bucket:
                 *(key, size, math.floor(entry["LastModified"].timestamp())),
                 *(entry.get("StorageClass", "STANDARD"), etag_of(entry)),
                 restored=False if restoring.get("IsRestoreInProgress") else restored,
+                version_id=entry.get("VersionId"),
             )
 
-    def head(self, key: str) -> StoredObject | None:
+    def head(self, key: str, version_id: str | None = None) -> StoredObject | None:
         """What S3 says about an object, also about a cold one; None if there is none."""
-        answer = self._ask("head_object", "404", Key=key, ChecksumMode="ENABLED")
+        version = version_parameter(version_id)
+        answer = self._ask("head_object", "404", Key=key, ChecksumMode="ENABLED", **version)
         return None if answer is None else stored_object(key, answer)
 
-    def request_restore(self, key: str, tier: str, days: int) -> bool:
+    def request_restore(self, found: StoredObject, tier: str, days: int) -> bool:
         """Asks S3 for a copy that can be read; whether there is one already."""
         request = {"Days": days, "GlacierJobParameters": {"Tier": tier.capitalize()}}
+        place = {"Key": found.key, **version_parameter(found.version_id)}
         try:
-            answer = self._ask("restore_object", Key=key, RestoreRequest=request)
+            answer = self._ask("restore_object", RestoreRequest=request, **place)
         except FileError as error:
             if error.code == "RestoreAlreadyInProgress":
                 return False
@@ -2547,21 +2727,24 @@ class Bucket:
             raise
         return bool(answer["ResponseMetadata"]["HTTPStatusCode"] == 200)
 
-    def download(self, key: str) -> tuple[StoredObject, Callable[[], Iterator[bytes]]]:
-        """The object, and its bytes in blocks, from the start at each call.  They end with a
-        FileError unless they have the size and the CRC-32 that S3 has told.  If the
-        connection breaks they go on, within the same version of the object."""
+    def download(
+        self, found: StoredObject
+    ) -> tuple[StoredObject, Callable[[], Iterator[bytes]]]:
+        """What GET says, and the object's bytes in blocks, from the start at each call.  They
+        end with a FileError unless they have the size and the CRC-32 that S3 has told.  If
+        the connection breaks they go on, within the same version of the object."""
 
         def get(**more: str) -> Any:
+            more |= {"Key": found.key, **version_parameter(found.version_id)}
             try:
-                return self._ask("get_object", Key=key, **more)
+                return self._ask("get_object", **more)
             except Fatal as error:
                 if error.code == "AccessDenied":  # perhaps to this one alone
                     raise FileError(str(error), error.code) from None
                 raise
 
         answer = get(ChecksumMode="ENABLED")
-        stored, bodies = stored_object(key, answer), [answer["Body"]]
+        stored, bodies = stored_object(found.key, answer), [answer["Body"]]
 
         def blocks() -> Iterator[bytes]:
             at = crc32 = failures = 0
@@ -2608,6 +2791,12 @@ class Bucket:
         """Whether the bucket keeps earlier versions of its objects."""
         return bool(self._ask("get_bucket_versioning").get("Status") == "Enabled")
 
+    def check_versions(self) -> None:
+        """Fatal if the bucket has never kept versions of its objects."""
+        if "Status" not in self._ask("get_bucket_versioning"):
+            reason = f"the bucket {self._name} is not versioned, and has no earlier versions"
+            raise Fatal(f"--at: {reason}")
+
     def permission_probes(self) -> Iterator[tuple[str, Callable[[], object]]]:
         """Each permission that is needed, and a call that raises without it; called in this
         order, they leave nothing behind.  s3:RestoreObject is for `restore` only."""
@@ -2615,7 +2804,7 @@ class Bucket:
         nothing = {"Key": key, "UploadId": "none"}
 
         def upload() -> None:
-            arguments = self._upload_arguments(0)  # S3 may refuse the storage class, too
+            arguments = self._upload_arguments(SMALL_FILE, 0)  # the class may be refused
             answer = self._ask("create_multipart_upload", Key=key, **arguments)
             upload_id = answer["UploadId"]
             self._ask("abort_multipart_upload", *MISSING, Key=key, UploadId=upload_id)
@@ -2686,6 +2875,19 @@ def reconcile(config: Config, bucket: Bucket, state: State) -> Iterator[Differen
         yield from page
 
 
+def take_over(config: Config, bucket: Bucket, state: State) -> None:
+    """Brings a new state, or one of an earlier script, in line with the bucket, and ties it
+    to these settings.  If it breaks off, the next run begins it again."""
+    counts = Counter(difference.verdict for difference in reconcile(config, bucket, state))
+    gone = counts.pop(NO_OBJECT, 0)
+    if counts or gone:
+        message = "%s is new, or of an earlier script: took over %s objects of %s"
+        log.warning(message, config.state_db, f"{counts.total():,}", config.place)
+    if gone:
+        log.warning("%s of its rows have no object there, and are dropped", f"{gone:,}")
+    state.pin(pins_of(config))
+
+
 # ---------------------------------------------------------------------- Output
 
 
@@ -2713,11 +2915,11 @@ class Console(logging.StreamHandler):  # type: ignore[type-arg]
             super().emit(record)
 
 
-def start_logging(config: Config, level: int, bars: bool) -> None:
-    """Results to stdout, everything else to stderr from `level` on, all of it to LOG_FILE;
-    Fatal if that cannot be written."""
+def start_logging(config: Config, level: int, bars: bool, results: TextIO) -> None:
+    """Results to `results`, everything else to stderr from `level` on, all of it to
+    LOG_FILE; Fatal if that cannot be written."""
     logging.raiseExceptions = False  # a full disk or a closed pipe is no traceback
-    stderr, stdout = Console(sys.stderr), Console(sys.stdout)
+    stderr, stdout = Console(sys.stderr), Console(results)
     stderr.setLevel(level)
     hidden = {results_log.name, files_log.name if bars else ""}  # bars show the files
     stderr.addFilter(lambda record: record.name not in hidden)
@@ -2747,19 +2949,42 @@ def show(text: str) -> None:
     results_log.info("%s", text)
 
 
-def show_table(title: str, rows: Iterable[tuple[str, object]]) -> None:
-    """Rows of a label and a value, numbers with separators."""
+Rows = Iterable[tuple[str, object]]  # of a table: a label and a value; a float is USD
+
+
+def show_table(title: str, rows: Rows) -> None:
     rows = list(rows)
     width = max(15, *(len(label) for label, _ in rows))
     show(f"==== {title} ====")
     for label, value in rows:
-        show(f"{label:<{width}}: {f'{value:,}' if isinstance(value, int) else value}")
+        text = format_usd(value) if isinstance(value, float) else str(value)
+        show(f"{label:<{width}}: {f'{value:,}' if isinstance(value, int) else text}")
 
 
-def show_json(text: str) -> None:
-    """To stdout, exactly as it is: a secret may happen to be part of it."""
-    with contextlib.suppress(OSError):  # nobody reads it
-        print(text, flush=True)
+def json_rows(rows: Rows) -> dict[str, object]:
+    """The rows of a table as JSON has them, by their labels in snake case."""
+
+    def name(label: str) -> str:
+        return re.sub(r"\W+", "_", label.lower()).strip("_")
+
+    return {name(row[0]): json_usd(v) if isinstance(v := row[1], float) else v for row in rows}
+
+
+def json_usd(usd: float) -> float | None:
+    """An amount as JSON has it: null if it is unknown."""
+    return None if math.isnan(usd) else round(usd, 6)
+
+
+def show_json(value: object, indent: int | None = 2) -> None:
+    print_line(json.dumps(value, indent=indent, default=vars))
+
+
+def print_line(text: str) -> None:
+    """To stdout only, exactly as it is; Stopped if nobody reads it any more."""
+    try:
+        print(text)
+    except OSError:
+        raise Stopped from None
 
 
 class Progress:
@@ -2791,7 +3016,7 @@ class Progress:
 BAR = {"dynamic_ncols": True, "leave": False}
 
 
-# ------------------------------------------------------------------------- Run
+# --------------------------------------------------------------- Parallel work
 
 
 @dataclass
@@ -2802,6 +3027,16 @@ class Tools:
     box: StorageBox
     bucket: Bucket
     progress: Progress
+    summary: dict[str, object] = field(default_factory=dict)  # as JSON
+
+    @property
+    def prices(self) -> Prices:
+        return Prices(self.bucket.region, self.config.prices)
+
+    def show_summary(self, title: str, rows: Rows) -> None:
+        rows = list(rows)
+        self.summary.update(json_rows(rows))
+        show_table(title, rows)
 
 
 Outcome = tuple[Any, Any, "ArchiveError | None"]  # an item, and its result or its error
@@ -2915,6 +3150,9 @@ class Parallel:
         self.box.stopping.check()
 
 
+# ------------------------------------------------------------------- Forecast
+
+
 class Job(NamedTuple):
     """A file that may have to be uploaded."""
 
@@ -2953,6 +3191,238 @@ def make_job(file: RemoteFile, config: Config, state: State, uploads: Uploads) -
     return Job(file, key, plan, state.find(file.path), key in uploads, resumes)
 
 
+@dataclass
+class Count:
+    files: int = 0
+    bytes: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.files:,} ({format_size(self.bytes)})"
+
+
+Counts = dict[str, Count]  # by storage class
+
+
+def total(counts: Counts) -> Count:
+    return Count(sum(c.files for c in counts.values()), sum(c.bytes for c in counts.values()))
+
+
+def add(counts: Counts, name: str, size: int, files: int = 1) -> None:
+    count = counts.setdefault(name, Count())
+    count.files, count.bytes = count.files + files, count.bytes + size
+
+
+def by_class(state: State, default: str) -> Counts:
+    """What is archived; under `default` where no class was recorded."""
+    counts: Counts = {}
+    for kind, files, size in state.totals():
+        add(counts, kind or default, size, files)
+    return counts
+
+
+def month_cost(prices: Prices, counts: Counts) -> float:
+    return sum(prices.month(kind, c.files, c.bytes) for kind, c in counts.items())
+
+
+def restore_cost(prices: Prices, counts: Counts, tier: str, days: int = 7) -> float:
+    """USD for copies of all of it that can be read for `days`."""
+    return sum(prices.restore(k, tier, c.files, c.bytes, days) for k, c in counts.items())
+
+
+def job_cost(job: Job, config: Config, prices: Prices) -> tuple[float, float]:
+    """USD for the requests of an upload, and for the object that it overwrites early."""
+    size, record, early = job.file.size, job.record, 0.0
+    if record is not None:
+        age = (time.time() - (record.uploaded_at or 0)) / 86400
+        early = prices.early(record.storage_class or config.storage_class, record.size, age)
+    return prices.upload(config.class_of(size), job.plan.requests(size)), early
+
+
+NEW, CHANGED, COMPARED, GONE, FAILING = "+", "*", "?", "-", "!"  # in `plan --list`
+
+
+class Forecast(WalkReport):
+    """What a run would do, and what that costs.  `on_file` is called with a mark, a path and
+    a reason for each file that is not as it was archived."""
+
+    def __init__(
+        self, tools: Tools, state: State,
+        on_file: Callable[[str, bytes, object], None] = lambda *_: None,
+    ):  # fmt: skip
+        super().__init__()
+        self._tools, self._config, self._state = tools, tools.config, state
+        self._uploads, self._on_file, self.prices = state.uploads(), on_file, tools.prices
+        self.before = by_class(state, tools.config.storage_class)
+        self.afterwards = by_class(state, tools.config.storage_class)
+        kinds = ("new", "changed", "to_compare", "unchanged")
+        self.counts: Counts = {kind: Count() for kind in kinds}
+        self.gone: Counts = {}  # by class: archived, but not on the box any more
+        self.tiny: Counts = {}  # of what is to be uploaded
+        self.altered = 0  # archived files whose size or mtime is another one now
+        self.requests = Counter(put=0, create=0, part=0, complete=0, head=0)
+        self.upload = 0.0  # USD for these requests
+        self.early = 0.0  # USD, for objects that are overwritten early
+
+    def add_failure(self, path: bytes, reason: object) -> None:
+        self.failed += 1
+        self._on_file(FAILING, path, reason)
+
+    def look(self) -> None:
+        """Walks the box; Fatal, Stopped."""
+        walk = Walk(self._tools.box, self._config, self)
+        with self._tools.progress.counting("looking") as bar:
+            for page in walk:
+                self._add_page(page)
+                self._state.note_seen(page)
+                bar.update(len(page))
+        for record in self._state.unseen():
+            path = unescape(record.path)
+            if not walk.leaves_out(path):
+                add(self.gone, record.storage_class or self._config.storage_class, record.size)
+                self._on_file(GONE, path, "")
+
+    def _add_page(self, page: list[RemoteFile]) -> None:
+        """Foresees what becomes of these files."""
+        pending = self._state.unsettled(page)
+        size = sum(f.size for f in page) - sum(f.size for f in pending)
+        add(self.counts, "unchanged", size, len(page) - len(pending))
+        for file in pending:
+            try:
+                job = make_job(file, self._config, self._state, self._uploads)
+            except FileError as error:
+                self.add_failure(file.path, error)
+                continue
+            record, kind = job.record, self._config.class_of(file.size)
+            if record and (record.size != file.size or record.mtime is not None):
+                self.altered += 1
+            if record and job.compares:
+                self._on_file(COMPARED, file.path, "")
+                add(self.counts, "to_compare", file.size)
+                asks = int(record.crc32 is None or not record.etag)
+                self.requests["head"] += asks
+                self.upload += self.prices.upload(kind, {"head": asks})
+                continue
+            self._on_file(CHANGED if record else NEW, file.path, "")
+            add(self.counts, "changed" if record else "new", file.size)
+            if file.size < TINY_FILE:
+                add(self.tiny, kind, file.size)
+            self.requests.update(job.plan.requests(file.size))
+            cost, early = job_cost(job, self._config, self.prices)
+            self.upload, self.early = self.upload + cost, self.early + early
+            add(self.afterwards, kind, file.size)
+            if record:
+                old_kind = record.storage_class or self._config.storage_class
+                add(self.afterwards, old_kind, -record.size, -1)
+
+    def usd(self) -> dict[str, float]:
+        """Amounts, by their names in JSON."""
+        prices, after, archived = self.prices, self.afterwards, total(self.afterwards)
+        index = sum(prices.month_of_index(kind, c.files) for kind, c in after.items())
+        return {
+            "upload": self.upload,
+            "overwritten_early": self.early,
+            "storage_a_month": month_cost(prices, after),
+            "of_it_per_object": index,
+            "gone_a_month": month_cost(prices, self.gone),
+            **{f"full_restore_{tier}": restore_cost(prices, after, tier) for tier in TIERS},
+            "full_download": prices.download(archived.files, archived.bytes),
+        }
+
+    def tiny_savings(self) -> tuple[float, float]:
+        """USD that would be saved of the upload, and of a month's storage, if files below
+        TINY_FILE went into CLASS_FOR_TINY."""
+        prices, tiny, other = self.prices, total(self.tiny), CLASS_FOR_TINY
+        uploads = (prices.upload(kind, {"put": c.files}) for kind, c in self.tiny.items())
+        upload = sum(uploads) - prices.upload(other, {"put": tiny.files})
+        month = month_cost(prices, self.tiny) - prices.month(other, tiny.files, tiny.bytes)
+        return upload, month
+
+    def json(self) -> dict[str, object]:
+        labels = {"hidden": "Hidden entries", "excluded": "Excluded", "links": "Links"}
+        labels["special"] = "Special files"
+        upload, month = self.tiny_savings()
+        usd = self.usd() | {"tiny_files_upload": upload, "tiny_files_month": month}
+        return {
+            **self.counts,
+            "gone": total(self.gone),
+            **{name: self.skipped[label] for name, label in labels.items()},
+            "unreadable": self.failed,
+            "requests": self.requests,
+            "afterwards": total(self.afterwards),
+            "tiny_files": total(self.tiny),
+            "usd": {name: json_usd(amount) for name, amount in usd.items()},
+            "prices": self.prices.about,
+        }
+
+    def rows(self) -> Rows:
+        usd = self.usd()
+        new, changed = self.counts["new"], self.counts["changed"]
+        requests = ", ".join(f"{n:,} {kind}" for kind, n in self.requests.items() if n)
+        yield "New files", new
+        yield "Changed files", changed
+        yield "To compare", self.counts["to_compare"]
+        yield "Unreadable", self.failed
+        yield "Unchanged files", self.counts["unchanged"]
+        if self.gone:
+            cost = format_usd(usd["gone_a_month"])
+            yield "Gone from the box", f"{total(self.gone)}, archived for {cost} a month"
+        yield from self.others({})
+        yield "To upload", total({"new": new, "changed": changed})
+        yield "Requests", requests or "none"
+        yield "Upload", usd["upload"]
+        yield "Overwritten early", usd["overwritten_early"]
+        yield "Archive afterwards", total(self.afterwards)
+        yield "Storage a month", usd["storage_a_month"]
+        for tier, hours in TIERS.items():
+            cost = format_usd(usd[f"full_restore_{tier}"])
+            yield f"Restore, {tier}", f"{cost}, within {hours} hours, for 7 days"
+        yield "Download of all", f"{format_usd(usd['full_download'])} out of AWS"
+
+    def warn(self) -> None:
+        """Says what may not have been expected."""
+        self.warn_of_unmatched()
+        usd, archived, (upload, month) = self.usd(), total(self.afterwards), self.tiny_savings()
+        if usd["of_it_per_object"] > usd["storage_a_month"] / 2:
+            message = "files have %s on average: the 40 KB S3 adds to each cost more than the "
+            message += "data"
+            log.warning(message, format_size(archived.bytes / archived.files))
+        if upload > usd["upload"] / 10 or month > usd["storage_a_month"] / 10:
+            message = "%s are smaller than %s: SMALL_FILES_BELOW=%dK and SMALL_FILES_CLASS=%s "
+            message += "would save %s of the upload and %s a month"
+            tiny, size = total(self.tiny), TINY_FILE // KIB
+            savings = format_usd(upload), format_usd(month)
+            log.warning(message, tiny, format_size(TINY_FILE), size, CLASS_FOR_TINY, *savings)
+
+
+def plan(tools: Tools, as_json: bool, lists_files: bool) -> int:
+    """Shows what `run` would do and cost; changes nothing.  0, or 3 if something could not
+    be listed."""
+
+    def show_file(mark: str, path: bytes, reason: object) -> None:
+        if lists_files:
+            print_line(f"{mark} {printable(path)}")
+        if mark == FAILING:
+            log_failure(path, reason)
+
+    with contextlib.closing(State(tools.config, copy=True)) as state:
+        state.check_pins(pins_of(tools.config))
+        if state.is_new:
+            take_over(tools.config, tools.bucket, state)
+        forecast = Forecast(tools, state, show_file)
+        forecast.look()
+    if as_json:
+        forecast.warn_of_unmatched()
+        show_json(forecast.json())
+    else:
+        show_table("PLAN", forecast.rows())
+        show(f"({forecast.prices.note})")
+        forecast.warn()
+    return 3 if forecast.failed else 0
+
+
+# ------------------------------------------------------------------------- Run
+
+
 class Report(WalkReport):
     """What a run has done."""
 
@@ -2960,9 +3430,11 @@ class Report(WalkReport):
         super().__init__()
         self.started_at, self.began = int(time.time()), time.monotonic()
         self.uploaded = self.unchanged = self.compared = self.bytes_uploaded = 0
+        self.early = 0.0  # USD, for objects that were overwritten early
+        self.spent = 0.0  # USD, all in all
         self.ended_early = ""  # why
 
-    def rows(self) -> Iterator[tuple[str, object]]:
+    def rows(self) -> Rows:
         """The summary: five labels that are always there, and what else was met."""
         yield "Uploaded files", self.uploaded
         yield "Skipped files", self.unchanged
@@ -2970,6 +3442,7 @@ class Report(WalkReport):
         yield "Bytes uploaded", self.bytes_uploaded
         yield "Duration (sec)", round(time.monotonic() - self.began)
         yield from self.others({"Compared files": self.compared})
+        yield "Spent", self.spent
         if self.ended_early:
             yield "Ended early", self.ended_early
 
@@ -2981,6 +3454,7 @@ class Run:
     def __init__(self, tools: Tools, state: State, report: Report):
         self._state, self._report, self._progress = state, report, tools.progress
         self._config, self._box, self._bucket = tools.config, tools.box, tools.bucket
+        self._prices, self._planned = tools.prices, tools.prices.requests(tools.bucket.requests)
         self._uploads = state.uploads()
         self._seen: set[str] = set()  # keys of these uploads that jobs were made for
         # TRANSFERS files are on their way to S3 at once, and nearly as many small ones are
@@ -2997,7 +3471,8 @@ class Run:
             for finished in outcomes:
                 with self._box.stopping.deferred():
                     self._settle(finished)
-        if self._report.is_whole and not self._report.ended_early:
+        self._report.warn_of_unmatched()
+        if not (self._report.unlisted or self._report.ended_early):
             # Uploads of files that are gone, or that need none any more.
             for key in self._uploads.keys() - self._seen:
                 if self._bucket.abort_uploads(key):
@@ -3013,6 +3488,23 @@ class Run:
             self._report.ended_early = "MAX_RUNTIME was over"
             log.warning("MAX_RUNTIME is over: the rest is left to the next run")
         return True
+
+    def _most(self, job: Job) -> float:
+        """USD that the file may cost; 0 if there is no MAX_COST."""
+        has_limit = self._config.max_cost is not None
+        return sum(job_cost(job, self._config, self._prices)) if has_limit else 0.0
+
+    def _is_affordable(self, job: Job) -> bool:
+        """Whether MAX_COST allows for what the file may cost, beside all that was begun."""
+        limit, cost = self._config.max_cost, self._most(job)
+        self._planned += cost
+        if limit is None or self._planned <= limit:
+            return True
+        self._report.ended_early = f"MAX_COST is {format_usd(limit)}"
+        message = "MAX_COST is %s, and %s may cost %s: it and the rest are left to the next run"
+        path = printable(job.file.path)
+        log.warning(message, format_usd(limit), path, format_usd(cost))
+        return False
 
     def _jobs(self) -> Iterator[Job | None]:
         """What may have to be uploaded; None after each page, so that what has finished is
@@ -3032,7 +3524,7 @@ class Run:
             self._state.begin(jobs)
             self._progress.expect(sum(job.file.size for job in jobs))
             for job in (*jobs, None):
-                if self._is_over():
+                if self._is_over() or not (job is None or self._is_affordable(job)):
                     return
                 yield job
 
@@ -3117,10 +3609,13 @@ class Run:
             path = printable(job.file.path)
             if archived and archived.is_upload:
                 report.uploaded += 1
+                if job.record is not None:
+                    report.early += job_cost(job, self._config, self._prices)[1]
                 report.bytes_uploaded += archived.file.size
                 files_log.info("archived %s (%s bytes)", path, f"{archived.file.size:,}")
             elif archived:
                 report.compared += 1
+                self._planned -= self._most(job)
                 log.debug("compared %s", path)
             elif error and error.code == VANISHED:
                 report.skipped["Vanished"] += 1
@@ -3142,22 +3637,29 @@ def with_content(found: StoredObject, blocks: Iterable[bytes]) -> StoredObject |
     return found._replace(crc32=crc32) if comparison.matches() else None
 
 
-def take_over(config: Config, bucket: Bucket, state: State) -> None:
-    """Brings a new state, or one of an earlier script, in line with the bucket, and ties it
-    to these settings.  If it breaks off, the next run begins it again."""
-    counts = Counter(difference.verdict for difference in reconcile(config, bucket, state))
-    gone = counts.pop(NO_OBJECT, 0)
-    if counts or gone:
-        message = "%s is new, or of an earlier script: took over %s objects of %s"
-        log.warning(message, config.state_db, f"{counts.total():,}", config.place)
-    if gone:
-        log.warning("%s of its rows have no object there, and are dropped", f"{gone:,}")
-    state.pin(pins_of(config))
+def check_changes(tools: Tools, state: State) -> None:
+    """Fatal if more of the archived files than MAX_CHANGED allows have changed, or are gone:
+    that is what ransomware looks like."""
+    limit = tools.config.max_changed
+    if limit is None:
+        return
+    forecast = Forecast(tools, state)
+    forecast.look()
+    before, gone = total(forecast.before).files, total(forecast.gone).files
+    if (forecast.altered + gone) * 100 > limit * before:
+        found = f"{forecast.altered:,} have changed and {gone:,} are gone"
+        reason = f"MAX_CHANGED is {limit} %, but of {before:,} archived files {found}"
+        remedy = "look at plan --list; if it is right, raise MAX_CHANGED for one run"
+        raise Fatal(f"{reason}: nothing was sent; {remedy}")
 
 
 def run(tools: Tools, new_source: bool, report: Report) -> int:
     """Archives the box: 0, or 3 if something is incomplete."""
     config, stopping, status = tools.config, tools.box.stopping, 1
+    for kind in {config.storage_class, config.class_of(0)}:
+        if config.max_cost is not None and math.isnan(tools.prices.upload(kind, ONE)):
+            reason = f"the price of requests for {kind} is not known: set it in PRICES"
+            raise Fatal(f"MAX_COST: {reason}", status=2)
     # What has not ended by then is cut off, so that nothing hangs.
     out_of_time = threading.Timer((config.max_runtime or 0) + RUNTIME_GRACE, tools.box.close)
     out_of_time.daemon = True
@@ -3175,6 +3677,7 @@ def run(tools: Tools, new_source: bool, report: Report) -> int:
             if state.is_new:
                 take_over(config, tools.bucket, state)
             tools.box.session()
+            check_changes(tools, state)
             Run(tools, state, report).archive()
             status = 3 if report.failed or report.ended_early else 0
         except Stopped:
@@ -3189,175 +3692,14 @@ def run(tools: Tools, new_source: bool, report: Report) -> int:
             out_of_time.cancel()
             with stopping.deferred():
                 counts = (report.uploaded, report.unchanged, report.failed)
+                report.spent = tools.prices.requests(tools.bucket.requests) + report.early
                 ended = (int(time.time()), status, *counts, report.bytes_uploaded)
-                state.record_run(PastRun(report.started_at, *ended))
-                show_table("SUMMARY", report.rows())
+                state.record_run(PastRun(report.started_at, *ended, report.spent))
+                tools.show_summary("SUMMARY", report.rows())
     return status
 
 
-# ---------------------------------------------- Plan, status, verify and check
-
-
-@dataclass
-class Count:
-    files: int = 0
-    bytes: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.files:,} ({format_size(self.bytes)})"
-
-
-Counts = dict[str, Count]  # by storage class
-
-
-def total(counts: Counts) -> Count:
-    return Count(sum(c.files for c in counts.values()), sum(c.bytes for c in counts.values()))
-
-
-def add(counts: Counts, name: str, size: int, files: int = 1) -> None:
-    count = counts.setdefault(name, Count())
-    count.files, count.bytes = count.files + files, count.bytes + size
-
-
-def by_class(state: State, default: str) -> Counts:
-    """What is archived; under `default` where no class was recorded."""
-    counts: Counts = {}
-    for kind, files, size in state.totals():
-        add(counts, kind or default, size, files)
-    return counts
-
-
-def month_cost(prices: Prices, counts: Counts) -> float:
-    return sum(prices.month(kind, c.files, c.bytes) for kind, c in counts.items())
-
-
-def restore_cost(prices: Prices, counts: Counts, tier: str, days: int = 7) -> float:
-    """USD for copies of all of it that can be read for `days`."""
-    return sum(prices.restore(k, tier, c.files, c.bytes, days) for k, c in counts.items())
-
-
-def json_usd(usd: float) -> float | None:
-    """An amount as JSON has it: null if it is unknown."""
-    return None if math.isnan(usd) else round(usd, 6)
-
-
-# plan
-
-
-class Forecast(WalkReport):
-    """What a run would do, and what that costs."""
-
-    def __init__(self, tools: Tools, state: State):
-        super().__init__()
-        self._config, self._state, self._uploads = tools.config, state, state.uploads()
-        self.prices = Prices(tools.bucket.region, tools.config.prices)
-        self.afterwards = by_class(state, tools.config.storage_class)
-        kinds = ("new", "changed", "to_compare", "unchanged")
-        self.counts: Counts = {kind: Count() for kind in kinds}
-        self.requests = Counter(put=0, create=0, part=0, complete=0, head=0)
-        self.early = 0.0  # USD, for objects that are overwritten early
-
-    def add_page(self, page: list[RemoteFile]) -> None:
-        """Foresees what becomes of these files."""
-        pending, kind = self._state.unsettled(page), self._config.storage_class
-        size = sum(f.size for f in page) - sum(f.size for f in pending)
-        add(self.counts, "unchanged", size, len(page) - len(pending))
-        for file in pending:
-            try:
-                job = make_job(file, self._config, self._state, self._uploads)
-            except FileError as error:
-                self.add_failure(file.path, error)
-                continue
-            record = job.record
-            if record and job.compares:
-                add(self.counts, "to_compare", file.size)
-                self.requests["head"] += record.crc32 is None or not record.etag
-                continue
-            add(self.counts, "changed" if record else "new", file.size)
-            self.requests.update(job.plan.requests(file.size))
-            add(self.afterwards, kind, file.size)
-            if record:
-                old_kind = record.storage_class or kind
-                age = (time.time() - (record.uploaded_at or 0)) / 86400
-                self.early += self.prices.early(old_kind, record.size, age)
-                add(self.afterwards, old_kind, -record.size, -1)
-
-    def usd(self) -> dict[str, float]:
-        """Amounts, by their names in JSON."""
-        prices, after, archived = self.prices, self.afterwards, total(self.afterwards)
-        index = sum(prices.month_of_index(kind, c.files) for kind, c in after.items())
-        return {
-            "upload": prices.upload(self._config.storage_class, self.requests),
-            "overwritten_early": self.early,
-            "storage_a_month": month_cost(prices, after),
-            "of_it_per_object": index,
-            **{f"full_restore_{tier}": restore_cost(prices, after, tier) for tier in TIERS},
-            "full_download": prices.download(archived.files, archived.bytes),
-        }
-
-    def json(self) -> str:
-        labels = {"hidden": "Hidden entries", "excluded": "Excluded", "links": "Links"}
-        labels["special"] = "Special files"
-        everything = {
-            **self.counts,
-            **{name: self.skipped[label] for name, label in labels.items()},
-            "unreadable": self.failed,
-            "requests": self.requests,
-            "afterwards": total(self.afterwards),
-            "usd": {name: json_usd(amount) for name, amount in self.usd().items()},
-            "prices": self.prices.about,
-        }
-        return json.dumps(everything, indent=2, default=vars)
-
-    def rows(self) -> Iterator[tuple[str, object]]:
-        usd = {name: format_usd(amount) for name, amount in self.usd().items()}
-        new, changed = self.counts["new"], self.counts["changed"]
-        requests = ", ".join(f"{n:,} {kind}" for kind, n in self.requests.items() if n)
-        yield "New files", new
-        yield "Changed files", changed
-        yield "To compare", self.counts["to_compare"]
-        yield "Unreadable", self.failed
-        yield "Unchanged files", self.counts["unchanged"]
-        yield from self.others({})
-        yield "To upload", total({"new": new, "changed": changed})
-        yield "Requests", requests or "none"
-        yield "Upload", usd["upload"]
-        yield "Overwritten early", usd["overwritten_early"]
-        yield "Archive afterwards", total(self.afterwards)
-        yield "Storage a month", usd["storage_a_month"]
-        for tier, hours in TIERS.items():
-            cost = usd[f"full_restore_{tier}"]
-            yield f"Restore, {tier}", f"{cost}, within {hours} hours, for 7 days"
-        yield "Download of all", f"{usd['full_download']} out of AWS"
-
-
-def plan(tools: Tools, json_wanted: bool) -> int:
-    """Shows what `run` would do and cost; changes nothing.  0, or 3 if something could not
-    be listed."""
-    with contextlib.closing(State(tools.config, copy=True)) as state:
-        state.check_pins(pins_of(tools.config))
-        if state.is_new:
-            take_over(tools.config, tools.bucket, state)
-        forecast = Forecast(tools, state)
-        with tools.progress.counting("looking") as bar:
-            for page in Walk(tools.box, tools.config, forecast):
-                forecast.add_page(page)
-                bar.update(len(page))
-    if json_wanted:
-        show_json(forecast.json())
-    else:
-        show_table("PLAN", forecast.rows())
-        show(f"({forecast.prices.note})")
-        usd, archived = forecast.usd(), total(forecast.afterwards)
-        if usd["of_it_per_object"] > usd["storage_a_month"] / 2:
-            message = (
-                "files have %s on average: the 40 KB S3 adds to each cost more than the data"
-            )
-            log.warning(message, format_size(archived.bytes / archived.files))
-    return 3 if forecast.failed else 0
-
-
-# status
+# -------------------------------------------------- Ls, status, verify and check
 
 NOT_KNOWN = "not known"
 
@@ -3373,18 +3715,110 @@ def try_or_none(question: Callable[[], T]) -> tuple[T | None, str]:
         return None, NOT_KNOWN
 
 
+# ls
+
+
+def wanted_paths(given: Iterable[str], root: bytes) -> list[bytes]:
+    """The paths below REMOTE_PATH, given relative to it or whole; none of them below
+    another; empty for all.  Fatal if one cannot be meant."""
+    start = join(root, b"")
+    names = [os.fsencode(path).rstrip(b"/") for path in given]
+    if b"" in names and root != b"/":  # `$unset/`, perhaps
+        message = f"/ is not below REMOTE_PATH {printable(root)}: name no path for all"
+        raise Fatal(message, status=2)
+    inner = {name.removeprefix(start).removeprefix(b"./") for name in names}
+    if inner & {b"", b"."} or {root, join(b".", root)} & set(names):
+        return []
+    return sorted(p for p in inner if not any(p.startswith(join(q, b"")) for q in inner))
+
+
+def key_of(config: Config, name: bytes) -> str:
+    """The key that this program gives to a name."""
+    return config.prefix + escape(name, KEY_ESCAPES)
+
+
+def select(
+    config: Config, bucket: Bucket, paths: list[bytes], at: float | None
+) -> Iterator[StoredObject]:
+    """The objects at and below these paths, all if there are none, as they are or as they
+    were at a time; one of size -1 for a path that has none.  Fatal if nothing is archived."""
+    if at is not None:
+        bucket.check_versions()
+    for path in paths or [b""]:
+        # As this program spells a key, and as others may.
+        others = config.prefix + path.decode("utf-8", "replace")
+        starts, is_empty = sorted({key_of(config, path), others}), True
+        for start in starts:
+            for found in bucket.objects(start, at):
+                if not path or found.key[len(start) :][:1] in ("", "/"):
+                    is_empty = False
+                    yield found
+        if is_empty and not path:
+            when = f" at {format_time(at)}" if at is not None else ""
+            reason = "correct S3_BUCKET or S3_PREFIX" if at is None else "correct --at"
+            raise Fatal(f"nothing is archived in {config.place}{when}: {reason}")
+        if is_empty:
+            yield StoredObject(starts[0], -1, 0, "", "")
+
+
+def thaw_state(found: StoredObject) -> str:
+    """Whether the object can be read: `readable`, `cold`, `restoring` or `restored`."""
+    if found.storage_class not in COLD_CLASSES:
+        return "readable"
+    return {None: "cold", False: "restoring", True: "restored"}[found.restored]
+
+
+def ls(tools: Tools, options: argparse.Namespace) -> int:
+    """Lists what is archived, a line for each object; 0, or 3 if a path has none."""
+    config, listed, status = tools.config, Count(), 0
+    for found in select(
+        config, tools.bucket, wanted_paths(options.path, config.remote_path), options.at
+    ):
+        name, state = unescape(found.key[len(config.prefix) :]), thaw_state(found)
+        if found.size < 0:
+            log_failure(name, "nothing is archived under this path")
+            status = 3
+            continue
+        listed.files, listed.bytes = listed.files + 1, listed.bytes + found.size
+        if options.json:
+            utc = datetime.fromtimestamp(found.stored_at, timezone.utc)
+            line = {
+                "path": path_text(name),
+                "size": found.size,
+                "uploaded_at": f"{utc:%Y-%m-%dT%H:%M:%SZ}",
+                "storage_class": found.storage_class,
+                "state": state,
+                "key": found.key,
+                "etag": found.etag,
+                "version_id": found.version_id,
+            }
+            show_json(line, indent=None)
+        else:
+            uploaded = f"{datetime.fromtimestamp(found.stored_at):%Y-%m-%d %H:%M}"
+            thaw = state if state in ("restoring", "restored") else ""
+            kind = f"{found.storage_class:<12} {thaw:<9}"
+            print_line(f"{format_size(found.size):>11}  {uploaded}  {kind}  {printable(name)}")
+    if not options.json:
+        print_line(f"{listed.files:,} files, {format_size(listed.bytes)}")
+    return status
+
+
+# status
+
+
 def status(tools: Tools, json_wanted: bool) -> int:
     """Shows what is archived and how both ends are, as far as they can be asked."""
     config, bucket = tools.config, tools.bucket
-    prices = Prices(bucket.region, config.prices)
+    prices, month_ago = tools.prices, time.time() - 30 * 86400
 
-    def read_state() -> tuple[Counts, list[PastRun]]:
+    def read_state() -> tuple[Counts, list[PastRun], float]:
         with contextlib.closing(State(config, copy=True)) as state:
             state.check_pins(pins_of(config))
-            return by_class(state, config.storage_class), state.last_runs(5)
+            spent = state.spent_since(month_ago)
+            return by_class(state, config.storage_class), state.last_runs(5), spent
 
     known, no_state = try_or_none(read_state)
-    counts, runs = known or ({}, [])
+    counts, runs, spent = known or ({}, [], 0.0)
     usd = month_cost(prices, counts)
     room, no_room = try_or_none(tools.box.room)
     unfinished, no_count = try_or_none(bucket.count_unfinished)
@@ -3396,6 +3830,7 @@ def status(tools: Tools, json_wanted: bool) -> int:
         answers = {
             "archived": counts if known else None,
             "usd_a_month": json_usd(usd) if known else None,
+            "usd_spent_in_30_days": json_usd(spent) if known else None,
             "prices": prices.about,
             "runs": [past._asdict() for past in runs],
             "box": {"used": room[0], "free": room[1]} if room else None,
@@ -3403,7 +3838,7 @@ def status(tools: Tools, json_wanted: bool) -> int:
             "lifecycle_rule": rule,
             "versioning": versioned,
         }
-        show_json(json.dumps(answers, indent=2, default=vars))
+        show_json(answers)
         return 0
     used, free = map(format_size, room or (0, 0))
     rows: list[tuple[str, object]] = [
@@ -3412,7 +3847,8 @@ def status(tools: Tools, json_wanted: bool) -> int:
             (kind, count if kind == config.storage_class else f"{count}, not STORAGE_CLASS")
             for kind, count in counts.items()
         ),
-        ("Storage a month", no_state or format_usd(usd)),
+        ("Storage a month", no_state or usd),
+        ("Spent in 30 days", no_state or spent),
         ("Box", f"{used} used, {free} free" if room else no_room or "the server does not tell"),
         ("Unfinished uploads", no_count or unfinished),
         (
@@ -3731,10 +4167,11 @@ READY = "Ready"
 class Restore:
     """One pass: what can be read is fetched, and what is cold is asked for."""
 
-    def __init__(self, tools: Tools, options: argparse.Namespace):
-        self._tools, self._options = tools, options
+    def __init__(self, tools: Tools, options: argparse.Namespace, asked_at: float | None):
+        """`asked_at`: when an earlier pass has asked S3 for something."""
+        self._tools, self._options, self.asked_at = tools, options, asked_at
         self._config, self._bucket = tools.config, tools.bucket
-        self._paths = restore_paths(options.path, tools.config.remote_path)
+        self._paths = wanted_paths(options.path, tools.config.remote_path)
         to, to_box = options.to, options.to_box
         self.target: LocalFolder | BoxFolder
         self.target = BoxFolder(tools.box, parse_folder(to_box)) if to_box else LocalFolder(to)
@@ -3766,8 +4203,19 @@ class Restore:
             elif word == RESTORED:
                 self.bytes += found.size
                 files_log.info("restored %s (%s bytes)", printable(name), f"{found.size:,}")
+            elif word == ASKED:
+                self.asked_at = time.time()
             elif word == NOT_ASKED and self.manifest is not None:
-                self.manifest.write(f"{self._config.bucket},{quote(found.key)}\n")
+                version = "" if found.version_id is None else f",{found.version_id}"
+                self.manifest.write(f"{self._config.bucket},{quote(found.key)}{version}\n")
+
+    def rows(self) -> Rows:
+        yield from self.counts.items()
+        yield "Restored bytes", self.bytes
+        if self.asked_at is not None:
+            hours = TIERS[self._options.tier]
+            yield "Asked at", format_time(self.asked_at)
+            yield "Promised by", format_time(self.asked_at + hours * 3600)
 
     def _each(self, work: Callable[[StoredObject], str]) -> Iterator[Outcome]:
         """Each object that is wanted, what `work` says about it, and the FileError."""
@@ -3780,51 +4228,35 @@ class Restore:
         """Where the object goes: its path relative to REMOTE_PATH, as a rule."""
         return self._other_names.get(key) or unescape(key[len(self._config.prefix) :])
 
-    def _key(self, name: bytes) -> str:
-        """The key that this program gives to a name."""
-        return self._config.prefix + escape(name, KEY_ESCAPES)
-
     def _give_other_name(self, key: str) -> None:
         """`x` was a file once, and there is `x/y` now: the file goes beside the folder."""
         name = self._name(key)
         other = name + b".file"
-        while self._bucket.head(self._key(other)) is not None:
+        while self._bucket.head(key_of(self._config, other)) is not None:
             other += b".file"
         self._other_names[key] = other
         message = "%s is a folder as well: the file of that name is restored as %s"
         log.warning(message, printable(name), printable(other))
 
     def _wanted(self) -> Iterator[StoredObject]:
-        """The objects at and below the paths that were named; one of size -1 for a path
-        that has none."""
-        for path in self._paths or [b""]:
-            # As this program spells a key, and as others may.
-            others = self._config.prefix + path.decode("utf-8", "replace")
-            starts, is_empty = sorted({self._key(path), others}), True
-            above: list[str] = []  # keys that the next one begins with
-            for found in itertools.chain.from_iterable(map(self._bucket.objects, starts)):
-                key = found.key
-                if path and not any(key[len(start) :][:1] in ("", "/") for start in starts):
-                    continue
-                is_empty = False
-                while above and not key.startswith(above[-1]):
-                    above.pop()
-                for upper in above:
-                    if key.startswith(upper + "/") and upper not in self._other_names:
-                        self._give_other_name(upper)
-                above.append(key)
-                our_key = self._key(self._name(key))
-                if our_key != key and key not in self._left_out and self._bucket.head(our_key):
-                    message = "left out %s: %s stands for the same name"
-                    log.warning(message, printable(key), our_key)
-                    self._left_out.add(key)
-                if key not in self._left_out:
-                    yield found
-            if is_empty and not path:
-                reason = "correct S3_BUCKET or S3_PREFIX"
-                raise Fatal(f"nothing is archived in {self._config.place}: {reason}")
-            if is_empty:
-                yield StoredObject(starts[0], -1, 0, "", "")
+        """What `select` gives for the paths that were named, but for names that two objects
+        stand for."""
+        above: list[str] = []  # keys that the next one begins with
+        for found in select(self._config, self._bucket, self._paths, self._options.at):
+            key = found.key
+            while above and not key.startswith(above[-1]):
+                above.pop()
+            for upper in above:
+                if key.startswith(upper + "/") and upper not in self._other_names:
+                    self._give_other_name(upper)
+            above.append(key)
+            our_key = key_of(self._config, self._name(key))
+            if our_key != key and key not in self._left_out and self._bucket.head(our_key):
+                message = "left out %s: %s stands for the same name"
+                log.warning(message, printable(key), our_key)
+                self._left_out.add(key)
+            if key not in self._left_out:
+                yield found
 
     def _case(self, found: StoredObject) -> str:
         """THERE, READY, BUSY or NOT_ASKED; FileError."""
@@ -3838,7 +4270,7 @@ class Restore:
         if there is not None:
             if not stat.S_ISREG(there.mode or 0):
                 raise FileError("something that is not a file has its name")
-            mtime = mtime_of(self._bucket.head(found.key) or found)
+            mtime = mtime_of(self._bucket.head(found.key, found.version_id) or found)
             # FAT keeps even seconds; SFTP, and not every disk, times outside of this range.
             is_same = there.mtime in (mtime, mtime & ~1) or not 0 <= mtime < 1 << 31
             if there.size == found.size and is_same:
@@ -3858,12 +4290,12 @@ class Restore:
         # More may have become cold since the cost was agreed to.
         if word == NOT_ASKED and self.may_ask.acquire(blocking=False):
             stopping.check()
-            is_back = self._bucket.request_restore(found.key, options.tier, options.days)
+            is_back = self._bucket.request_restore(found, options.tier, options.days)
             word = READY if is_back else ASKED
         if word != READY:
             return word
         try:
-            stored, blocks = self._bucket.download(found.key)
+            stored, blocks = self._bucket.download(found)
 
             def counted_blocks() -> Iterator[bytes]:
                 for block in blocks():
@@ -3889,11 +4321,23 @@ def mtime_of(stored: StoredObject) -> int:
 
 
 def restore(tools: Tools, options: argparse.Namespace) -> int:
-    """Brings files back: 75 while something is cold, 3 if something failed, else 0."""
-    tier, days = options.tier, options.days
+    """Brings files back: 75 while something is cold, 3 if something failed, else 0.  With
+    `--wait` it makes pass after pass until that is not 75."""
+    asked_at: float | None = None
+    with locked(tools.config, ".restore.lock"):
+        while True:
+            work = Restore(tools, options, asked_at)
+            status, asked_at = restore_once(tools, work, options), work.asked_at
+            if status != 75 or not options.wait:
+                return status
+            log.info("looking again in %d minutes", WAIT_PAUSE // 60)
+            tools.box.stopping.wait(WAIT_PAUSE)
+            tools.box.stopping.check()
+
+
+def restore_once(tools: Tools, work: Restore, options: argparse.Namespace) -> int:
+    """One pass, and its exit status."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(locked(tools.config, ".restore.lock"))
-        work = Restore(tools, options)
         ready, busy, cold = work.look()
         if cold:
             show_estimate(tools, cold, ready + busy, options)
@@ -3913,38 +4357,24 @@ def restore(tools: Tools, options: argparse.Namespace) -> int:
         try:
             work.bring_back()
         finally:
-            show_table("RESTORE", (*work.counts.items(), ("Restored bytes", work.bytes)))
-    counts = work.counts
+            tools.show_summary("RESTORE", work.rows())
+    counts, tier = work.counts, options.tier
     waiting = counts[ASKED] + counts[BUSY] + counts[NOT_ASKED]
     if work.manifest and counts[NOT_ASKED]:
         message = "%s lists %s objects: upload it, start an S3 Batch Operations job with it "
         message += "(Restore, %d days, %s), then run restore again without --manifest"
         count = f"{counts[NOT_ASKED]:,}"
-        log.warning(message, options.manifest, count, days, tier.capitalize())
+        log.warning(message, options.manifest, count, options.days, tier.capitalize())
     elif waiting:
-        message = "%s files are still being restored by S3, which takes up to %d hours.  Run "
-        message += "the same command again later."
+        message = "%s files are still being restored by S3, which takes up to %d hours."
+        message += "" if options.wait else "  Run the same command again later."
         log.warning(message, f"{waiting:,}", TIERS[tier])
     return 75 if waiting else 3 if counts[FAILED] else 0
 
 
-def restore_paths(given: Iterable[str], root: bytes) -> list[bytes]:
-    """The paths below REMOTE_PATH, given relative to it or whole; none of them below
-    another; empty for all.  Fatal if one cannot be meant."""
-    start = join(root, b"")
-    names = [os.fsencode(path).rstrip(b"/") for path in given]
-    if b"" in names and root != b"/":  # `$unset/`, perhaps
-        message = f"/ is not below REMOTE_PATH {printable(root)}: name no path for all"
-        raise Fatal(message, status=2)
-    inner = {name.removeprefix(start).removeprefix(b"./") for name in names}
-    if inner & {b"", b"."} or {root, join(b".", root)} & set(names):
-        return []
-    return sorted(p for p in inner if not any(p.startswith(join(q, b"")) for q in inner))
-
-
 def show_estimate(tools: Tools, cold: Counts, more: int, options: argparse.Namespace) -> None:
     """Shows what restoring what is cold costs; `more` bytes need only be fetched."""
-    prices, wanted = Prices(tools.bucket.region, tools.config.prices), total(cold)
+    prices, wanted = tools.prices, total(cold)
     tier, days = options.tier, options.days
     download = prices.download(wanted.files, wanted.bytes + more)
     rows: list[tuple[str, object]] = [
@@ -3989,8 +4419,15 @@ exit statuses:
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="archive.py",
         description="Archive a Hetzner Storage Box into Amazon S3 Glacier Deep Archive.",
         epilog=STATUSES,
@@ -3998,6 +4435,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     env_file = "the settings (default: .env beside archive.py)"
     parser.add_argument("--env-file", type=Path, metavar="FILE", help=env_file)
+    version = f"archive.py {VERSION}"
+    parser.add_argument("-V", "--version", action="version", version=version)
     level = parser.add_mutually_exclusive_group()
     add_level = partial(level.add_argument, dest="level", action="store_const")
     add_level("-v", "--verbose", const=logging.DEBUG, help="also list unchanged files")
@@ -4014,29 +4453,46 @@ def make_parser() -> argparse.ArgumentParser:
         return command
 
     new_source = "the files are at another HETZNER_USER or REMOTE_PATH now: compare them"
-    add("run", "archive what is new or changed (the default)", new_source=new_source)
-    add("plan", "what run would do and what it would cost; changes nothing", json="as JSON")
+    summary = "the summary as JSON, and nothing else on stdout"
+    run = add("run", "archive what is new or changed (the default)", new_source=new_source)
+    run.add_argument("-n", "--dry-run", action="store_true", help="the same as plan --list")
+    run.add_argument("--json", action="store_true", help=summary)
+    plan = add("plan", "what run would do and what it would cost; changes nothing")
+    form = plan.add_mutually_exclusive_group()
+    files = "first each file: + new, * changed, ? to compare, - gone from the box, ! failing"
+    form.add_argument("--list", action="store_true", help=files)
+    form.add_argument("--json", action="store_true", help="as JSON")
+    objects = "as JSON, an object a line"
+    add_selection(add("ls", "what is archived, from the bucket's listing", json=objects))
     add("status", "what is archived, its cost, the last runs, the box's room", json="as JSON")
     repair = "bring the state in line: the next run uploads or compares what differs"
     verify_text = "compare the state with the bucket's listing; downloads nothing"
     add("verify", verify_text, repair=repair)
-    add_restore(add("restore", "bring files back; run it again until it ends with 0"))
+    wait = "go on until all is there, instead of ending with 75"
+    restore_text = "bring files back; run it again until it ends with 0"
+    add_restore(add("restore", restore_text, json=summary, wait=wait))
     add("check", "try settings, box, bucket and permissions, with the remedy for each")
-    parser.set_defaults(level=logging.INFO, command="run", new_source=False)
+    defaults = {"new_source": False, "dry_run": False, "json": False}
+    parser.set_defaults(level=logging.INFO, command="run", **defaults)
     return parser
+
+
+def add_selection(command: argparse.ArgumentParser) -> None:
+    """The arguments that name what is archived."""
+    path = "file or folder as on the box (default: all)"
+    command.add_argument("path", nargs="*", type=PATH, metavar="PATH", help=path)
+    when = "as it was then: a date, a time, or an age like 30d (for versioned buckets)"
+    command.add_argument("--at", type=argument(parse_time), metavar="WHEN", help=when)
 
 
 def add_restore(command: argparse.ArgumentParser) -> None:
     """The arguments of `restore`."""
+    add_selection(command)
     add = command.add_argument
-    # Not what an unset variable of a shell script leaves.
-    not_empty = argument(partial(parse_match, r"(?s).+", "a path"))
-    path = "file or folder as on the box (default: all)"
-    add("path", nargs="*", type=not_empty, metavar="PATH", help=path)
     place = command.add_mutually_exclusive_group(required=True)
     here, there = "a folder of this machine", "a folder of the Storage Box"
-    place.add_argument("--to", type=not_empty, metavar="FOLDER", help=here)
-    place.add_argument("--to-box", type=not_empty, metavar="FOLDER", help=there)
+    place.add_argument("--to", type=PATH, metavar="FOLDER", help=here)
+    place.add_argument("--to-box", type=PATH, metavar="FOLDER", help=there)
     tiers = "bulk: within 48 hours; standard: within 12, dearer"
     add("--tier", choices=TIERS, default="bulk", help=tiers)
     days = "how long the copies can be read (default: 7)"
@@ -4058,6 +4514,10 @@ def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
             raise argparse.ArgumentTypeError(f"{error}, not {text!r}") from None
 
     return parse_argument
+
+
+# Not what an unset variable of a shell script leaves.
+PATH = argument(partial(parse_match, r"(?s).+", "a path"))
 
 
 def handle_signals(stopping: StopEvent) -> None:
@@ -4118,7 +4578,8 @@ def start(argv: list[str] | None) -> int:
     env_file = arguments.env_file or (beside if beside.is_file() else None)
     try:
         config = load_config(env_file, os.environ)
-        start_logging(config, arguments.level, bars)
+        results = sys.stderr if shows_summary_as_json(arguments) else sys.stdout
+        start_logging(config, arguments.level, bars, results)
     except Fatal as error:
         missing = [] if env_file else [f"there is no {beside}: copy .env.example to it"]
         for fault in (*missing, *str(error).splitlines()):
@@ -4133,17 +4594,28 @@ def start(argv: list[str] | None) -> int:
     return execute(config, arguments, bars)
 
 
+def shows_summary_as_json(arguments: argparse.Namespace) -> bool:
+    """Whether stdout gets a JSON object at the end, and nothing else."""
+    has_summary = arguments.command in ("run", "restore") and not arguments.dry_run
+    return has_summary and arguments.json
+
+
 def execute(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
     """Runs the command; the one place where errors become exit statuses."""
-    stopping = StopEvent()
+    stopping, summary = StopEvent(), dict[str, object]()
     retries = arguments.command not in ("status", "check")
     box, progress, exit_status = StorageBox(config, stopping, retries), Progress(bars), 1
     try:
         handle_signals(stopping)
-        tools = Tools(config, box, Bucket(config, retries), progress)
+        tools = Tools(config, box, Bucket(config, retries), progress, summary)
         commands: dict[str, Callable[[], int]] = {
-            "run": lambda: run(tools, arguments.new_source, Report()),
-            "plan": lambda: plan(tools, arguments.json),
+            "run": lambda: (
+                plan(tools, arguments.json, not arguments.json)
+                if arguments.dry_run
+                else run(tools, arguments.new_source, Report())
+            ),
+            "plan": lambda: plan(tools, arguments.json, arguments.list),
+            "ls": lambda: ls(tools, arguments),
             "status": lambda: status(tools, arguments.json),
             "verify": lambda: verify(tools, arguments.repair),
             "restore": lambda: restore(tools, arguments),
@@ -4161,7 +4633,12 @@ def execute(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
     finally:
         box.close()
         progress.close()
-    return exit_status if stopping.signal is None else 128 + stopping.signal
+    if stopping.signal is not None:
+        exit_status = 128 + stopping.signal
+    if shows_summary_as_json(arguments):
+        with contextlib.suppress(Stopped):
+            show_json(summary | {"exit_status": exit_status})
+    return exit_status
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def test_each_run_is_told_with_its_result(archive, box):
     assert archive().status == 3
     archive.execute("UPDATE runs SET started_at = 1000, ended_at = 1010")
     archive.execute("INSERT INTO runs (started_at) VALUES (2000)")  # killed
-    archive.execute("INSERT INTO runs VALUES (3000, 3005, 143, 7, 8, 9, 10)")
+    archive.execute("INSERT INTO runs VALUES (3000, 3005, 143, 7, 8, 9, 10, 0.5)")
 
     status = told(archive)
     lines = re.findall(r"^(?:19|20)\d\d-.*", archive("status").stdout, re.MULTILINE)
