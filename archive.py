@@ -1940,7 +1940,6 @@ RECORDS = (
     "SELECT path, size, mtime, uploaded_at, key, etag, crc32, storage_class"
     " FROM files JOIN objects USING (path)"
 )
-PATHS_PER_QUERY = 500  # below SQLite's limit on parameters, 999 in old builds
 SOURCE_PINS = ("HETZNER_USER", "REMOTE_PATH")
 
 
@@ -1991,6 +1990,9 @@ def state_errors(path: Path) -> Iterator[None]:
         raise Fatal(f"the state database {path} cannot be used: {error}; {remedy}") from None
 
 
+Statement = str | tuple[Any, ...]  # SQL, or SQL and its values
+
+
 class State:
     """What is known to be archived; used by one thread.  Methods raise Fatal.  Whatever is
     written is committed synchronously, in one transaction."""
@@ -2016,7 +2018,7 @@ class State:
             version = self._rows("PRAGMA user_version")
             if version == [(2,)]:
                 column = "ALTER TABLE runs ADD COLUMN spent REAL"
-                self._commit([(column,), (f"PRAGMA user_version = {STATE_VERSION}",)])
+                self._commit(column, f"PRAGMA user_version = {STATE_VERSION}")
             elif version != [(STATE_VERSION,)]:
                 self._upgrade(config)
             self._db.execute(f"PRAGMA busy_timeout = {COMMIT_LIMIT * 1000}")
@@ -2037,7 +2039,7 @@ class State:
         tables = {name for (name,) in self._rows("SELECT name FROM sqlite_master")}
         old = tables & {"objects", "recheck", "replacing", "uploads", "meta", "runs"}
         unsure = "typeof(mtime) != 'integer'" if "meta" not in tables else "true"
-        statements = [
+        self._commit(
             *(f"DROP TABLE {name}" for name in old),
             *SCHEMA.split(";"),
             "DELETE FROM files WHERE typeof(path) != 'text' OR typeof(size) != 'integer'"
@@ -2046,18 +2048,20 @@ class State:
             "UPDATE files SET uploaded_at = NULL WHERE typeof(uploaded_at) != 'integer'",
             "INSERT INTO objects (path, key) SELECT path, key_of(path) FROM files",
             f"PRAGMA user_version = {STATE_VERSION}",
-        ]
-        self._commit((statement,) for statement in statements)
+        )
 
     def _rows(self, query: str, *values: Any) -> list[Any]:
         with state_errors(self._path):
             return self._db.execute(query, values).fetchall()
 
-    def _commit(self, statements: Iterable[tuple[Any, ...]]) -> None:
-        """Executes (SQL, value, ...) statements in one transaction."""
+    def _commit(self, *statements: Statement) -> None:
+        """Executes the statements in one transaction."""
+        if not statements:
+            return
         with state_errors(self._path), self._db:  # which commits or rolls back
             self._db.execute("BEGIN IMMEDIATE")
-            for sql, *values in statements:
+            for statement in statements:
+                sql, *values = (statement,) if isinstance(statement, str) else statement
                 self._db.execute(sql, values)
 
     def close(self) -> None:
@@ -2085,29 +2089,26 @@ class State:
 
     def pin(self, pins: Mapping[str, str]) -> None:
         """Ties the state to a source and a destination."""
-        self._commit(
-            ("INSERT OR REPLACE INTO meta VALUES (?, ?)", *pin) for pin in pins.items()
-        )
+        insert = "INSERT OR REPLACE INTO meta VALUES (?, ?)"
+        self._commit(*((insert, *pin) for pin in pins.items()))
 
     def forget_source(self) -> None:
         """Forgets everything that is known of the files on the box, and what the state is
         tied to: it has to be made from the bucket's listing."""
-        tables = ("DELETE FROM files", "DELETE FROM objects", "DELETE FROM meta")
         old_parts = "UPDATE uploads SET mtime = NULL"  # nothing is to go on behind them
-        self._commit((statement,) for statement in (*tables, old_parts))
+        self._commit(
+            old_parts, *(f"DELETE FROM {name}" for name in ("files", "objects", "meta"))
+        )
 
     # Files
 
     def unsettled(self, files: list[RemoteFile]) -> list[RemoteFile]:
         """Those of `files` that have no row of their size and mtime."""
-        missing = []
-        for start in range(0, len(files), PATHS_PER_QUERY):
-            chunk = {path_text(f.path): f for f in files[start : start + PATHS_PER_QUERY]}
-            marks = ",".join("?" * len(chunk))
-            query = f"SELECT path, size, mtime FROM files WHERE path IN ({marks})"
-            settled = set(self._rows(query, *chunk))
-            missing += [f for path, f in chunk.items() if (path, *f[1:]) not in settled]
-        return missing
+        by_path = {path_text(file.path): file for file in files}
+        paths = "SELECT value FROM json_each(?)"  # any number of them
+        query = f"SELECT path, size, mtime FROM files WHERE path IN ({paths})"
+        settled = set(self._rows(query, json.dumps([*by_path])))
+        return [file for path, file in by_path.items() if (path, *file[1:]) not in settled]
 
     def find(self, path: bytes) -> Record | None:
         rows = self._rows(f"{RECORDS} WHERE path = ?", path_text(path))
@@ -2121,7 +2122,7 @@ class State:
         of which version of a large file there may be parts; of none that counts if it is to
         be compared first, or was modified so recently that they could be of different ones.
         """
-        statements: list[tuple[Any, ...]] = []
+        statements: list[Statement] = []
         for job in jobs:
             path = path_text(job.file.path)
             if job.record is not None:
@@ -2132,13 +2133,12 @@ class State:
             if job.plan.parts_at_once and not job.resumes:
                 is_known = not (job.compares or is_recent(job.file, time.time()))
                 statements.append(self._upload_row(job, job.file.mtime if is_known else None))
-        if statements:
-            self._commit(statements)
+        self._commit(*statements)
 
     def note_upload(self, job: Job) -> None:
         """The comparison of a large file was cut off.  The next run is not to begin it again,
         perhaps every night: it uploads the file, and that can go on."""
-        self._commit([self._upload_row(job, job.file.mtime)])
+        self._commit(self._upload_row(job, job.file.mtime))
 
     def _upload_row(self, job: Job, mtime: int | None) -> tuple[Any, ...]:
         row = (job.key, path_text(job.file.path), job.file.size, mtime, job.plan.part_size)
@@ -2147,15 +2147,12 @@ class State:
     def record(self, archived: Iterable[Archived]) -> None:
         """Commits what S3 has acknowledged, or was found to hold.  The invariant stands or
         falls here.  One transaction takes all that finished while the last was written."""
-        statements: list[tuple[Any, ...]] = []
+        statements: list[Statement] = []
         for file, stored, is_recent, _ in archived:
             path, mtime = path_text(file.path), None if is_recent else file.mtime
-            row = (path, file.size, mtime, stored.stored_at)
-            statements.append(("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", *row))
-            statements.append(object_row(path, stored))
+            statements += rows_of(path, file.size, mtime, stored)
             statements.append(("DELETE FROM uploads WHERE key = ?", stored.key))
-        if statements:
-            self._commit(statements)
+        self._commit(*statements)
 
     # Unfinished uploads
 
@@ -2166,7 +2163,7 @@ class State:
         return {key: (size, mtime, part_size) for key, size, mtime, part_size in rows}
 
     def end_upload(self, key: str) -> None:
-        self._commit([("DELETE FROM uploads WHERE key = ?", key)])
+        self._commit(("DELETE FROM uploads WHERE key = ?", key))
 
     # The whole
 
@@ -2183,7 +2180,7 @@ class State:
         """Notes, until the database is closed, that these files are on the box."""
         table = "CREATE TEMP TABLE IF NOT EXISTS seen (path TEXT PRIMARY KEY) WITHOUT ROWID"
         insert = "INSERT OR IGNORE INTO temp.seen VALUES (?)"
-        self._commit([(table,), *((insert, path_text(file.path)) for file in files)])
+        self._commit(table, *((insert, path_text(file.path)) for file in files))
 
     def unseen(self) -> Iterator[Record]:
         """The rows of files that were not noted as seen."""
@@ -2192,7 +2189,7 @@ class State:
 
     def apply(self, differences: Iterable[Difference]) -> None:
         """Brings rows in line with the bucket's listing."""
-        statements: list[tuple[Any, ...]] = []
+        statements: list[Statement] = []
         for verdict, _, path, found, record in differences:
             if found is None:
                 tables = ("files", "objects")
@@ -2200,13 +2197,11 @@ class State:
                     (f"DELETE FROM {table} WHERE path = ?", path) for table in tables
                 ]
             elif record is None or verdict in (WRONG_SIZE, WRONG_ETAG):
-                row = (path, found.size, found.stored_at)  # of which file is not known
-                insert = "INSERT OR REPLACE INTO files VALUES (?, ?, NULL, ?)"
-                statements += [(insert, *row), object_row(path, found)]
+                statements += rows_of(path, found.size, None, found)
             elif (record.etag, record.storage_class) != (found.etag, found.storage_class):
-                statements.append(object_row(path, found._replace(crc32=record.crc32)))
-        if statements:
-            self._commit(statements)
+                known = found._replace(crc32=record.crc32)
+                statements += rows_of(path, record.size, record.mtime, known)
+        self._commit(*statements)
 
     def totals(self) -> list[tuple[str | None, int, int]]:
         """(storage class, None if it is not known; number of files; bytes)."""
@@ -2217,7 +2212,7 @@ class State:
 
     def record_run(self, run: PastRun) -> None:
         """At the begin of a run, this also shows that the database can be written."""
-        self._commit([("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *run)])
+        self._commit(("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *run))
 
     def last_runs(self, count: int) -> list[PastRun]:
         """The latest first."""
@@ -2230,9 +2225,14 @@ class State:
         return float(self._rows(query, seconds)[0][0])
 
 
-def object_row(path: str, found: StoredObject) -> tuple[Any, ...]:
-    row = (path, found.key, found.etag, found.crc32, found.storage_class or None)
-    return ("INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?, ?)", *row)
+def rows_of(path: str, size: int, mtime: int | None, found: StoredObject) -> list[Statement]:
+    """Statements that write what is known of a file and its object."""
+    file_row = (path, size, mtime, found.stored_at)
+    object_row = (path, found.key, found.etag, found.crc32, found.storage_class or None)
+    return [
+        ("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", *file_row),
+        ("INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?, ?)", *object_row),
+    ]
 
 
 def create_private(path: Path) -> None:
@@ -3387,11 +3387,10 @@ class Forecast(WalkReport):
             message += "data"
             log.warning(message, format_size(archived.bytes / archived.files))
         if upload > usd["upload"] / 10 or month > usd["storage_a_month"] / 10:
-            message = "%s are smaller than %s: SMALL_FILES_BELOW=%dK and SMALL_FILES_CLASS=%s "
-            message += "would save %s of the upload and %s a month"
-            tiny, size = total(self.tiny), TINY_FILE // KIB
-            savings = format_usd(upload), format_usd(month)
-            log.warning(message, tiny, format_size(TINY_FILE), size, CLASS_FOR_TINY, *savings)
+            message = "files to upload below %s: %s; SMALL_FILES_BELOW=%dK and "
+            message += "SMALL_FILES_CLASS=%s would save %s of the upload and %s a month"
+            tiny = format_size(TINY_FILE), total(self.tiny), TINY_FILE // KIB, CLASS_FOR_TINY
+            log.warning(message, *tiny, format_usd(upload), format_usd(month))
 
 
 def plan(tools: Tools, as_json: bool, lists_files: bool) -> int:
@@ -4412,7 +4411,7 @@ exit statuses:
   0      all selected files are archived (restore: are there; verify: agree)
   1      fatal error: credentials, host key, bucket, Storage Box, state database
   2      usage or settings
-  3      incomplete: some file failed or differs, or MAX_RUNTIME was over
+  3      incomplete: a file failed or differs; MAX_RUNTIME or MAX_COST reached
   11     another run holds the lock
   75     S3 is still restoring: run it again later
   128+n  ended by signal n
@@ -4444,9 +4443,9 @@ def make_parser() -> argparse.ArgumentParser:
     add_level("-q", "--quiet", const=logging.WARNING, help=quiet)
     commands = parser.add_subparsers(metavar="COMMAND", dest="command")
 
-    def add(name: str, text: str, **flags: str) -> argparse.ArgumentParser:
-        description = f"{text[0].upper()}{text[1:]}."
-        command = commands.add_parser(name, help=text, description=description)
+    def add(name: str, text: str, example: str, **flags: str) -> argparse.ArgumentParser:
+        about, end = f"{text[0].upper()}{text[1:]}.", f"example: archive.py {example}"
+        command = commands.add_parser(name, help=text, description=about, epilog=end)
         for flag, meaning in flags.items():
             option = f"--{flag.replace('_', '-')}"
             command.add_argument(option, action="store_true", help=meaning)
@@ -4454,24 +4453,30 @@ def make_parser() -> argparse.ArgumentParser:
 
     new_source = "the files are at another HETZNER_USER or REMOTE_PATH now: compare them"
     summary = "the summary as JSON, and nothing else on stdout"
-    run = add("run", "archive what is new or changed (the default)", new_source=new_source)
+    run_text = "archive what is new or changed (the default)"
+    run = add("run", run_text, "-q", new_source=new_source)
     run.add_argument("-n", "--dry-run", action="store_true", help="the same as plan --list")
     run.add_argument("--json", action="store_true", help=summary)
-    plan = add("plan", "what run would do and what it would cost; changes nothing")
+    plan_text = "what run would do and what it would cost; changes nothing"
+    plan = add("plan", plan_text, "plan --list")
     form = plan.add_mutually_exclusive_group()
     files = "first each file: + new, * changed, ? to compare, - gone from the box, ! failing"
     form.add_argument("--list", action="store_true", help=files)
     form.add_argument("--json", action="store_true", help="as JSON")
     objects = "as JSON, an object a line"
-    add_selection(add("ls", "what is archived, from the bucket's listing", json=objects))
-    add("status", "what is archived, its cost, the last runs, the box's room", json="as JSON")
+    ls_text = "what is archived, from the bucket's listing"
+    add_selection(add("ls", ls_text, "ls photos/2024 --at 30d", json=objects))
+    status_text = "what is archived, its cost, the last runs, the box's room"
+    add("status", status_text, "status --json", json="as JSON")
     repair = "bring the state in line: the next run uploads or compares what differs"
     verify_text = "compare the state with the bucket's listing; downloads nothing"
-    add("verify", verify_text, repair=repair)
+    add("verify", verify_text, "verify --repair", repair=repair)
     wait = "go on until all is there, instead of ending with 75"
     restore_text = "bring files back; run it again until it ends with 0"
-    add_restore(add("restore", restore_text, json=summary, wait=wait))
-    add("check", "try settings, box, bucket and permissions, with the remedy for each")
+    drill = "restore photos/2024 letters/will.pdf --to drill"
+    add_restore(add("restore", restore_text, drill, json=summary, wait=wait))
+    check_text = "try settings, box, bucket and permissions, with the remedy for each"
+    add("check", check_text, "--env-file other.env check")
     defaults = {"new_source": False, "dry_run": False, "json": False}
     parser.set_defaults(level=logging.INFO, command="run", **defaults)
     return parser
