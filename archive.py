@@ -125,7 +125,7 @@ BLOCK = MIB  # read at a time if a file is only compared
 # OpenSSH answers a READ with at most 261,120 bytes.  The window divided by the round trip
 # bounds the rate: 16 MiB at 20 ms are 800 MB/s.  SSH's own window is wider, so that
 # listings and small files get through beside a large one.
-READ_SIZE, LEAST_READ_SIZE, READS_PER_BATCH = 252 * KIB, 4 * KIB, 8
+READ_SIZE, LEAST_READ_SIZE, READS_PER_BATCH = 252 * KIB, 32 * KIB, 8
 READ_WINDOW = 16 * MIB
 SSH_WINDOW, SSH_PACKET = 32 * MIB, 256 * KIB
 MAX_PACKET = MIB  # OpenSSH sends at most 256 KiB
@@ -1342,23 +1342,6 @@ def load_private_key(path: Path, passphrase: str | None) -> paramiko.PKey:
 # ----------------------------------------------------------------- Storage Box
 
 
-class RateLimit:
-    """Holds many threads below `rate` units a second together; None means no limit."""
-
-    def __init__(self, rate: float | None, stopping: StopEvent):
-        self._rate, self._stopping = rate, stopping
-        self._lock, self._next = threading.Lock(), 0.0
-
-    def wait(self, units: float) -> None:
-        """Waits until `units` more may be used."""
-        if self._rate is not None:
-            with self._lock:
-                now = time.monotonic()
-                self._next = max(self._next, now) + units / self._rate
-                delay = self._next - now
-            self._stopping.wait(delay)
-
-
 class StorageBox:
     """The box: one session at a time, replaced when it is lost."""
 
@@ -1366,9 +1349,9 @@ class StorageBox:
         self._config, self.stopping = config, stopping
         self._pauses = RECONNECT_PAUSES if reconnects else (0,)
         self._connecting, self._alone = threading.Lock(), threading.RLock()
+        self._pacing, self._paced = threading.Lock(), 0.0  # no bytes before that time
         self._session: Session | None = None
         self._gone: Fatal | None = None
-        self.bandwidth = RateLimit(config.bandwidth_limit, stopping)
 
     def close(self) -> None:
         """Ends the session for good; whoever uses the box gets Stopped."""
@@ -1402,6 +1385,15 @@ class StorageBox:
         self._alone.release()
         return session
 
+    def pace(self, size: int) -> None:
+        """Waits until `size` more bytes may be read, within BANDWIDTH_LIMIT."""
+        if self._config.bandwidth_limit is not None:
+            with self._pacing:
+                now = time.monotonic()
+                self._paced = max(self._paced, now) + size / self._config.bandwidth_limit
+                delay = self._paced - now
+            self.stopping.wait(delay)
+
     def _connect(self) -> Session:
         """A new session, after RECONNECT_PAUSES attempts at most; Fatal, Stopped."""
         reason: object = self._session and self._session.lost
@@ -1421,20 +1413,22 @@ class StorageBox:
         tries = len(self._pauses)
         raise Fatal(f"gave up after {tries} tries: {reason}" if tries > 1 else str(reason))
 
-    def retry(self, operation: Callable[[Session], T]) -> T:
+    def retry(self, operation: Callable[[Session], T], session: Session | None = None) -> T:
         """operation(session), from its start again whenever the session is lost under it,
         or the server refuses with FAILURE: it may have too many files open.
 
         From the third try on it runs alone: nothing else is begun meanwhile, so that a
         file which breaks the connection every time fails without taking others with it.
+        What goes on with `session` begins nothing: it does not wait for what runs alone.
         FileError (LOST) after TRIES, SFTPError, Fatal, Stopped.
         """
         with contextlib.ExitStack() as stack:
             for attempt in range(1, TRIES + 1):
                 if attempt > SHARED_TRIES:
                     stack.enter_context(self._alone)
-                with self._alone:
-                    session = self.session()
+                if session is None or session.lost is not None:
+                    with self._alone:
+                        session = self.session()
                 try:
                     return operation(session)
                 except ConnectionLost as error:
@@ -1444,14 +1438,17 @@ class StorageBox:
                     if error.code != FX_FAILURE or attempt == TRIES:
                         raise
                     self.stopping.wait(HANDLE_PAUSE)
+                    session = None
         raise FileError(f"lost the connection {TRIES} times, last: {reason}", LOST)
 
-    def retry_reading(self, path: bytes, operation: Callable[[Session], T]) -> T:
+    def retry_reading(
+        self, path: bytes, operation: Callable[[Session], T], session: Session | None = None
+    ) -> T:
         """`retry` for what opens `path`; a refusal is a FileError, VANISHED if it is gone.
         OpenSSH says "no such file" for other reasons, too: such a file would count as
         vanished every night."""
         try:
-            return self.retry(operation)
+            return self.retry(operation, session)
         except SFTPError as error:
             refusal = error
         if refusal.code == FX_NO_SUCH_FILE:
@@ -1505,22 +1502,24 @@ class FileReader:
     only if the file still has the size and mtime that it had at first, by its handle and by
     its path: another file may have been renamed over it.  Everything else is a FileError.
 
-    A small file takes two round trips: OPEN; then FSTAT, READs, FSTAT and LSTAT.
+    A small file takes two round trips: OPEN; then FSTAT, READs, FSTAT, LSTAT and CLOSE.
     """
 
     def __init__(self, box: StorageBox, listed: RemoteFile, offset: int = 0):
         """Opens the file as it is now; FileError, also if it has grown by more than GROWTH
         since it was listed: no memory was set aside for that."""
-        self._box, self._listed, self._began = box, listed, time.time()
+        self._box, self._began = box, time.time()
         self.file = listed  # what FSTAT says of it, once it `is_open`
         self.is_recent = False  # known once it was read to its end
         self.is_verified = False  # it was read to its end, and had not changed
-        self._is_open = self._is_late = False
-        self._delivered = self._received = offset
+        self._is_open = False
+        self._delivered = self._received = self._requested = offset
         self._arrived: deque[memoryview] = deque()
-        self._read_size, self._last_short = READ_SIZE, 0
+        self._batches: deque[tuple[Batch, list[tuple[int, int]]]] = deque()
+        self._read_size = READ_SIZE
+        self._empty_at = -1  # the offset at which no byte came
         self._session: Session | None = None
-        self._handle = b""
+        self._handle = b""  # empty once its CLOSE has been sent
         try:
             while not self._is_open:
                 self._advance()
@@ -1531,16 +1530,16 @@ class FileReader:
     def read(self, amount: int = -1) -> bytes:
         """The next `amount` bytes, fewer only at the end; the rest if negative; FileError."""
         left = self.file.size - self._delivered
-        amount = left if amount < 0 else min(amount, left)
+        missing = amount = left if amount < 0 else min(amount, left)
         data = io.BytesIO(bytes(amount))  # getvalue() does not copy, as join() would
-        while data.tell() < amount or (amount == left and not self.is_verified):
-            if not self._arrived or data.tell() == amount:
+        while missing or (amount == left and not self.is_verified):
+            if not missing or not self._arrived:
                 self._advance()
-            while self._arrived and data.tell() < amount:
-                piece, room = self._arrived.popleft(), amount - data.tell()
-                if len(piece) > room:
-                    self._arrived.appendleft(piece[room:])
-                data.write(piece[:room])
+                continue
+            piece = self._arrived.popleft()
+            if len(piece) > missing:
+                self._arrived.appendleft(piece[missing:])
+            missing -= data.write(piece[:missing])
         self._delivered += amount
         return data.getvalue()
 
@@ -1554,84 +1553,72 @@ class FileReader:
         """Keeps the window full, and takes in the oldest batch."""
 
         def advance(session: Session) -> None:
-            if session is not self._session:
-                self._open(session)
-            window = self._received + READ_WINDOW
-            while not self._is_all_requested and self._requested < window:
+            if session is not self._session or not (self._handle or self._batches):
+                self._handle = b""  # of another session it may be another file's
+                self._handle = session.ask_one(open_request(self.file.path, FOR_READING))
+                self._session = session
+                self._start_again()
+            while self._handle and self._requested < self._received + READ_WINDOW:
                 self._request(session)
-            self._take_batch(session)
+            self._take_batch()
 
-        session = self._session
-        if session is not None and session.lost is None:
-            # This does not begin anything: it need not wait for what runs alone.
-            try:
-                return advance(session)
-            except ConnectionLost as error:
-                session.close(str(error))
-        self._box.retry_reading(self.file.path, advance)
+        self._box.retry_reading(self.file.path, advance, self._session)
 
-    def _open(self, session: Session) -> None:
-        """Opens the file, to read what has not arrived yet."""
-        self._handle = b""  # of another session it may be another file's
-        self._batches: deque[tuple[Batch, list[tuple[int, int]]]] = deque()
-        self._requested, self._is_all_requested = self._received, False
-        self._handle = session.ask_one(open_request(self.file.path, FOR_READING))
-        self._session = session
+    def _start_again(self) -> None:
+        """Drops what is under way: the next requests begin behind what was received."""
+        self._batches.clear()
+        self._requested = self._received
 
     def _request(self, session: Session) -> None:
         """Asks for the attributes and some more bytes; at the end for the attributes again,
-        also by the path."""
+        also by the path, and closes the file."""
         start, step = self._requested, self._read_size
         end = min(self.file.size, start + READS_PER_BATCH * step)
         spans = [(at, min(step, end - at)) for at in range(start, end, step)]
-        requests = [simple_request(FXP_FSTAT, self._handle)]
-        requests += [read_request(self._handle, *span) for span in spans]
+        fstat = simple_request(FXP_FSTAT, self._handle)
+        requests = [fstat, *(read_request(self._handle, *span) for span in spans)]
         if end == self.file.size:
-            requests.append(simple_request(FXP_FSTAT, self._handle))
-            requests.append(simple_request(FXP_LSTAT, self.file.path))
-        self._box.bandwidth.wait(end - start)
+            requests += [fstat, simple_request(FXP_LSTAT, self.file.path)]
+            requests += [simple_request(FXP_CLOSE, self._handle)]
+            self._handle = b""
+        self._box.pace(end - start)
         self._batches.append((session.send(*requests), spans))
-        self._requested, self._is_all_requested = end, end == self.file.size
+        self._requested = end
 
-    def _take_batch(self, session: Session) -> None:
+    def _take_batch(self) -> None:
         batch, spans = self._batches.popleft()
         before, *results = batch.results()
+        listed = self.file
         self._check_unchanged(before)
-        if self._session is None:  # its size is not the listed one: it is opened again
-            return
-        for (at, size), data in zip(spans, results):
-            self._take(session, at, size, data)
-        for after in results[len(spans) :]:
-            self._check_unchanged(after)
+        if self.file.size != listed.size:  # other bytes have to be asked for
+            return self._start_again()
+        for span, data in zip(spans, results):
+            if not self._take(*span, data):
+                return self._start_again()
         if len(results) > len(spans):
-            self._is_all_requested = self.is_verified = not self._is_late
-            self._is_late = False
-            if self.is_verified:
-                self.is_recent = is_recent(self.file, self._began)
-                self.close()
+            for after in results[len(spans) : -1]:
+                self._check_unchanged(after)
+            self.is_verified, self.is_recent = True, is_recent(self.file, self._began)
 
-    def _take(self, session: Session, at: int, size: int, data: Any) -> None:
-        """Takes what came for `size` bytes at offset `at`, and asks for what a short reply
-        has left out."""
-        while True:
-            if isinstance(data, SFTPError) and data.code != FX_EOF:
+    def _take(self, at: int, size: int, data: Any) -> bool:
+        """Takes what came for `size` bytes at offset `at`, and returns whether that is all.
+        Two replies without a byte end the file: a change of it shows between them."""
+        if isinstance(data, SFTPError):
+            if data.code != FX_EOF:
                 raise FileError(f"reading failed: {data}")
-            if isinstance(data, SFTPError) or not data:
-                self._check_unchanged(session.ask(simple_request(FXP_FSTAT, self._handle))[0])
-                raise FileError(f"ended at {at:,} of {self.file.size:,} bytes")
-            if len(data) > size:
-                raise ConnectionLost(f"the box sent {len(data):,} bytes for {size:,}")
+            data = b""
+        if len(data) > size:
+            raise ConnectionLost(f"the box sent {len(data):,} bytes for {size:,}")
+        if data:
             self._arrived.append(data)
-            at, size = at + len(data), size - len(data)
-            self._received = at
-            if not size:
-                return
-            # Twice the same length: that is the most that this server sends.
-            if len(data) == self._last_short:
-                self._read_size = max(len(data), LEAST_READ_SIZE)
-            self._last_short = len(data)
-            self._is_late = self._is_all_requested  # the last check came before this
-            (data,) = session.ask(read_request(self._handle, at, size))
+            self._received += len(data)
+        elif self._empty_at == at:
+            raise FileError(f"ended at {at:,} of {self.file.size:,} bytes")
+        else:
+            self._empty_at = at
+        if len(data) < size:  # it may be the most that this server sends
+            self._read_size = max(len(data), LEAST_READ_SIZE)
+        return len(data) == size
 
     def _check_unchanged(self, found: Attributes | SFTPError) -> None:
         """FileError unless the file is as it was at first."""
@@ -1643,15 +1630,14 @@ class FileReader:
         if size is None or mtime is None:
             raise FileError("the box does not tell its size and time")
         before, after = self.file, RemoteFile(self.file.path, size, mtime)
-        if not self._is_open and stat.S_ISREG(mode or stat.S_IFREG):
-            if size > self._listed.size + GROWTH:
-                listed = self._listed.size
-                raise FileError(f"changed: {listed:,} bytes when it was listed, now {size:,}")
+        is_regular = stat.S_ISREG(mode or stat.S_IFREG)
+        if not self._is_open and is_regular:
+            if size > before.size + GROWTH:
+                raise FileError(
+                    f"changed: {before.size:,} bytes when it was listed, now {size:,}"
+                )
             self._is_open, self.file = True, after
-            if size != before.size:  # other bytes have to be asked for
-                self.close()
-                self._session = None
-        elif before != after or not stat.S_ISREG(mode or stat.S_IFREG):
+        elif before != after or not is_regular:
             raise FileError(
                 f"changed while it was read: {before.size:,} bytes of mtime {before.mtime}, "
                 f"then {after.size:,} of {after.mtime}"
