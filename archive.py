@@ -834,10 +834,6 @@ U32, U64 = struct.Struct(">I"), struct.Struct(">Q")
 HEADER = struct.Struct(">IBI")  # length of what follows, type, request id
 ALL_ATTRS = struct.Struct(">QIIIII")  # size, uid, gid, permissions, atime, mtime
 
-REPLY_TYPES = {FXP_OPEN: FXP_HANDLE, FXP_OPENDIR: FXP_HANDLE, FXP_READ: FXP_DATA}
-REPLY_TYPES |= {FXP_READDIR: FXP_NAME, FXP_LSTAT: FXP_ATTRS, FXP_FSTAT: FXP_ATTRS}
-REPLY_TYPES |= {FXP_EXTENDED: FXP_EXTENDED_REPLY}  # FXP_STATUS for all others
-
 
 class ConnectionLost(Exception):
     """The connection is gone, frozen or out of step: only a new one helps."""
@@ -889,12 +885,12 @@ def read_request(handle: bytes, offset: int, size: int) -> Request:
     return FXP_READ, string(handle) + U64.pack(offset) + U32.pack(size)
 
 
-def decode_string(body: memoryview, at: int) -> memoryview:
-    """The SSH string at `at`."""
-    start, (size,) = at + 4, U32.unpack_from(body, at)
-    if start + size > len(body):
+def decode_string(body: memoryview) -> memoryview:
+    """The SSH string that `body` begins with."""
+    (size,) = U32.unpack_from(body)
+    if size > len(body) - 4:
         raise ConnectionLost("the box sent a string that is cut short")
-    return body[start : start + size]
+    return body[4 : size + 4]
 
 
 def decode_attributes(body: bytes | memoryview, at: int) -> tuple[Attributes, int]:
@@ -924,7 +920,7 @@ def decode_names(body: memoryview) -> list[Entry]:
     """The entries of a folder.  The walk's inner loop."""
     data = bytes(body)  # slices of bytes are cheaper than those of a memoryview
     entries = []
-    (count,), at = U32.unpack_from(data, 0), 4
+    (count,), at = U32.unpack_from(data), 4
     for _ in range(count):
         end = at + 4 + U32.unpack_from(data, at)[0]
         name = data[at + 4 : end]
@@ -934,27 +930,30 @@ def decode_names(body: memoryview) -> list[Entry]:
     return entries
 
 
+# The type of the reply to each type of request, and how it is decoded; FXP_STATUS to others.
+REPLIES: dict[int, tuple[int, Callable[[memoryview], Any]]] = {
+    FXP_OPEN: (FXP_HANDLE, decode_string),
+    FXP_OPENDIR: (FXP_HANDLE, decode_string),
+    FXP_READ: (FXP_DATA, decode_string),
+    FXP_READDIR: (FXP_NAME, decode_names),
+    FXP_LSTAT: (FXP_ATTRS, lambda body: decode_attributes(body, 0)[0]),
+    FXP_FSTAT: (FXP_ATTRS, lambda body: decode_attributes(body, 0)[0]),
+    FXP_EXTENDED: (FXP_EXTENDED_REPLY, bytes),
+}
+
+
 def decode_reply(request: int, packet: memoryview) -> Any:
     """What a reply to a request of that type says: a handle, data, attributes, entries, an
     extension's bytes, or None for "done".  A refusal is returned as SFTPError, not raised:
     other replies of its batch may be of use.  ConnectionLost if it is no such reply."""
     kind, body = packet[0], packet[5:]
-    expected = REPLY_TYPES.get(request, FXP_STATUS)
-    if kind == FXP_STATUS:
-        (code,) = U32.unpack_from(body, 0)
-        if code != FX_OK:
-            message = bytes(decode_string(body, 4)) if len(body) >= 8 else b""
-            return SFTPError(code, message[:500].decode("utf-8", "replace"))
+    expected, decode = REPLIES.get(request, (FXP_STATUS, None))
+    if kind == FXP_STATUS and (code := U32.unpack_from(body)[0]) != FX_OK:
+        message = bytes(decode_string(body[4:])) if len(body) >= 8 else b""
+        return SFTPError(code, message[:500].decode("utf-8", "replace"))
     if kind != expected:
         raise ConnectionLost(f"the box sent a reply of type {kind}, not {expected}")
-    if kind in (FXP_HANDLE, FXP_DATA):
-        data = decode_string(body, 0)
-        return bytes(data) if kind == FXP_HANDLE else data
-    if kind == FXP_ATTRS:
-        return decode_attributes(body, 0)[0]
-    if kind == FXP_NAME:
-        return decode_names(body)
-    return body if kind == FXP_EXTENDED_REPLY else None
+    return decode(body) if decode else None
 
 
 def raise_if_refused(result: Any) -> Any:
@@ -964,56 +963,63 @@ def raise_if_refused(result: Any) -> Any:
     return result
 
 
-class Batch(Future[list[memoryview]]):
-    """Requests that were sent together, and the packets that reply to them."""
+class Batch:
+    """Requests that were sent together, and the packets that reply to them.  `then`, if
+    given, is called with the batch when the last reply is there or the session has ended."""
 
-    def __init__(self, requests: tuple[Request, ...]):
-        super().__init__()
+    def __init__(self, requests: tuple[Request, ...], then: Callable[[Batch], None] | None):
         self.sent_at = time.monotonic()
         self._types = [kind for kind, _ in requests]
         self._packets: list[Any] = [None] * len(requests)
         self._missing = len(requests)
+        self._lost: str | None = None  # the reason
+        self._then = then
+        self._ended = threading.Lock()  # an Event or a Future costs many times as much
+        self._ended.acquire()
 
     def deliver(self, index: int, packet: memoryview) -> None:
         self._packets[index] = packet
         self._missing -= 1
         if not self._missing:
-            self.set_result(self._packets)
+            self._end()
 
     def lose(self, reason: str) -> None:
-        if self._missing and not self.done():
-            self.set_exception(ConnectionLost(reason))
+        self._lost = reason
+        self._end()
+
+    def _end(self) -> None:
+        self._ended.release()
+        if self._then is not None:
+            self._then(self)
 
     def results(self) -> list[Any]:
         """What the box replied, in the order of the requests (see decode_reply); waits for
         the last reply.  The session ends every batch that is overdue."""
+        with self._ended:
+            if self._lost is not None:
+                raise ConnectionLost(self._lost)
         try:
-            return list(map(decode_reply, self._types, self.result()))
+            return list(map(decode_reply, self._types, self._packets))
         except (struct.error, IndexError) as error:
             raise ConnectionLost(f"the box sent a malformed reply: {error}") from None
-        except ConnectionLost as error:
-            raise ConnectionLost(str(error)) from None  # one each, for its own traceback
 
 
-class Pipe:
+class Pipe(queue.SimpleQueue[bytes]):
     """Replaces a paramiko channel's BufferedPipe, and passes the pieces on as they came in:
     its copies would take a third of the CPU time of reading."""
 
-    def __init__(self) -> None:
-        self._pieces: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-
     def feed(self, data: bytes) -> None:
         if data:  # an empty piece stands for the end
-            self._pieces.put(data)
+            self.put(data)
 
     def read(self, _nbytes: int, timeout: float | None = None) -> bytes:
         try:
-            return self._pieces.get(timeout=timeout)
+            return self.get(timeout=timeout)
         except queue.Empty:
             raise paramiko.buffered_pipe.PipeTimeout from None
 
     def close(self) -> None:
-        self._pieces.put(b"")
+        self.put(b"")
 
 
 class Session:
@@ -1026,31 +1032,28 @@ class Session:
         self._transport, self._channel = transport, channel
         self._sending = threading.Lock()
         self._lock = threading.Lock()  # never held while waiting for the box
-        self._last_id = 0
+        self._ids = itertools.count(1)
         self._owed: dict[int, tuple[Batch, int]] = {}  # by request id, oldest first
-        self._unread = memoryview(b"")
-        self._watched = time.monotonic()
         self.lost: str | None = None  # the reason, once the session has ended
         channel.in_buffer = Pipe()
-        # Nobody reads stderr: it would only pile up.
-        channel.in_stderr_buffer = SimpleNamespace(feed=lambda _: None, close=lambda: None)
         channel.settimeout(SILENCE_LIMIT)
         channel.sendall(HEADER.pack(5, FXP_INIT, 3))
-        if self._receive_packet()[0] != FXP_VERSION:
+        packets = self._packets()
+        if next(packets)[0] != FXP_VERSION:
             raise ConnectionLost("the box did not answer in SFTP")
-        threading.Thread(target=self._receive, daemon=True).start()
+        threading.Thread(target=self._receive, args=[packets], daemon=True).start()
 
-    def send(self, *requests: Request) -> Batch:
+    def send(self, *requests: Request, then: Callable[[Batch], None] | None = None) -> Batch:
         """Sends requests together, without waiting for the replies."""
-        batch, packets = Batch(requests), bytearray()
+        batch, packets = Batch(requests, then), bytearray()
         with self._lock:
             if self.lost is not None:
                 batch.lose(self.lost)
                 return batch
             for index, (kind, payload) in enumerate(requests):
-                self._last_id = (self._last_id + 1) & 0xFFFFFFFF
-                self._owed[self._last_id] = batch, index
-                packets += HEADER.pack(len(payload) + 5, kind, self._last_id) + payload
+                request_id = next(self._ids)
+                self._owed[request_id] = batch, index
+                packets += HEADER.pack(len(payload) + 5, kind, request_id) + payload
         try:
             with self._sending:
                 self._channel.sendall(packets)
@@ -1073,56 +1076,57 @@ class Session:
                 return
             self.lost = one_line(reason)
             owed, self._owed = self._owed, {}
-        for batch, _ in list(owed.values()):
+        for batch in {batch for batch, _ in owed.values()}:
             batch.lose(self.lost)
         # Transport.close() joins a thread that may be blocked in a send.
         threading.Thread(target=self._transport.close, daemon=True).start()
 
-    def _receive(self) -> None:
+    def _receive(self, packets: Iterator[memoryview]) -> None:
         try:
-            while True:
-                packet = memoryview(self._receive_packet())
-                batch, index = self._owed.pop(U32.unpack_from(packet, 1)[0])
+            for packet in packets:
+                with self._lock:  # `close` ends what is still owed, and nothing else
+                    batch, index = self._owed.pop(U32.unpack_from(packet, 1)[0])
                 batch.deliver(index, packet)
         except KeyError:
             self.close("the box replied to a request that was not made")
         except Exception as error:  # whatever it is, nobody may wait for ever
             self.close(str(error) or "the box closed the connection")
 
-    def _receive_packet(self) -> bytes:
-        (length,) = U32.unpack(self._receive_bytes(4))
-        if not 5 <= length <= MAX_PACKET:
-            begin = printable(U32.pack(length))
-            raise ConnectionLost(f"the box sent what is not SFTP, and begins {begin!r}")
-        return self._receive_bytes(length)
+    def _packets(self) -> Iterator[memoryview]:
+        """What the box sends, without end, each from its type on; ConnectionLost."""
+        unread = memoryview(b"")
+        while True:
+            while len(unread) < 4:
+                unread = memoryview(bytes(unread) + self._receive_bytes())
+            missing = 4 + U32.unpack_from(unread)[0]
+            if not 9 <= missing <= MAX_PACKET:
+                begin = printable(bytes(unread[:4]))
+                raise ConnectionLost(f"the box sent what is not SFTP, and begins {begin!r}")
+            pieces = []  # joined once, as a large packet comes in many
+            while missing > len(unread):
+                pieces.append(unread)
+                missing -= len(unread)
+                unread = memoryview(self._receive_bytes())
+            pieces.append(unread[:missing])
+            unread = unread[missing:]
+            yield memoryview(b"".join(pieces))[4:]
 
-    def _receive_bytes(self, count: int) -> bytes:
-        pieces = []
-        while count > len(self._unread):
-            pieces.append(self._unread)
-            count -= len(self._unread)
-            self._unread = memoryview(b"")
-            while not self._unread:
-                limit = REPLY_LIMIT
-                try:
-                    self._unread = memoryview(self._channel.recv(SSH_PACKET))
-                    if not self._unread:
-                        raise ConnectionLost("the box closed the connection")
-                except TimeoutError:
-                    limit = SILENCE_LIMIT
-                self._check_overdue(limit)
-        pieces.append(self._unread[:count])
-        self._unread = self._unread[count:]
-        return b"".join(pieces)
-
-    def _check_overdue(self, limit: float) -> None:
-        now = time.monotonic()
-        if limit == SILENCE_LIMIT or now - self._watched > SILENCE_LIMIT:  # now and then
-            self._watched = now
+    def _receive_bytes(self) -> bytes:
+        """What the box sends next; ConnectionLost at the end, or if a reply is overdue."""
+        while True:
+            data, limit = b"", REPLY_LIMIT
+            try:
+                data = self._channel.recv(SSH_PACKET)
+                if not data:
+                    raise ConnectionLost("the box closed the connection")
+            except TimeoutError:
+                limit = SILENCE_LIMIT
             with self._lock:
                 oldest, _ = next(iter(self._owed.values()), (None, 0))
-            if oldest is not None and now - oldest.sent_at >= limit:
+            if oldest is not None and time.monotonic() - oldest.sent_at >= limit:
                 raise ConnectionLost(f"the box did not reply for {limit} s")
+            if data:
+                return data
 
 
 # ----------------------------------------------------------------------- Login
@@ -1647,21 +1651,20 @@ class FileReader:
 # Walking
 
 
-def listing_steps(session: Session, path: bytes) -> Generator[Batch, None, list[Entry]]:
-    """Lists a folder: OPENDIR, then READDIRs together until the end.  Yields each batch that
-    it has sent, and goes on when that has been replied to.  Returns the entries, sorted by
-    name.  SFTPError if it cannot be read, FileError if it has no end, ConnectionLost."""
-    opened = session.send(simple_request(FXP_OPENDIR, path))
-    yield opened
-    handle = raise_if_refused(opened.results()[0])
+def listing_steps(
+    session: Session, path: bytes
+) -> Generator[list[Request], list[Any], list[Entry]]:
+    """Lists a folder: OPENDIR, then READDIRs together until the end.  Yields requests to be
+    sent together, and goes on with their results.  Returns the entries, sorted by name.
+    SFTPError if it cannot be read, FileError if it has no end."""
+    (opened,) = yield [simple_request(FXP_OPENDIR, path)]
+    handle = raise_if_refused(opened)
     names: dict[bytes, Attributes] = {}  # a name may come twice while the folder changes
     ended, count = False, READDIRS_PER_BATCH
     try:
         while not ended:
             known = len(names)
-            batch = session.send(*[simple_request(FXP_READDIR, handle)] * count)
-            yield batch
-            for result in batch.results():
+            for result in (yield [simple_request(FXP_READDIR, handle)] * count):
                 if not isinstance(result, SFTPError):
                     names.update(result)
                 elif result.code == FX_EOF or ended:
@@ -1682,14 +1685,14 @@ def list_ahead(session: Session, path: bytes, steps_left: int = 0) -> Future[lis
     future: Future[list[Entry]] = Future()
     steps = listing_steps(session, path)
 
-    def go_on(_: object = None) -> None:
+    def go_on(batch: Batch | None = None) -> None:
         nonlocal steps_left
         try:
-            batch = next(steps)
+            requests = steps.send(batch.results()) if batch else next(steps)
             steps_left -= 1
             if steps_left == 0:
                 raise ConnectionLost("the folder is large")
-            batch.add_done_callback(go_on)
+            session.send(*requests, then=go_on)
         except StopIteration as end:
             future.set_result(end.value)
         except Exception as error:  # for whoever asks for the result
