@@ -1467,8 +1467,7 @@ class StorageBox:
 
     def attributes(self, path: bytes) -> Attributes:
         """Of `path` itself, even if it is a link; SFTPError, FileError."""
-        request = simple_request(FXP_LSTAT, path)
-        return Attributes(*self.retry(lambda session: session.ask_one(request)))
+        return self.retry(lambda s: Attributes(*s.ask_one(simple_request(FXP_LSTAT, path))))
 
     def exists(self, path: bytes) -> bool:
         with contextlib.suppress(SFTPError, FileError):
@@ -1726,6 +1725,12 @@ def log_failure(name: bytes | str, reason: object) -> None:
     log.error("FAIL %s: %s", printable(name), reason)
 
 
+def empty_pages(listing: Future[Any] | None) -> Iterator[list[RemoteFile]]:
+    """One after each COMMIT_PAUSE, until the listing has ended."""
+    while listing and not concurrent.futures.wait([listing], COMMIT_PAUSE).done:
+        yield []
+
+
 class Walk:
     """Every regular file below REMOTE_PATH, in the same order each time.  Many folders are
     listed at once, and handed on in the order in which they were begun.  One that is too
@@ -1751,12 +1756,10 @@ class Walk:
                     ahead = list_ahead(session, path, STEPS_AHEAD) if session else None
                     begun.append((path, ahead))
                 path, listing = begun.popleft()
-                while listing and not concurrent.futures.wait([listing], COMMIT_PAUSE).done:
-                    yield []
+                yield from empty_pages(listing)
                 if listing is None or listing.exception() is not None:
                     listing = pool.submit(self._box.list_folder, path)
-                    while not concurrent.futures.wait([listing], COMMIT_PAUSE).done:
-                        yield []
+                    yield from empty_pages(listing)
                 folders: list[bytes] = []
                 entries = self._entries(path, listing)
                 for start in range(0, len(entries), PAGE):
@@ -1791,26 +1794,21 @@ class Walk:
     ) -> RemoteFile | None:
         """The entry if it is a file to be archived.  A folder is added to `folders`."""
         path, (size, mtime, mode) = join(folder, name), attributes
-        kind, skipped, reason = stat.S_IFMT(mode or 0), "", ""
+        kind = stat.S_IFMT(mode or 0)
         if not name or b"/" in name or len(path) > MAX_PATH_BYTES:
-            reason = "no file can have this name"
+            self._report.add_failure(path[:MAX_PATH_BYTES], "no file can have this name")
         elif self._filter.is_hidden(name):
-            skipped = "Hidden entries"
+            self._report.skipped["Hidden entries"] += 1
         elif self._filter.is_excluded(path):
-            skipped = "Excluded"
+            self._report.skipped["Excluded"] += 1
         elif kind == stat.S_IFDIR:
             folders.append(path)
         elif kind == stat.S_IFREG and size is not None and mtime is not None:
             return RemoteFile(path, size, mtime)
         elif kind in (stat.S_IFREG, 0):
-            reason = "the box does not tell its type, size and time"
+            self._report.add_failure(path, "the box does not tell its type, size and time")
         else:
-            skipped = "Links" if kind == stat.S_IFLNK else "Special files"
-        if reason:
-            self._report.add_failure(path[:MAX_PATH_BYTES], reason)
-        elif skipped:
-            self._report.skipped[skipped] += 1
-        return None
+            self._report.skipped["Links" if kind == stat.S_IFLNK else "Special files"] += 1
         return None
 
 
