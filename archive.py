@@ -134,7 +134,7 @@ WRITE_SIZE = 32 * KIB  # the most that every server accepts in one WRITE, says t
 WRITES_AHEAD = 64  # WRITE requests that wait for a reply
 
 LISTINGS_AT_ONCE = 64  # folders
-STEPS_AHEAD = 4  # round trips for a folder before it is its turn: some 3,000 names
+NAMES_AHEAD = 1_200  # of each of them that are held before it is its turn, at most
 READDIRS_PER_BATCH = 4
 PAGE = 2_000  # files that are looked up in the state together
 
@@ -964,16 +964,14 @@ def raise_if_refused(result: Any) -> Any:
 
 
 class Batch:
-    """Requests that were sent together, and the packets that reply to them.  `then`, if
-    given, is called with the batch when the last reply is there or the session has ended."""
+    """Requests that were sent together, and the packets that reply to them."""
 
-    def __init__(self, requests: tuple[Request, ...], then: Callable[[Batch], None] | None):
+    def __init__(self, requests: tuple[Request, ...]):
         self.sent_at = time.monotonic()
         self._types = [kind for kind, _ in requests]
         self._packets: list[Any] = [None] * len(requests)
         self._missing = len(requests)
         self._lost: str | None = None  # the reason
-        self._then = then
         self._ended = threading.Lock()  # an Event or a Future costs many times as much
         self._ended.acquire()
 
@@ -981,16 +979,11 @@ class Batch:
         self._packets[index] = packet
         self._missing -= 1
         if not self._missing:
-            self._end()
+            self._ended.release()
 
     def lose(self, reason: str) -> None:
         self._lost = reason
-        self._end()
-
-    def _end(self) -> None:
         self._ended.release()
-        if self._then is not None:
-            self._then(self)
 
     def results(self) -> list[Any]:
         """What the box replied, in the order of the requests (see decode_reply); waits for
@@ -1043,9 +1036,9 @@ class Session:
             raise ConnectionLost("the box did not answer in SFTP")
         threading.Thread(target=self._receive, args=[packets], daemon=True).start()
 
-    def send(self, *requests: Request, then: Callable[[Batch], None] | None = None) -> Batch:
+    def send(self, *requests: Request) -> Batch:
         """Sends requests together, without waiting for the replies."""
-        batch, packets = Batch(requests, then), bytearray()
+        batch, packets = Batch(requests), bytearray()
         with self._lock:
             if self.lost is not None:
                 batch.lose(self.lost)
@@ -1381,14 +1374,6 @@ class StorageBox:
             session.close("stopped")
         return session
 
-    def session_if_free(self) -> Session | None:
-        """The session, None if it is lost or if something runs alone.  Never waits."""
-        session = self._session
-        if session is None or session.lost is not None or not self._alone.acquire(False):
-            return None
-        self._alone.release()
-        return session
-
     def pace(self, size: int) -> None:
         """Waits until `size` more bytes may be read, within BANDWIDTH_LIMIT."""
         if self._config.bandwidth_limit is not None:
@@ -1474,9 +1459,10 @@ class StorageBox:
             return bool(self.attributes(path))
         return False
 
-    def list_folder(self, path: bytes) -> list[Entry]:
-        """The entries of a folder, sorted by name; FileError."""
-        return self.retry_reading(path, lambda session: list_ahead(session, path).result())
+    def list_folder(self, path: bytes, limit: float = math.inf) -> list[Entry] | None:
+        """The entries of a folder, sorted by name; None if the first `limit` are not all;
+        FileError."""
+        return self.retry_reading(path, lambda session: list_folder(session, path, limit))
 
     def room(self) -> tuple[int, int] | None:
         """Bytes used and free where REMOTE_PATH is; None if the server does not say
@@ -1650,20 +1636,16 @@ class FileReader:
 # Walking
 
 
-def listing_steps(
-    session: Session, path: bytes
-) -> Generator[list[Request], list[Any], list[Entry]]:
-    """Lists a folder: OPENDIR, then READDIRs together until the end.  Yields requests to be
-    sent together, and goes on with their results.  Returns the entries, sorted by name.
-    SFTPError if it cannot be read, FileError if it has no end."""
-    (opened,) = yield [simple_request(FXP_OPENDIR, path)]
-    handle = raise_if_refused(opened)
+def list_folder(session: Session, path: bytes, limit: float) -> list[Entry] | None:
+    """StorageBox.list_folder: OPENDIR, then READDIRs together until the end.  SFTPError if it
+    cannot be read, FileError if it has no end, ConnectionLost."""
+    handle = session.ask_one(simple_request(FXP_OPENDIR, path))
     names: dict[bytes, Attributes] = {}  # a name may come twice while the folder changes
     ended, count = False, READDIRS_PER_BATCH
     try:
         while not ended:
             known = len(names)
-            for result in (yield [simple_request(FXP_READDIR, handle)] * count):
+            for result in session.ask(*[simple_request(FXP_READDIR, handle)] * count):
                 if not isinstance(result, SFTPError):
                     names.update(result)
                 elif result.code == FX_EOF or ended:
@@ -1672,34 +1654,12 @@ def listing_steps(
                     raise result
             if len(names) == known and not ended:
                 raise FileError("the box sent a listing that does not end")
+            if len(names) > limit:
+                return None
             count = min(2 * count, 8 * READDIRS_PER_BATCH)
     finally:
         session.send(simple_request(FXP_CLOSE, handle))  # not waited for
     return sorted(entry for entry in names.items() if entry[0] not in (b".", b".."))
-
-
-def list_ahead(session: Session, path: bytes, steps_left: int = 0) -> Future[list[Entry]]:
-    """Lists a folder without waiting: each reply sends the next requests.  After `steps_left`
-    steps it is broken off with ConnectionLost, never if 0: names would pile up."""
-    future: Future[list[Entry]] = Future()
-    steps = listing_steps(session, path)
-
-    def go_on(batch: Batch | None = None) -> None:
-        nonlocal steps_left
-        try:
-            requests = steps.send(batch.results()) if batch else next(steps)
-            steps_left -= 1
-            if steps_left == 0:
-                raise ConnectionLost("the folder is large")
-            session.send(*requests, then=go_on)
-        except StopIteration as end:
-            future.set_result(end.value)
-        except Exception as error:  # for whoever asks for the result
-            steps.close()
-            future.set_exception(error)
-
-    go_on()
-    return future
 
 
 class WalkReport:
@@ -1725,17 +1685,10 @@ def log_failure(name: bytes | str, reason: object) -> None:
     log.error("FAIL %s: %s", printable(name), reason)
 
 
-def empty_pages(listing: Future[Any] | None) -> Iterator[list[RemoteFile]]:
-    """One after each COMMIT_PAUSE, until the listing has ended."""
-    while listing and not concurrent.futures.wait([listing], COMMIT_PAUSE).done:
-        yield []
-
-
 class Walk:
     """Every regular file below REMOTE_PATH, in the same order each time.  Many folders are
     listed at once, and handed on in the order in which they were begun.  One that is too
-    large for that, or met trouble, is listed again when it is its turn, with the box's
-    retries.  Links are not followed."""
+    large for that is listed again when it is its turn.  Links are not followed."""
 
     def __init__(self, box: StorageBox, config: Config, report: WalkReport):
         self._box, self._root, self._report = box, config.remote_path, report
@@ -1747,21 +1700,21 @@ class Walk:
         Fatal if REMOTE_PATH itself cannot be listed, Stopped."""
         self._box.session()
         waiting = [self._root]
-        begun: deque[tuple[bytes, Future[list[Entry]] | None]] = deque()
-        pool = ThreadPoolExecutor(1)
+        begun: deque[tuple[bytes, Future[list[Entry] | None]]] = deque()
+        pool = ThreadPoolExecutor(LISTINGS_AT_ONCE)
         try:
             while waiting or begun:
                 while waiting and len(begun) < LISTINGS_AT_ONCE:
-                    path, session = waiting.pop(), self._box.session_if_free()
-                    ahead = list_ahead(session, path, STEPS_AHEAD) if session else None
-                    begun.append((path, ahead))
+                    path = waiting.pop()
+                    begun.append((path, pool.submit(self._box.list_folder, path, NAMES_AHEAD)))
                 path, listing = begun.popleft()
-                yield from empty_pages(listing)
-                if listing is None or listing.exception() is not None:
-                    listing = pool.submit(self._box.list_folder, path)
-                    yield from empty_pages(listing)
-                folders: list[bytes] = []
+                while not concurrent.futures.wait([listing], COMMIT_PAUSE).done:
+                    yield []
                 entries = self._entries(path, listing)
+                if entries is None:
+                    begun.appendleft((path, pool.submit(self._box.list_folder, path)))
+                    continue
+                folders: list[bytes] = []
                 for start in range(0, len(entries), PAGE):
                     page = entries[start : start + PAGE]
                     files = (self._sort_out(path, *entry, folders) for entry in page)
@@ -1770,10 +1723,10 @@ class Walk:
             for item in sorted(self._filter.unmatched):
                 log.warning("EXCLUDE_PATHS: %s has matched nothing", printable(item))
         finally:
-            pool.shutdown(wait=False)
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    def _entries(self, path: bytes, listing: Future[list[Entry]]) -> list[Entry]:
-        """The entries of a folder; none if it could not be listed: that is reported."""
+    def _entries(self, path: bytes, listing: Future[list[Entry] | None]) -> list[Entry] | None:
+        """The result of the listing; no entries if it has failed: that is reported."""
         try:
             return listing.result()
         except FileError as error:

@@ -467,7 +467,7 @@ def test_server_that_allows_few_open_handles_is_archived_in_full(archive_of):
 def test_large_folders_are_listed_whole_with_few_open_handles(archive_of):
     """Each takes more round trips than are made ahead of its turn."""
     with FaultyBox(many_files(30, 600), max_handles=16) as box:
-        result = archive_of(box)("plan", constants={"STEPS_AHEAD": 2})
+        result = archive_of(box)("plan", constants={"NAMES_AHEAD": 400})
         assert box.refused
         assert result.status == 0, result.stderr
         assert "18,000" in result.stdout
