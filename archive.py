@@ -134,7 +134,7 @@ WRITE_SIZE = 32 * KIB  # the most that every server accepts in one WRITE, says t
 WRITES_AHEAD = 64  # WRITE requests that wait for a reply
 
 LISTINGS_AT_ONCE = 64  # folders
-NAMES_AHEAD = 1_200  # of each of them that are held before it is its turn, at most
+NAMES_AHEAD = 1_200  # of a folder: a larger one is listed when it is its turn
 READDIRS_PER_BATCH = 4
 PAGE = 2_000  # files that are looked up in the state together
 
@@ -1364,11 +1364,7 @@ class StorageBox:
             if self._gone is not None:
                 raise self._gone
             if self._session is None or self._session.lost is not None:
-                try:
-                    self._session = self._connect()
-                except Fatal as error:
-                    self._gone = error
-                    raise
+                self._session = self._connect()
             session = self._session
         if self.stopping.is_set():  # `close` may have missed this one
             session.close("stopped")
@@ -1393,14 +1389,13 @@ class StorageBox:
             self.stopping.check()
             try:
                 return connect(self._config)
-            except ConnectionLost as error:
-                reason = error
-            except Fatal as error:
-                if self._session is None:  # it has never worked
+            except (ConnectionLost, Fatal) as error:
+                if isinstance(error, Fatal) and self._session is None:  # it has never worked
                     raise
                 reason = error
-        tries = len(self._pauses)
-        raise Fatal(f"gave up after {tries} tries: {reason}" if tries > 1 else str(reason))
+        tries = f"gave up after {len(self._pauses)} tries: " if len(self._pauses) > 1 else ""
+        self._gone = Fatal(f"{tries}{reason}")
+        raise self._gone
 
     def retry(self, operation: Callable[[Session], T], session: Session | None = None) -> T:
         """operation(session), from its start again whenever the session is lost under it,
@@ -1460,9 +1455,9 @@ class StorageBox:
         return False
 
     def list_folder(self, path: bytes, limit: float = math.inf) -> list[Entry] | None:
-        """The entries of a folder, sorted by name; None if the first `limit` are not all;
+        """The entries of a folder, sorted by name; None if it goes on after `limit` of them;
         FileError."""
-        return self.retry_reading(path, lambda session: list_folder(session, path, limit))
+        return self.retry_reading(path, lambda session: read_folder(session, path, limit))
 
     def room(self) -> tuple[int, int] | None:
         """Bytes used and free where REMOTE_PATH is; None if the server does not say
@@ -1636,9 +1631,9 @@ class FileReader:
 # Walking
 
 
-def list_folder(session: Session, path: bytes, limit: float) -> list[Entry] | None:
-    """StorageBox.list_folder: OPENDIR, then READDIRs together until the end.  SFTPError if it
-    cannot be read, FileError if it has no end, ConnectionLost."""
+def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | None:
+    """As StorageBox.list_folder: OPENDIR, then READDIRs together until the end.  SFTPError if
+    it cannot be read, FileError if it has no end, ConnectionLost."""
     handle = session.ask_one(simple_request(FXP_OPENDIR, path))
     names: dict[bytes, Attributes] = {}  # a name may come twice while the folder changes
     ended, count = False, READDIRS_PER_BATCH
@@ -1654,7 +1649,7 @@ def list_folder(session: Session, path: bytes, limit: float) -> list[Entry] | No
                     raise result
             if len(names) == known and not ended:
                 raise FileError("the box sent a listing that does not end")
-            if len(names) > limit:
+            if len(names) >= limit and not ended:
                 return None
             count = min(2 * count, 8 * READDIRS_PER_BATCH)
     finally:
