@@ -129,7 +129,7 @@ BLOCK = MIB  # read at a time if a file is only compared
 # OpenSSH answers a READ with at most 261,120 bytes.  The window divided by the round trip
 # bounds the rate: 16 MiB at 20 ms are 800 MB/s.  SSH's own window is wider, so that
 # listings and small files get through beside a large one.
-READ_SIZE, LEAST_READ_SIZE, READS_PER_BATCH = 252 * KIB, 4 * KIB, 8
+READ_SIZE, LEAST_READ_SIZE, READS_PER_BATCH = 252 * KIB, 32 * KIB, 8
 READ_WINDOW = 16 * MIB
 SSH_WINDOW, SSH_PACKET = 32 * MIB, 256 * KIB
 MAX_PACKET = MIB  # OpenSSH sends at most 256 KiB
@@ -138,7 +138,7 @@ WRITE_SIZE = 32 * KIB  # the most that every server accepts in one WRITE, says t
 WRITES_AHEAD = 64  # WRITE requests that wait for a reply
 
 LISTINGS_AT_ONCE = 64  # folders
-STEPS_AHEAD = 4  # round trips for a folder before it is its turn: some 3,000 names
+NAMES_AHEAD = 1_200  # of a folder: a larger one is listed when it is its turn
 READDIRS_PER_BATCH = 4
 PAGE = 2_000  # files that are looked up in the state together
 
@@ -915,10 +915,6 @@ U32, U64 = struct.Struct(">I"), struct.Struct(">Q")
 HEADER = struct.Struct(">IBI")  # length of what follows, type, request id
 ALL_ATTRS = struct.Struct(">QIIIII")  # size, uid, gid, permissions, atime, mtime
 
-REPLY_TYPES = {FXP_OPEN: FXP_HANDLE, FXP_OPENDIR: FXP_HANDLE, FXP_READ: FXP_DATA}
-REPLY_TYPES |= {FXP_READDIR: FXP_NAME, FXP_LSTAT: FXP_ATTRS, FXP_FSTAT: FXP_ATTRS}
-REPLY_TYPES |= {FXP_EXTENDED: FXP_EXTENDED_REPLY}  # FXP_STATUS for all others
-
 
 class ConnectionLost(Exception):
     """The connection is gone, frozen or out of step: only a new one helps."""
@@ -970,12 +966,12 @@ def read_request(handle: bytes, offset: int, size: int) -> Request:
     return FXP_READ, string(handle) + U64.pack(offset) + U32.pack(size)
 
 
-def decode_string(body: memoryview, at: int) -> memoryview:
-    """The SSH string at `at`."""
-    start, (size,) = at + 4, U32.unpack_from(body, at)
-    if start + size > len(body):
+def decode_string(body: memoryview) -> memoryview:
+    """The SSH string that `body` begins with."""
+    (size,) = U32.unpack_from(body)
+    if size > len(body) - 4:
         raise ConnectionLost("the box sent a string that is cut short")
-    return body[start : start + size]
+    return body[4 : size + 4]
 
 
 def decode_attributes(body: bytes | memoryview, at: int) -> tuple[Attributes, int]:
@@ -1005,7 +1001,7 @@ def decode_names(body: memoryview) -> list[Entry]:
     """The entries of a folder.  The walk's inner loop."""
     data = bytes(body)  # slices of bytes are cheaper than those of a memoryview
     entries = []
-    (count,), at = U32.unpack_from(data, 0), 4
+    (count,), at = U32.unpack_from(data), 4
     for _ in range(count):
         end = at + 4 + U32.unpack_from(data, at)[0]
         name = data[at + 4 : end]
@@ -1015,27 +1011,30 @@ def decode_names(body: memoryview) -> list[Entry]:
     return entries
 
 
+# The type of the reply to each type of request, and how it is decoded; FXP_STATUS to others.
+REPLIES: dict[int, tuple[int, Callable[[memoryview], Any]]] = {
+    FXP_OPEN: (FXP_HANDLE, decode_string),
+    FXP_OPENDIR: (FXP_HANDLE, decode_string),
+    FXP_READ: (FXP_DATA, decode_string),
+    FXP_READDIR: (FXP_NAME, decode_names),
+    FXP_LSTAT: (FXP_ATTRS, lambda body: decode_attributes(body, 0)[0]),
+    FXP_FSTAT: (FXP_ATTRS, lambda body: decode_attributes(body, 0)[0]),
+    FXP_EXTENDED: (FXP_EXTENDED_REPLY, bytes),
+}
+
+
 def decode_reply(request: int, packet: memoryview) -> Any:
     """What a reply to a request of that type says: a handle, data, attributes, entries, an
     extension's bytes, or None for "done".  A refusal is returned as SFTPError, not raised:
     other replies of its batch may be of use.  ConnectionLost if it is no such reply."""
     kind, body = packet[0], packet[5:]
-    expected = REPLY_TYPES.get(request, FXP_STATUS)
-    if kind == FXP_STATUS:
-        (code,) = U32.unpack_from(body, 0)
-        if code != FX_OK:
-            message = bytes(decode_string(body, 4)) if len(body) >= 8 else b""
-            return SFTPError(code, message[:500].decode("utf-8", "replace"))
+    expected, decode = REPLIES.get(request, (FXP_STATUS, None))
+    if kind == FXP_STATUS and (code := U32.unpack_from(body)[0]) != FX_OK:
+        message = bytes(decode_string(body[4:])) if len(body) >= 8 else b""
+        return SFTPError(code, message[:500].decode("utf-8", "replace"))
     if kind != expected:
         raise ConnectionLost(f"the box sent a reply of type {kind}, not {expected}")
-    if kind in (FXP_HANDLE, FXP_DATA):
-        data = decode_string(body, 0)
-        return bytes(data) if kind == FXP_HANDLE else data
-    if kind == FXP_ATTRS:
-        return decode_attributes(body, 0)[0]
-    if kind == FXP_NAME:
-        return decode_names(body)
-    return body if kind == FXP_EXTENDED_REPLY else None
+    return decode(body) if decode else None
 
 
 def raise_if_refused(result: Any) -> Any:
@@ -1045,56 +1044,56 @@ def raise_if_refused(result: Any) -> Any:
     return result
 
 
-class Batch(Future[list[memoryview]]):
+class Batch:
     """Requests that were sent together, and the packets that reply to them."""
 
     def __init__(self, requests: tuple[Request, ...]):
-        super().__init__()
         self.sent_at = time.monotonic()
         self._types = [kind for kind, _ in requests]
         self._packets: list[Any] = [None] * len(requests)
         self._missing = len(requests)
+        self._lost: str | None = None  # the reason
+        self._ended = threading.Lock()  # an Event or a Future costs many times as much
+        self._ended.acquire()
 
     def deliver(self, index: int, packet: memoryview) -> None:
         self._packets[index] = packet
         self._missing -= 1
         if not self._missing:
-            self.set_result(self._packets)
+            self._ended.release()
 
     def lose(self, reason: str) -> None:
-        if self._missing and not self.done():
-            self.set_exception(ConnectionLost(reason))
+        self._lost = reason
+        self._ended.release()
 
     def results(self) -> list[Any]:
         """What the box replied, in the order of the requests (see decode_reply); waits for
         the last reply.  The session ends every batch that is overdue."""
+        with self._ended:
+            if self._lost is not None:
+                raise ConnectionLost(self._lost)
         try:
-            return list(map(decode_reply, self._types, self.result()))
+            return list(map(decode_reply, self._types, self._packets))
         except (struct.error, IndexError) as error:
             raise ConnectionLost(f"the box sent a malformed reply: {error}") from None
-        except ConnectionLost as error:
-            raise ConnectionLost(str(error)) from None  # one each, for its own traceback
 
 
-class Pipe:
+class Pipe(queue.SimpleQueue[bytes]):
     """Replaces a paramiko channel's BufferedPipe, and passes the pieces on as they came in:
     its copies would take a third of the CPU time of reading."""
 
-    def __init__(self) -> None:
-        self._pieces: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-
     def feed(self, data: bytes) -> None:
         if data:  # an empty piece stands for the end
-            self._pieces.put(data)
+            self.put(data)
 
     def read(self, _nbytes: int, timeout: float | None = None) -> bytes:
         try:
-            return self._pieces.get(timeout=timeout)
+            return self.get(timeout=timeout)
         except queue.Empty:
             raise paramiko.buffered_pipe.PipeTimeout from None
 
     def close(self) -> None:
-        self._pieces.put(b"")
+        self.put(b"")
 
 
 class Session:
@@ -1107,19 +1106,16 @@ class Session:
         self._transport, self._channel = transport, channel
         self._sending = threading.Lock()
         self._lock = threading.Lock()  # never held while waiting for the box
-        self._last_id = 0
+        self._ids = itertools.count(1)
         self._owed: dict[int, tuple[Batch, int]] = {}  # by request id, oldest first
-        self._unread = memoryview(b"")
-        self._watched = time.monotonic()
         self.lost: str | None = None  # the reason, once the session has ended
         channel.in_buffer = Pipe()
-        # Nobody reads stderr: it would only pile up.
-        channel.in_stderr_buffer = SimpleNamespace(feed=lambda _: None, close=lambda: None)
         channel.settimeout(SILENCE_LIMIT)
         channel.sendall(HEADER.pack(5, FXP_INIT, 3))
-        if self._receive_packet()[0] != FXP_VERSION:
+        packets = self._packets()
+        if next(packets)[0] != FXP_VERSION:
             raise ConnectionLost("the box did not answer in SFTP")
-        threading.Thread(target=self._receive, daemon=True).start()
+        threading.Thread(target=self._receive, args=[packets], daemon=True).start()
 
     def send(self, *requests: Request) -> Batch:
         """Sends requests together, without waiting for the replies."""
@@ -1129,9 +1125,9 @@ class Session:
                 batch.lose(self.lost)
                 return batch
             for index, (kind, payload) in enumerate(requests):
-                self._last_id = (self._last_id + 1) & 0xFFFFFFFF
-                self._owed[self._last_id] = batch, index
-                packets += HEADER.pack(len(payload) + 5, kind, self._last_id) + payload
+                request_id = next(self._ids)
+                self._owed[request_id] = batch, index
+                packets += HEADER.pack(len(payload) + 5, kind, request_id) + payload
         try:
             with self._sending:
                 self._channel.sendall(packets)
@@ -1154,56 +1150,57 @@ class Session:
                 return
             self.lost = one_line(reason)
             owed, self._owed = self._owed, {}
-        for batch, _ in list(owed.values()):
+        for batch in {batch for batch, _ in owed.values()}:
             batch.lose(self.lost)
         # Transport.close() joins a thread that may be blocked in a send.
         threading.Thread(target=self._transport.close, daemon=True).start()
 
-    def _receive(self) -> None:
+    def _receive(self, packets: Iterator[memoryview]) -> None:
         try:
-            while True:
-                packet = memoryview(self._receive_packet())
-                batch, index = self._owed.pop(U32.unpack_from(packet, 1)[0])
+            for packet in packets:
+                with self._lock:  # `close` ends what is still owed, and nothing else
+                    batch, index = self._owed.pop(U32.unpack_from(packet, 1)[0])
                 batch.deliver(index, packet)
         except KeyError:
             self.close("the box replied to a request that was not made")
         except Exception as error:  # whatever it is, nobody may wait for ever
             self.close(str(error) or "the box closed the connection")
 
-    def _receive_packet(self) -> bytes:
-        (length,) = U32.unpack(self._receive_bytes(4))
-        if not 5 <= length <= MAX_PACKET:
-            begin = printable(U32.pack(length))
-            raise ConnectionLost(f"the box sent what is not SFTP, and begins {begin!r}")
-        return self._receive_bytes(length)
+    def _packets(self) -> Iterator[memoryview]:
+        """What the box sends, without end, each from its type on; ConnectionLost."""
+        unread = memoryview(b"")
+        while True:
+            while len(unread) < 4:
+                unread = memoryview(bytes(unread) + self._receive_bytes())
+            missing = 4 + U32.unpack_from(unread)[0]
+            if not 9 <= missing <= MAX_PACKET:
+                begin = printable(bytes(unread[:4]))
+                raise ConnectionLost(f"the box sent what is not SFTP, and begins {begin!r}")
+            pieces = []  # joined once, as a large packet comes in many
+            while missing > len(unread):
+                pieces.append(unread)
+                missing -= len(unread)
+                unread = memoryview(self._receive_bytes())
+            pieces.append(unread[:missing])
+            unread = unread[missing:]
+            yield memoryview(b"".join(pieces))[4:]
 
-    def _receive_bytes(self, count: int) -> bytes:
-        pieces = []
-        while count > len(self._unread):
-            pieces.append(self._unread)
-            count -= len(self._unread)
-            self._unread = memoryview(b"")
-            while not self._unread:
-                limit = REPLY_LIMIT
-                try:
-                    self._unread = memoryview(self._channel.recv(SSH_PACKET))
-                    if not self._unread:
-                        raise ConnectionLost("the box closed the connection")
-                except TimeoutError:
-                    limit = SILENCE_LIMIT
-                self._check_overdue(limit)
-        pieces.append(self._unread[:count])
-        self._unread = self._unread[count:]
-        return b"".join(pieces)
-
-    def _check_overdue(self, limit: float) -> None:
-        now = time.monotonic()
-        if limit == SILENCE_LIMIT or now - self._watched > SILENCE_LIMIT:  # now and then
-            self._watched = now
+    def _receive_bytes(self) -> bytes:
+        """What the box sends next; ConnectionLost at the end, or if a reply is overdue."""
+        while True:
+            data, limit = b"", REPLY_LIMIT
+            try:
+                data = self._channel.recv(SSH_PACKET)
+                if not data:
+                    raise ConnectionLost("the box closed the connection")
+            except TimeoutError:
+                limit = SILENCE_LIMIT
             with self._lock:
                 oldest, _ = next(iter(self._owed.values()), (None, 0))
-            if oldest is not None and now - oldest.sent_at >= limit:
+            if oldest is not None and time.monotonic() - oldest.sent_at >= limit:
                 raise ConnectionLost(f"the box did not reply for {limit} s")
+            if data:
+                return data
 
 
 # ----------------------------------------------------------------------- Login
@@ -1423,23 +1420,6 @@ def load_private_key(path: Path, passphrase: str | None) -> paramiko.PKey:
 # ----------------------------------------------------------------- Storage Box
 
 
-class RateLimit:
-    """Holds many threads below `rate` units a second together; None means no limit."""
-
-    def __init__(self, rate: float | None, stopping: StopEvent):
-        self._rate, self._stopping = rate, stopping
-        self._lock, self._next = threading.Lock(), 0.0
-
-    def wait(self, units: float) -> None:
-        """Waits until `units` more may be used."""
-        if self._rate is not None:
-            with self._lock:
-                now = time.monotonic()
-                self._next = max(self._next, now) + units / self._rate
-                delay = self._next - now
-            self._stopping.wait(delay)
-
-
 class StorageBox:
     """The box: one session at a time, replaced when it is lost."""
 
@@ -1447,9 +1427,9 @@ class StorageBox:
         self._config, self.stopping = config, stopping
         self._pauses = RECONNECT_PAUSES if reconnects else (0,)
         self._connecting, self._alone = threading.Lock(), threading.RLock()
+        self._pacing, self._paced = threading.Lock(), 0.0  # no bytes before that time
         self._session: Session | None = None
         self._gone: Fatal | None = None
-        self.bandwidth = RateLimit(config.bandwidth_limit, stopping)
 
     def close(self) -> None:
         """Ends the session for good; whoever uses the box gets Stopped."""
@@ -1465,23 +1445,20 @@ class StorageBox:
             if self._gone is not None:
                 raise self._gone
             if self._session is None or self._session.lost is not None:
-                try:
-                    self._session = self._connect()
-                except Fatal as error:
-                    self._gone = error
-                    raise
+                self._session = self._connect()
             session = self._session
         if self.stopping.is_set():  # `close` may have missed this one
             session.close("stopped")
         return session
 
-    def session_if_free(self) -> Session | None:
-        """The session, None if it is lost or if something runs alone.  Never waits."""
-        session = self._session
-        if session is None or session.lost is not None or not self._alone.acquire(False):
-            return None
-        self._alone.release()
-        return session
+    def pace(self, size: int) -> None:
+        """Waits until `size` more bytes may be read, within BANDWIDTH_LIMIT."""
+        if self._config.bandwidth_limit is not None:
+            with self._pacing:
+                now = time.monotonic()
+                self._paced = max(self._paced, now) + size / self._config.bandwidth_limit
+                delay = self._paced - now
+            self.stopping.wait(delay)
 
     def _connect(self) -> Session:
         """A new session, after RECONNECT_PAUSES attempts at most; Fatal, Stopped."""
@@ -1493,29 +1470,30 @@ class StorageBox:
             self.stopping.check()
             try:
                 return connect(self._config)
-            except ConnectionLost as error:
-                reason = error
-            except Fatal as error:
-                if self._session is None:  # it has never worked
+            except (ConnectionLost, Fatal) as error:
+                if isinstance(error, Fatal) and self._session is None:  # it has never worked
                     raise
                 reason = error
-        tries = len(self._pauses)
-        raise Fatal(f"gave up after {tries} tries: {reason}" if tries > 1 else str(reason))
+        tries = f"gave up after {len(self._pauses)} tries: " if len(self._pauses) > 1 else ""
+        self._gone = Fatal(f"{tries}{reason}")
+        raise self._gone
 
-    def retry(self, operation: Callable[[Session], T]) -> T:
+    def retry(self, operation: Callable[[Session], T], session: Session | None = None) -> T:
         """operation(session), from its start again whenever the session is lost under it,
         or the server refuses with FAILURE: it may have too many files open.
 
         From the third try on it runs alone: nothing else is begun meanwhile, so that a
         file which breaks the connection every time fails without taking others with it.
+        What goes on with `session` begins nothing: it does not wait for what runs alone.
         FileError (LOST) after TRIES, SFTPError, Fatal, Stopped.
         """
         with contextlib.ExitStack() as stack:
             for attempt in range(1, TRIES + 1):
                 if attempt > SHARED_TRIES:
                     stack.enter_context(self._alone)
-                with self._alone:
-                    session = self.session()
+                if session is None or session.lost is not None:
+                    with self._alone:
+                        session = self.session()
                 try:
                     return operation(session)
                 except ConnectionLost as error:
@@ -1525,14 +1503,17 @@ class StorageBox:
                     if error.code != FX_FAILURE or attempt == TRIES:
                         raise
                     self.stopping.wait(HANDLE_PAUSE)
+                    session = None
         raise FileError(f"lost the connection {TRIES} times, last: {reason}", LOST)
 
-    def retry_reading(self, path: bytes, operation: Callable[[Session], T]) -> T:
+    def retry_reading(
+        self, path: bytes, operation: Callable[[Session], T], session: Session | None = None
+    ) -> T:
         """`retry` for what opens `path`; a refusal is a FileError, VANISHED if it is gone.
         OpenSSH says "no such file" for other reasons, too: such a file would count as
         vanished every night."""
         try:
-            return self.retry(operation)
+            return self.retry(operation, session)
         except SFTPError as error:
             refusal = error
         if refusal.code == FX_NO_SUCH_FILE:
@@ -1547,17 +1528,17 @@ class StorageBox:
 
     def attributes(self, path: bytes) -> Attributes:
         """Of `path` itself, even if it is a link; SFTPError, FileError."""
-        request = simple_request(FXP_LSTAT, path)
-        return Attributes(*self.retry(lambda session: session.ask_one(request)))
+        return self.retry(lambda s: Attributes(*s.ask_one(simple_request(FXP_LSTAT, path))))
 
     def exists(self, path: bytes) -> bool:
         with contextlib.suppress(SFTPError, FileError):
             return bool(self.attributes(path))
         return False
 
-    def list_folder(self, path: bytes) -> list[Entry]:
-        """The entries of a folder, sorted by name; FileError."""
-        return self.retry_reading(path, lambda session: list_ahead(session, path).result())
+    def list_folder(self, path: bytes, limit: float = math.inf) -> list[Entry] | None:
+        """The entries of a folder, sorted by name; None if it goes on after `limit` of them;
+        FileError."""
+        return self.retry_reading(path, lambda session: read_folder(session, path, limit))
 
     def room(self) -> tuple[int, int] | None:
         """Bytes used and free where REMOTE_PATH is; None if the server does not say
@@ -1586,22 +1567,24 @@ class FileReader:
     only if the file still has the size and mtime that it had at first, by its handle and by
     its path: another file may have been renamed over it.  Everything else is a FileError.
 
-    A small file takes two round trips: OPEN; then FSTAT, READs, FSTAT and LSTAT.
+    A small file takes two round trips: OPEN; then FSTAT, READs, FSTAT, LSTAT and CLOSE.
     """
 
     def __init__(self, box: StorageBox, listed: RemoteFile, offset: int = 0):
         """Opens the file as it is now; FileError, also if it has grown by more than GROWTH
         since it was listed: no memory was set aside for that."""
-        self._box, self._listed, self._began = box, listed, time.time()
+        self._box, self._began = box, time.time()
         self.file = listed  # what FSTAT says of it, once it `is_open`
         self.is_recent = False  # known once it was read to its end
         self.is_verified = False  # it was read to its end, and had not changed
-        self._is_open = self._is_late = False
-        self._delivered = self._received = offset
+        self._is_open = False
+        self._delivered = self._received = self._requested = offset
         self._arrived: deque[memoryview] = deque()
-        self._read_size, self._last_short = READ_SIZE, 0
+        self._batches: deque[tuple[Batch, list[tuple[int, int]]]] = deque()
+        self._read_size = READ_SIZE
+        self._empty_at = -1  # the offset at which no byte came
         self._session: Session | None = None
-        self._handle = b""
+        self._handle = b""  # empty once its CLOSE has been sent
         try:
             while not self._is_open:
                 self._advance()
@@ -1612,16 +1595,16 @@ class FileReader:
     def read(self, amount: int = -1) -> bytes:
         """The next `amount` bytes, fewer only at the end; the rest if negative; FileError."""
         left = self.file.size - self._delivered
-        amount = left if amount < 0 else min(amount, left)
+        missing = amount = left if amount < 0 else min(amount, left)
         data = io.BytesIO(bytes(amount))  # getvalue() does not copy, as join() would
-        while data.tell() < amount or (amount == left and not self.is_verified):
-            if not self._arrived or data.tell() == amount:
+        while missing or (amount == left and not self.is_verified):
+            if not missing or not self._arrived:
                 self._advance()
-            while self._arrived and data.tell() < amount:
-                piece, room = self._arrived.popleft(), amount - data.tell()
-                if len(piece) > room:
-                    self._arrived.appendleft(piece[room:])
-                data.write(piece[:room])
+                continue
+            piece = self._arrived.popleft()
+            if len(piece) > missing:
+                self._arrived.appendleft(piece[missing:])
+            missing -= data.write(piece[:missing])
         self._delivered += amount
         return data.getvalue()
 
@@ -1635,84 +1618,72 @@ class FileReader:
         """Keeps the window full, and takes in the oldest batch."""
 
         def advance(session: Session) -> None:
-            if session is not self._session:
-                self._open(session)
-            window = self._received + READ_WINDOW
-            while not self._is_all_requested and self._requested < window:
+            if session is not self._session or not (self._handle or self._batches):
+                self._handle = b""  # of another session it may be another file's
+                self._handle = session.ask_one(open_request(self.file.path, FOR_READING))
+                self._session = session
+                self._start_again()
+            while self._handle and self._requested < self._received + READ_WINDOW:
                 self._request(session)
-            self._take_batch(session)
+            self._take_batch()
 
-        session = self._session
-        if session is not None and session.lost is None:
-            # This does not begin anything: it need not wait for what runs alone.
-            try:
-                return advance(session)
-            except ConnectionLost as error:
-                session.close(str(error))
-        self._box.retry_reading(self.file.path, advance)
+        self._box.retry_reading(self.file.path, advance, self._session)
 
-    def _open(self, session: Session) -> None:
-        """Opens the file, to read what has not arrived yet."""
-        self._handle = b""  # of another session it may be another file's
-        self._batches: deque[tuple[Batch, list[tuple[int, int]]]] = deque()
-        self._requested, self._is_all_requested = self._received, False
-        self._handle = session.ask_one(open_request(self.file.path, FOR_READING))
-        self._session = session
+    def _start_again(self) -> None:
+        """Drops what is under way: the next requests begin behind what was received."""
+        self._batches.clear()
+        self._requested = self._received
 
     def _request(self, session: Session) -> None:
         """Asks for the attributes and some more bytes; at the end for the attributes again,
-        also by the path."""
+        also by the path, and closes the file."""
         start, step = self._requested, self._read_size
         end = min(self.file.size, start + READS_PER_BATCH * step)
         spans = [(at, min(step, end - at)) for at in range(start, end, step)]
-        requests = [simple_request(FXP_FSTAT, self._handle)]
-        requests += [read_request(self._handle, *span) for span in spans]
+        fstat = simple_request(FXP_FSTAT, self._handle)
+        requests = [fstat, *(read_request(self._handle, *span) for span in spans)]
         if end == self.file.size:
-            requests.append(simple_request(FXP_FSTAT, self._handle))
-            requests.append(simple_request(FXP_LSTAT, self.file.path))
-        self._box.bandwidth.wait(end - start)
+            requests += [fstat, simple_request(FXP_LSTAT, self.file.path)]
+            requests += [simple_request(FXP_CLOSE, self._handle)]
+            self._handle = b""
+        self._box.pace(end - start)
         self._batches.append((session.send(*requests), spans))
-        self._requested, self._is_all_requested = end, end == self.file.size
+        self._requested = end
 
-    def _take_batch(self, session: Session) -> None:
+    def _take_batch(self) -> None:
         batch, spans = self._batches.popleft()
         before, *results = batch.results()
+        listed = self.file
         self._check_unchanged(before)
-        if self._session is None:  # its size is not the listed one: it is opened again
-            return
-        for (at, size), data in zip(spans, results):
-            self._take(session, at, size, data)
-        for after in results[len(spans) :]:
-            self._check_unchanged(after)
+        if self.file.size != listed.size:  # other bytes have to be asked for
+            return self._start_again()
+        for span, data in zip(spans, results):
+            if not self._take(*span, data):
+                return self._start_again()
         if len(results) > len(spans):
-            self._is_all_requested = self.is_verified = not self._is_late
-            self._is_late = False
-            if self.is_verified:
-                self.is_recent = is_recent(self.file, self._began)
-                self.close()
+            for after in results[len(spans) : -1]:
+                self._check_unchanged(after)
+            self.is_verified, self.is_recent = True, is_recent(self.file, self._began)
 
-    def _take(self, session: Session, at: int, size: int, data: Any) -> None:
-        """Takes what came for `size` bytes at offset `at`, and asks for what a short reply
-        has left out."""
-        while True:
-            if isinstance(data, SFTPError) and data.code != FX_EOF:
+    def _take(self, at: int, size: int, data: Any) -> bool:
+        """Takes what came for `size` bytes at offset `at`, and returns whether that is all.
+        Two replies without a byte end the file: a change of it shows between them."""
+        if isinstance(data, SFTPError):
+            if data.code != FX_EOF:
                 raise FileError(f"reading failed: {data}")
-            if isinstance(data, SFTPError) or not data:
-                self._check_unchanged(session.ask(simple_request(FXP_FSTAT, self._handle))[0])
-                raise FileError(f"ended at {at:,} of {self.file.size:,} bytes")
-            if len(data) > size:
-                raise ConnectionLost(f"the box sent {len(data):,} bytes for {size:,}")
+            data = b""
+        if len(data) > size:
+            raise ConnectionLost(f"the box sent {len(data):,} bytes for {size:,}")
+        if data:
             self._arrived.append(data)
-            at, size = at + len(data), size - len(data)
-            self._received = at
-            if not size:
-                return
-            # Twice the same length: that is the most that this server sends.
-            if len(data) == self._last_short:
-                self._read_size = max(len(data), LEAST_READ_SIZE)
-            self._last_short = len(data)
-            self._is_late = self._is_all_requested  # the last check came before this
-            (data,) = session.ask(read_request(self._handle, at, size))
+            self._received += len(data)
+        elif self._empty_at == at:
+            raise FileError(f"ended at {at:,} of {self.file.size:,} bytes")
+        else:
+            self._empty_at = at
+        if len(data) < size:  # it may be the most that this server sends
+            self._read_size = max(len(data), LEAST_READ_SIZE)
+        return len(data) == size
 
     def _check_unchanged(self, found: Attributes | SFTPError) -> None:
         """FileError unless the file is as it was at first."""
@@ -1724,15 +1695,14 @@ class FileReader:
         if size is None or mtime is None:
             raise FileError("the box does not tell its size and time")
         before, after = self.file, RemoteFile(self.file.path, size, mtime)
-        if not self._is_open and stat.S_ISREG(mode or stat.S_IFREG):
-            if size > self._listed.size + GROWTH:
-                listed = self._listed.size
-                raise FileError(f"changed: {listed:,} bytes when it was listed, now {size:,}")
+        is_regular = stat.S_ISREG(mode or stat.S_IFREG)
+        if not self._is_open and is_regular:
+            if size > before.size + GROWTH:
+                raise FileError(
+                    f"changed: {before.size:,} bytes when it was listed, now {size:,}"
+                )
             self._is_open, self.file = True, after
-            if size != before.size:  # other bytes have to be asked for
-                self.close()
-                self._session = None
-        elif before != after or not stat.S_ISREG(mode or stat.S_IFREG):
+        elif before != after or not is_regular:
             raise FileError(
                 f"changed while it was read: {before.size:,} bytes of mtime {before.mtime}, "
                 f"then {after.size:,} of {after.mtime}"
@@ -1742,21 +1712,16 @@ class FileReader:
 # Walking
 
 
-def listing_steps(session: Session, path: bytes) -> Generator[Batch, None, list[Entry]]:
-    """Lists a folder: OPENDIR, then READDIRs together until the end.  Yields each batch that
-    it has sent, and goes on when that has been replied to.  Returns the entries, sorted by
-    name.  SFTPError if it cannot be read, FileError if it has no end, ConnectionLost."""
-    opened = session.send(simple_request(FXP_OPENDIR, path))
-    yield opened
-    handle = raise_if_refused(opened.results()[0])
+def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | None:
+    """As StorageBox.list_folder: OPENDIR, then READDIRs together until the end.  SFTPError if
+    it cannot be read, FileError if it has no end, ConnectionLost."""
+    handle = session.ask_one(simple_request(FXP_OPENDIR, path))
     names: dict[bytes, Attributes] = {}  # a name may come twice while the folder changes
     ended, count = False, READDIRS_PER_BATCH
     try:
         while not ended:
             known = len(names)
-            batch = session.send(*[simple_request(FXP_READDIR, handle)] * count)
-            yield batch
-            for result in batch.results():
+            for result in session.ask(*[simple_request(FXP_READDIR, handle)] * count):
                 if not isinstance(result, SFTPError):
                     names.update(result)
                 elif result.code == FX_EOF or ended:
@@ -1765,34 +1730,12 @@ def listing_steps(session: Session, path: bytes) -> Generator[Batch, None, list[
                     raise result
             if len(names) == known and not ended:
                 raise FileError("the box sent a listing that does not end")
+            if len(names) >= limit and not ended:
+                return None
             count = min(2 * count, 8 * READDIRS_PER_BATCH)
     finally:
         session.send(simple_request(FXP_CLOSE, handle))  # not waited for
     return sorted(entry for entry in names.items() if entry[0] not in (b".", b".."))
-
-
-def list_ahead(session: Session, path: bytes, steps_left: int = 0) -> Future[list[Entry]]:
-    """Lists a folder without waiting: each reply sends the next requests.  After `steps_left`
-    steps it is broken off with ConnectionLost, never if 0: names would pile up."""
-    future: Future[list[Entry]] = Future()
-    steps = listing_steps(session, path)
-
-    def go_on(_: object = None) -> None:
-        nonlocal steps_left
-        try:
-            batch = next(steps)
-            steps_left -= 1
-            if steps_left == 0:
-                raise ConnectionLost("the folder is large")
-            batch.add_done_callback(go_on)
-        except StopIteration as end:
-            future.set_result(end.value)
-        except Exception as error:  # for whoever asks for the result
-            steps.close()
-            future.set_exception(error)
-
-    go_on()
-    return future
 
 
 class WalkReport:
@@ -1826,8 +1769,7 @@ def log_failure(name: bytes | str, reason: object) -> None:
 class Walk:
     """Every regular file below REMOTE_PATH, in the same order each time.  Many folders are
     listed at once, and handed on in the order in which they were begun.  One that is too
-    large for that, or met trouble, is listed again when it is its turn, with the box's
-    retries.  Links are not followed."""
+    large for that is listed again when it is its turn.  Links are not followed."""
 
     def __init__(self, box: StorageBox, config: Config, report: WalkReport):
         self._box, self._root, self._report = box, config.remote_path, report
@@ -1839,23 +1781,21 @@ class Walk:
         Fatal if REMOTE_PATH itself cannot be listed, Stopped."""
         self._box.session()
         waiting = [self._root]
-        begun: deque[tuple[bytes, Future[list[Entry]] | None]] = deque()
-        pool = ThreadPoolExecutor(1)
+        begun: deque[tuple[bytes, Future[list[Entry] | None]]] = deque()
+        pool = ThreadPoolExecutor(LISTINGS_AT_ONCE)
         try:
             while waiting or begun:
                 while waiting and len(begun) < LISTINGS_AT_ONCE:
-                    path, session = waiting.pop(), self._box.session_if_free()
-                    ahead = list_ahead(session, path, STEPS_AHEAD) if session else None
-                    begun.append((path, ahead))
+                    path = waiting.pop()
+                    begun.append((path, pool.submit(self._box.list_folder, path, NAMES_AHEAD)))
                 path, listing = begun.popleft()
-                while listing and not concurrent.futures.wait([listing], COMMIT_PAUSE).done:
+                while not concurrent.futures.wait([listing], COMMIT_PAUSE).done:
                     yield []
-                if listing is None or listing.exception() is not None:
-                    listing = pool.submit(self._box.list_folder, path)
-                    while not concurrent.futures.wait([listing], COMMIT_PAUSE).done:
-                        yield []
-                folders: list[bytes] = []
                 entries = self._entries(path, listing)
+                if entries is None:
+                    begun.appendleft((path, pool.submit(self._box.list_folder, path)))
+                    continue
+                folders: list[bytes] = []
                 for start in range(0, len(entries), PAGE):
                     page = entries[start : start + PAGE]
                     files = (self._sort_out(path, *entry, folders) for entry in page)
@@ -1863,22 +1803,22 @@ class Walk:
                 waiting += reversed(folders)
             self._report.unmatched = self._filter.unmatched
         finally:
-            pool.shutdown(wait=False)
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def leaves_out(self, path: bytes) -> bool:
         """Whether the walk does not reach this path: it is hidden or excluded, or a folder
         above it is, or could not be listed."""
         root = join(self._root, b"")
         parts = path.removeprefix(root).split(b"/")
-        above = [root[:-1], *itertools.accumulate(parts, join, initial=root)][1:]
+        above = list(itertools.accumulate(parts, join, initial=root))[1:]
         return (
             any(map(self._filter.is_hidden, parts))
             or any(map(self._filter.is_excluded, above))
             or bool(self._report.unlisted.intersection(above))
         )
 
-    def _entries(self, path: bytes, listing: Future[list[Entry]]) -> list[Entry]:
-        """The entries of a folder; none if it could not be listed: that is reported."""
+    def _entries(self, path: bytes, listing: Future[list[Entry] | None]) -> list[Entry] | None:
+        """The result of the listing; no entries if it has failed: that is reported."""
         try:
             return listing.result()
         except FileError as error:
@@ -1899,26 +1839,21 @@ class Walk:
     ) -> RemoteFile | None:
         """The entry if it is a file to be archived.  A folder is added to `folders`."""
         path, (size, mtime, mode) = join(folder, name), attributes
-        kind, skipped, reason = stat.S_IFMT(mode or 0), "", ""
+        kind = stat.S_IFMT(mode or 0)
         if not name or b"/" in name or len(path) > MAX_PATH_BYTES:
-            reason = "no file can have this name"
+            self._report.add_failure(path[:MAX_PATH_BYTES], "no file can have this name")
         elif self._filter.is_hidden(name):
-            skipped = "Hidden entries"
+            self._report.skipped["Hidden entries"] += 1
         elif self._filter.is_excluded(path):
-            skipped = "Excluded"
+            self._report.skipped["Excluded"] += 1
         elif kind == stat.S_IFDIR:
             folders.append(path)
         elif kind == stat.S_IFREG and size is not None and mtime is not None:
             return RemoteFile(path, size, mtime)
         elif kind in (stat.S_IFREG, 0):
-            reason = "the box does not tell its type, size and time"
+            self._report.add_failure(path, "the box does not tell its type, size and time")
         else:
-            skipped = "Links" if kind == stat.S_IFLNK else "Special files"
-        if reason:
-            self._report.add_failure(path[:MAX_PATH_BYTES], reason)
-        elif skipped:
-            self._report.skipped[skipped] += 1
-        return None
+            self._report.skipped["Links" if kind == stat.S_IFLNK else "Special files"] += 1
         return None
 
 

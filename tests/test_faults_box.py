@@ -420,7 +420,7 @@ def failure_after_the_end(request):
 
 
 def test_very_large_folder_behind_many_others_is_listed_whole(archive_of):
-    """Its turn comes late, and it takes more round trips than are made ahead of that."""
+    """Its turn comes late, and it is too large to be listed ahead of that."""
 
     def names(path):
         if path:
@@ -465,9 +465,9 @@ def test_server_that_allows_few_open_handles_is_archived_in_full(archive_of):
 
 
 def test_large_folders_are_listed_whole_with_few_open_handles(archive_of):
-    """Each takes more round trips than are made ahead of its turn."""
+    """Each is too large to be listed ahead of its turn."""
     with FaultyBox(many_files(30, 600), max_handles=16) as box:
-        result = archive_of(box)("plan", constants={"STEPS_AHEAD": 2})
+        result = archive_of(box)("plan", constants={"NAMES_AHEAD": 400})
         assert box.refused
         assert result.status == 0, result.stderr
         assert "18,000" in result.stdout
