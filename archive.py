@@ -1587,6 +1587,7 @@ class FileReader:
         requests = [simple_request(FXP_FSTAT, self._handle)]
         requests += [read_request(self._handle, *span) for span in spans]
         if end == self.file.size:
+            requests.append(read_request(self._handle, end, 1))  # the size may be wrong
             requests.append(simple_request(FXP_FSTAT, self._handle))
             requests.append(simple_request(FXP_LSTAT, self.file.path))
         self._box.bandwidth.wait(end - start)
@@ -1601,9 +1602,11 @@ class FileReader:
             return
         for (at, size), data in zip(spans, results):
             self._take(session, at, size, data)
-        for after in results[len(spans) :]:
+        for after in results[len(spans) + 1 :]:
             self._check_unchanged(after)
         if len(results) > len(spans):
+            if isinstance(results[len(spans)], memoryview) and results[len(spans)]:
+                raise FileError(f"has more than {self.file.size:,} bytes, its size on the box")
             self._is_all_requested = self.is_verified = not self._is_late
             self._is_late = False
             if self.is_verified:
