@@ -159,8 +159,8 @@ SAME_FAILURES = 20  # in a row, until the run ends: they are not the files' faul
 DOWNLOAD_BLOCK = 256 * KIB
 
 # A file modified so shortly (s) before it was read could be modified again and keep its
-# size and mtime.  For what another program stored, its clock is not known: a minute.
-RECENT, RECENTLY_STORED = 2, 60
+# size and mtime.  Not two seconds: the clocks of box, S3 and this machine may differ.
+RECENT = 60
 
 TIERS = {"bulk": 48, "standard": 12}  # hours until S3 has restored, at most
 
@@ -3029,7 +3029,7 @@ class Run:
         found = self._object_to_compare(job) if job.compares or is_complete else None
         # The mtime that its program has put into the metadata is as good as a row of ours,
         # unless it was stored so soon that the file could have changed again and kept it.
-        if found and found.mtime == job.file.mtime < found.stored_at - RECENTLY_STORED:
+        if found and found.mtime == job.file.mtime < found.stored_at - RECENT:
             return Archived(job.file, found, False, False)
         if job.plan.parts_at_once:
             with self._turns:

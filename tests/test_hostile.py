@@ -200,6 +200,6 @@ def test_file_rewritten_while_s3_takes_its_time_is_archived_by_the_next_run(
     with ScriptedS3(moto.url) as s3:
         s3.on("PutObject", rewrite, key="f")
         archive = archive_of(box, AWS_ENDPOINT_URL=s3.url)
-        assert archive(constants={"RECENT": recent}).counts == (1, 0, 0)
-        assert archive().counts == (1, 0, 0)
+        for _ in range(2):
+            assert archive(constants={"RECENT": recent}).counts == (1, 0, 0)
         assert_all_archived(archive, box)
