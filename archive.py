@@ -1272,7 +1272,7 @@ def check_host_key(config: Config, key: paramiko.PKey, known: Keys, revoked: Key
 def log_in(config: Config, transport: paramiko.Transport) -> None:
     """With the key file and the password, as far as they are set, else with the agent; Fatal
     if the box accepts none of them, or hangs up."""
-    attempts: list[tuple[str, Callable[[], object]]] = []
+    attempts: list[tuple[str, Callable[[], list[str]]]] = []
     if config.key_file:
         key = load_private_key(config.key_file, config.key_passphrase)
         name = f"HETZNER_KEY_FILE {config.key_file}"
@@ -1295,9 +1295,10 @@ def log_in(config: Config, transport: paramiko.Transport) -> None:
     if config.key_file or not config.password:
         message += "; a Storage Box takes the public key in RFC 4716 form (ssh-keygen -e) on "
         message += f"port 22, in OpenSSH's on port 23: HETZNER_PORT is {config.port}"
-    for _, attempt in attempts:
+    for name, attempt in attempts:
         with contextlib.suppress(paramiko.AuthenticationException):
-            attempt()
+            if others := attempt():
+                message += f"; {name} was right, but {' or '.join(others)} is wanted as well"
         if transport.is_authenticated():
             return
         # More attempts, and the box may ban this machine.
