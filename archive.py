@@ -2205,7 +2205,8 @@ def s3_errors() -> Iterator[None]:
             raise Fatal(f"S3 refused {said}; {REMEDIES[code]}", code) from None
         if error.operation_name.startswith(("Assume", "GetSession", "GetRole", "CreateToken")):
             raise Fatal(f"no AWS credentials: {said}", code) from None
-        raise FileError(f"S3 refused {said}", code) from None
+        hint = "; perhaps the credentials have expired" if code == "400" else ""  # to a HEAD
+        raise FileError(f"S3 refused {said}{hint}", code) from None
     except NO_CREDENTIALS as error:
         keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         raise Fatal(f"no AWS credentials: {error}; set {keys}") from None
