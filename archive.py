@@ -2375,6 +2375,8 @@ class Bucket:
         with s3_errors():
             for page in paginator.paginate(Bucket=self._name, **parameters):
                 yield from page.get(entries, ())
+                if page.get("IsTruncated") and not any(n.startswith("Next") for n in page):
+                    raise FileError("S3's listing breaks off, and does not say how it goes on")
 
     # Uploads
 
