@@ -2167,7 +2167,7 @@ REMEDIES = {  # of refusals that every request would meet
     "AccessDenied": "the credentials may not do this: see the README's IAM policy",
     "NoSuchBucket": "create the bucket, or correct S3_BUCKET",
     "PermanentRedirect": "the bucket is in another region: set AWS_REGION to it",
-    "AuthorizationHeaderMalformed": "set AWS_REGION to the bucket's region",
+    "AuthorizationHeaderMalformed": "correct AWS_REGION (the bucket's) or AWS_ACCESS_KEY_ID",
     "IllegalLocationConstraintException": "set AWS_REGION to the bucket's region",
     "RequestTimeTooSkewed": "set this machine's clock",
     "ExpiredToken": "renew the credentials",
