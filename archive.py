@@ -3529,10 +3529,10 @@ class LocalFolder:
     """A folder of this machine to restore to; made if it is not there, Fatal if that fails."""
 
     def __init__(self, folder: str):
-        self._folder = Path(folder)
+        self._folder = Path(os.path.expanduser(folder))  # no shell does it in --to=~/x
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
+            with tempfile.TemporaryFile(dir=self._folder):
                 pass
         except OSError as error:
             raise Fatal(f"{printable(folder)} cannot be written to: {error}") from None
