@@ -142,7 +142,7 @@ PAGE = 2_000  # files that are looked up in the state together
 CONNECT_LIMIT = 30  # for TCP, and again from the banner to the SFTP session
 SILENCE_LIMIT = 60  # nothing at all from the box while it owes a reply
 REPLY_LIMIT = 900  # one reply, while others keep coming
-RECONNECT_PAUSES = (0, 1, 2, 4, 8, 15)  # before each attempt to connect again
+RECONNECT_PAUSES = (0, 1, 2, 4, 8, 15)  # before each attempt to connect again, also to S3
 HANDLE_PAUSE = 0.1  # before a refused file is opened again: too many may be open
 KEEPALIVE = 60  # the box closes idle sessions; a part may take minutes to upload
 S3_CONNECT_LIMIT, S3_READ_LIMIT = 20, 60  # per attempt
@@ -154,7 +154,7 @@ RUNTIME_GRACE = 40  # after MAX_RUNTIME, for the parts that are under way
 
 TRIES = 5  # of one operation on the box, until its file is reported as failed
 SHARED_TRIES = 2  # of these; the others run while nothing else begins
-S3_ATTEMPTS = 5
+S3_ATTEMPTS = 7
 SAME_FAILURES = 20  # in a row, until the run ends: they are not the files' fault
 DOWNLOAD_BLOCK = 256 * KIB
 
@@ -2257,6 +2257,16 @@ def stored_object(key: str, answer: Mapping[str, Any]) -> StoredObject:
     )
 
 
+def outage_pause(attempts: int, response: Any, caught_exception: Any, **_: Any) -> float | None:
+    """Seconds until a request that S3 cannot answer now is sent again.  boto3's own pauses are
+    over within a second, and all requests under way share its small number of retries."""
+    is_outage = isinstance(caught_exception, (aws.ConnectionError, aws.HTTPClientError))
+    is_outage |= response is not None and response[0].status_code in (500, 502, 503, 504)
+    if not is_outage or attempts >= S3_ATTEMPTS:
+        return None
+    return RECONNECT_PAUSES[min(attempts, len(RECONNECT_PAUSES)) - 1]
+
+
 # An unfinished upload: its id, and its parts to go on behind, from 1 on without a gap, as
 # CompleteMultipartUpload takes them.
 StoredParts = tuple[str, list[dict[str, Any]]]
@@ -2358,6 +2368,8 @@ class Bucket:
         # "Expect: 100-continue" costs every PUT a round trip.
         events = self._client.meta.events
         events.unregister("before-call.s3", botocore.handlers.add_expect_header)
+        if retries:
+            events.register_first("needs-retry.s3", outage_pause)
 
     def _ask(self, operation: str, *missing: str, **parameters: Any) -> Any:
         """S3's answer, None if it refuses with one of the codes `missing`."""

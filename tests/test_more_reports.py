@@ -13,7 +13,7 @@ import paramiko
 import pytest
 from conftest import MIB, PROGRAM, fill, tree
 from faulty_sftp import EOF, a_file, attributes, names, status
-from scripted_s3 import Answer, error, rewritten
+from scripted_s3 import Answer, Exchange, error, reset, rewritten
 from servers import PASSWORD, OpenSSH
 
 
@@ -123,6 +123,22 @@ def test_server_that_wants_key_and_password_gets_both(
 # --- S3 ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("fault", [reset, error(503, "SlowDown")], ids=["reset", "503"])
+def test_s3_may_be_away_for_some_seconds(archive, box, s3, fault):
+    """rclone#4313, harbor#23005: a second without a network, and the night is over."""
+    fill(box.root, {f"f{n:03}": b"%d" % n for n in range(100)})
+    ends = []
+
+    def away(exchange):
+        ends.append(time.time() + 3)
+        exchange.body()
+        return (fault if time.time() < ends[0] else Exchange.forward)(exchange)
+
+    s3.always("PutObject", away)
+    result = archive(AWS_ENDPOINT_URL=s3.url)
+    assert (result.status, result.counts) == (0, (100, 0, 0)), result.stderr
+
+
 def test_head_that_is_refused_without_a_reason_names_the_likely_one(archive, box, s3):
     """botocore#1400: an expired token is "400 Bad Request" to a HEAD, and nothing more."""
     fill(box.root, {f"f{n:02}": b"x" for n in range(40)})
@@ -167,7 +183,7 @@ def test_error_in_an_answer_of_status_200_is_one(archive, box, s3):
     refusal = error(200, "InternalError")
     s3.on("CompleteMultipartUpload", refusal, key="once")
     s3.always("CompleteMultipartUpload", refusal, key="always")
-    result = archive(AWS_ENDPOINT_URL=s3.url)
+    result = archive(AWS_ENDPOINT_URL=s3.url, constants={"S3_ATTEMPTS": 2})
     assert (result.status, result.counts) == (3, (1, 0, 1)), result.stderr
     assert set(archive.objects()) == set(archive.contents()) == {"once"}
     archive.assert_invariant()
