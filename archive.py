@@ -52,6 +52,7 @@ import logging.handlers
 import math
 import os
 import queue
+import random
 import re
 import shlex
 import shutil
@@ -146,7 +147,7 @@ PAGE = 2_000  # files that are looked up in the state together
 CONNECT_LIMIT = 30  # for TCP, and again from the banner to the SFTP session
 SILENCE_LIMIT = 60  # nothing at all from the box while it owes a reply
 REPLY_LIMIT = 900  # one reply, while others keep coming
-RECONNECT_PAUSES = (0, 1, 2, 4, 8, 15)  # before each attempt to connect again
+RECONNECT_PAUSES = (0, 1, 2, 4, 8, 15)  # before each attempt to connect again, also to S3
 HANDLE_PAUSE = 0.1  # before a refused file is opened again: too many may be open
 KEEPALIVE = 60  # the box closes idle sessions; a part may take minutes to upload
 S3_CONNECT_LIMIT, S3_READ_LIMIT = 20, 60  # per attempt
@@ -1350,7 +1351,7 @@ def check_host_key(config: Config, key: paramiko.PKey, known: Keys, revoked: Key
 def log_in(config: Config, transport: paramiko.Transport) -> None:
     """With the key file and the password, as far as they are set, else with the agent; Fatal
     if the box accepts none of them, or hangs up."""
-    attempts: list[tuple[str, Callable[[], object]]] = []
+    attempts: list[tuple[str, Callable[[], list[str]]]] = []
     if config.key_file:
         key = load_private_key(config.key_file, config.key_passphrase)
         name = f"HETZNER_KEY_FILE {config.key_file}"
@@ -1373,9 +1374,10 @@ def log_in(config: Config, transport: paramiko.Transport) -> None:
     if config.key_file or not config.password:
         message += "; a Storage Box takes the public key in RFC 4716 form (ssh-keygen -e) on "
         message += f"port 22, in OpenSSH's on port 23: HETZNER_PORT is {config.port}"
-    for _, attempt in attempts:
+    for name, attempt in attempts:
         with contextlib.suppress(paramiko.AuthenticationException):
-            attempt()
+            if others := attempt():
+                message += f"; {name} was right, but {' or '.join(others)} is wanted as well"
         if transport.is_authenticated():
             return
         # More attempts, and the box may ban this machine.
@@ -1643,6 +1645,7 @@ class FileReader:
         fstat = simple_request(FXP_FSTAT, self._handle)
         requests = [fstat, *(read_request(self._handle, *span) for span in spans)]
         if end == self.file.size:
+            requests.append(read_request(self._handle, end, 1))  # the size may be wrong
             requests += [fstat, simple_request(FXP_LSTAT, self.file.path)]
             requests += [simple_request(FXP_CLOSE, self._handle)]
             self._handle = b""
@@ -1661,8 +1664,11 @@ class FileReader:
             if not self._take(*span, data):
                 return self._start_again()
         if len(results) > len(spans):
-            for after in results[len(spans) : -1]:
+            beyond, *checks, _ = results[len(spans) :]
+            for after in checks:
                 self._check_unchanged(after)
+            if isinstance(beyond, memoryview) and beyond:
+                raise FileError(f"has more than {self.file.size:,} bytes, its size on the box")
             self.is_verified, self.is_recent = True, is_recent(self.file, self._began)
 
     def _take(self, at: int, size: int, data: Any) -> bool:
@@ -2217,7 +2223,7 @@ REMEDIES = {  # of refusals that every request would meet
     "AccessDenied": "the credentials may not do this: see the README's IAM policy",
     "NoSuchBucket": "create the bucket, or correct S3_BUCKET",
     "PermanentRedirect": "the bucket is in another region: set AWS_REGION to it",
-    "AuthorizationHeaderMalformed": "set AWS_REGION to the bucket's region",
+    "AuthorizationHeaderMalformed": "correct AWS_REGION (the bucket's) or AWS_ACCESS_KEY_ID",
     "IllegalLocationConstraintException": "set AWS_REGION to the bucket's region",
     "RequestTimeTooSkewed": "set this machine's clock",
     "ExpiredToken": "renew the credentials",
@@ -2231,10 +2237,10 @@ REMEDIES = {  # of refusals that every request would meet
 # The answer to a HEAD has no body, and so no code but its status.
 HEAD_CODES = {"403": "AccessDenied", "301": "PermanentRedirect"}
 MISSING = ("404", "NoSuchKey", "NoSuchUpload")
-# Refusals that may pass, and that boto3 does not retry: bytes that were cut or damaged on
-# their way, a conflict with another request, and what proxies answer for a server.
+# Refusals that may pass: bytes that were cut or damaged on their way, a conflict with
+# another request, and what servers and proxies answer while they are not well.
 PASSING_CODES = ("IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "OperationAborted")
-PASSING_STATUSES = (408, 425, *range(520, 528))
+PASSING_STATUSES = (408, 425, 429, 500, 502, 503, 504, *range(520, 528))
 NO_CREDENTIALS = (
     *(aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError),
     *(aws.ProfileNotFound, aws.TokenRetrievalError, aws.SSOError),
@@ -2252,18 +2258,20 @@ Read = Callable[[int], bytes]  # the next bytes of a file, as FileReader.read
 
 
 def retry_pause(
-    response: Any = None, attempts: int = 0, operation: Any = None, **_: Any
+    attempts: int, operation: Any, response: Any, caught_exception: Any, **_: Any
 ) -> float | None:
     """For botocore's needs-retry event: the seconds to wait before the request is sent
-    again, None to leave it to boto3's own rule."""
-    if response is None or attempts >= S3_ATTEMPTS:
+    again, None to leave it to boto3's own rule.  That knows fewer reasons, its pauses are
+    over within a second, and all requests share a small number of retries."""
+    may_pass = isinstance(caught_exception, (aws.ConnectionError, aws.HTTPClientError))
+    if response is not None:
+        code, status = response[1].get("Error", {}).get("Code"), response[0].status_code
+        may_pass = code in PASSING_CODES or status in PASSING_STATUSES
+        if code == "BadDigest" and operation.name == "CompleteMultipartUpload":
+            may_pass = False  # it is about the parts that S3 has stored
+    if not may_pass or attempts >= S3_ATTEMPTS:
         return None
-    (http, answer), name = response, operation.name
-    code = answer.get("Error", {}).get("Code")
-    if code == "BadDigest" and name == "CompleteMultipartUpload":
-        return None  # it is about the parts that S3 has stored
-    may_pass = code in PASSING_CODES or http.status_code in PASSING_STATUSES
-    return 2**attempts / 4 if may_pass else None
+    return random.uniform(0.5, 1.5) * (1 << attempts - 1)  # not all at once
 
 
 @contextlib.contextmanager
@@ -2280,7 +2288,8 @@ def s3_errors() -> Iterator[None]:
             raise Fatal(f"S3 refused {said}; {REMEDIES[code]}", code) from None
         if error.operation_name.startswith(("Assume", "GetSession", "GetRole", "CreateToken")):
             raise Fatal(f"no AWS credentials: {said}", code) from None
-        raise FileError(f"S3 refused {said}", code) from None
+        hint = "; perhaps the credentials have expired" if code == "400" else ""  # to a HEAD
+        raise FileError(f"S3 refused {said}{hint}", code) from None
     except NO_CREDENTIALS as error:
         keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         raise Fatal(f"no AWS credentials: {error}; set {keys}") from None
@@ -2459,7 +2468,7 @@ class Bucket:
         events = self._client.meta.events
         events.unregister("before-call.s3", botocore.handlers.add_expect_header)
         if retries:
-            events.register("needs-retry.s3", retry_pause)
+            events.register_first("needs-retry.s3", retry_pause)
         events.register("before-send.s3", self._count)
 
     def _count(self, event_name: str, request: Any, **_: Any) -> None:
@@ -2496,6 +2505,8 @@ class Bucket:
             for page in paginator.paginate(**self._arguments(operation, parameters)):
                 kinds = (page.get(kind, ()) for kind in entries)
                 yield from heapq.merge(*kinds, key=lambda entry: entry.get("Key", ""))
+                if page.get("IsTruncated") and not any(n.startswith("Next") for n in page):
+                    raise FileError("S3's listing breaks off, and does not say how it goes on")
 
     # Uploads
 
@@ -3920,10 +3931,10 @@ class LocalFolder:
     """A folder of this machine to restore to; made if it is not there, Fatal if that fails."""
 
     def __init__(self, folder: str):
-        self._folder = Path(folder)
+        self._folder = Path(os.path.expanduser(folder))  # no shell does it in --to=~/x
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
+            with tempfile.TemporaryFile(dir=self._folder):
                 pass
         except OSError as error:
             raise Fatal(f"{printable(folder)} cannot be written to: {error}") from None
