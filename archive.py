@@ -4228,11 +4228,18 @@ class Restore:
         """Where the object goes: its path relative to REMOTE_PATH, as a rule."""
         return self._other_names.get(key) or unescape(key[len(self._config.prefix) :])
 
+    def _is_archived(self, key: str) -> bool:
+        """Whether there is such an object, or was at the time of `--at`."""
+        if self._options.at is None:
+            return self._bucket.head(key) is not None
+        found = next(self._bucket.objects(key, self._options.at), None)
+        return found is not None and found.key == key
+
     def _give_other_name(self, key: str) -> None:
         """`x` was a file once, and there is `x/y` now: the file goes beside the folder."""
         name = self._name(key)
         other = name + b".file"
-        while self._bucket.head(key_of(self._config, other)) is not None:
+        while self._is_archived(key_of(self._config, other)):
             other += b".file"
         self._other_names[key] = other
         message = "%s is a folder as well: the file of that name is restored as %s"
@@ -4251,7 +4258,7 @@ class Restore:
                     self._give_other_name(upper)
             above.append(key)
             our_key = key_of(self._config, self._name(key))
-            if our_key != key and key not in self._left_out and self._bucket.head(our_key):
+            if our_key != key and key not in self._left_out and self._is_archived(our_key):
                 message = "left out %s: %s stands for the same name"
                 log.warning(message, printable(key), our_key)
                 self._left_out.add(key)
