@@ -2407,12 +2407,13 @@ def versions_at(entries: Iterable[Any], at: float) -> Iterator[Any]:
 
     The dates are whole seconds, and that of an upload in parts is when it began.  So within a
     second the order of the listing counts, and the version that is current now is the latest
-    whatever its date is.
+    whatever its date is.  boto3 lists delete markers apart: within a second they come first,
+    since a file too many is better than one too few.
     """
     for _, group in itertools.groupby(entries, itemgetter("Key")):
         versions = [*group]
         versions.reverse()
-        versions.sort(key=itemgetter("IsLatest", "LastModified"))
+        versions.sort(key=lambda v: (v["IsLatest"], v["LastModified"], "ETag" in v))
         before = itertools.takewhile(lambda v: v["LastModified"].timestamp() <= at, versions)
         current = deque(before, 1)
         if current and "ETag" in current[0]:  # else it was deleted, or not there yet
@@ -4366,15 +4367,18 @@ def restore_once(tools: Tools, work: Restore, options: argparse.Namespace) -> in
         finally:
             tools.show_summary("RESTORE", work.rows())
     counts, tier = work.counts, options.tier
-    waiting = counts[ASKED] + counts[BUSY] + counts[NOT_ASKED]
+    waiting, at = counts[ASKED] + counts[BUSY] + counts[NOT_ASKED], ""
+    if options.at is not None:  # an age like 1d is another time when it is run again
+        then = datetime.fromtimestamp(options.at).astimezone()
+        at = f" with --at {then.isoformat(timespec='seconds')}"
     if work.manifest and counts[NOT_ASKED]:
         message = "%s lists %s objects: upload it, start an S3 Batch Operations job with it "
-        message += "(Restore, %d days, %s), then run restore again without --manifest"
+        message += f"(Restore, %d days, %s), then run restore again{at} without --manifest"
         count = f"{counts[NOT_ASKED]:,}"
         log.warning(message, options.manifest, count, options.days, tier.capitalize())
     elif waiting:
         message = "%s files are still being restored by S3, which takes up to %d hours."
-        message += "" if options.wait else "  Run the same command again later."
+        message += "" if options.wait else f"  Run the same command again later{at}."
         log.warning(message, f"{waiting:,}", TIERS[tier])
     return 75 if waiting else 3 if counts[FAILED] else 0
 

@@ -240,6 +240,7 @@ def test_refusal_is_told_in_one_line(archive, s3):
     assert (result.status, result.stdout) == (1, "")
     assert len(result.stderr.splitlines()) == 1
     assert "error: S3 refused ListObjectsV2: AccessDenied" in result.stderr
+    assert "IAM policy" in result.stderr
 
 
 def test_sizes_of_other_programs_are_listed_too(archive, s3):
@@ -258,16 +259,17 @@ def test_lines_are_shown_before_the_listing_has_ended(archive, s3):
     """The second page is answered only when the first has been read."""
     go_on = threading.Event()
     s3.on("ListObjectsV2", pages(2))
-    s3.on("ListObjectsV2", lambda exchange: go_on.wait(30) and pages(2)(exchange))
+    held = s3.on("ListObjectsV2", lambda e: pages(2)(e) if go_on.wait(20) else None, nth=2)
 
     running = archive.start("ls", "--json")
 
     first = json.loads(running.process.stdout.readline())
     assert first["path"] == "folder/file-0000000"
-    assert not go_on.is_set()
     go_on.set()
-    assert running.wait().status == 0
-    assert s3.requests == {"ListObjectsV2": 2}
+    result = running.wait()
+    assert result.status == 0
+    assert (held.fired, s3.requests["ListObjectsV2"]) == (1, 2), "nobody waited in vain"
+    assert len(result.stdout.splitlines()) > 1000
 
 
 def test_listing_of_many_pages_does_not_pile_up(archive, s3):
