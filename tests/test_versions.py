@@ -10,7 +10,7 @@ import csv
 import os
 import re
 import time
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from urllib.parse import parse_qs, unquote, urlsplit
 from zlib import crc32
 
@@ -20,7 +20,7 @@ from faults import LARGE, SIZES
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
 from scripted_s3 import Answer, rewritten
-from test_ls import EAST, names, objects
+from test_ls import EAST, if_asked, names, objects
 from test_names import HOSTILE
 from test_restore import BUSY, ESCAPE, READY, failed, note, whole
 
@@ -349,7 +349,7 @@ def test_body_that_is_cut_goes_on_within_its_version(archive, versions, s3, to):
 def test_state_of_a_thaw_is_that_of_the_version(archive, versions, s3):
     for key in ("busy", "cold", "ready"):
         versions.put(key, b"", june(1))
-    s3.always("ListObjectVersions", cold(busy=BUSY, ready=READY))
+    s3.always("ListObjectVersions", if_asked(cold(busy=BUSY, ready=READY)))
     result = archive("ls", "--at", "2021-06-05", "--json")
     states = {one["path"]: one["state"] for one in objects(result)}
     assert states == {"busy": "restoring", "cold": "cold", "ready": "restored"}
@@ -439,16 +439,12 @@ def test_age_counts_back_from_now(archive, versions, age, seconds):
     assert found["version_id"] == wanted
 
 
-def tomorrow():
-    return f"{datetime.now() + timedelta(days=1):%Y-%m-%d}"
-
-
 @pytest.mark.parametrize(
     "when",
     [
         *("", " ", "yesterday", "20261301", "2021-02-29", "2021-06-05T25:00", "30", "30y"),
         *("d", "9999999d", "1e3d", "\u0663d", "0001-01-01", "9999-12-31"),
-        *("2021-06-05; ls", "\udcff", tomorrow(), "1969-12-31", "99999999999999999999s"),
+        *("2021-06-05; ls", "\udcff", "2126-01-01", "1969-12-31", "99999999999999999999s"),
     ],
     ids=repr,
 )
