@@ -176,7 +176,7 @@ def test_ls_tells_of_the_version_that_was_current_then(archive, versions, s3):
     (found,) = objects(result)
     assert found["version_id"] == first
     assert (found["size"], found["uploaded_at"]) == (5, f"{june(1)}Z")
-    shown = archive("ls", "--at", "2021-06-05")
+    shown = archive("ls", "--at", "2021-06-05", TZ="UTC")
     assert shown.stdout.splitlines()[0].startswith("    5 bytes  2021-06-01 ")
     assert shown.stdout.endswith("1 files, 5 bytes\n")
     (now,) = objects(archive("ls", "--json"))
@@ -399,15 +399,11 @@ def test_age_is_told_as_a_time_for_the_later_pass(archive, versions, s3, to):
     when = re.search(r"Run the same command again later with --at (\S+)\.$", first.stderr, re.M)
     assert abs(datetime.fromisoformat(when[1]).timestamp() - (now - 3600)) < 60
     assert when[1].endswith("+05:30")
-    again = archive(*arguments, "--at", when[1], "--manifest", archive.folder / "manifest")
-    assert f"run restore again with --at {then_utc(when[1])} without --manifest" in again.stderr
+    listed = ("--manifest", archive.folder / "manifest.csv")
+    again = archive(*arguments, "--at", when[1], *listed, **EAST)
+    assert f"run restore again with --at {when[1]} without --manifest" in again.stderr
     archive(*arguments, "--at", when[1])
     assert asked == [("file", wanted)] * 2
-
-
-def then_utc(when):
-    """The same time, as it is shown where no time zone is set."""
-    return datetime.fromisoformat(when).astimezone().isoformat(timespec="seconds")
 
 
 # --- Which time -------------------------------------------------------------
