@@ -2368,12 +2368,13 @@ def versions_at(entries: Iterable[Any], at: float) -> Iterator[Any]:
 
     The dates are whole seconds, and that of an upload in parts is when it began.  So within a
     second the order of the listing counts, and the version that is current now is the latest
-    whatever its date is.
+    whatever its date is.  boto3 lists delete markers apart: within a second they come first,
+    since a file too many is better than one too few.
     """
     for _, group in itertools.groupby(entries, itemgetter("Key")):
         versions = [*group]
         versions.reverse()
-        versions.sort(key=itemgetter("IsLatest", "LastModified"))
+        versions.sort(key=lambda v: (v["IsLatest"], v["LastModified"], "ETag" in v))
         before = itertools.takewhile(lambda v: v["LastModified"].timestamp() <= at, versions)
         current = deque(before, 1)
         if current and "ETag" in current[0]:  # else it was deleted, or not there yet
@@ -4190,11 +4191,18 @@ class Restore:
         """Where the object goes: its path relative to REMOTE_PATH, as a rule."""
         return self._other_names.get(key) or unescape(key[len(self._config.prefix) :])
 
+    def _is_archived(self, key: str) -> bool:
+        """Whether there is such an object, or was at the time of `--at`."""
+        if self._options.at is None:
+            return self._bucket.head(key) is not None
+        found = next(self._bucket.objects(key, self._options.at), None)
+        return found is not None and found.key == key
+
     def _give_other_name(self, key: str) -> None:
         """`x` was a file once, and there is `x/y` now: the file goes beside the folder."""
         name = self._name(key)
         other = name + b".file"
-        while self._bucket.head(key_of(self._config, other)) is not None:
+        while self._is_archived(key_of(self._config, other)):
             other += b".file"
         self._other_names[key] = other
         message = "%s is a folder as well: the file of that name is restored as %s"
@@ -4213,7 +4221,7 @@ class Restore:
                     self._give_other_name(upper)
             above.append(key)
             our_key = key_of(self._config, self._name(key))
-            if our_key != key and key not in self._left_out and self._bucket.head(our_key):
+            if our_key != key and key not in self._left_out and self._is_archived(our_key):
                 message = "left out %s: %s stands for the same name"
                 log.warning(message, printable(key), our_key)
                 self._left_out.add(key)
@@ -4321,15 +4329,18 @@ def restore_once(tools: Tools, work: Restore, options: argparse.Namespace) -> in
         finally:
             tools.show_summary("RESTORE", work.rows())
     counts, tier = work.counts, options.tier
-    waiting = counts[ASKED] + counts[BUSY] + counts[NOT_ASKED]
+    waiting, at = counts[ASKED] + counts[BUSY] + counts[NOT_ASKED], ""
+    if options.at is not None:  # an age like 1d is another time when it is run again
+        then = datetime.fromtimestamp(options.at).astimezone()
+        at = f" with --at {then.isoformat(timespec='seconds')}"
     if work.manifest and counts[NOT_ASKED]:
         message = "%s lists %s objects: upload it, start an S3 Batch Operations job with it "
-        message += "(Restore, %d days, %s), then run restore again without --manifest"
+        message += f"(Restore, %d days, %s), then run restore again{at} without --manifest"
         count = f"{counts[NOT_ASKED]:,}"
         log.warning(message, options.manifest, count, options.days, tier.capitalize())
     elif waiting:
         message = "%s files are still being restored by S3, which takes up to %d hours."
-        message += "" if options.wait else "  Run the same command again later."
+        message += "" if options.wait else f"  Run the same command again later{at}."
         log.warning(message, f"{waiting:,}", TIERS[tier])
     return 75 if waiting else 3 if counts[FAILED] else 0
 
