@@ -716,7 +716,7 @@ def parse_time(text: str) -> float:
     zone unless it has one, or of an age like `30d`; ValueError if it is in the future."""
     text, seconds = text.strip(), math.inf
     with contextlib.suppress(ValueError, OverflowError, OSError):
-        if text[-1:] in ("s", "m", "h", "d"):
+        if text[-1:].lower() in ("s", "m", "h", "d"):
             seconds = time.time() - parse_duration(text)
         else:
             seconds = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text)).timestamp()
@@ -4296,8 +4296,14 @@ def restore(tools: Tools, options: argparse.Namespace) -> int:
     asked_at: float | None = None
     with locked(tools.config, ".restore.lock"):
         while True:
-            work = Restore(tools, options, asked_at)
-            status, asked_at = restore_once(tools, work, options), work.asked_at
+            work, status = Restore(tools, options, asked_at), 75
+            try:
+                status = restore_once(tools, work, options)
+            except FileError as error:  # of a listing; S3 may be well again after the pause
+                if not options.wait:
+                    raise
+                log.warning("%s", error)
+            asked_at = work.asked_at
             if status != 75 or not options.wait:
                 return status
             log.info("looking again in %d minutes", WAIT_PAUSE // 60)
@@ -4445,10 +4451,9 @@ def make_parser() -> argparse.ArgumentParser:
     repair = "bring the state in line: the next run uploads or compares what differs"
     verify_text = "compare the state with the bucket's listing; downloads nothing"
     add("verify", verify_text, "verify --repair", repair=repair)
-    wait = "go on until all is there, instead of ending with 75"
     restore_text = "bring files back; run it again until it ends with 0"
     drill = "restore photos/2024 letters/will.pdf --to drill"
-    add_restore(add("restore", restore_text, drill, json=summary, wait=wait))
+    add_restore(add("restore", restore_text, drill, json=summary))
     check_text = "try settings, box, bucket and permissions, with the remedy for each"
     add("check", check_text, "--env-file other.env check")
     defaults = {"new_source": False, "dry_run": False, "json": False}
@@ -4480,7 +4485,10 @@ def add_restore(command: argparse.ArgumentParser) -> None:
     add("--yes", action="store_true", help="agree to the cost without being asked")
     add("--overwrite", action="store_true", help="replace other files that are in the way")
     manifest = "write what is cold there, for S3 Batch Operations, and ask for nothing"
-    add("--manifest", type=Path, metavar="FILE", help=manifest)
+    later = command.add_mutually_exclusive_group()
+    later.add_argument("--manifest", type=Path, metavar="FILE", help=manifest)
+    wait = "go on until all is there, instead of ending with 75"
+    later.add_argument("--wait", action="store_true", help=wait)
 
 
 def argument(parse: Callable[[str], T]) -> Callable[[str], T]:

@@ -256,7 +256,19 @@ def test_wait_does_not_wait_for_what_is_there(archive, s3, to):
     assert s3.requests["ListObjectsV2"] == 2
 
 
-def test_trouble_of_s3_while_it_waits_ends_it(archive, s3, to):
+def test_outage_of_s3_while_it_waits_does_not_end_it(archive, s3, to):
+    expected = cold_and_back(archive, {"a": b"content"})
+    s3.always("RestoreObject", lambda exchange: Answer(202, {}))
+    outage = s3.on("ListObjectsV2", error(503, "SlowDown"), nth=3)
+    s3.on("ListObjectsV2", listed(a=READY), nth=4, times=100)
+    constants = {"WAIT_PAUSE": 1, "S3_ATTEMPTS": 1}
+    result = archive("restore", "--to", to, "--yes", "--wait", constants=constants)
+    assert (result.status, outage.fired) == (0, 1), result.stderr
+    assert "SlowDown" in result.stderr
+    assert whole(to) == expected
+
+
+def test_refusal_while_it_waits_ends_it(archive, s3, to):
     """As it ends a pass: whoever calls it may call it again."""
     stored(archive, {"a": b"content"}, "DEEP_ARCHIVE")
     s3.always("RestoreObject", lambda exchange: Answer(202, {}))
