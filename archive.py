@@ -76,7 +76,7 @@ from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn, TextIO, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 try:
     import boto3
@@ -198,12 +198,16 @@ us-west-2 .00099 .05 .005 .023 .005 .0004 .0036 .03 .0025 .025 .02 .1 .01 .05 .0
 SAME_PRICES = {"GLACIER.part": "DEEP_ARCHIVE.part", "STANDARD.part": "STANDARD.put"}
 FREE = {"GLACIER.bulk.gb": 0.0, "GLACIER.bulk.request": 0.0}  # in every region
 PRICE_NAMES = REGION_PRICES.splitlines()[1].split()[1:]
-ALL_PRICE_NAMES = (*PRICE_NAMES, *SAME_PRICES, *FREE)
+OTHER_CLASSES = ["GLACIER_IR", "STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING"]
+OTHER_CLASSES += ["REDUCED_REDUNDANCY"]
+OTHERS = [f"{kind}.{what}" for kind in OTHER_CLASSES for what in ("month", "put", "part")]
+ALL_PRICE_NAMES = (*PRICE_NAMES, *SAME_PRICES, *FREE, *OTHERS)  # those for PRICES
 
 COLD_CLASSES = ("DEEP_ARCHIVE", "GLACIER")  # must be restored before they can be read
 # S3 adds to each object in these: 8 KB at STANDARD's price, 32 KB at the class's own.
 INDEX_IN_STANDARD, INDEX_IN_CLASS = 8 * KIB, 32 * KIB
-MINIMUM_DAYS = {"DEEP_ARCHIVE": 180, "GLACIER": 90}
+MINIMUM_DAYS = {"DEEP_ARCHIVE": 180, "GLACIER": 90, "GLACIER_IR": 90}
+MINIMUM_DAYS |= {"STANDARD_IA": 30, "ONEZONE_IA": 30}
 DAYS_PER_MONTH = 30
 FREE_EGRESS = 100  # GB a month
 
@@ -261,10 +265,8 @@ class Prices:
     def early(self, kind: str, size: int, age_days: float) -> float:
         """The charge for overwriting an object at this age: its storage for the rest of the
         class's minimum ("Amazon S3 pricing", early deletion, pro rata)."""
-        if kind not in MINIMUM_DAYS:
-            return 0.0 if kind == "STANDARD" else math.nan
-        days = max(0.0, MINIMUM_DAYS[kind] - max(0.0, age_days))
-        return self.month(kind, 1, size) * days / DAYS_PER_MONTH
+        days = max(0.0, MINIMUM_DAYS.get(kind, 0) - max(0.0, age_days))
+        return self.month(kind, 1, size) * days / DAYS_PER_MONTH if days else 0.0
 
     def restore(self, kind: str, tier: str, files: int, size: int, days: int) -> float:
         """Requests and bytes at the tier's price, and the copies at STANDARD's for `days`
@@ -675,7 +677,7 @@ EXTRA_ARGS = [
 
 def parse_extra_args(text: str) -> dict[str, str]:
     """Values by name, of `ServerSideEncryption=aws:kms, Tagging=kind=backup`; or of a JSON
-    object, for values with commas."""
+    object, for values with commas.  No message has the text: it may be a part of a key."""
     pairs: dict[Any, Any] = {}
     if text.lstrip().startswith("{"):
         with contextlib.suppress(ValueError):
@@ -683,11 +685,11 @@ def parse_extra_args(text: str) -> dict[str, str]:
     else:
         items = (item.partition("=") for item in parse_list(text))
         pairs = {name.strip(): value.strip() for name, _, value in items}
-    for name, value in pairs.items():
+    for number, (name, value) in enumerate(pairs.items(), 1):
         if name not in EXTRA_ARGS:
-            raise ValueError(f"{name} is none of {', '.join(EXTRA_ARGS)}")
-        if not isinstance(value, str) or not value:
-            raise ValueError(f"{name} has no value that is a text")
+            raise ValueError(f"name {number} is none of {', '.join(EXTRA_ARGS)}")
+        if not (isinstance(value, str) and value and value.isascii() and value.isprintable()):
+            raise ValueError(f"{name} has no value of printable ASCII characters")
     if text and not pairs:
         raise ValueError("expected Name=value, or a JSON object")
     return pairs
@@ -716,10 +718,7 @@ def parse_path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-CLASSES = (
-    *(*COLD_CLASSES, "GLACIER_IR", "STANDARD", "STANDARD_IA", "ONEZONE_IA"),
-    *("INTELLIGENT_TIERING", "REDUCED_REDUNDANCY"),
-)
+CLASSES = (*COLD_CLASSES, "STANDARD", *OTHER_CLASSES)
 STORAGE_CLASS = partial(parse_match, "|".join(CLASSES), "one of " + ", ".join(CLASSES))
 HOST = partial(parse_match, r"[^/\s@]+", "a bare host name, like u12345.your-storagebox.de")
 REQUIRED = object()
@@ -824,8 +823,7 @@ def setting_faults(settings: Mapping[str, str]) -> Iterator[str]:
     take: without its value."""
     for name, value in settings.items():
         is_aws = name.startswith("AWS_")
-        is_header = name in SECRETS or is_aws or name == "S3_EXTRA_ARGS"
-        if is_header and re.search(r"[\0-\x1f\x7f]", value):
+        if (name in SECRETS or is_aws) and re.search(r"[\0-\x1f\x7f]", value):
             yield f"{name}: contains a line break or another control character"
         if name in SETTINGS or name.upper() in PROXIES:
             continue
@@ -874,7 +872,9 @@ def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
                 faults.append(f"{name}: {error}" + ("" if is_secret else f", not {text!r}"))
     if (values["small_files_below"] is None) != (values["small_files_class"] is None):
         faults.append("SMALL_FILES_BELOW and SMALL_FILES_CLASS: set both, or none")
-    add_secret(secrets, (values["extra_args"] or {}).get("SSECustomerKey"))
+    key = (values["extra_args"] or {}).get("SSECustomerKey", "")
+    for secret in (key, base64.b64encode(key.encode()).decode()):  # as it is sent
+        add_secret(secrets, secret)
     # On Windows, no variable tells whether there is an agent.
     has_agent = environ.get("SSH_AUTH_SOCK") or sys.platform == "win32"
     if not (values["password"] or values["key_file"] or has_agent):
@@ -1934,7 +1934,8 @@ CREATE TABLE uploads (key TEXT PRIMARY KEY, path TEXT NOT NULL, size INTEGER NOT
     mtime INTEGER, part_size INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE runs (started_at INTEGER PRIMARY KEY, ended_at INTEGER, status INTEGER,
-    uploaded INTEGER, skipped INTEGER, failed INTEGER, bytes INTEGER, spent REAL)
+    uploaded INTEGER, skipped INTEGER, failed INTEGER, bytes INTEGER, spent REAL);
+CREATE TABLE gone (path TEXT PRIMARY KEY) WITHOUT ROWID
 """
 RECORDS = (
     "SELECT path, size, mtime, uploaded_at, key, etag, crc32, storage_class"
@@ -2015,8 +2016,9 @@ class State:
             self._db.execute("PRAGMA synchronous = FULL")
             version = self._rows("PRAGMA user_version")
             if version == [(2,)]:
-                column = "ALTER TABLE runs ADD COLUMN spent REAL"
-                self._commit([(column,), (f"PRAGMA user_version = {STATE_VERSION}",)])
+                more = ["ALTER TABLE runs ADD COLUMN spent REAL", *SCHEMA.split(";")[-1:]]
+                more += [f"PRAGMA user_version = {STATE_VERSION}"]
+                self._commit((statement,) for statement in more)
             elif version != [(STATE_VERSION,)]:
                 self._upgrade(config)
             self._db.execute(f"PRAGMA busy_timeout = {COMMIT_LIMIT * 1000}")
@@ -2035,7 +2037,7 @@ class State:
 
         self._db.create_function("key_of", 1, key_of, deterministic=True)
         tables = {name for (name,) in self._rows("SELECT name FROM sqlite_master")}
-        old = tables & {"objects", "recheck", "replacing", "uploads", "meta", "runs"}
+        old = tables & {"objects", "recheck", "replacing", "uploads", "meta", "runs", "gone"}
         unsure = "typeof(mtime) != 'integer'" if "meta" not in tables else "true"
         statements = [
             *(f"DROP TABLE {name}" for name in old),
@@ -2092,7 +2094,7 @@ class State:
     def forget_source(self) -> None:
         """Forgets everything that is known of the files on the box, and what the state is
         tied to: it has to be made from the bucket's listing."""
-        tables = ("DELETE FROM files", "DELETE FROM objects", "DELETE FROM meta")
+        tables = [f"DELETE FROM {name}" for name in ("files", "objects", "meta", "gone")]
         old_parts = "UPDATE uploads SET mtime = NULL"  # nothing is to go on behind them
         self._commit((statement,) for statement in (*tables, old_parts))
 
@@ -2189,6 +2191,16 @@ class State:
         """The rows of files that were not noted as seen."""
         self.note_seen([])
         return self.records("path NOT IN (SELECT path FROM temp.seen)")
+
+    def known_gone(self) -> set[str]:
+        """Paths of the files that were gone already when MAX_CHANGED last let a run go on."""
+        return {path for (path,) in self._rows("SELECT path FROM gone")}
+
+    def note_gone(self, paths: Iterable[str]) -> None:
+        """Adds to them, and drops those that were noted as seen."""
+        drop = "DELETE FROM gone WHERE path IN (SELECT path FROM temp.seen)"
+        insert = "INSERT OR IGNORE INTO gone VALUES (?)"
+        self._commit([(drop,), *((insert, path) for path in paths)])
 
     def apply(self, differences: Iterable[Difference]) -> None:
         """Brings rows in line with the bucket's listing."""
@@ -2492,6 +2504,7 @@ class Bucket:
         # The requests that were sent, by storage class and by their name in COUNTED.
         self.requests: Counter[tuple[str, str]] = Counter()
         self._counting = threading.Lock()
+        self._classes: dict[str, str] = {}  # by key, of uploads in parts into another class
         settings = botocore.config.Config(
             connect_timeout=S3_CONNECT_LIMIT,
             read_timeout=S3_READ_LIMIT,
@@ -2530,9 +2543,12 @@ class Bucket:
     def _count(self, event_name: str, request: Any, **_: Any) -> None:
         name = COUNTED.get(event_name.rpartition(".")[2])
         if name is not None:
-            kind = request.headers.get("x-amz-storage-class") or self._config.storage_class
+            path = unquote(urlsplit(request.url).path)
+            key = path.removeprefix(f"/{self._name}")[1:]  # which some endpoints do not need
+            kind = request.headers.get("x-amz-storage-class") or self._classes.get(key)
+            kind = kind.decode() if isinstance(kind, bytes) else kind
             with self._counting:
-                self.requests[kind.decode() if isinstance(kind, bytes) else kind, name] += 1
+                self.requests[kind or self._config.storage_class, name] += 1
 
     def _arguments(self, operation: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """Of a request: the bucket, those of S3_EXTRA_ARGS that it knows, `parameters`."""
@@ -2589,6 +2605,8 @@ class Bucket:
         config.max_in_memory_upload_chunks = plan.parts_at_once  # not in the constructor
         arguments = self._config.extra_args | self._upload_arguments(file.size, file.mtime)
         arguments |= {"ChecksumType": "FULL_OBJECT", "MpuObjectSize": file.size}
+        if arguments["StorageClass"] != self._config.storage_class:
+            self._classes[key] = arguments["StorageClass"]  # parts do not tell it
         client = MultipartClient(self._client, read, stored, plan.part_size)
         source = SimpleNamespace(read=client.read)
         try:
@@ -3169,6 +3187,12 @@ class Job(NamedTuple):
         has_row = self.record is not None and self.record.size == self.file.size
         return has_row and not self.resumes
 
+    @property
+    def asks(self) -> int:
+        """1 if S3 has to be asked for that: the state does not know first-hand."""
+        is_known = self.record and self.record.crc32 is not None and self.record.etag
+        return int(self.compares and not is_known)
+
 
 class Archived(NamedTuple):
     """A file, and its object, which S3 has acknowledged or was found to hold already."""
@@ -3230,12 +3254,14 @@ def restore_cost(prices: Prices, counts: Counts, tier: str, days: int = 7) -> fl
 
 
 def job_cost(job: Job, config: Config, prices: Prices) -> tuple[float, float]:
-    """USD for the requests of an upload, and for the object that it overwrites early."""
+    """USD for the requests of an upload, if it comes to that after a comparison, and for the
+    object that it overwrites early."""
     size, record, early = job.file.size, job.record, 0.0
+    requests = {"head": job.asks, "list": 2 * job.upload_begun, **job.plan.requests(size)}
     if record is not None:
         age = (time.time() - (record.uploaded_at or 0)) / 86400
         early = prices.early(record.storage_class or config.storage_class, record.size, age)
-    return prices.upload(config.class_of(size), job.plan.requests(size)), early
+    return prices.upload(config.class_of(size), requests), early
 
 
 NEW, CHANGED, COMPARED, GONE, FAILING = "+", "*", "?", "-", "!"  # in `plan --list`
@@ -3257,6 +3283,7 @@ class Forecast(WalkReport):
         kinds = ("new", "changed", "to_compare", "unchanged")
         self.counts: Counts = {kind: Count() for kind in kinds}
         self.gone: Counts = {}  # by class: archived, but not on the box any more
+        self.missing = set[str]()  # their paths, as in the path column
         self.tiny: Counts = {}  # of what is to be uploaded
         self.altered = 0  # archived files whose size or mtime is another one now
         self.requests = Counter(put=0, create=0, part=0, complete=0, head=0)
@@ -3279,6 +3306,7 @@ class Forecast(WalkReport):
             path = unescape(record.path)
             if not walk.leaves_out(path):
                 add(self.gone, record.storage_class or self._config.storage_class, record.size)
+                self.missing.add(record.path)
                 self._on_file(GONE, path, "")
 
     def _add_page(self, page: list[RemoteFile]) -> None:
@@ -3298,9 +3326,8 @@ class Forecast(WalkReport):
             if record and job.compares:
                 self._on_file(COMPARED, file.path, "")
                 add(self.counts, "to_compare", file.size)
-                asks = int(record.crc32 is None or not record.etag)
-                self.requests["head"] += asks
-                self.upload += self.prices.upload(kind, {"head": asks})
+                self.requests["head"] += job.asks
+                self.upload += self.prices.upload(kind, {"head": job.asks})
                 continue
             self._on_file(CHANGED if record else NEW, file.path, "")
             add(self.counts, "changed" if record else "new", file.size)
@@ -3615,7 +3642,8 @@ class Run:
                 files_log.info("archived %s (%s bytes)", path, f"{archived.file.size:,}")
             elif archived:
                 report.compared += 1
-                self._planned -= self._most(job)
+                asked = self._prices.upload("", {"head": job.asks})
+                self._planned -= self._most(job) - asked
                 log.debug("compared %s", path)
             elif error and error.code == VANISHED:
                 report.skipped["Vanished"] += 1
@@ -3639,27 +3667,30 @@ def with_content(found: StoredObject, blocks: Iterable[bytes]) -> StoredObject |
 
 def check_changes(tools: Tools, state: State) -> None:
     """Fatal if more of the archived files than MAX_CHANGED allows have changed, or are gone:
-    that is what ransomware looks like."""
+    that is what ransomware looks like.  What is gone counts until a run has gone on."""
     limit = tools.config.max_changed
     if limit is None:
         return
     forecast = Forecast(tools, state)
     forecast.look()
-    before, gone = total(forecast.before).files, total(forecast.gone).files
+    missing, before = forecast.missing, total(forecast.before).files
+    gone = len(missing - state.known_gone())
     if (forecast.altered + gone) * 100 > limit * before:
         found = f"{forecast.altered:,} have changed and {gone:,} are gone"
         reason = f"MAX_CHANGED is {limit} %, but of {before:,} archived files {found}"
         remedy = "look at plan --list; if it is right, raise MAX_CHANGED for one run"
         raise Fatal(f"{reason}: nothing was sent; {remedy}")
+    state.note_gone(missing)
 
 
 def run(tools: Tools, new_source: bool, report: Report) -> int:
     """Archives the box: 0, or 3 if something is incomplete."""
     config, stopping, status = tools.config, tools.box.stopping, 1
     for kind in {config.storage_class, config.class_of(0)}:
-        if config.max_cost is not None and math.isnan(tools.prices.upload(kind, ONE)):
-            reason = f"the price of requests for {kind} is not known: set it in PRICES"
-            raise Fatal(f"MAX_COST: {reason}", status=2)
+        usd = tools.prices.upload(kind, ONE) + tools.prices.early(kind, 1, 0)
+        if config.max_cost is not None and math.isnan(usd):
+            remedy = f"set {kind}.put, {kind}.part and {kind}.month in PRICES"
+            raise Fatal(f"MAX_COST: what {kind} costs is not known: {remedy}", status=2)
     # What has not ended by then is cut off, so that nothing hangs.
     out_of_time = threading.Timer((config.max_runtime or 0) + RUNTIME_GRACE, tools.box.close)
     out_of_time.daemon = True
@@ -3840,11 +3871,12 @@ def status(tools: Tools, json_wanted: bool) -> int:
         }
         show_json(answers)
         return 0
+    wanted = (config.storage_class, config.small_files_class)
     used, free = map(format_size, room or (0, 0))
     rows: list[tuple[str, object]] = [
         ("Archived", no_state or total(counts)),
         *(
-            (kind, count if kind == config.storage_class else f"{count}, not STORAGE_CLASS")
+            (kind, count if kind in wanted else f"{count}, not STORAGE_CLASS")
             for kind, count in counts.items()
         ),
         ("Storage a month", no_state or usd),
