@@ -1796,8 +1796,8 @@ def list_ahead(session: Session, path: bytes, steps_left: int = 0) -> Future[lis
 
 
 class WalkReport:
-    """What the walk has left out, by label, the number of failures, the folders that could
-    not be listed, and the items of EXCLUDE_PATHS that have matched nothing."""
+    """What the walk has left out, by label, the number of failures, what could not be
+    listed, and the items of EXCLUDE_PATHS that have matched nothing."""
 
     def __init__(self) -> None:
         self.skipped: Counter[str] = Counter()
@@ -1866,11 +1866,11 @@ class Walk:
             pool.shutdown(wait=False)
 
     def leaves_out(self, path: bytes) -> bool:
-        """Whether the walk does not reach this path: it is hidden or excluded, or a folder
-        above it is, or could not be listed."""
+        """Whether the walk does not reach this path: it, or a folder above it, is hidden or
+        excluded, or could not be listed."""
         root = join(self._root, b"")
         parts = path.removeprefix(root).split(b"/")
-        above = [root[:-1], *itertools.accumulate(parts, join, initial=root)][1:]
+        above = [*itertools.accumulate(parts, join, initial=root)][1:]
         return (
             any(map(self._filter.is_hidden, parts))
             or any(map(self._filter.is_excluded, above))
@@ -1915,6 +1915,7 @@ class Walk:
         else:
             skipped = "Links" if kind == stat.S_IFLNK else "Special files"
         if reason:
+            self._report.unlisted.add(path[:MAX_PATH_BYTES])
             self._report.add_failure(path[:MAX_PATH_BYTES], reason)
         elif skipped:
             self._report.skipped[skipped] += 1

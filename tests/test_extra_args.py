@@ -140,7 +140,7 @@ def test_owner_of_the_bucket_is_in_every_request(archive, box, s3, sent, tmp_pat
         *("HeadObject", "GetObject"),
     }
     assert operations <= found.keys()
-    assert found == dict.fromkeys(found, {OWNER})
+    assert found == {operation: {OWNER} for operation in found}
 
 
 def test_customer_key_is_in_each_request_about_content_and_in_no_output(
