@@ -870,7 +870,7 @@ def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
                 is_secret = "@" in text or any(secret in text for secret in secrets)
                 is_secret |= name == "S3_EXTRA_ARGS"  # which may have a key in it
                 faults.append(f"{name}: {error}" + ("" if is_secret else f", not {text!r}"))
-    if (values["small_files_below"] is None) != (values["small_files_class"] is None):
+    if bool(settings.get("SMALL_FILES_BELOW")) != bool(settings.get("SMALL_FILES_CLASS")):
         faults.append("SMALL_FILES_BELOW and SMALL_FILES_CLASS: set both, or none")
     key = (values["extra_args"] or {}).get("SSECustomerKey", "")
     for secret in (key, base64.b64encode(key.encode()).decode()):  # as it is sent
