@@ -210,8 +210,6 @@ MINIMUM_DAYS = {"DEEP_ARCHIVE": 180, "GLACIER": 90, "GLACIER_IR": 90}
 MINIMUM_DAYS |= {"STANDARD_IA": 30, "ONEZONE_IA": 30}
 DAYS_PER_MONTH = 30
 FREE_EGRESS = 100  # GB a month
-
-
 ONE = {"put": 1, "part": 1}  # request of each kind that has a price of its own
 
 

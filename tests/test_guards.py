@@ -13,6 +13,7 @@ import pytest
 from conftest import MIB, OLD, fill
 from faults import SMALL, write
 from faulty_sftp import PERMISSION_DENIED, FaultyBox, many_files, status
+from scripted_s3 import error
 
 GB = 2**30
 DAY = 86_400
@@ -109,6 +110,22 @@ def test_large_file_is_begun_only_if_all_its_parts_are_within_max_cost(
     assert s3.requests["CreateMultipartUpload"] == sent
     assert s3.requests["UploadPart"] == 2 * sent
     assert archive.bucket.uploads() == []
+
+
+@pytest.mark.parametrize(("limit", "sent"), [("0.000074", 0), ("0.000076", 1)])
+def test_going_on_with_an_upload_may_cost_two_listings_more(archive, box, s3, limit, sent):
+    """0.000065 as above, and two listings 0.00001: of the uploads and of the parts."""
+    write(box.root / "large", LARGE)
+    s3.on("UploadPart", error(400, "Odd"))
+    assert archive(constants=SMALL_PARTS).status == 3
+    s3.requests.clear()
+
+    result = archive(constants=SMALL_PARTS, MAX_COST=limit)
+
+    assert (result.status, result.counts[0]) == (0 if sent else 3, sent)
+    assert s3.requests["CompleteMultipartUpload"] == sent
+    assert s3.requests["ListMultipartUploads"] == s3.requests["ListParts"] == sent
+    archive.assert_invariant()
 
 
 def test_max_cost_of_nothing_sends_nothing(archive, box, s3):
