@@ -199,16 +199,18 @@ us-west-2 .00099 .05 .005 .023 .005 .0004 .0036 .03 .0025 .025 .02 .1 .01 .05 .0
 SAME_PRICES = {"GLACIER.part": "DEEP_ARCHIVE.part", "STANDARD.part": "STANDARD.put"}
 FREE = {"GLACIER.bulk.gb": 0.0, "GLACIER.bulk.request": 0.0}  # in every region
 PRICE_NAMES = REGION_PRICES.splitlines()[1].split()[1:]
-ALL_PRICE_NAMES = (*PRICE_NAMES, *SAME_PRICES, *FREE)
+OTHER_CLASSES = ["GLACIER_IR", "STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING"]
+OTHER_CLASSES += ["REDUCED_REDUNDANCY"]
+OTHERS = [f"{kind}.{what}" for kind in OTHER_CLASSES for what in ("month", "put", "part")]
+ALL_PRICE_NAMES = (*PRICE_NAMES, *SAME_PRICES, *FREE, *OTHERS)  # those for PRICES
 
 COLD_CLASSES = ("DEEP_ARCHIVE", "GLACIER")  # must be restored before they can be read
 # S3 adds to each object in these: 8 KB at STANDARD's price, 32 KB at the class's own.
 INDEX_IN_STANDARD, INDEX_IN_CLASS = 8 * KIB, 32 * KIB
-MINIMUM_DAYS = {"DEEP_ARCHIVE": 180, "GLACIER": 90}
+MINIMUM_DAYS = {"DEEP_ARCHIVE": 180, "GLACIER": 90, "GLACIER_IR": 90}
+MINIMUM_DAYS |= {"STANDARD_IA": 30, "ONEZONE_IA": 30}
 DAYS_PER_MONTH = 30
 FREE_EGRESS = 100  # GB a month
-
-
 ONE = {"put": 1, "part": 1}  # request of each kind that has a price of its own
 
 
@@ -262,10 +264,8 @@ class Prices:
     def early(self, kind: str, size: int, age_days: float) -> float:
         """The charge for overwriting an object at this age: its storage for the rest of the
         class's minimum ("Amazon S3 pricing", early deletion, pro rata)."""
-        if kind not in MINIMUM_DAYS:
-            return 0.0 if kind == "STANDARD" else math.nan
-        days = max(0.0, MINIMUM_DAYS[kind] - max(0.0, age_days))
-        return self.month(kind, 1, size) * days / DAYS_PER_MONTH
+        days = max(0.0, MINIMUM_DAYS.get(kind, 0) - max(0.0, age_days))
+        return self.month(kind, 1, size) * days / DAYS_PER_MONTH if days else 0.0
 
     def restore(self, kind: str, tier: str, files: int, size: int, days: int) -> float:
         """Requests and bytes at the tier's price, and the copies at STANDARD's for `days`
@@ -693,7 +693,7 @@ EXTRA_ARGS = [
 
 def parse_extra_args(text: str) -> dict[str, str]:
     """Values by name, of `ServerSideEncryption=aws:kms, Tagging=kind=backup`; or of a JSON
-    object, for values with commas."""
+    object, for values with commas.  No message has a text that may be a part of a key."""
     pairs: dict[Any, Any] = {}
     if text.lstrip().startswith("{"):
         with contextlib.suppress(ValueError):
@@ -701,11 +701,12 @@ def parse_extra_args(text: str) -> dict[str, str]:
     else:
         items = (item.partition("=") for item in parse_list(text))
         pairs = {name.strip(): value.strip() for name, _, value in items}
-    for name, value in pairs.items():
+    for number, (name, value) in enumerate(pairs.items(), 1):
         if name not in EXTRA_ARGS:
-            raise ValueError(f"{name} is none of {', '.join(EXTRA_ARGS)}")
-        if not isinstance(value, str) or not value:
-            raise ValueError(f"{name} has no value that is a text")
+            shown = name if value and "SSECustomerKey" not in text else f"item {number}"
+            raise ValueError(f"{shown} is none of {', '.join(EXTRA_ARGS)}")
+        if not (isinstance(value, str) and value and value.isascii() and value.isprintable()):
+            raise ValueError(f"{name} has no value of printable ASCII characters")
     if text and not pairs:
         raise ValueError("expected Name=value, or a JSON object")
     return pairs
@@ -734,10 +735,7 @@ def parse_path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-CLASSES = (
-    *(*COLD_CLASSES, "GLACIER_IR", "STANDARD", "STANDARD_IA", "ONEZONE_IA"),
-    *("INTELLIGENT_TIERING", "REDUCED_REDUNDANCY"),
-)
+CLASSES = (*COLD_CLASSES, "STANDARD", *OTHER_CLASSES)
 STORAGE_CLASS = partial(parse_match, "|".join(CLASSES), "one of " + ", ".join(CLASSES))
 HOST = partial(parse_match, r"[^/\s@]+", "a bare host name, like u12345.your-storagebox.de")
 REQUIRED = object()
@@ -842,8 +840,7 @@ def setting_faults(settings: Mapping[str, str]) -> Iterator[str]:
     take: without its value."""
     for name, value in settings.items():
         is_aws = name.startswith("AWS_")
-        is_header = name in SECRETS or is_aws or name == "S3_EXTRA_ARGS"
-        if is_header and re.search(r"[\0-\x1f\x7f]", value):
+        if (name in SECRETS or is_aws) and re.search(r"[\0-\x1f\x7f]", value):
             yield f"{name}: contains a line break or another control character"
         if name in SETTINGS or name.upper() in PROXIES:
             continue
@@ -890,9 +887,11 @@ def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
                 is_secret = "@" in text or any(secret in text for secret in secrets)
                 is_secret |= name == "S3_EXTRA_ARGS"  # which may have a key in it
                 faults.append(f"{name}: {error}" + ("" if is_secret else f", not {text!r}"))
-    if (values["small_files_below"] is None) != (values["small_files_class"] is None):
+    if bool(settings.get("SMALL_FILES_BELOW")) != bool(settings.get("SMALL_FILES_CLASS")):
         faults.append("SMALL_FILES_BELOW and SMALL_FILES_CLASS: set both, or none")
-    add_secret(secrets, (values["extra_args"] or {}).get("SSECustomerKey"))
+    key = (values["extra_args"] or {}).get("SSECustomerKey", "")
+    for secret in (key, base64.b64encode(key.encode()).decode()):  # as it is sent
+        add_secret(secrets, secret)
     # On Windows, no variable tells whether there is an agent.
     has_agent = environ.get("SSH_AUTH_SOCK") or sys.platform == "win32"
     if not (values["password"] or values["key_file"] or has_agent):
@@ -1762,8 +1761,8 @@ def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | No
 
 
 class WalkReport:
-    """What the walk has left out, by label, the number of failures, the folders that could
-    not be listed, and the items of EXCLUDE_PATHS that have matched nothing."""
+    """What the walk has left out, by label, the number of failures, what could not be
+    listed, and the items of EXCLUDE_PATHS that have matched nothing."""
 
     def __init__(self) -> None:
         self.skipped: Counter[str] = Counter()
@@ -1829,8 +1828,8 @@ class Walk:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def leaves_out(self, path: bytes) -> bool:
-        """Whether the walk does not reach this path: it is hidden or excluded, or a folder
-        above it is, or could not be listed."""
+        """Whether the walk does not reach this path: it, or a folder above it, is hidden or
+        excluded, or could not be listed."""
         root = join(self._root, b"")
         parts = path.removeprefix(root).split(b"/")
         above = list(itertools.accumulate(parts, join, initial=root))[1:]
@@ -1874,6 +1873,7 @@ class Walk:
         elif kind == stat.S_IFREG and size is not None and mtime is not None:
             return RemoteFile(path, size, mtime)
         elif kind in (stat.S_IFREG, 0):
+            self._report.unlisted.add(path)
             self._report.add_failure(path, "the box does not tell its type, size and time")
         else:
             self._report.skipped["Links" if kind == stat.S_IFLNK else "Special files"] += 1
@@ -1892,8 +1892,9 @@ CREATE TABLE uploads (key TEXT PRIMARY KEY, path TEXT NOT NULL, size INTEGER NOT
     mtime INTEGER, part_size INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE runs (started_at INTEGER PRIMARY KEY, ended_at INTEGER, status INTEGER,
-    uploaded INTEGER, skipped INTEGER, failed INTEGER, bytes INTEGER, spent REAL)
+    uploaded INTEGER, skipped INTEGER, failed INTEGER, bytes INTEGER, spent REAL);
 """
+GONE_TABLE = "CREATE TABLE gone (path TEXT PRIMARY KEY) WITHOUT ROWID"
 RECORDS = (
     "SELECT path, size, mtime, uploaded_at, key, etag, crc32, storage_class"
     " FROM files JOIN objects USING (path)"
@@ -1975,8 +1976,8 @@ class State:
             self._db.execute("PRAGMA synchronous = FULL")
             version = self._rows("PRAGMA user_version")
             if version == [(2,)]:
-                column = "ALTER TABLE runs ADD COLUMN spent REAL"
-                self._commit(column, f"PRAGMA user_version = {STATE_VERSION}")
+                spent = "ALTER TABLE runs ADD COLUMN spent REAL"
+                self._commit(spent, GONE_TABLE, f"PRAGMA user_version = {STATE_VERSION}")
             elif version != [(STATE_VERSION,)]:
                 self._upgrade(config)
             self._db.execute(f"PRAGMA busy_timeout = {COMMIT_LIMIT * 1000}")
@@ -1995,11 +1996,12 @@ class State:
 
         self._db.create_function("key_of", 1, key_of, deterministic=True)
         tables = {name for (name,) in self._rows("SELECT name FROM sqlite_master")}
-        old = tables & {"objects", "recheck", "replacing", "uploads", "meta", "runs"}
+        old = tables & {"objects", "recheck", "replacing", "uploads", "meta", "runs", "gone"}
         unsure = "typeof(mtime) != 'integer'" if "meta" not in tables else "true"
         self._commit(
             *(f"DROP TABLE {name}" for name in old),
             *SCHEMA.split(";"),
+            GONE_TABLE,
             "DELETE FROM files WHERE typeof(path) != 'text' OR typeof(size) != 'integer'"
             " OR key_of(path) IS NULL",
             f"UPDATE files SET mtime = NULL WHERE {unsure}",
@@ -2054,9 +2056,8 @@ class State:
         """Forgets everything that is known of the files on the box, and what the state is
         tied to: it has to be made from the bucket's listing."""
         old_parts = "UPDATE uploads SET mtime = NULL"  # nothing is to go on behind them
-        self._commit(
-            old_parts, *(f"DELETE FROM {name}" for name in ("files", "objects", "meta"))
-        )
+        tables = ("files", "objects", "meta", "gone")
+        self._commit(old_parts, *(f"DELETE FROM {table}" for table in tables))
 
     # Files
 
@@ -2144,6 +2145,16 @@ class State:
         """The rows of files that were not noted as seen."""
         self.note_seen([])
         return self.records("path NOT IN (SELECT path FROM temp.seen)")
+
+    def known_gone(self) -> set[str]:
+        """Paths of the files that were gone already when MAX_CHANGED last let a run go on."""
+        return {path for (path,) in self._rows("SELECT path FROM gone")}
+
+    def note_gone(self, paths: Iterable[str]) -> None:
+        """Adds to them, and drops those that were noted as seen."""
+        drop = "DELETE FROM gone WHERE path IN (SELECT path FROM temp.seen)"
+        insert = "INSERT OR IGNORE INTO gone VALUES (?)"
+        self._commit(drop, *((insert, path) for path in paths))
 
     def apply(self, differences: Iterable[Difference]) -> None:
         """Brings rows in line with the bucket's listing."""
@@ -3133,6 +3144,12 @@ class Job(NamedTuple):
         has_row = self.record is not None and self.record.size == self.file.size
         return has_row and not self.resumes
 
+    @property
+    def asks(self) -> int:
+        """1 if S3 has to be asked for that: the state does not know first-hand."""
+        is_known = self.record and self.record.crc32 is not None and self.record.etag
+        return int(self.compares and not is_known)
+
 
 class Archived(NamedTuple):
     """A file, and its object, which S3 has acknowledged or was found to hold already."""
@@ -3194,12 +3211,14 @@ def restore_cost(prices: Prices, counts: Counts, tier: str, days: int = 7) -> fl
 
 
 def job_cost(job: Job, config: Config, prices: Prices) -> tuple[float, float]:
-    """USD for the requests of an upload, and for the object that it overwrites early."""
+    """USD for the requests of an upload, if it comes to that after a comparison, and for the
+    object that it overwrites early."""
     size, record, early = job.file.size, job.record, 0.0
+    requests = {"head": job.asks, "list": 2 * job.upload_begun, **job.plan.requests(size)}
     if record is not None:
         age = (time.time() - (record.uploaded_at or 0)) / 86400
         early = prices.early(record.storage_class or config.storage_class, record.size, age)
-    return prices.upload(config.class_of(size), job.plan.requests(size)), early
+    return prices.upload(config.class_of(size), requests), early
 
 
 NEW, CHANGED, COMPARED, GONE, FAILING = "+", "*", "?", "-", "!"  # in `plan --list`
@@ -3221,6 +3240,7 @@ class Forecast(WalkReport):
         kinds = ("new", "changed", "to_compare", "unchanged")
         self.counts: Counts = {kind: Count() for kind in kinds}
         self.gone: Counts = {}  # by class: archived, but not on the box any more
+        self.missing = set[str]()  # their paths, as in the path column
         self.tiny: Counts = {}  # of what is to be uploaded
         self.altered = 0  # archived files whose size or mtime is another one now
         self.requests = Counter(put=0, create=0, part=0, complete=0, head=0)
@@ -3243,6 +3263,7 @@ class Forecast(WalkReport):
             path = unescape(record.path)
             if not walk.leaves_out(path):
                 add(self.gone, record.storage_class or self._config.storage_class, record.size)
+                self.missing.add(record.path)
                 self._on_file(GONE, path, "")
 
     def _add_page(self, page: list[RemoteFile]) -> None:
@@ -3262,9 +3283,8 @@ class Forecast(WalkReport):
             if record and job.compares:
                 self._on_file(COMPARED, file.path, "")
                 add(self.counts, "to_compare", file.size)
-                asks = int(record.crc32 is None or not record.etag)
-                self.requests["head"] += asks
-                self.upload += self.prices.upload(kind, {"head": asks})
+                self.requests["head"] += job.asks
+                self.upload += self.prices.upload(kind, {"head": job.asks})
                 continue
             self._on_file(CHANGED if record else NEW, file.path, "")
             add(self.counts, "changed" if record else "new", file.size)
@@ -3578,7 +3598,8 @@ class Run:
                 files_log.info("archived %s (%s bytes)", path, f"{archived.file.size:,}")
             elif archived:
                 report.compared += 1
-                self._planned -= self._most(job)
+                asked = self._prices.upload("", {"head": job.asks})
+                self._planned -= self._most(job) - asked
                 log.debug("compared %s", path)
             elif error and error.code == VANISHED:
                 report.skipped["Vanished"] += 1
@@ -3602,27 +3623,30 @@ def with_content(found: StoredObject, blocks: Iterable[bytes]) -> StoredObject |
 
 def check_changes(tools: Tools, state: State) -> None:
     """Fatal if more of the archived files than MAX_CHANGED allows have changed, or are gone:
-    that is what ransomware looks like."""
+    that is what ransomware looks like.  What is gone counts until a run has gone on."""
     limit = tools.config.max_changed
     if limit is None:
         return
     forecast = Forecast(tools, state)
     forecast.look()
-    before, gone = total(forecast.before).files, total(forecast.gone).files
+    missing, before = forecast.missing, total(forecast.before).files
+    gone = len(missing - state.known_gone())
     if (forecast.altered + gone) * 100 > limit * before:
         found = f"{forecast.altered:,} have changed and {gone:,} are gone"
         reason = f"MAX_CHANGED is {limit} %, but of {before:,} archived files {found}"
         remedy = "look at plan --list; if it is right, raise MAX_CHANGED for one run"
         raise Fatal(f"{reason}: nothing was sent; {remedy}")
+    state.note_gone(missing)
 
 
 def run(tools: Tools, new_source: bool, report: Report) -> int:
     """Archives the box: 0, or 3 if something is incomplete."""
     config, stopping, status = tools.config, tools.box.stopping, 1
     for kind in {config.storage_class, config.class_of(0)}:
-        if config.max_cost is not None and math.isnan(tools.prices.upload(kind, ONE)):
-            reason = f"the price of requests for {kind} is not known: set it in PRICES"
-            raise Fatal(f"MAX_COST: {reason}", status=2)
+        usd = tools.prices.upload(kind, ONE) + tools.prices.early(kind, 1, 0)
+        if config.max_cost is not None and math.isnan(usd):
+            remedy = f"set {kind}.put, {kind}.part and {kind}.month in PRICES"
+            raise Fatal(f"MAX_COST: what {kind} costs is not known: {remedy}", status=2)
     # What has not ended by then is cut off, so that nothing hangs.
     out_of_time = threading.Timer((config.max_runtime or 0) + RUNTIME_GRACE, tools.box.close)
     out_of_time.daemon = True
@@ -3803,11 +3827,12 @@ def status(tools: Tools, json_wanted: bool) -> int:
         }
         show_json(answers)
         return 0
+    wanted = (config.storage_class, config.small_files_class)
     used, free = map(format_size, room or (0, 0))
     rows: list[tuple[str, object]] = [
         ("Archived", no_state or total(counts)),
         *(
-            (kind, count if kind == config.storage_class else f"{count}, not STORAGE_CLASS")
+            (kind, count if kind in wanted else f"{count}, not STORAGE_CLASS")
             for kind, count in counts.items()
         ),
         ("Storage a month", no_state or usd),

@@ -94,9 +94,10 @@ def test_folders_are_followed_only_to_a_depth_that_a_system_can_open(archive, bo
 
 def test_name_that_is_listed_twice_is_one_object(archive, box):
     found = Attributes(mode=stat.S_IFREG | 0o644, size=SMALL, mtime=1_700_000_000)
-    box.on("READDIR", b".", names((b"f", found), (b"f", found)))
+    twice = box.on("READDIR", b"", names((b"f", found), (b"f", found)))
     result = archive(constants={"PAGE": 1})
     assert result.status == 0, result.stderr
+    assert twice.fired == 1
     assert_all_archived(archive, box)
 
 

@@ -47,6 +47,9 @@ COLUMNS, *ROWS = [line.split() for line in PUBLISHED.strip().splitlines()]
 PUBLISHED = {region: dict(zip(COLUMNS, map(float, row), strict=True)) for region, *row in ROWS}
 
 
+REQUESTS = ("put", "create", "part", "complete", "head", "list")
+
+
 @pytest.fixture(scope="module")
 def program():
     """archive.py as a module, nothing of it run."""
@@ -117,6 +120,19 @@ def test_no_region_has_prices_that_were_not_published(program):
     assert ohio.month(COLD, 1_000, GB) == virginia.month(COLD, 1_000, GB)
 
 
+def test_ohio_costs_what_virginia_does(program):
+    def everything(region):
+        prices, kinds = program.Prices(region, {}), (COLD, "GLACIER", "STANDARD")
+        yield prices.download(1_000, 200 * GB)
+        for kind in kinds:
+            yield from (prices.month(kind, 1_000, GB), prices.early(kind, GB, 0))
+            yield from (prices.upload(kind, {name: 1}) for name in REQUESTS)
+            tiers = ("bulk", "standard")
+            yield from (prices.restore(kind, tier, 1_000, GB, 7) for tier in tiers)
+
+    assert list(everything("us-east-2")) == list(everything("us-east-1"))
+
+
 def test_frankfurt_costs_what_was_worked_out_by_hand(program):
     prices = program.Prices("eu-central-1", {})
 
@@ -183,6 +199,20 @@ def test_upload_costs_each_kind_of_request_at_its_own_price(prices):
     # 2 HEADs 0.0000008: together 0.0009158.
     requests = {"put": 3, "create": 2, "part": 131, "complete": 2, "head": 2}
     assert prices.upload(COLD, requests) == near(0.0009158)
+
+
+def test_listing_costs_a_put_into_standard_whatever_the_class(program):
+    frankfurt, virginia = (program.Prices(r, {}) for r in ("eu-central-1", "us-east-1"))
+    for kind in (COLD, "STANDARD", "ONEZONE_IA"):
+        assert virginia.upload(kind, {"list": 1_000}) == near(0.005)
+        assert frankfurt.upload(kind, {"list": 1_000}) == near(0.0054)
+
+
+def test_requests_by_class_cost_what_each_class_costs(prices):
+    # 10 PUTs 0.0005 and one HEAD 0.0000004; 10 PUTs into STANDARD 0.00005.
+    sent = {(COLD, "put"): 10, (COLD, "head"): 1, ("STANDARD", "put"): 10}
+    assert prices.requests(sent) == near(0.0005504)
+    assert prices.requests({}) == 0
 
 
 @pytest.mark.parametrize(
@@ -252,6 +282,26 @@ def test_prices_that_are_set_replace_the_built_in_ones_and_no_others(program):
     assert prices.download(0, 110 * GB) == near(0.5)
     assert prices.upload(COLD, {"put": 1_000}) == near(0.05)
     assert "PRICES" in prices.note
+
+
+def test_class_without_built_in_prices_takes_those_that_are_set(program):
+    prices = program.Prices(
+        "us-east-1",
+        {"GLACIER_IR.month": 0.004, "GLACIER_IR.put": 0.02, "STANDARD_IA.month": 0.0125},
+    )
+
+    # 10 GB x 0.004, and nothing for each object, as it is not cold.
+    assert prices.month("GLACIER_IR", 1_000, 10 * GB) == near(0.04)
+    assert prices.upload("GLACIER_IR", {"put": 1_000}) == near(0.02)
+    # Of its 90 days 60 are left, of 30 days 15.
+    assert prices.early("GLACIER_IR", 10 * GB, 30) == near(0.08)
+    assert prices.early("STANDARD_IA", 10 * GB, 15) == near(0.0625)
+    assert prices.early("STANDARD_IA", 10 * GB, 31) == 0
+
+
+def test_class_without_a_minimum_of_days_is_overwritten_for_nothing(prices):
+    assert prices.early("INTELLIGENT_TIERING", GB, 0) == 0
+    assert prices.early("ONEZONE_IA", GB, 30) == 0
 
 
 @pytest.mark.parametrize("region", ["mars-north-1", None])

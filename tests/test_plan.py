@@ -3,13 +3,27 @@
 import contextlib
 import json
 import os
+import re
 import sqlite3
+import stat
 import time
 
 import pytest
 from conftest import MIB, OLD, earlier_database, fill, tree
 from faults import SMALL, write
-from faulty_sftp import PERMISSION_DENIED, FaultyBox, many_files, one_file, status
+from faulty_sftp import (
+    A_FOLDER,
+    EOF,
+    PERMISSION_DENIED,
+    Attributes,
+    FaultyBox,
+    Generated,
+    a_file,
+    many_files,
+    names,
+    one_file,
+    status,
+)
 
 GB = 2**30
 LIMIT = 5 * MIB
@@ -168,6 +182,167 @@ def test_rows_of_an_earlier_script_are_foretold_as_the_run_takes_them(archive, b
     assert archive().counts == (2, 1, 0)
 
 
+# --- Each file ---
+
+
+def listed(result):
+    """The lines before the table."""
+    lines, table, _ = result.stdout.partition("==== PLAN ====\n")
+    assert table, "the table comes after them"
+    return sorted(lines.splitlines())
+
+
+LIST = [("plan", "--list"), ("run", "--dry-run"), ("run", "-n")]
+
+
+@pytest.mark.parametrize("arguments", LIST, ids=" ".join)
+def test_list_has_a_line_for_each_file_that_is_not_as_it_was_archived(
+    archive, box, s3, arguments
+):
+    long = "/".join(["d" * 200] * 6)
+    files = {"same": 100, "d/same": 1, "grown": b"12345", "touched": b"12", "gone": 9}
+    fill(box.root, {**files, "closed/f": 1})
+    assert archive().status == 0
+    os.unlink(box.root / "gone")
+    fill(box.root, {"grown": b"1234567", "new": 1_000, "d/new": 500, long: 1})
+    fill(box.root, {"touched": b"12"}, mtime=1_650_000_000)
+    box.always("OPENDIR", b"closed", status(PERMISSION_DENIED))
+    state, objects = archive.state_db.read_bytes(), archive.objects()
+    others = {path.name for path in archive.folder.iterdir()}
+    s3.requests.clear()
+    box.requests.clear()
+
+    result = archive(*arguments)
+
+    assert result.status == 3, "of the two that fail"
+    assert listed(result) == sorted([
+        *("+ ./new", "+ ./d/new", "* ./grown", "? ./touched", "- ./gone"),
+        *(f"! ./{long}", "! ./closed"),
+    ])  # fmt: skip
+    failures = sorted(failure.split(": ")[0] for failure in result.failures)
+    assert failures == ["./closed", f"./{long}"]
+    assert re.search(r"^New files *: 2 \(1.5 KiB\)$", result.stdout, re.MULTILINE)
+    assert re.search(r"^Gone from the box *: 1 \(9 bytes\), ", result.stdout, re.MULTILINE)
+    # As `plan` leaves everything alone.
+    assert archive.state_db.read_bytes() == state
+    assert {path.name for path in archive.folder.iterdir()} == others
+    assert archive.objects() == objects
+    assert s3.requests.total() == 0
+    assert set(box.requests) <= {"INIT", "REALPATH", "OPENDIR", "READDIR", "LSTAT", "CLOSE"}
+
+
+@pytest.mark.parametrize("arguments", LIST, ids=" ".join)
+def test_list_of_a_first_run_makes_no_state(archive, box, s3, arguments):
+    fill(box.root, {"new": 20})
+
+    result = archive(*arguments)
+
+    assert (result.status, listed(result)) == (0, ["+ ./new"])
+    assert not archive.state_db.exists()
+    assert s3.requests == {"ListObjectsV2": 1}
+
+
+@pytest.mark.parametrize("arguments", [("plan", "--list", "--json"), ("plan", "--dry-run")])
+def test_list_and_json_exclude_each_other(archive, box, s3, arguments):
+    result = archive(*arguments)
+
+    assert (result.status, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1
+    assert s3.requests.total() == box.connections == 0
+
+
+def test_dry_run_as_json_is_the_plan_as_json(archive, box):
+    fill(box.root, {"new": 20})
+
+    result = archive("run", "--dry-run", "--json")
+
+    assert json.loads(result.stdout) == planned(archive)
+
+
+@pytest.mark.parametrize("root", [".", "sub", "sub/"])
+def test_what_the_walk_does_not_reach_is_not_gone(archive, box, root):
+    """Excluded or hidden now, or below a folder that cannot be listed."""
+    places = ("cache/f", "cache/d/f", "a.tmp", "d/a.tmp", ".hidden", ".d/f", "d/.d/f")
+    places += ("closed/f", "closed/d/f", "gone", "d/gone")
+    fill(box.root / root, dict.fromkeys((*places, "d/same"), 1))
+    archive.settings["REMOTE_PATH"] = root
+    assert archive(INCLUDE_HIDDEN="true").counts == (len(places) + 1, 0, 0)
+    for name in places:
+        if "closed" not in name:
+            os.unlink(box.root / root / name)
+    box.always("OPENDIR", os.path.normpath(f"{root}/closed").encode(), status(3))
+
+    result = archive("plan", "--list", EXCLUDE_PATHS="cache,*.tmp,/")
+
+    path = root.rstrip("/")
+    assert listed(result) == sorted([f"- {path}/gone", f"- {path}/d/gone", f"! {path}/closed"])
+    assert planned(archive, 3, EXCLUDE_PATHS="cache,*.tmp")["gone"] == files_and_bytes(1, 1)
+
+
+def test_file_whose_attributes_the_box_does_not_tell_is_failing_and_not_gone(archive, box):
+    fill(box.root, {"f": 1, "d/f": 1, "same": 1})
+    archive()
+    unknown = Attributes(mode=None, size=None, mtime=None)
+    same = Attributes(mode=stat.S_IFREG | 0o644, size=1, mtime=OLD)
+    box.on("READDIR", b"", names((b"f", unknown), (b"d", unknown), (b"same", same)))
+    box.always("READDIR", b"", status(EOF))
+
+    result = archive("plan", "--list")
+
+    assert (result.status, listed(result)) == (3, ["! ./d", "! ./f"])
+
+
+def test_file_whose_folder_is_gone_or_that_is_a_link_now_is_gone(archive, box):
+    fill(box.root, {"d/f": 1, "f": 1, "same": 1})
+    archive()
+    os.unlink(box.root / "d" / "f")
+    os.rmdir(box.root / "d")
+    os.unlink(box.root / "f")
+    (box.root / "f").symlink_to("same")
+
+    assert listed(archive("plan", "--list")) == ["- ./d/f", "- ./f"]
+
+
+def test_hostile_name_is_one_safe_line(archive, box):
+    shown = {
+        b"two\nlines": "./two\\nlines",
+        b"\x1b[2J": "./\\x1b[2J",
+        b"not \xff utf-8": "./not \\xff utf-8",
+        b"back\\slash": "./back\\\\slash",
+        "right \u202e left".encode(): "./right \\u202e left",
+        b"- .": "./- .",
+    }
+    fill(box.root, dict.fromkeys(shown, 1))
+
+    assert listed(archive("plan", "--list")) == sorted(f"+ {name}" for name in shown.values())
+
+    archive()
+    for name in shown:
+        os.unlink(os.path.join(os.fsencode(box.root), name))
+    fill(box.root, {"f": 1})
+    gone = [f"- {name}" for name in shown.values()]
+    assert listed(archive("plan", "--list")) == sorted([*gone, "+ ./f"])
+
+
+def test_what_is_gone_is_told_with_what_it_costs_a_month(archive, box):
+    fill(box.root, {"cold": 1, "warm": 1, "there": 1, "cache/f": 1})
+    archive()
+    archive.settings["EXCLUDE_PATHS"] = "cache"
+    archive.execute("UPDATE files SET size = ?", 100 * GB)
+    archive.execute("UPDATE objects SET storage_class = 'STANDARD' WHERE path = './warm'")
+    os.unlink(box.root / "cold")
+    os.unlink(box.root / "warm")
+
+    plan = planned(archive)
+
+    assert plan["gone"] == files_and_bytes(100 * GB, 100 * GB)
+    # 100 x 0.00099 and the index 0.0000002; 100 x 0.023.
+    assert plan["usd"]["gone_a_month"] == pytest.approx(2.3990002, abs=1e-6)
+    text = archive("plan").stdout
+    told = r"^Gone from the box *: 2 \(200.0 GiB\), archived for \$2.40 a month$"
+    assert re.search(told, text, re.MULTILINE)
+
+
 # --- What is left alone ---
 
 
@@ -282,6 +457,57 @@ def test_files_so_small_that_objects_outweigh_them_are_warned_of(archive_of, siz
     assert ("on average" in result.stderr) is told
 
 
+def beside_10_gb(tiny, size=0):
+    """One file of 10 GB and `tiny` ones."""
+    files = {b"large": 10 * GB, **{b"t%d" % number: size for number in range(tiny)}}
+    entries = [(name, a_file(size)) for name, size in files.items()]
+    return Generated(lambda _: entries, lambda path: dict(entries).get(path, A_FOLDER))
+
+
+@pytest.mark.parametrize(
+    ("tree", "told"),
+    [
+        # 10 GB are 640 parts, Create and Complete: 641 x 0.000005 + 0.00005 = 0.003255. Each
+        # tiny file would save 0.00005 - 0.000005: nine of them 0.000405, and a tenth of
+        # 0.003255 + 9 x 0.00005 is 0.0003705; eight 0.00036 of 0.0003655.
+        (beside_10_gb(9), "9 (0 bytes)"),
+        (beside_10_gb(8), None),
+        # None of them is tiny: 8 KiB are not below 8 KiB.
+        (beside_10_gb(1_000, 8 * 1024), None),
+        (beside_10_gb(1_000, 8 * 1024 - 1), "1,000 (7.8 MiB)"),
+    ],
+)
+def test_tiny_files_that_would_save_a_tenth_in_another_class_are_warned_of(
+    archive_of, tree, told
+):
+    with FaultyBox(tree) as box:
+        archive = archive_of(box)
+        result = archive("plan")
+        settings = {"SMALL_FILES_BELOW": "8K", "SMALL_FILES_CLASS": "STANDARD"}
+        assert "SMALL_FILES" not in archive("plan", **settings).stderr, "they are there already"
+
+    assert result.status == 0
+    warned = [line for line in result.stderr.splitlines() if "SMALL_FILES" in line]
+    assert len(warned) == (told is not None)
+    if told:
+        assert f"files to upload below 8.0 KiB: {told}; " in warned[0]
+        assert "SMALL_FILES_BELOW=8K and SMALL_FILES_CLASS=STANDARD" in warned[0]
+
+
+def test_what_tiny_files_would_save_is_told_in_numbers(archive_of):
+    """2,000 files of 1 KiB. PUTs 2,000 x (0.00005 - 0.000005) = 0.09. A month: they are
+    0.0019073 GB, x 0.00099 = 0.0000018883, the index 2,000 x 0.0000002056885 = 0.000411377;
+    in STANDARD x 0.023 = 0.0000438690; saved are 0.000369396."""
+    with FaultyBox(many_files(20, 100, 1024)) as box:
+        archive = archive_of(box)
+        plan, text = planned(archive), archive("plan").stderr
+
+    assert plan["tiny_files"] == {"files": 2_000, "bytes": 2_000 * 1024}
+    assert plan["usd"]["tiny_files_upload"] == pytest.approx(0.09, abs=1e-6)
+    assert plan["usd"]["tiny_files_month"] == pytest.approx(0.000369, abs=1e-6)
+    assert "would save $0.09 of the upload and under $0.01 a month" in text
+
+
 def test_empty_box_costs_nothing_and_is_no_mistake(archive, box):
     assert archive("plan").status == 0
 
@@ -304,6 +530,27 @@ def test_plan_says_that_it_is_an_estimate_of_which_date_and_region(archive, box)
     elsewhere = archive("plan", AWS_REGION="sa-east-1").stdout
     for word in ("us-east-1", "sa-east-1", "PRICES"):
         assert word in elsewhere
+
+
+@pytest.mark.parametrize(
+    ("region", "whose", "other"),
+    [
+        ("eu-north-1", "eu-north-1", False),
+        ("us-east-2", "us-east-2", False),
+        ("eu-central-1", "eu-central-1", False),
+        ("ap-south-1", "us-east-1", True),
+    ],
+)
+def test_plan_and_status_say_whose_prices_they_show(archive, region, whose, other):
+    for command in ("plan", "status"):
+        result = archive(command, AWS_REGION=region)
+        [note] = re.findall(r"^\(.*prices of.*\)$", result.stdout, re.MULTILINE)
+        assert f"for {whose}" in note
+        assert ("PRICES" in note) == other, "that is the remedy"
+        assert (f"those of {region} may differ" in note) == other
+        told = json.loads(archive(command, "--json", AWS_REGION=region).stdout)["prices"]
+        assert told["region"] == whose
+        assert f"({told['note']})" == note
 
 
 def test_prices_that_are_set_are_those_of_the_plan(archive_of, s3):

@@ -233,17 +233,30 @@ BAD_VALUES = [
         "S3_BUCKET": "bucket/folder",
         "MAX_RUNTIME": "10\u017f",  # a long s
         "AWS_ENDPOINT_URL": "http://127.0.0.1.example.com",
+        "MAX_COST": "5 USD",
+        "MAX_CHANGED": "101",
+        "SMALL_FILES_BELOW": "tiny",
+        "SMALL_FILES_CLASS": "WARM",
+        "S3_EXTRA_ARGS": "Tagging",
+        "PRICES": "egress",
     },
+    {"SMALL_FILES_BELOW": "tiny", "SMALL_FILES_CLASS": "STANDARD"},
+    {"SMALL_FILES_BELOW": "8K", "SMALL_FILES_CLASS": "WARM"},
 ]
 
 
-@pytest.mark.parametrize("values", BAD_VALUES, ids=["one of each", "others"])
+BAD_IDS = ["one of each", "others", "a bad limit", "a bad class"]
+
+
+@pytest.mark.parametrize("values", BAD_VALUES, ids=BAD_IDS)
 def test_a_bad_value_ends_with_status_2_and_the_name_of_its_setting(archive, values):
     result = archive(**values)
 
     assert result.status == 2
     told = re.findall(r"^error: (\w+)", result.stderr, re.MULTILINE)
-    assert sorted(told) == sorted(values), result.stderr
+    good = {"STANDARD", "8K"}
+    bad = [name for name, value in values.items() if value not in good]
+    assert sorted(told) == sorted(bad), result.stderr
 
 
 GOOD_VALUES = [
@@ -257,10 +270,20 @@ GOOD_VALUES = [
         "EXCLUDE_PATHS": " , ",
     },
     {"MEMORY_LIMIT": "1GiB", "MAX_RUNTIME": "6h", "INCLUDE_HIDDEN": "no"},
+    {
+        "MAX_COST": " 0.5 ",
+        "MAX_CHANGED": "100",
+        "SMALL_FILES_BELOW": "1",
+        "SMALL_FILES_CLASS": "STANDARD",
+        "S3_EXTRA_ARGS": "Tagging=a=b, ,",
+        "PRICES": "GLACIER_IR.put = 0.02",
+    },
+    dict.fromkeys(("MAX_COST", "MAX_CHANGED", "S3_EXTRA_ARGS", "SMALL_FILES_BELOW"), ""),
 ]
+GOOD_IDS = ["one of each", "others", "guards", "empty"]
 
 
-@pytest.mark.parametrize("values", GOOD_VALUES, ids=["one of each", "others"])
+@pytest.mark.parametrize("values", GOOD_VALUES, ids=GOOD_IDS)
 def test_a_good_value_is_taken_without_a_word(archive, values):
     result = archive(**values)
 
