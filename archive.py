@@ -77,7 +77,7 @@ from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn, TextIO, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, quote_plus, urlsplit
 
 try:
     import boto3
@@ -89,7 +89,6 @@ try:
     from boto3.s3.inject import upload_fileobj
     from boto3.s3.transfer import S3Transfer, TransferConfig
     from botocore import exceptions as aws
-    from botocore.credentials import DeferredRefreshableCredentials
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from tqdm import tqdm
@@ -450,16 +449,17 @@ class PathFilter:
     def __init__(
         self, root: bytes, exclude: Iterable[str], include_hidden: bool, exists: Exists
     ):
-        self._root, self._include_hidden = root, include_hidden
+        self._root, self._include_hidden, self._asks = root, include_hidden, exists
         self._paths: dict[str, str] = {}  # and the items that they come from
         self._globs: list[tuple[re.Pattern[str], str]] = []
-        self.unmatched = set(exclude)  # items that have matched nothing yet
+        self._unmatched = set(exclude)  # items that have matched nothing yet
         start = join(root, b"").decode("utf-8", "surrogateescape")
         for item in exclude:
-            path = nfc(item.rstrip("/").removeprefix(start).removeprefix("./").lstrip("/"))
-            self._paths[path] = item
-            if set("*?[") & set(path) and not exists(join(root, os.fsencode(path))):
-                self._globs.append((re.compile(fnmatch.translate(path)), item))
+            whole = nfc(item.rstrip("/").removeprefix(start).removeprefix("./").lstrip("/"))
+            for path in {whole, whole.removeprefix("**/")}:  # **/ is the top, too
+                self._paths[path] = item
+                if set("*?[") & set(path) and not self._exists(path):
+                    self._globs.append((re.compile(fnmatch.translate(path)), item))
 
     def is_excluded(self, path: bytes) -> bool:
         if not self._paths:
@@ -467,8 +467,18 @@ class PathFilter:
         text = nfc(relative_path(self._root, path).decode("utf-8", "surrogateescape"))
         items = (item for glob, item in self._globs if glob.match(text))
         item = self._paths.get(text) or next(items, None)
-        self.unmatched.discard(item or "")
+        self._unmatched.discard(item or "")
         return item is not None
+
+    def _exists(self, path: str) -> bool:
+        forms = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
+        names = (form.encode("utf-8", "surrogateescape") for form in forms)
+        return any(self._asks(join(self._root, name)) for name in names)
+
+    def unmatched(self) -> set[str]:
+        """Items that have matched nothing, and do not exist: perhaps below what is hidden."""
+        items = ((path, item) for path, item in self._paths.items() if item in self._unmatched)
+        return self._unmatched - {item for path, item in items if self._exists(path)}
 
     def is_hidden(self, name: bytes) -> bool:
         return name.startswith(b".") and not self._include_hidden
@@ -728,11 +738,10 @@ def parse_time(text: str) -> float:
 
 
 def parse_path(text: str) -> Path:
-    if text.startswith("~/") and "HOME" not in os.environ:
-        with contextlib.suppress(RuntimeError):
-            return Path(text).expanduser()
-        return Path(text[2:])  # a container or system user without a home
-    return Path(text).expanduser()
+    text = os.fsdecode(text.encode("utf-8", "surrogateescape"))  # byte for byte
+    with contextlib.suppress(RuntimeError):
+        return Path(text).expanduser()
+    return Path(text.removeprefix("~/"))  # a container or system user without a home
 
 
 CLASSES = (*COLD_CLASSES, "STANDARD", *OTHER_CLASSES)
@@ -741,7 +750,7 @@ HOST = partial(parse_match, r"[^/\s@]+", "a bare host name, like u12345.your-sto
 REQUIRED = object()
 SECRETS = (
     *("HETZNER_PASSWORD", "HETZNER_KEY_PASSPHRASE"),
-    *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
+    *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_CONTAINER_AUTHORIZATION_TOKEN"),
 )
 
 
@@ -801,10 +810,10 @@ class Config:
 # The other AWS_ variables belong to boto3, and reach it as they are; proxies, too.
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 AWS_FILES = ["AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"]
-AWS_FILES += ["AWS_WEB_IDENTITY_TOKEN_FILE"]
+AWS_FILES += ["AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"]
 SETTINGS = (
     *(f.metadata["name"] for f in dataclasses.fields(Config) if f.metadata),
-    *("EXCLUDE_DIRS", "AWS_PROFILE", "AWS_ACCESS_KEY_ID", *SECRETS),
+    *("EXCLUDE_DIRS", "AWS_PROFILE", "AWS_ACCESS_KEY_ID", *SECRETS, *AWS_FILES),
 )
 
 
@@ -827,7 +836,7 @@ def read_settings(env_file: Path | None, environ: Mapping[str, str]) -> dict[str
             if found.key is not None:
                 value = found.value or ""
                 if found.key in AWS_FILES and value:
-                    value = str(env_file.absolute().parent / Path(value).expanduser())
+                    value = str(env_file.absolute().parent / parse_path(value))
                 settings[found.key] = value
     ours = (n for n in environ if n in SETTINGS or n.startswith(("HETZNER_", "AWS_")))
     # As bytes they are right whatever the locale is.
@@ -835,9 +844,9 @@ def read_settings(env_file: Path | None, environ: Mapping[str, str]) -> dict[str
     return settings | {n: value.decode("utf-8", "surrogateescape") for n, value in raw.items()}
 
 
-def setting_faults(settings: Mapping[str, str]) -> Iterator[str]:
+def setting_faults(settings: Mapping[str, str], environ: Mapping[str, str]) -> Iterator[str]:
     """A fault for each name that nothing reads, and for each credential that no server can
-    take: without its value."""
+    take: without its value.  The environment may have names of other programs."""
     for name, value in settings.items():
         is_aws = name.startswith("AWS_")
         if (name in SECRETS or is_aws) and re.search(r"[\0-\x1f\x7f]", value):
@@ -845,22 +854,26 @@ def setting_faults(settings: Mapping[str, str]) -> Iterator[str]:
         if name in SETTINGS or name.upper() in PROXIES:
             continue
         # A name of boto3's, unless it is nearly one of ours.
-        near = difflib.get_close_matches(name.upper(), SETTINGS, 1, 0.86 if is_aws else 0.5)
+        cutoff = 0.5 if not is_aws else 0.86 if name in environ else 0.76
+        near = difflib.get_close_matches(name.upper(), SETTINGS, 1, cutoff)
         if not is_aws or (near and not name.startswith("AWS_ENDPOINT_URL_")):
             yield f"{name}: unknown setting" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def add_secret(secrets: set[str], secret: str | None) -> None:
-    """Adds a secret in each form in which a library may show it."""
-    if secret:
-        secrets |= {secret, repr(secret)[1:-1], quote(secret), quote(secret, safe="")}
+    """Adds a secret in each form in which a library or a server may show it."""
+    if secret and secret not in secrets:
+        quoted = {quote(secret), quote(secret, safe=""), quote_plus(secret)}
+        quoted |= {re.sub("%..", lambda code: code[0].lower(), form) for form in quoted}
+        escaped = {form(secret)[1:-1] for form in (repr, json.dumps)}
+        secrets |= {secret, base64.b64encode(secret.encode()).decode(), *quoted, *escaped}
 
 
 def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
     """The checked settings; one Fatal that names every fault, one per line.  Relative paths
     are relative to the env file's folder, or to archive.py's: cron runs elsewhere."""
     settings = read_settings(env_file, environ)
-    faults = list(setting_faults(settings))
+    faults = list(setting_faults(settings, environ))
     # The folder as it was named: a secret may be a link to a place where nothing stays.
     folder = env_file.absolute().parent if env_file else Path(__file__).resolve().parent
     exclude = settings.get("EXCLUDE_PATHS", ""), settings.get("EXCLUDE_DIRS", "")
@@ -889,9 +902,7 @@ def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
                 faults.append(f"{name}: {error}" + ("" if is_secret else f", not {text!r}"))
     if bool(settings.get("SMALL_FILES_BELOW")) != bool(settings.get("SMALL_FILES_CLASS")):
         faults.append("SMALL_FILES_BELOW and SMALL_FILES_CLASS: set both, or none")
-    key = (values["extra_args"] or {}).get("SSECustomerKey", "")
-    for secret in (key, base64.b64encode(key.encode()).decode()):  # as it is sent
-        add_secret(secrets, secret)
+    add_secret(secrets, (values["extra_args"] or {}).get("SSECustomerKey"))
     # On Windows, no variable tells whether there is an agent.
     has_agent = environ.get("SSH_AUTH_SOCK") or sys.platform == "win32"
     if not (values["password"] or values["key_file"] or has_agent):
@@ -1403,11 +1414,11 @@ def log_in(config: Config, transport: paramiko.Transport) -> None:
 
 
 def read_private_key(path: Path, passphrase: bytes | None) -> paramiko.PKey:
-    """Also in PKCS#8 form, which paramiko does not read."""
+    """In any form; paramiko does not read PKCS#8, and would read a certificate beside it."""
     text = path.read_bytes()
-    if not re.search(b"BEGIN (ENCRYPTED )?PRIVATE KEY", text):
-        return paramiko.PKey.from_path(path, passphrase)
-    secret = serialization.load_pem_private_key(text, passphrase)
+    is_openssh = b"BEGIN OPENSSH" in text
+    load = serialization.load_ssh_private_key if is_openssh else None
+    secret = (load or serialization.load_pem_private_key)(text, passphrase)
     forms = serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH
     pem = secret.private_bytes(*forms, serialization.NoEncryption()).decode()
     for kind in (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey):
@@ -1419,9 +1430,7 @@ def read_private_key(path: Path, passphrase: bytes | None) -> paramiko.PKey:
 def load_private_key(path: Path, passphrase: str | None) -> paramiko.PKey:
     """The key in `path`; Fatal, with what is wrong with it."""
     try:
-        key = read_private_key(path, passphrase.encode() if passphrase else None)
-        key.public_blob = None  # of a certificate beside it, which may have expired
-        return key
+        return read_private_key(path, passphrase.encode() if passphrase else None)
     except OSError as error:
         reason = f"cannot be read: {error}"
     except (TypeError, paramiko.PasswordRequiredException):
@@ -1823,7 +1832,7 @@ class Walk:
                     files = (self._sort_out(path, *entry, folders) for entry in page)
                     yield [file for file in files if file is not None]
                 waiting += reversed(folders)
-            self._report.unmatched = self._filter.unmatched
+            self._report.unmatched = self._filter.unmatched()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -1864,10 +1873,10 @@ class Walk:
         kind = stat.S_IFMT(mode or 0)
         if not name or b"/" in name or len(path) > MAX_PATH_BYTES:
             self._report.add_failure(path[:MAX_PATH_BYTES], "no file can have this name")
-        elif self._filter.is_hidden(name):
-            self._report.skipped["Hidden entries"] += 1
         elif self._filter.is_excluded(path):
             self._report.skipped["Excluded"] += 1
+        elif self._filter.is_hidden(name):
+            self._report.skipped["Hidden entries"] += 1
         elif kind == stat.S_IFDIR:
             folders.append(path)
         elif kind == stat.S_IFREG and size is not None and mtime is not None:
@@ -2234,13 +2243,13 @@ def locked(config: Config, suffix: str = ".lock") -> Iterator[None]:
         db = sqlite3.connect(path, timeout=0, isolation_level=None)
         db.execute("BEGIN EXCLUSIVE")
     except sqlite3.Error as error:
-        reason = str(error)
+        reason, remedy = str(error), "check its permissions, and those of its folder"
         if "locked" in reason and can_lock(path.with_name(f"{path.name}.{os.getpid()}")):
             raise Fatal(f"another run is at work: it holds {path}", status=11) from None
-        if "locked" in reason:
-            reason = "the file system has no locks, as some network shares: put STATE_DB on a "
-            reason += "local disk"
-        raise Fatal(f"the lock {path} cannot be taken: {reason}") from None
+        if "open" not in reason and "readonly" not in reason:
+            remedy = "perhaps its file system has no locks, as some network shares: put "
+            remedy += "STATE_DB on a local disk"
+        raise Fatal(f"the lock {path} cannot be taken: {reason}; {remedy}") from None
     with contextlib.closing(db):
         yield
 
@@ -2273,6 +2282,7 @@ NO_CREDENTIALS = (
     *(aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError),
     *(aws.ProfileNotFound, aws.TokenRetrievalError, aws.SSOError),
     *(aws.RefreshWithMFAUnsupportedError, aws.UnauthorizedSSOTokenError),
+    *(OSError, EOFError),  # no such file or program; nobody is there to be asked for a code
 )
 
 # The requests that are paid for, by their names in Prices.upload.
@@ -2485,10 +2495,7 @@ class Bucket:
                 self._client = session.client(
                     "s3", endpoint_url=config.endpoint_url, config=settings
                 )
-                found = session.get_credentials()
-                if found and not isinstance(found, DeferredRefreshableCredentials):
-                    for secret in (found.secret_key, found.token):
-                        add_secret(config.secrets, secret)
+                self._credentials = session.get_credentials()
             parse_endpoint(self._client.meta.endpoint_url)  # it may come from ~/.aws
         except (ValueError, EOFError, RuntimeError) as error:  # EOFError: it asks for a code
             raise Fatal(f"AWS_ENDPOINT_URL, or the AWS credentials: {error}") from None
@@ -2498,7 +2505,14 @@ class Bucket:
         events.unregister("before-call.s3", botocore.handlers.add_expect_header)
         if retries:
             events.register_first("needs-retry.s3", retry_pause)
+        events.register("before-send.s3", self._note_secrets)
         events.register("before-send.s3", self._count)
+
+    def _note_secrets(self, **_: Any) -> None:
+        """Those of a role, for example, are only there when a request is signed with them."""
+        held = vars(self._credentials)  # as they are now: asking could renew them
+        for secret in map(held.get, ("secret_key", "_secret_key", "token", "_token")):
+            add_secret(self._config.secrets, secret)
 
     def _count(self, event_name: str, request: Any, **_: Any) -> None:
         name = COUNTED.get(event_name.rpartition(".")[2])
@@ -2890,6 +2904,14 @@ class Console(logging.StreamHandler):  # type: ignore[type-arg]
             super().emit(record)
 
 
+class LogFile(logging.handlers.RotatingFileHandler):
+    """Each new file is private."""
+
+    def _open(self) -> io.TextIOWrapper:
+        create_private(Path(self.baseFilename))
+        return super()._open()
+
+
 def start_logging(config: Config, level: int, bars: bool, results: TextIO) -> None:
     """Results to `results`, everything else to stderr from `level` on, all of it to
     LOG_FILE; Fatal if that cannot be written."""
@@ -2902,11 +2924,8 @@ def start_logging(config: Config, level: int, bars: bool, results: TextIO) -> No
     handlers.append((stdout, "%(message)s"))
     results_log.handlers, log.handlers = [stdout], [stderr]
     if config.log_file is not None:
-        create_private(config.log_file)
         try:
-            file = logging.handlers.RotatingFileHandler(
-                config.log_file, maxBytes=10 * MIB, backupCount=5, encoding="utf-8"
-            )
+            file = LogFile(config.log_file, maxBytes=10 * MIB, backupCount=5, encoding="utf-8")
         except OSError as error:
             raise Fatal(f"LOG_FILE cannot be written: {error}", status=2) from None
         handlers.append((file, "%(asctime)s %(levelname)-8s %(message)s"))
@@ -4069,9 +4088,12 @@ class BoxFolder:
             # The answer to an earlier rename may have been lost with its session.
             if written is not None and size_and_mtime(session, path) == (written, mtime):
                 return
-            try:
-                self._make_folders(session, path)
-                written = write_file(session, partial_path, mtime, blocks())
+            self._make_folders(session, path)
+            # What a killed pass has left; ProFTPD lets nobody write to a file anew.
+            session.send(simple_request(FXP_REMOVE, partial_path))
+            handle = session.ask_one(open_request(partial_path, FOR_WRITING))
+            try:  # from here on, trying again would fetch it from S3 again
+                written = write_file(session, handle, partial_path, mtime, blocks())
                 if overwrite:
                     session.ask(simple_request(FXP_REMOVE, path))
                 session.ask_one(simple_request(FXP_RENAME, partial_path, path))
@@ -4082,7 +4104,10 @@ class BoxFolder:
                 raise FileError("the box has something else in its place then")
 
         try:
-            self._box.retry(store)
+            try:
+                self._box.retry(store)
+            except SFTPError as error:
+                raise FileError(f"the box cannot store it: {error}") from None
         except FileError as error:
             room = None
             with contextlib.suppress(Fatal, Stopped, FileError):
@@ -4118,11 +4143,11 @@ def size_and_mtime(session: Session, path: bytes) -> tuple[int | None, int | Non
     return found[:2] if isinstance(found, Attributes) else (None, None)
 
 
-def write_file(session: Session, path: bytes, mtime: int, blocks: Iterator[bytes]) -> int:
-    """Writes a new file; its size.  SFTPError, FileError if the box has another one then."""
-    # What a killed pass has left; ProFTPD lets nobody write to a file anew.
-    session.send(simple_request(FXP_REMOVE, path))
-    handle = session.ask_one(open_request(path, FOR_WRITING))
+def write_file(
+    session: Session, handle: bytes, path: bytes, mtime: int, blocks: Iterator[bytes]
+) -> int:
+    """Writes the new file at `path`, which is open, and closes it; its size.  SFTPError,
+    FileError if the box has another one then."""
     batches: deque[Batch] = deque()
     at = 0
     try:
@@ -4162,7 +4187,7 @@ class Restore:
         self._paths = wanted_paths(options.path, tools.config.remote_path)
         to, to_box = options.to, options.to_box
         self.target: LocalFolder | BoxFolder
-        self.target = BoxFolder(tools.box, parse_folder(to_box)) if to_box else LocalFolder(to)
+        self.target = BoxFolder(tools.box, os.fsencode(to_box)) if to_box else LocalFolder(to)
         self.may_ask = threading.Semaphore(0)  # how many more objects S3 is asked for
         self.manifest: TextIO | None = None  # a line of CSV for each object that is cold
         self.counts = dict.fromkeys((THERE, RESTORED, ASKED, BUSY, NOT_ASKED, FAILED), 0)
@@ -4172,13 +4197,15 @@ class Restore:
     def look(self) -> tuple[int, int, Counts]:
         """Bytes that can be fetched, and that S3 is restoring; what is cold, by class."""
         cold: Counts = {}
-        sizes: Counter[str] = Counter()
+        sizes, known = Counter[str](), len(self._other_names)
         with self._tools.progress.counting("looking") as bar:
             for found, word, _ in self._each(self._case):
                 bar.update(1)
                 sizes[word or FAILED] += found.size
                 if word == NOT_ASKED:
                     add(cold, found.storage_class, found.size)
+        if len(self._other_names) > known:  # the case of these files was another one's
+            return self.look()
         return sizes[READY], sizes[BUSY], cold
 
     def bring_back(self) -> None:
@@ -4227,11 +4254,16 @@ class Restore:
         """`x` was a file once, and there is `x/y` now: the file goes beside the folder."""
         name = self._name(key)
         other = name + b".file"
-        while self._is_archived(key_of(self._config, other)):
+        while other in self._other_names.values() or self._is_taken(other):
             other += b".file"
         self._other_names[key] = other
         message = "%s is a folder as well: the file of that name is restored as %s"
         log.warning(message, printable(name), printable(other))
+
+    def _is_taken(self, name: bytes) -> bool:
+        """Whether there is an object at this name, or below it."""
+        found = select(self._config, self._bucket, [name], self._options.at)
+        return any(stored.size >= 0 for stored in found)
 
     def _wanted(self) -> Iterator[StoredObject]:
         """What `select` gives for the paths that were named, but for names that two objects

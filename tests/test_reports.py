@@ -1,12 +1,16 @@
 """What users of other tools met: kinds of fault that must not come back."""
 
+import base64
 import json
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import asyncssh
 import paramiko
 import pytest
-from conftest import OLD, fill
+from conftest import OLD, fill, tree
+from faulty_sftp import FaultyBox
 from scripted_s3 import error
 
 
@@ -59,6 +63,127 @@ def test_secret_that_boto3_finds_by_itself_is_hidden_as_well(archive, box, s3):
     assert "canary-found" not in result.output + result.log
 
 
+def test_secret_that_a_server_sends_back_in_json_or_base64_is_hidden(archive, box, s3):
+    fill(box.root, {"file": b"x"})
+    secret = 'canary/+"\\%'
+    low = "canary%2f%2b%22%5c%25"
+    forms = [json.dumps(secret), low, base64.b64encode(secret.encode()).decode()]
+    s3.always("PutObject", error(400, "Odd", " ".join(forms)))
+    result = archive(AWS_ENDPOINT_URL=s3.url, AWS_SECRET_ACCESS_KEY=secret)
+    assert result.failures == ['./file: S3 refused PutObject: Odd "***" *** ***']
+
+
+class Role(BaseHTTPRequestHandler):
+    """The security token service, which gives the keys of any role."""
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        names = ["AccessKeyId", "SecretAccessKey", "SessionToken"]
+        keys = "".join(f"<{name}>canary-{name}</{name}>" for name in names)
+        answer = (
+            "<AssumeRoleResponse><AssumeRoleResult><Credentials>"
+            f"{keys}<Expiration>2100-01-01T00:00:00Z</Expiration>"
+            "</Credentials></AssumeRoleResult></AssumeRoleResponse>"
+        )
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(answer.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_secret_of_a_role_that_is_assumed_later_is_hidden_as_well(archive, box, s3):
+    fill(box.root, {"file": b"x"})
+    config = archive.folder / "config"
+    config.write_text(
+        "[default]\nrole_arn = arn:aws:iam::1:role/archive\nsource_profile = user\n"
+        "[profile user]\naws_access_key_id = AKIA\naws_secret_access_key = x-y-z\n"
+    )
+    echo = "canary-SecretAccessKey canary-SessionToken"
+    s3.always("PutObject", error(400, "Odd", echo))
+    no_keys = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}
+    with HTTPServer(("127.0.0.1", 0), Role) as sts:
+        threading.Thread(target=sts.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{sts.server_port}"
+        files = {"AWS_CONFIG_FILE": config, "AWS_ENDPOINT_URL_STS": url}
+        result = archive(AWS_ENDPOINT_URL=s3.url, **files, **no_keys)
+        sts.shutdown()
+    assert result.failures == ["./file: S3 refused PutObject: Odd *** ***"]
+    assert "canary" not in result.output + result.log
+
+
+CONFIGS = {
+    "no token": "role_arn = arn:aws:iam::1:role/x\nweb_identity_token_file = /missing/token",
+    "no program": "credential_process = /missing/program",
+    "a code": "role_arn = arn:aws:iam::1:role/x\nsource_profile = user\nmfa_serial = 1",
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_credentials_that_cannot_be_had_end_the_run_at_once(archive, box, config):
+    fill(box.root, {"first": b"x"})
+    assert archive().status == 0
+    fill(box.root, {f"f{n}": b"x" for n in range(30)})
+    file = archive.folder / "config"
+    user = "[profile user]\naws_access_key_id = AKIA\naws_secret_access_key = x-y-z\n"
+    file.write_text(f"[default]\n{CONFIGS[config]}\n{user}")
+    no_keys = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}
+    result = archive(AWS_CONFIG_FILE=file, **no_keys)
+    assert result.status == 1
+    assert "error: no AWS credentials: " in result.stderr
+    assert result.failures == []
+
+
+# --- A file where a folder is now ---------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["--to", "--to-box"])
+@pytest.mark.parametrize(
+    "keys",
+    [("x", "x.file/z", "x/y"), ("x", "x.file", "x.file/z", "x/y"), ("x", "x/y", "x/y/z")],
+)
+def test_file_with_the_name_of_a_folder_gets_a_name_that_is_free(
+    archive_of, faulty_box, bucket, tmp_path, keys, target
+):
+    for key in keys:
+        bucket.client.put_object(Bucket=bucket.name, Key=key, Body=key.encode())
+    archive = archive_of(faulty_box)
+    folder = tmp_path / "to" if target == "--to" else "to"
+    for _ in range(2):
+        result = archive("restore", target, folder)
+        assert result.status == 0, result.stderr
+    root = folder if target == "--to" else faulty_box.root / "to"
+    found = {path.read_bytes().decode() for path in root.rglob("*") if path.is_file()}
+    assert found == set(keys)
+
+
+def test_cold_file_with_the_name_of_a_folder_that_is_there_is_asked_for(
+    archive, box, bucket, tmp_path
+):
+    """It was counted as a failure, so that nobody agreed to its cost: 75 for ever."""
+    cold = {"StorageClass": "DEEP_ARCHIVE"}
+    bucket.client.put_object(Bucket=bucket.name, Key="x", Body=b"1", **cold)
+    bucket.client.put_object(Bucket=bucket.name, Key="x/y", Body=b"2")
+    assert archive("restore", "x/y", "--to", tmp_path / "to").status == 0
+    result = archive("restore", "--to", tmp_path / "to", "--yes")
+    assert result.status == 75
+    assert "Asked of S3    : 1" in result.stdout
+
+
+# --- Few handles --------------------------------------------------------------
+
+
+def test_restore_to_a_server_with_few_handles_waits_for_one(archive_of, bucket):
+    for n in range(40):
+        bucket.client.put_object(Bucket=bucket.name, Key=f"d/{n}", Body=b"%d" % n)
+    with FaultyBox(max_handles=4) as box:
+        result = archive_of(box)("restore", "--to-box", "to")
+        assert (result.status, result.failures) == (0, []), result.stderr
+        assert box.refused > 0
+        assert len(tree(box.root / "to")) == 40
+
+
 # --- Exclusions -------------------------------------------------------------
 
 
@@ -79,6 +204,32 @@ def test_names_are_excluded_in_any_unicode_form(archive, box):
     fill(box.root, {f"{decomposed}/a": b"a", "b": b"b"})
     assert archive(EXCLUDE_PATHS=composed).status == 0
     assert set(archive.objects()) == {"b"}
+
+
+def test_item_that_is_a_path_in_another_unicode_form_is_no_glob(archive, box):
+    fill(box.root, {"e\u0301 [2]/a": b"a", "e\u0301 2/b": b"b"})
+    assert archive(EXCLUDE_PATHS="\u00e9 [2]").status == 0
+    assert set(archive.objects()) == {"e\u0301 2/b"}
+
+
+def test_glob_is_understood_in_any_locale(archive, box):
+    fill(box.root, {"é1/a": b"a", "é 2/b": b"b"})
+    result = archive(EXCLUDE_PATHS="é?", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert result.status == 0, result.stderr
+    assert set(archive.objects()) == {"é 2/b"}
+
+
+def test_two_stars_and_a_slash_stand_for_the_top_as_well(archive, box):
+    fill(box.root, {"cache/a": b"a", "d/cache/b": b"b", "d/e/cache/c": b"c", "f": b"f"})
+    assert archive(EXCLUDE_PATHS="**/cache").status == 0
+    assert set(archive.objects()) == {"f"}
+
+
+def test_item_below_what_is_left_out_anyway_is_no_typing_error(archive, box):
+    fill(box.root, {".a/cache/x": b"x", "b/c/y": b"y", ".trash-1": b"z", "f": b"f"})
+    result = archive(EXCLUDE_PATHS=".a/cache,b,b/c,.trash-*")
+    assert set(archive.objects()) == {"f"}
+    assert "EXCLUDE_PATHS" not in result.stderr
 
 
 @pytest.mark.parametrize("command", ["run", "plan"])
@@ -133,6 +284,16 @@ def test_path_of_the_environment_is_taken_byte_for_byte_in_any_locale(archive, b
     fill(box.root, {"Büro/file": b"x"})
     result = archive(REMOTE_PATH="Büro", LC_ALL="de_DE.ISO-8859-1", PYTHONUTF8="0")
     assert (result.status, result.counts) == (0, (1, 0, 0)), result.stderr
+
+
+def test_local_paths_are_taken_byte_for_byte_in_any_locale(archive, box):
+    fill(box.root, {"file": b"x"})
+    folder = archive.folder / "Büro"
+    folder.mkdir()
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = archive(STATE_DB=folder / "state.db", LOG_FILE=folder / "log", **ascii_only)
+    assert result.status == 0, result.stderr
+    assert {"state.db", "log"} <= {path.name for path in folder.iterdir()}
 
 
 def test_home_folder_is_not_needed_where_no_setting_is_below_it(archive, box):
@@ -190,6 +351,20 @@ def test_certificate_beside_the_key_does_not_spoil_the_login(archive, box):
     expired.write_certificate(archive.folder / "key-cert.pub")
     result = archive(HETZNER_PASSWORD=None, HETZNER_KEY_FILE=key)
     assert result.status == 0, result.stderr
+
+
+# --- Private files ------------------------------------------------------------
+
+
+def test_log_that_takes_the_place_of_a_full_one_is_private_too(archive, box):
+    archive.log_file.write_bytes(b"x" * (10 << 20))
+    archive.log_file.chmod(0o600)
+    assert archive().status == 0
+    logs = archive.folder.glob("archive.log*")
+    assert {log.name: log.stat().st_mode & 0o777 for log in logs} == {
+        "archive.log": 0o600,
+        "archive.log.1": 0o600,
+    }
 
 
 # --- The lock ---------------------------------------------------------------
