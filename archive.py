@@ -10,20 +10,20 @@
 # ///
 """Archive a Hetzner Storage Box into Amazon S3 Glacier Deep Archive, and restore it.
 
-A generator walks the box over SFTP.  A SQLite table of (path, size, mtime) says what is
-archived already.  Everything else is streamed to S3 with boto3, one object per file,
-without a copy on local disk, and committed to the table once S3 has acknowledged it.
+A generator walks the box over SFTP.  A SQLite table of (path, size, mtime) says which files
+are archived already.  Every other file is streamed to S3 with boto3, one object per file,
+without a copy on local disk.  It is committed to the table once S3 has acknowledged it.
 
-The bucket is the record, the state database is a cache of it: all that the state knows
-can be learned from the bucket again.  The invariant, which everything below upholds:
+The bucket is the record, and the state database is a cache of it, which can be made again
+from the bucket.  All code below upholds one invariant:
 
     A row with an mtime exists only if S3 holds an object of exactly the bytes that
     the box serves for that path at this size and mtime.
 
-A row without an mtime says that S3 holds an object of this size, which has to be
-compared before it is believed.  Anything may fail, be killed or be retried.  Only what
-S3 is not known to hold is uploaded.  Nothing is ever deleted from the bucket, and nothing
-on the box is changed, except by `restore --to-box`.
+A row without an mtime says that S3 holds an object of this size.  The file is compared
+with it before the row is believed.  Anything may fail, be killed or be retried.  Only
+what S3 is not known to hold is uploaded.  No object is ever deleted from the bucket, and
+only `restore --to-box` changes anything on the box.
 
 Sections, each using only those above it: Limits, Prices, Errors, Names, Settings, SFTP,
 Login, Storage Box, State, Bucket, Output, Parallel work, Forecast (with `plan`), Run,
@@ -97,79 +97,79 @@ except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}: start it as .venv/bin/python archive.py, see the README")
 
 log = logging.getLogger("archive")  # to stderr and LOG_FILE
-files_log = logging.getLogger("archive.files")  # one line per file; not beside progress bars
+files_log = logging.getLogger("archive.files")  # one line per file; progress bars replace it
 results_log = logging.getLogger("archive.results")  # to stdout and LOG_FILE
 
 T = TypeVar("T")
 
-VERSION = "2.0"  # what changes with the first number is in the README, Upgrading
+VERSION = "2.0"  # "Upgrading" in the README says what changes with the first number
 
 # ---------------------------------------------------------------------- Limits
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
-# S3's own: "Amazon S3 multipart upload limits" and "Naming Amazon S3 objects" in the
-# S3 user guide.
+# S3's limits, from "Amazon S3 multipart upload limits" and "Naming Amazon S3 objects" in
+# the S3 user guide.
 MAX_PARTS = 10_000
 MAX_KEY_BYTES = 1024
-# Part sizes that are used here and by other programs, from S3's least to its greatest: the
-# doubles of 5 MiB (rclone), of 8 MiB (boto3, AWS CLI) and between.  A known part size lets
-# an ETag be compared with a file.
-DOUBLES = (least * MIB << n for least in (5, 6, 7, 8) for n in range(11))
-PART_SIZES = sorted(size for size in DOUBLES if size <= 5 * GIB)
+# Part sizes of this and of other programs, from S3's minimum of 5 MiB to its maximum of
+# 5 GiB: 5 MiB (rclone), 6, 7 and 8 MiB (boto3, AWS CLI), and their doubles.  The ETag of an
+# upload in parts can be compared with a file only if the part size is known.
+PART_SIZES = [size * MIB << n for n in range(10) for size in (5, 6, 7, 8)] + [5 * GIB]
 
-# A smaller file is read whole and sent with one PUT; from here on it goes up in parts.
-# Larger parts cost fewer requests (16 MiB: about $0.33 a TiB), smaller ones less memory.
+# A file below SMALL_FILE is read whole and sent with one PUT.  A larger one goes up in parts.
+# Larger parts need fewer requests (16 MiB: about $0.33 a TiB), smaller ones less memory.
 SMALL_FILE = 16 * MIB
 PART_SIZE = 16 * MIB
 PARTS_AT_ONCE = 4
 MIN_MEMORY = 32 * MIB
-GROWTH = 64 * KIB  # that a file may have grown by since it was listed
-BLOCK = MIB  # read at a time if a file is only compared
+GROWTH = 64 * KIB  # the most that a file may grow between its listing and its OPEN
+BLOCK = MIB  # bytes per read of a file that is only compared
 
-# OpenSSH answers a READ with at most 261,120 bytes.  The window divided by the round trip
-# bounds the rate: 16 MiB at 20 ms are 800 MB/s.  SSH's own window is wider, so that
-# listings and small files get through beside a large one.
+# OpenSSH answers a READ with at most 261,120 bytes.  READ_WINDOW divided by the round trip
+# bounds the rate: 16 MiB at 20 ms are 800 MB/s.  SSH's own window is wider, so that a large
+# file does not hold up listings and small files.
 READ_SIZE, LEAST_READ_SIZE, READS_PER_BATCH = 252 * KIB, 32 * KIB, 8
 READ_WINDOW = 16 * MIB
 SSH_WINDOW, SSH_PACKET = 32 * MIB, 256 * KIB
 MAX_PACKET = MIB  # OpenSSH sends at most 256 KiB
-MAX_PATH_BYTES = 8192  # no system opens longer paths; ends an endless nesting of folders
-WRITE_SIZE = 32 * KIB  # the most that every server accepts in one WRITE, says the draft
+MAX_PATH_BYTES = 8192  # no system opens longer paths; stops at folders nested without end
+WRITE_SIZE = 32 * KIB  # the most that every server has to accept in one WRITE (SFTP's draft)
 WRITES_AHEAD = 64  # WRITE requests that wait for a reply
 
 LISTINGS_AT_ONCE = 64  # folders
-NAMES_AHEAD = 1_200  # of a folder: a larger one is listed when it is its turn
+NAMES_AHEAD = 1_200  # entries; a larger folder is listed again when its turn comes
 READDIRS_PER_BATCH = 4
-PAGE = 2_000  # files that are looked up in the state together
+PAGE = 2_000  # files per query of the state
 
 # Every wait has a limit, in seconds.
-CONNECT_LIMIT = 30  # for TCP, and again from the banner to the SFTP session
-SILENCE_LIMIT = 60  # nothing at all from the box while it owes a reply
-REPLY_LIMIT = 900  # one reply, while others keep coming
-RECONNECT_PAUSES = (0, 1, 2, 4, 8, 15)  # before each attempt to connect again, also to S3
+CONNECT_LIMIT = 30  # for TCP, and again from SSH's banner to the SFTP session
+SILENCE_LIMIT = 60  # for any byte from the box while it owes a reply
+REPLY_LIMIT = 900  # for one reply while others arrive
+RECONNECT_PAUSES = (0, 1, 2, 4, 8, 15)  # before each attempt to connect to the box
 HANDLE_PAUSE = 0.1  # before a refused file is opened again: too many may be open
-KEEPALIVE = 60  # the box closes idle sessions; a part may take minutes to upload
+KEEPALIVE = 60  # the box closes idle sessions, and a part may take minutes to upload
 S3_CONNECT_LIMIT, S3_READ_LIMIT = 20, 60  # per attempt
-LOCKED_LIMIT = 10  # another program holds the state database when we open it
-COMMIT_LIMIT = 60  # or later: `plan` may be copying it
-COMMIT_PAUSE = 1  # at most this long, finished files wait for the walk to find another one
-STOP_LIMIT = 5  # after a signal, for work under way; the process ends 3 s later at the latest
-RUNTIME_GRACE = 40  # after MAX_RUNTIME, for the parts that are under way
+LOCKED_LIMIT = 10  # for another program's lock when the state database is opened
+COMMIT_LIMIT = 60  # for such a lock later: `plan` may be copying the database
+COMMIT_PAUSE = 1  # until finished files are committed, if the walk finds no further one
+STOP_LIMIT = 5  # for work under way after a signal; the process ends 3 s later at the latest
+RUNTIME_GRACE = 40  # for parts under way after MAX_RUNTIME
 
 TRIES = 5  # of one operation on the box, until its file is reported as failed
-SHARED_TRIES = 2  # of these; the others run while nothing else begins
+SHARED_TRIES = 2  # of these; during the later ones no other operation begins
 S3_ATTEMPTS = 5
-SAME_FAILURES = 20  # in a row, until the run ends: they are not the files' fault
+SAME_FAILURES = 20  # in a row end the run: their cause is not in the files
 DOWNLOAD_BLOCK = 256 * KIB
 
-# A file modified so shortly (s) before it was read could be modified again and keep its
-# size and mtime.  For what another program stored, its clock is not known: a minute.
+# Seconds.  A file that was modified so shortly before it was read could be modified again
+# and keep its size and mtime.  An object that another program stored needs a longer time,
+# because the clock of that program's machine may be wrong.
 RECENT, RECENTLY_STORED = 2, 60
 
-TIERS = {"bulk": 48, "standard": 12}  # hours until S3 has restored, at most
+TIERS = {"bulk": 48, "standard": 12}  # hours that S3 takes to restore, at most
 WAIT_PAUSE = 15 * 60  # s between the passes of `restore --wait`
-# Below this, S3's 40 KB for a cold object cost more than STANDARD, which `plan` advises then.
+# For a smaller file, the 40 KB that S3 adds to a cold object cost more than STANDARD does.
 TINY_FILE, CLASS_FOR_TINY = 8 * KIB, "STANDARD"
 
 # ---------------------------------------------------------------------- Prices
@@ -197,24 +197,21 @@ us-east-2 .00099 .05 .005 .023 .005 .0004 .0036 .03 .0025 .025 .02 .1 .01 .05 .0
 us-west-2 .00099 .05 .005 .023 .005 .0004 .0036 .03 .0025 .025 .02 .1 .01 .05 .09
 """
 SAME_PRICES = {"GLACIER.part": "DEEP_ARCHIVE.part", "STANDARD.part": "STANDARD.put"}
-FREE = {"GLACIER.bulk.gb": 0.0, "GLACIER.bulk.request": 0.0}  # in every region
+FREE = {"GLACIER.bulk.gb": 0.0, "GLACIER.bulk.request": 0.0}
 PRICE_NAMES = REGION_PRICES.splitlines()[1].split()[1:]
 ALL_PRICE_NAMES = (*PRICE_NAMES, *SAME_PRICES, *FREE)
 
 COLD_CLASSES = ("DEEP_ARCHIVE", "GLACIER")  # must be restored before they can be read
-# S3 adds to each object in these: 8 KB at STANDARD's price, 32 KB at the class's own.
+# S3 adds to each cold object: 8 KB at STANDARD's price, and 32 KB at the class's own.
 INDEX_IN_STANDARD, INDEX_IN_CLASS = 8 * KIB, 32 * KIB
 MINIMUM_DAYS = {"DEEP_ARCHIVE": 180, "GLACIER": 90}
 DAYS_PER_MONTH = 30
 FREE_EGRESS = 100  # GB a month
 
 
-ONE = {"put": 1, "part": 1}  # request of each kind that has a price of its own
-
-
 class Prices:
-    """What things cost in USD in a region, estimated; NaN if there is no price for it.
-    `overrides` are prices by name, which replace those of the region."""
+    """Estimated costs in a region, in USD; NaN if a price is not known.  `overrides` are
+    prices by name, which replace those of the region."""
 
     def __init__(self, region: str | None, overrides: Mapping[str, float]):
         rows = (line.split() for line in REGION_PRICES.splitlines()[2:])
@@ -227,14 +224,15 @@ class Prices:
         if self.region != region:
             self.note += f" (those of {region or 'your region'} may differ: set PRICES)"
         self.note += " with PRICES" if overrides else ""
-        self.about = {"of": PRICES_OF, "region": self.region, "note": self.note}
+        self.json = {"of": PRICES_OF, "region": self.region, "note": self.note}
 
     def _cost(self, count: float, *name: str) -> float:
-        """`count` times the price of that name; nothing costs nothing."""
+        """`count` times the price of that name; 0 for none, even if the price is not known."""
         return count * self._usd.get(".".join(name), math.nan) if count else 0.0
 
     def month(self, kind: str, files: int, size: int) -> float:
-        """Storage of `size` bytes in `files` objects of a class for a month."""
+        """A month's storage of `files` objects with `size` bytes in all.  Here and below,
+        `kind` is their storage class."""
         return self._cost(size / GIB, kind, "month") + self.month_of_index(kind, files)
 
     def month_of_index(self, kind: str, files: int) -> float:
@@ -246,9 +244,9 @@ class Prices:
         return (standard + self._cost(files * INDEX_IN_CLASS, kind, "month")) / GIB
 
     def upload(self, kind: str, requests: Mapping[str, int]) -> float:
-        """PUT and Complete at the class's price, Create and parts at that of parts, HEAD at
-        that of GET (S3 user guide, "Multipart upload and pricing"), listings at that of PUT
-        into STANDARD."""
+        """The requests of uploads, by kind.  PUT and Complete have the price of a PUT into
+        the class, Create that of a part, HEAD that of a GET (S3 user guide, "Multipart upload
+        and pricing"), and listings that of a PUT into STANDARD."""
         puts = requests.get("put", 0) + requests.get("complete", 0)
         parts = requests.get("create", 0) + requests.get("part", 0)
         cost = self._cost(puts, kind, "put") + self._cost(parts, kind, "part")
@@ -256,10 +254,10 @@ class Prices:
         return (cost + self._cost(requests.get("head", 0), "get")) / 1000
 
     def requests(self, sent: Mapping[tuple[str, str], int]) -> float:
-        """`upload` of requests by class and name."""
+        """The requests in Bucket.requests, to which other threads may be adding."""
         return sum(self.upload(kind, {name: n}) for (kind, name), n in [*sent.items()])
 
-    def early(self, kind: str, size: int, age_days: float) -> float:
+    def early_deletion(self, kind: str, size: int, age_days: float) -> float:
         """The charge for overwriting an object at this age: its storage for the rest of the
         class's minimum ("Amazon S3 pricing", early deletion, pro rata)."""
         if kind not in MINIMUM_DAYS:
@@ -268,8 +266,8 @@ class Prices:
         return self.month(kind, 1, size) * days / DAYS_PER_MONTH
 
     def restore(self, kind: str, tier: str, files: int, size: int, days: int) -> float:
-        """Requests and bytes at the tier's price, and the copies at STANDARD's for `days`
-        (S3 user guide, "Restoring an archived object")."""
+        """Requests and bytes at the tier's price, and copies in STANDARD for `days` (S3 user
+        guide, "Restoring an archived object")."""
         if kind not in COLD_CLASSES:
             return 0.0 if kind == "STANDARD" or not files else math.nan
         requests = self._cost(files / 1000, kind, tier, "request")
@@ -277,7 +275,7 @@ class Prices:
         return requests + self._cost(size / GIB, kind, tier, "gb") + copies
 
     def download(self, files: int, size: int) -> float:
-        """GETs, and the transfer out of AWS beyond the month's free 100 GB."""
+        """GETs, and the transfer out of AWS beyond the FREE_EGRESS of a month."""
         egress = self._cost(max(0.0, size / GIB - FREE_EGRESS), "egress")
         return self._cost(files / 1000, "get") + egress
 
@@ -3197,7 +3195,8 @@ def job_cost(job: Job, config: Config, prices: Prices) -> tuple[float, float]:
     size, record, early = job.file.size, job.record, 0.0
     if record is not None:
         age = (time.time() - (record.uploaded_at or 0)) / 86400
-        early = prices.early(record.storage_class or config.storage_class, record.size, age)
+        kind = record.storage_class or config.storage_class
+        early = prices.early_deletion(kind, record.size, age)
     return prices.upload(config.class_of(size), job.plan.requests(size)), early
 
 
@@ -3314,7 +3313,7 @@ class Forecast(WalkReport):
             "afterwards": total(self.afterwards),
             "tiny_files": total(self.tiny),
             "usd": {name: json_usd(amount) for name, amount in usd.items()},
-            "prices": self.prices.about,
+            "prices": self.prices.json,
         }
 
     def rows(self) -> Rows:
@@ -3619,7 +3618,8 @@ def run(tools: Tools, new_source: bool, report: Report) -> int:
     """Archives the box: 0, or 3 if something is incomplete."""
     config, stopping, status = tools.config, tools.box.stopping, 1
     for kind in {config.storage_class, config.class_of(0)}:
-        if config.max_cost is not None and math.isnan(tools.prices.upload(kind, ONE)):
+        cost = tools.prices.upload(kind, {"put": 1, "part": 1})
+        if config.max_cost is not None and math.isnan(cost):
             reason = f"the price of requests for {kind} is not known: set it in PRICES"
             raise Fatal(f"MAX_COST: {reason}", status=2)
     # What has not ended by then is cut off, so that nothing hangs.
@@ -3793,7 +3793,7 @@ def status(tools: Tools, json_wanted: bool) -> int:
             "archived": counts if known else None,
             "usd_a_month": json_usd(usd) if known else None,
             "usd_spent_in_30_days": json_usd(spent) if known else None,
-            "prices": prices.about,
+            "prices": prices.json,
             "runs": [past._asdict() for past in runs],
             "box": {"used": room[0], "free": room[1]} if room else None,
             "unfinished_uploads": unfinished,
