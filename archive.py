@@ -292,7 +292,8 @@ def format_usd(usd: float) -> str:
 
 class ArchiveError(Exception):
     """An error that the user sees as one line, without a traceback.  `code` is S3's error
-    code, one of those below, or empty; `status` the exit status if it ends the program."""
+    code, one of the codes below, or empty.  `status` is the exit status if the error ends
+    the program."""
 
     def __init__(self, message: str, code: str = "", status: int = 1):
         super().__init__(message)
@@ -307,20 +308,21 @@ class FileError(ArchiveError):
     """One file, folder or object failed; the others go on."""
 
 
-VANISHED = "vanished"  # gone since it was listed: counted, not a failure
-UNFINISHED = "unfinished"  # the run ended before it was done: the next run goes on
-LOST = "connection lost"  # again and again, whenever this file was read
-UNREACHABLE = "unreachable"  # S3 gave no answer
-COLD = "InvalidObjectState"  # S3's own: the object has to be restored before it is read
+VANISHED = "vanished"  # the file was deleted after it was listed; this is not a failure
+UNFINISHED = "unfinished"  # the run ended during the work on the file; the next one goes on
+LOST = "connection lost"  # at each attempt to read the file
+UNREACHABLE = "unreachable"  # S3 did not answer
+COLD = "InvalidObjectState"  # S3's code: the object has to be restored before it is read
 
 
 class Stopped(BaseException):
-    """The program is to end.  Not an Exception, so that no library takes it for a failure."""
+    """The program has to end.  It is no Exception, so that no library handles it as a
+    failure."""
 
 
 class StopEvent(threading.Event):
-    """Set when the program is to end: what has not begun is not begun any more.  A signal
-    raises Stopped on the main thread; `signal` is its number."""
+    """Set when the program has to end: no new work begins then.  If a signal is the cause,
+    `signal` is its number, and Stopped is raised on the main thread."""
 
     signal: int | None = None
     _is_deferred = False
@@ -337,7 +339,7 @@ class StopEvent(threading.Event):
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """On the main thread: a signal raises Stopped at the end of this block, not in it."""
+        """For the main thread: a signal raises Stopped after this block, not inside it."""
         before, self._is_deferred = self.signal, True
         try:
             yield
@@ -349,33 +351,32 @@ class StopEvent(threading.Event):
 
 # ----------------------------------------------------------------------- Names
 #
-# File names are bytes from end to end, as in SFTP.  They become text in three places: in
-# the state's path column, in the S3 key, and in what is printed.
+# File names are bytes, as in SFTP.  They become text in three places: in the state's path
+# column, in the S3 key, and in what is printed.
 
-# Stands for a byte that text cannot carry, before its two hex digits.  rclone writes
-# invalid UTF-8 in the same way, so that it restores such names, too.
+# ESCAPE and two hex digits stand for a byte that text cannot hold.  rclone writes invalid
+# UTF-8 in the same way, so it restores such names correctly.
 ESCAPE = "\u201b"
 TEXT_ESCAPES = re.compile(f"[\udc80-\udcff]|{ESCAPE}(?=[0-9A-F]{{2}})")
 KEY_ESCAPES = re.compile(f"[\0-\x1f\x7f\ufffe\uffff]|{TEXT_ESCAPES.pattern}")
 ESCAPED = re.compile(ESCAPE.encode() + b"([0-9A-F]{2})")
 
-PROBE = ".archive-check/"  # key to try permissions with: no file can have it
-
-Exists = Callable[[bytes], bool]  # whether there is such a path on the box
+PROBE = ".archive-check/"  # a key that no file can have, to try permissions with
 
 
 def escape(name: bytes, pattern: re.Pattern[str]) -> str:
-    """`name` as text, with what `pattern` matches escaped; `unescape` gives it back.  An
-    ESCAPE that could be read as one is escaped itself: no two names become the same text."""
+    """`name` as text, with everything escaped that `pattern` matches.  `unescape` reverses
+    it, and no two names become the same text: if hex digits follow an ESCAPE in the name,
+    that character is escaped itself."""
     text = name.decode("utf-8", "surrogateescape")
     if text.isascii() and text.isprintable():
         return text
 
-    def spell(match: re.Match[str]) -> str:
+    def escape_match(match: re.Match[str]) -> str:
         raw = match[0].encode("utf-8", "surrogateescape")
         return "".join(f"{ESCAPE}{byte:02X}" for byte in raw)
 
-    return pattern.sub(spell, text)
+    return pattern.sub(escape_match, text)
 
 
 def unescape(text: str) -> bytes:
@@ -383,19 +384,19 @@ def unescape(text: str) -> bytes:
 
 
 def path_text(path: bytes) -> str:
-    """The state's path column: `path` itself wherever it is valid UTF-8."""
+    """`path` as the state's path column has it: unchanged if it is valid UTF-8."""
     return escape(path, TEXT_ESCAPES)
 
 
 def one_line(text: str) -> str:
-    """`text` with everything unprintable escaped as in a Python string."""
+    """`text` with unprintable characters escaped as in a Python string."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def printable(name: bytes | str) -> str:
-    """Any name on one line, unambiguously."""
+    """A name on one line; no two names look the same."""
     raw = name.encode("utf-8", "surrogateescape") if isinstance(name, str) else name
     return one_line(raw.replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace"))
 
@@ -419,14 +420,13 @@ def join(folder: bytes, name: bytes) -> bytes:
 
 
 def relative_path(root: bytes, path: bytes) -> bytes:
-    """`path` without the `root` that it was joined to, by position: a folder of the same
-    name further down stays."""
+    """`path` relative to the folder `root`, which is above it."""
     return path[len(join(root, b"")) :]
 
 
 def object_key(prefix: str, relative: bytes) -> str:
-    """The S3 key of a path relative to REMOTE_PATH; FileError if S3 cannot have it.  One key
-    stands for one path: `unescape(key[len(prefix):])` is `relative`."""
+    """The S3 key of a path relative to REMOTE_PATH; FileError if S3 does not allow it.  The
+    path can be read from its key: `unescape(key[len(prefix):])` is `relative`."""
     if {b"", b".", b".."} & set(relative.split(b"/")):
         raise FileError("a . or .. or empty segment cannot be part of a key")
     key = prefix + escape(relative, KEY_ESCAPES)
@@ -438,18 +438,20 @@ def object_key(prefix: str, relative: bytes) -> str:
 
 
 class PathFilter:
-    """What the walk leaves out: hidden entries and EXCLUDE_PATHS.
+    """Which entries the walk skips: hidden ones and those of EXCLUDE_PATHS.
 
-    An item of EXCLUDE_PATHS stands for an entry and everything below it.  It is a path,
-    relative to REMOTE_PATH or whole, or a glob whose `*` crosses slashes; if it `exists` as
-    it stands, it is no glob.  Paths are compared in Unicode's NFC form.
+    An item of EXCLUDE_PATHS excludes an entry and everything below it.  It is a path,
+    absolute or relative to REMOTE_PATH, or a glob whose `*` also matches slashes.  If a path
+    with the characters of a glob `exists` on the box, it is that path.  Paths are compared
+    in Unicode's NFC form.
     """
 
     def __init__(
-        self, root: bytes, exclude: Iterable[str], include_hidden: bool, exists: Exists
-    ):
+        self, root: bytes, exclude: Iterable[str], include_hidden: bool,
+        exists: Callable[[bytes], bool],
+    ):  # fmt: skip
         self._root, self._include_hidden = root, include_hidden
-        self._paths: dict[str, str] = {}  # and the items that they come from
+        self._paths: dict[str, str] = {}  # and the item that each comes from
         self._globs: list[tuple[re.Pattern[str], str]] = []
         self.unmatched = set(exclude)  # items that have matched nothing yet
         start = join(root, b"").decode("utf-8", "surrogateescape")
@@ -477,15 +479,15 @@ def nfc(text: str) -> str:
 
 
 class UploadPlan(NamedTuple):
-    """How a file goes up: in parts, or with one PUT if `parts_at_once` is 0.  `memory` is
-    the number of bytes that it may hold at once."""
+    """How a file is uploaded: in parts, or with one PUT if `parts_at_once` is 0.  `memory`
+    is the most bytes that the upload holds at once."""
 
     part_size: int
     parts_at_once: int
     memory: int
 
     def requests(self, size: int) -> dict[str, int]:
-        """What the upload of `size` bytes takes, by kind."""
+        """The number of requests for `size` bytes, by kind."""
         if not self.parts_at_once:
             return {"put": 1}
         return {"create": 1, "part": -(-size // self.part_size), "complete": 1}
@@ -493,8 +495,8 @@ class UploadPlan(NamedTuple):
 
 def plan_upload(size: int, memory_limit: int) -> UploadPlan:
     """The plan for a file of `size` bytes; FileError if `memory_limit` is too small for it.
-    A small file is held twice: as replies, and joined.  A large one holds the parts that
-    are being sent, the one that is being read, and the reads ahead."""
+    A small file is in memory twice: as replies, and joined.  Of a large one, the parts that
+    are being sent, the part that is being read, and READ_WINDOW are in memory."""
     if size < SMALL_FILE:
         return UploadPlan(size, 0, 2 * size)
     possible = [part for part in PART_SIZES if part * MAX_PARTS >= size]
@@ -513,9 +515,10 @@ def plan_upload(size: int, memory_limit: int) -> UploadPlan:
 
 
 def crc32_of_both(first: int, second: int, length: int) -> int:
-    """The CRC-32 of two byte strings together; the second one has `length` bytes.  A CRC is
-    a polynomial modulo another one, and each byte that is appended multiplies it by x**8
-    (crc32_combine in zlib).  A second pass over all bytes would take 7 % of the CPU time."""
+    """The CRC-32 of two byte strings joined, from the CRC-32 of each.  The second string has
+    `length` bytes.  A CRC is a polynomial modulo another one, and each byte that is appended
+    multiplies it by x**8 (crc32_combine in zlib).  A second pass over all bytes would take
+    7 % of the CPU time."""
     power, square = X_0, X_8
     while length:
         if length & 1:
@@ -541,16 +544,16 @@ def crc_text(crc32: int) -> str:
     return base64.b64encode(crc32.to_bytes(4, "big")).decode()
 
 
-MD5 = partial(hashlib.md5, usedforsecurity=False)  # where FIPS forbids it otherwise, too
+MD5 = partial(hashlib.md5, usedforsecurity=False)  # FIPS mode forbids it for security
 
 
 class ETagComparison:
-    """Tells whether a file of `size` bytes has the content that an ETag stands for.
+    """Compares a file of `size` bytes with an ETag.
 
-    An ETag is the MD5 of an object that one PUT has stored.  Of an upload in parts it is the
-    MD5 of their MD5s, "-" and their number ("Checking object integrity" in the S3 user
-    guide): then all usual part sizes that give this number are tried.  With SSE-KMS or
-    SSE-C it is neither, and matches nothing.
+    The ETag of an object that one PUT has stored is its MD5.  That of an upload in parts is
+    the MD5 of the parts' MD5s, "-" and their number ("Checking object integrity" in the S3
+    user guide): all usual part sizes that give this number are tried.  With SSE-KMS or SSE-C
+    it is neither, and no file matches.
     """
 
     def __init__(self, etag: str, size: int):
@@ -560,28 +563,28 @@ class ETagComparison:
             rclone_large = -(-size // (MAX_PARTS * MIB)) * MIB  # rclone's for the largest files
             part_sizes = {max(1, min(size, part)) for part in (*PART_SIZES, rclone_large)}
             part_sizes = {p for p in part_sizes if str(max(1, -(-size // p))) == count}
-        self._etag, self._at = etag, 0
-        self._sums = {part_size: [MD5()] for part_size in part_sizes}
+        self._etag, self._offset = etag, 0
+        self._sums = {part_size: [MD5()] for part_size in part_sizes}  # one MD5 per part
 
     @property
     def is_possible(self) -> bool:
-        """Whether anything could match."""
+        """Whether any file could match."""
         return bool(self._sums)
 
     def update(self, data: bytes) -> None:
         """Adds the next bytes of the file."""
         for part_size, sums in self._sums.items():
-            at, left = self._at, memoryview(data)
-            while left:
-                room = part_size - at % part_size
-                if at and room == part_size:
+            offset, rest = self._offset, memoryview(data)
+            while rest:
+                of_this_part = rest[: part_size - offset % part_size]
+                if offset and offset % part_size == 0:
                     sums.append(MD5())
-                sums[-1].update(left[:room])
-                at, left = at + len(left[:room]), left[room:]
-        self._at += len(data)
+                sums[-1].update(of_this_part)
+                offset, rest = offset + len(of_this_part), rest[len(of_this_part) :]
+        self._offset += len(data)
 
     def matches(self) -> bool:
-        """Whether all that was added is what the ETag stands for."""
+        """Whether the bytes that were added have this ETag."""
         for sums in self._sums.values():
             whole = MD5(b"".join(part.digest() for part in sums)).hexdigest()
             if self._etag in (sums[0].hexdigest(), f"{whole}-{len(sums)}"):
