@@ -594,16 +594,16 @@ class ETagComparison:
 
 # -------------------------------------------------------------------- Settings
 #
-# Parsers take a setting's text and raise ValueError with what they expected.
+# A parser gets a setting's text.  Its ValueError says what it expected.
 
 
-def parse_size(text: str, least: int = 1) -> int:
+def parse_size(text: str, minimum: int = 1) -> int:
     """Bytes of `20M`, `1.5G` or `4096`, in binary units."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.I | re.A)
     unit = " KMGT".index(match[2].upper() or " ") if match else 0
     size = int(float(match[1]) * 1024**unit) if match else 0
-    if size < least:
-        at_least = f", at least {least // MIB}M" if least > 1 else ""
+    if size < minimum:
+        at_least = f", at least {minimum // MIB}M" if minimum > 1 else ""
         raise ValueError(f"expected bytes like 128M or 2G{at_least}")
     return size
 
@@ -684,7 +684,7 @@ def parse_prices(text: str) -> dict[str, float]:
     return prices
 
 
-# What boto3 calls ExtraArgs, without those that this program sets itself.
+# The names of boto3's ExtraArgs, without those that this program sets itself.
 EXTRA_ARGS = [
     name
     for name in S3Transfer.ALLOWED_UPLOAD_ARGS
@@ -693,8 +693,8 @@ EXTRA_ARGS = [
 
 
 def parse_extra_args(text: str) -> dict[str, str]:
-    """Values by name, of `ServerSideEncryption=aws:kms, Tagging=kind=backup`; or of a JSON
-    object, for values with commas."""
+    """Values by name, of `ServerSideEncryption=aws:kms, Tagging=kind=backup`, or of a JSON
+    object, which can have values with commas."""
     pairs: dict[Any, Any] = {}
     if text.lstrip().startswith("{"):
         with contextlib.suppress(ValueError):
@@ -713,8 +713,8 @@ def parse_extra_args(text: str) -> dict[str, str]:
 
 
 def parse_time(text: str) -> float:
-    """The time since the epoch of a date (its beginning), of a time, in the user's time
-    zone unless it has one, or of an age like `30d`; ValueError if it is in the future."""
+    """Seconds since the epoch, of a date (its beginning), of a time (in the user's time zone
+    unless it has one), or of an age like `30d`; ValueError if that is in the future."""
     text, seconds = text.strip(), math.inf
     with contextlib.suppress(ValueError, OverflowError, OSError):
         if text[-1:] in ("s", "m", "h", "d"):
@@ -731,33 +731,30 @@ def parse_path(text: str) -> Path:
     if text.startswith("~/") and "HOME" not in os.environ:
         with contextlib.suppress(RuntimeError):
             return Path(text).expanduser()
-        return Path(text[2:])  # a container or system user without a home
+        return Path(text[2:])  # the user of a container or a service may have no home
     return Path(text).expanduser()
 
 
-CLASSES = (
-    *(*COLD_CLASSES, "GLACIER_IR", "STANDARD", "STANDARD_IA", "ONEZONE_IA"),
-    *("INTELLIGENT_TIERING", "REDUCED_REDUNDANCY"),
-)
+CLASSES = [*COLD_CLASSES, "GLACIER_IR", "STANDARD", "STANDARD_IA", "ONEZONE_IA"]
+CLASSES += ["INTELLIGENT_TIERING", "REDUCED_REDUNDANCY"]
 STORAGE_CLASS = partial(parse_match, "|".join(CLASSES), "one of " + ", ".join(CLASSES))
 HOST = partial(parse_match, r"[^/\s@]+", "a bare host name, like u12345.your-storagebox.de")
 REQUIRED = object()
-SECRETS = (
-    *("HETZNER_PASSWORD", "HETZNER_KEY_PASSPHRASE"),
-    *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
-)
+SECRETS = ["HETZNER_PASSWORD", "HETZNER_KEY_PASSPHRASE"]
+SECRETS += ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"]
 
 
 def setting(name: str, parse: Callable[[str], Any] = str, default: object = None) -> Any:
-    """A field of Config that is read from the setting `name`; its default as text, None if
-    it may be missing, or REQUIRED."""
+    """A field of Config that is read from the setting `name`.  `default` is text to parse,
+    None if the setting may be missing, or REQUIRED."""
     metadata = {"name": name, "parse": parse, "default": default}
     return field(metadata=metadata, repr=name not in SECRETS)
 
 
 @dataclass(frozen=True)
 class Config:
-    """All settings, checked.  In bytes, bytes a second, seconds; None if a setting is off."""
+    """All settings, checked.  Units are bytes, bytes per second, seconds and USD.  A field
+    is None if its setting is off."""
 
     host: str = setting("HETZNER_HOST", HOST, REQUIRED)
     user: str = setting("HETZNER_USER", str, REQUIRED)
@@ -780,17 +777,17 @@ class Config:
     exclude: tuple[str, ...] = setting("EXCLUDE_PATHS", parse_list, "")
     include_hidden: bool = setting("INCLUDE_HIDDEN", parse_bool, "false")
     transfers: int = setting("TRANSFERS", partial(parse_int, 1, 256), "32")
-    memory_limit: int = setting("MEMORY_LIMIT", partial(parse_size, least=MIN_MEMORY), "128M")
+    memory_limit: int = setting("MEMORY_LIMIT", partial(parse_size, minimum=MIN_MEMORY), "128M")
     bandwidth_limit: int | None = setting("BANDWIDTH_LIMIT", parse_size)
     max_runtime: int | None = setting("MAX_RUNTIME", parse_duration)
     max_cost: float | None = setting("MAX_COST", parse_usd)
     max_changed: int | None = setting("MAX_CHANGED", partial(parse_int, 0, 100))
     prices: dict[str, float] = setting("PRICES", parse_prices, "")
     aws_environ: Mapping[str, str] = field(repr=False, kw_only=True)  # for boto3
-    secrets: set[str] = field(repr=False, kw_only=True)  # in every form, never to be shown
+    secrets: set[str] = field(repr=False, kw_only=True)  # in every form; never shown
 
     @property
-    def place(self) -> str:
+    def url(self) -> str:
         """Where the objects are, for messages."""
         return f"s3://{self.bucket}/{self.prefix}"
 
@@ -801,7 +798,7 @@ class Config:
         return self.storage_class
 
 
-# The other AWS_ variables belong to boto3, and reach it as they are; proxies, too.
+# All other AWS_ variables, and the proxies, are passed on to boto3.
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 AWS_FILES = ["AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"]
 AWS_FILES += ["AWS_WEB_IDENTITY_TOKEN_FILE"]
@@ -812,8 +809,8 @@ SETTINGS = (
 
 
 def read_settings(env_file: Path | None, environ: Mapping[str, str]) -> dict[str, str]:
-    """The settings of the env file, overruled by those of the environment, even by empty
-    ones; Fatal if the file, or a line of it, cannot be read."""
+    """The settings of the env file and the environment; Fatal if the file, or a line of it,
+    cannot be read.  A variable of the environment replaces the file's, even if it is empty."""
     settings: dict[str, str] = {}
     if env_file is not None:
         try:
@@ -833,14 +830,14 @@ def read_settings(env_file: Path | None, environ: Mapping[str, str]) -> dict[str
                     value = str(env_file.absolute().parent / Path(value).expanduser())
                 settings[found.key] = value
     ours = (n for n in environ if n in SETTINGS or n.startswith(("HETZNER_", "AWS_")))
-    # As bytes they are right whatever the locale is.
+    # Python decodes the environment by the locale, which may not be UTF-8.
     raw = {name: os.fsencode(environ[name]) for name in ours}
     return settings | {n: value.decode("utf-8", "surrogateescape") for n, value in raw.items()}
 
 
 def setting_faults(settings: Mapping[str, str]) -> Iterator[str]:
-    """A fault for each name that nothing reads, and for each credential that no server can
-    take: without its value."""
+    """A message for each name that nothing reads, and for each credential with characters
+    that no server accepts.  A message never contains the value."""
     for name, value in settings.items():
         is_aws = name.startswith("AWS_")
         is_header = name in SECRETS or is_aws or name == "S3_EXTRA_ARGS"
@@ -848,24 +845,26 @@ def setting_faults(settings: Mapping[str, str]) -> Iterator[str]:
             yield f"{name}: contains a line break or another control character"
         if name in SETTINGS or name.upper() in PROXIES:
             continue
-        # A name of boto3's, unless it is nearly one of ours.
+        # An unknown AWS_ name is left to boto3, unless it looks like a typo of one of ours.
         near = difflib.get_close_matches(name.upper(), SETTINGS, 1, 0.86 if is_aws else 0.5)
         if not is_aws or (near and not name.startswith("AWS_ENDPOINT_URL_")):
             yield f"{name}: unknown setting" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def add_secret(secrets: set[str], secret: str | None) -> None:
-    """Adds a secret in each form in which a library may show it."""
+    """Adds a secret in each form in which a library's message may contain it."""
     if secret:
         secrets |= {secret, repr(secret)[1:-1], quote(secret), quote(secret, safe="")}
 
 
 def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
-    """The checked settings; one Fatal that names every fault, one per line.  Relative paths
-    are relative to the env file's folder, or to archive.py's: cron runs elsewhere."""
+    """The checked settings; Fatal with a line for each fault.  Paths are relative to the
+    folder of the env file, or of archive.py if there is none: cron starts the program
+    elsewhere."""
     settings = read_settings(env_file, environ)
     faults = list(setting_faults(settings))
-    # The folder as it was named: a secret may be a link to a place where nothing stays.
+    # A link is not resolved here: an env file may be mounted as a link (a secret of a
+    # container), whose target is in a folder that does not persist.
     folder = env_file.absolute().parent if env_file else Path(__file__).resolve().parent
     exclude = settings.get("EXCLUDE_PATHS", ""), settings.get("EXCLUDE_DIRS", "")
     settings["EXCLUDE_PATHS"] = ",".join(exclude)
@@ -885,16 +884,16 @@ def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
             try:
                 value = parse(text)
                 value = folder / value if isinstance(value, Path) else value
-                # Reached through a link, too, a database has one lock and one journal.
+                # A database has one lock and one journal, even if it is opened by a link.
                 values[option.name] = value.resolve() if name == "STATE_DB" else value
             except (ValueError, OSError, RuntimeError) as error:
                 is_secret = "@" in text or any(secret in text for secret in secrets)
-                is_secret |= name == "S3_EXTRA_ARGS"  # which may have a key in it
+                is_secret |= name == "S3_EXTRA_ARGS"  # it may contain an encryption key
                 faults.append(f"{name}: {error}" + ("" if is_secret else f", not {text!r}"))
     if (values["small_files_below"] is None) != (values["small_files_class"] is None):
         faults.append("SMALL_FILES_BELOW and SMALL_FILES_CLASS: set both, or none")
     add_secret(secrets, (values["extra_args"] or {}).get("SSECustomerKey"))
-    # On Windows, no variable tells whether there is an agent.
+    # On Windows no variable shows whether there is an agent.
     has_agent = environ.get("SSH_AUTH_SOCK") or sys.platform == "win32"
     if not (values["password"] or values["key_file"] or has_agent):
         faults.append("HETZNER_PASSWORD or HETZNER_KEY_FILE: set one, or start an SSH agent")
@@ -906,7 +905,7 @@ def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
 
 
 def config_warnings(config: Config, env_file: Path | None) -> Iterator[str]:
-    """What is allowed, but worth a warning."""
+    """Warnings about settings that are valid, but probably not intended."""
     if config.prefix and not config.prefix.endswith("/"):
         names = f"keys will begin {config.prefix}name, not {config.prefix}/name"
         yield f"S3_PREFIX {config.prefix!r} does not end in a slash: {names}"
@@ -2846,7 +2845,7 @@ def take_over(config: Config, bucket: Bucket, state: State) -> None:
     gone = counts.pop(NO_OBJECT, 0)
     if counts or gone:
         message = "%s is new, or of an earlier script: took over %s objects of %s"
-        log.warning(message, config.state_db, f"{counts.total():,}", config.place)
+        log.warning(message, config.state_db, f"{counts.total():,}", config.url)
     if gone:
         log.warning("%s of its rows have no object there, and are dropped", f"{gone:,}")
     state.pin(pins_of(config))
@@ -3721,7 +3720,7 @@ def select(
         if is_empty and not path:
             when = f" at {format_time(at)}" if at is not None else ""
             reason = "correct S3_BUCKET or S3_PREFIX" if at is None else "correct --at"
-            raise Fatal(f"nothing is archived in {config.place}{when}: {reason}")
+            raise Fatal(f"nothing is archived in {config.url}{when}: {reason}")
         if is_empty:
             yield StoredObject(starts[0], -1, 0, "", "")
 
@@ -3869,7 +3868,7 @@ def verify(tools: Tools, repair: bool) -> int:
             elif found and record and record.storage_class not in (None, found.storage_class):
                 other_class += 1
     if not counts.total():
-        raise Fatal(f"nothing is archived in {config.place}: correct S3_BUCKET or S3_PREFIX")
+        raise Fatal(f"nothing is archived in {config.url}: correct S3_BUCKET or S3_PREFIX")
     faults = counts.total() - counts[AGREE] - counts[TO_COMPARE]
     show_table("VERIFY", counts.items())
     if other_class:
