@@ -935,7 +935,7 @@ ALL_ATTRS = struct.Struct(">QIIIII")  # size, uid, gid, permissions, atime, mtim
 
 
 class ConnectionLost(Exception):
-    """The connection is gone, frozen or out of step: only a new one helps."""
+    """The connection is closed, frozen or out of step; it has to be made anew."""
 
 
 class SFTPError(Exception):
@@ -947,7 +947,8 @@ class SFTPError(Exception):
 
 
 class Attributes(NamedTuple):
-    """Of a file, None where the server sent none; `mtime` in seconds since the epoch."""
+    """What the server says about a file, None where it sent nothing.  `size` is in bytes,
+    `mtime` in seconds since the epoch."""
 
     size: int | None
     mtime: int | None
@@ -963,29 +964,29 @@ class RemoteFile(NamedTuple):
 
 
 Request = tuple[int, bytes]  # type, and what follows the request id
-Entry = tuple[bytes, Attributes]  # of a folder
+Entry = tuple[bytes, Attributes]  # of a folder: its name and what is known about it
 
 
-def string(data: bytes) -> bytes:
-    """An SSH string: its length and itself."""
+def encode_string(data: bytes) -> bytes:
+    """`data` as an SSH string: its length comes first."""
     return U32.pack(len(data)) + data
 
 
 def simple_request(kind: int, *names: bytes) -> Request:
-    """A request that has only paths or a handle."""
-    return kind, b"".join(map(string, names))
+    """A request whose arguments are only paths or a handle."""
+    return kind, b"".join(map(encode_string, names))
 
 
 def open_request(path: bytes, flags: int) -> Request:
-    return FXP_OPEN, string(path) + U32.pack(flags) + U32.pack(0)
+    return FXP_OPEN, encode_string(path) + U32.pack(flags) + U32.pack(0)
 
 
 def read_request(handle: bytes, offset: int, size: int) -> Request:
-    return FXP_READ, string(handle) + U64.pack(offset) + U32.pack(size)
+    return FXP_READ, encode_string(handle) + U64.pack(offset) + U32.pack(size)
 
 
 def decode_string(body: memoryview) -> memoryview:
-    """The SSH string that `body` begins with."""
+    """The content of the SSH string that `body` begins with."""
     (size,) = U32.unpack_from(body)
     if size > len(body) - 4:
         raise ConnectionLost("the box sent a string that is cut short")
@@ -993,10 +994,10 @@ def decode_string(body: memoryview) -> memoryview:
 
 
 def decode_attributes(body: bytes | memoryview, at: int) -> tuple[Attributes, int]:
-    """The file attributes at `at`, and where they end."""
+    """The attributes that begin at the offset `at`, and the offset where they end."""
     (flags,) = U32.unpack_from(body, at)
     at += 4
-    if flags == ATTR_ALL:  # what servers send, nearly always
+    if flags == ATTR_ALL:  # nearly always
         size, _, _, mode, _, mtime = ALL_ATTRS.unpack_from(body, at)
         return Attributes(size, mtime, mode), at + ALL_ATTRS.size
     size = mtime = mode = None
@@ -1023,13 +1024,14 @@ def decode_names(body: memoryview) -> list[Entry]:
     for _ in range(count):
         end = at + 4 + U32.unpack_from(data, at)[0]
         name = data[at + 4 : end]
-        end += 4 + U32.unpack_from(data, end)[0]  # the line that `ls -l` would print
+        end += 4 + U32.unpack_from(data, end)[0]  # skips the line that `ls -l` would print
         attributes, at = decode_attributes(data, end)
         entries.append((name, attributes))
     return entries
 
 
-# The type of the reply to each type of request, and how it is decoded; FXP_STATUS to others.
+# The type of reply to each type of request, and the function that decodes it.  The reply to
+# all other requests is FXP_STATUS.
 REPLIES: dict[int, tuple[int, Callable[[memoryview], Any]]] = {
     FXP_OPEN: (FXP_HANDLE, decode_string),
     FXP_OPENDIR: (FXP_HANDLE, decode_string),
@@ -1042,9 +1044,10 @@ REPLIES: dict[int, tuple[int, Callable[[memoryview], Any]]] = {
 
 
 def decode_reply(request: int, packet: memoryview) -> Any:
-    """What a reply to a request of that type says: a handle, data, attributes, entries, an
-    extension's bytes, or None for "done".  A refusal is returned as SFTPError, not raised:
-    other replies of its batch may be of use.  ConnectionLost if it is no such reply."""
+    """The content of a reply to a request of type `request`: a handle, data, attributes,
+    entries, an extension's bytes, or None for success.  A refusal is returned as SFTPError,
+    not raised: the other replies of its batch may be useful.  ConnectionLost if the reply is
+    of another type."""
     kind, body = packet[0], packet[5:]
     expected, decode = REPLIES.get(request, (FXP_STATUS, None))
     if kind == FXP_STATUS and (code := U32.unpack_from(body)[0]) != FX_OK:
@@ -1056,22 +1059,22 @@ def decode_reply(request: int, packet: memoryview) -> Any:
 
 
 def raise_if_refused(result: Any) -> Any:
-    """`result`, unless it is an SFTPError."""
+    """`result`; raises it if it is an SFTPError."""
     if isinstance(result, SFTPError):
         raise result
     return result
 
 
 class Batch:
-    """Requests that were sent together, and the packets that reply to them."""
+    """Requests that were sent together, and their replies."""
 
     def __init__(self, requests: tuple[Request, ...]):
         self.sent_at = time.monotonic()
         self._types = [kind for kind, _ in requests]
         self._packets: list[Any] = [None] * len(requests)
         self._missing = len(requests)
-        self._lost: str | None = None  # the reason
-        self._ended = threading.Lock()  # an Event or a Future costs many times as much
+        self._lost: str | None = None  # the reason, once the session has ended
+        self._ended = threading.Lock()  # much faster than an Event or a Future
         self._ended.acquire()
 
     def deliver(self, index: int, packet: memoryview) -> None:
@@ -1085,8 +1088,8 @@ class Batch:
         self._ended.release()
 
     def results(self) -> list[Any]:
-        """What the box replied, in the order of the requests (see decode_reply); waits for
-        the last reply.  The session ends every batch that is overdue."""
+        """The replies as from decode_reply, in the order of the requests.  Waits for all of
+        them; the session ends a wait that is too long."""
         with self._ended:
             if self._lost is not None:
                 raise ConnectionLost(self._lost)
@@ -1097,11 +1100,11 @@ class Batch:
 
 
 class Pipe(queue.SimpleQueue[bytes]):
-    """Replaces a paramiko channel's BufferedPipe, and passes the pieces on as they came in:
-    its copies would take a third of the CPU time of reading."""
+    """Replaces the BufferedPipe of a paramiko channel.  That copies every byte, which would
+    take a third of the CPU time of reading.  This passes the pieces on as they arrive."""
 
     def feed(self, data: bytes) -> None:
-        if data:  # an empty piece stands for the end
+        if data:  # an empty piece would mean the end
             self.put(data)
 
     def read(self, _nbytes: int, timeout: float | None = None) -> bytes:
@@ -1115,12 +1118,12 @@ class Pipe(queue.SimpleQueue[bytes]):
 
 
 class Session:
-    """One SFTP channel, shared by many threads.  A thread receives the replies and hands each
-    to the batch that waits for it.  It ends the session when the box owes a reply and has
-    been silent for SILENCE_LIMIT, or owes one for REPLY_LIMIT."""
+    """One SFTP channel, shared by many threads.  A thread of its own receives the replies and
+    delivers each to its batch.  It ends the session if a reply is missing and the box has sent
+    nothing for SILENCE_LIMIT, or if one reply is missing for REPLY_LIMIT."""
 
     def __init__(self, transport: paramiko.Transport, channel: paramiko.Channel):
-        """Exchanges versions; ConnectionLost if the other side does not speak SFTP."""
+        """Exchanges versions; ConnectionLost if the box does not answer in SFTP."""
         self._transport, self._channel = transport, channel
         self._sending = threading.Lock()
         self._lock = threading.Lock()  # never held while waiting for the box
@@ -1162,7 +1165,7 @@ class Session:
         return raise_if_refused(self.ask(request)[0])
 
     def close(self, reason: str) -> None:
-        """Ends the session; whoever waits for a reply gets ConnectionLost."""
+        """Ends the session.  Threads that wait for a reply get ConnectionLost."""
         with self._lock:
             if self.lost is not None:
                 return
@@ -1170,22 +1173,22 @@ class Session:
             owed, self._owed = self._owed, {}
         for batch in {batch for batch, _ in owed.values()}:
             batch.lose(self.lost)
-        # Transport.close() joins a thread that may be blocked in a send.
+        # Transport.close() waits for a thread that may be blocked in a send.
         threading.Thread(target=self._transport.close, daemon=True).start()
 
     def _receive(self, packets: Iterator[memoryview]) -> None:
         try:
             for packet in packets:
-                with self._lock:  # `close` ends what is still owed, and nothing else
+                with self._lock:  # each batch ends once, here or in `close`
                     batch, index = self._owed.pop(U32.unpack_from(packet, 1)[0])
                 batch.deliver(index, packet)
         except KeyError:
             self.close("the box replied to a request that was not made")
-        except Exception as error:  # whatever it is, nobody may wait for ever
+        except Exception as error:  # of any kind: no thread may wait for ever
             self.close(str(error) or "the box closed the connection")
 
     def _packets(self) -> Iterator[memoryview]:
-        """What the box sends, without end, each from its type on; ConnectionLost."""
+        """The packets that the box sends, without their length; ConnectionLost at the end."""
         unread = memoryview(b"")
         while True:
             while len(unread) < 4:
@@ -1194,7 +1197,7 @@ class Session:
             if not 9 <= missing <= MAX_PACKET:
                 begin = printable(bytes(unread[:4]))
                 raise ConnectionLost(f"the box sent what is not SFTP, and begins {begin!r}")
-            pieces = []  # joined once, as a large packet comes in many
+            pieces = []  # of a large packet; joining them one by one would be slow
             while missing > len(unread):
                 pieces.append(unread)
                 missing -= len(unread)
@@ -1204,7 +1207,7 @@ class Session:
             yield memoryview(b"".join(pieces))[4:]
 
     def _receive_bytes(self) -> bytes:
-        """What the box sends next; ConnectionLost at the end, or if a reply is overdue."""
+        """The next bytes from the box; ConnectionLost at the end, or if a reply is overdue."""
         while True:
             data, limit = b"", REPLY_LIMIT
             try:
@@ -1237,8 +1240,8 @@ Keys = list[paramiko.PKey]
 
 
 def connect(config: Config) -> Session:
-    """A session with the box, logged in.  Fatal where another attempt cannot help (host key,
-    login), ConnectionLost where it may."""
+    """A new session, logged in.  Fatal if another attempt cannot help (host key, login),
+    ConnectionLost if it may."""
     address = f"{config.host}:{config.port}"
     try:
         sock = socket.create_connection((config.host, config.port), CONNECT_LIMIT)
@@ -1249,13 +1252,13 @@ def connect(config: Config) -> Session:
     transport = paramiko.Transport(
         sock, default_window_size=SSH_WINDOW, default_max_packet_size=SSH_PACKET
     )
-    # paramiko waits without limit for a server that freezes while it starts the subsystem.
+    # paramiko would wait for ever if the server froze while it starts the subsystem.
     watchdog = threading.Timer(CONNECT_LIMIT, transport.close)
     watchdog.daemon = True
     watchdog.start()
     try:
         known, revoked = known_host_keys(config)
-        prefer(transport.get_security_options(), known)
+        prefer_algorithms(transport.get_security_options(), known)
         transport.start_client(timeout=CONNECT_LIMIT)
         check_host_key(config, transport.get_remote_server_key(), known, revoked)
         log_in(config, transport)
@@ -1263,7 +1266,7 @@ def connect(config: Config) -> Session:
         channel = transport.open_session(timeout=CONNECT_LIMIT)
         channel.invoke_subsystem("sftp")
         return Session(transport, channel)
-    except Exception as error:  # paramiko passes on whatever its thread met
+    except Exception as error:  # paramiko raises whatever its thread met
         transport.close()
         if isinstance(error, Fatal) and watchdog.is_alive():
             raise
@@ -1279,13 +1282,13 @@ def connect(config: Config) -> Session:
 
 
 def known_host_name(config: Config) -> str:
-    """The box as known_hosts names it."""
+    """The host and port as in known_hosts."""
     return config.host if config.port == 22 else f"[{config.host}]:{config.port}"
 
 
 def known_host_keys(config: Config) -> tuple[Keys, Keys]:
-    """The keys that known_hosts has for the box, and those that it revokes, for any host.
-    Lines that cannot be read say nothing about the box; Fatal if the file cannot be read."""
+    """The keys that known_hosts has for the box, and all keys that it revokes.  A line that
+    paramiko does not know is skipped; Fatal if the file cannot be read."""
     known, revoked, entries, text = [], [], [], ""
     try:
         text = config.known_hosts.read_text("utf-8", "replace")
@@ -1294,42 +1297,40 @@ def known_host_keys(config: Config) -> tuple[Keys, Keys]:
     except OSError as error:
         raise Fatal(f"HETZNER_KNOWN_HOSTS {config.known_hosts}: {error}") from None
     for line in (" ".join(line.split()) for line in text.splitlines()):
-        # HostKeys.load() gives up at a line that it does not know, and keeps one key a type.
+        # HostKeys.load() stops at a line that it does not know, and keeps one key per type.
         with contextlib.suppress(Exception):
             entry = paramiko.hostkeys.HostKeyEntry.from_line(line.removeprefix("@revoked "))
             if line.startswith("@revoked "):
                 revoked.append(entry.key)
             elif line[0] not in "#@":
                 entries.append((entry.hostnames, entry.key))
-    # A line with the port counts before one without.
+    # The line without a port counts only if there is none with it.
     for name in (known_host_name(config), config.host):
-        known = [key for patterns, key in entries if names_host(patterns, name.lower())]
+        known = [key for patterns, key in entries if matches_host(patterns, name.lower())]
         if known:
             break
     return known, revoked
 
 
-def names_host(patterns: list[str], name: str) -> bool:
-    """Whether these patterns of a line of known_hosts stand for the host: with wildcards, a
-    hash, or a ! for what they do not stand for (sshd(8), SSH_KNOWN_HOSTS FILE FORMAT)."""
+def matches_host(patterns: list[str], name: str) -> bool:
+    """Whether a line of known_hosts with these patterns is about the host.  A pattern may be
+    a hash, have wildcards, or exclude hosts with a ! (sshd(8), SSH_KNOWN_HOSTS FILE FORMAT)."""
     matched = False
     for pattern in patterns:
         if pattern.startswith("|1|"):
             matched |= paramiko.HostKeys.hash_host(name, pattern) == pattern
-        else:
-            form = (
-                re.escape(pattern.lstrip("!").lower()).replace(r"\*", ".*").replace(r"\?", ".")
-            )
-            if re.fullmatch(form, name):
-                if pattern.startswith("!"):
-                    return False
-                matched = True
+            continue
+        escaped = re.escape(pattern.removeprefix("!").lower())  # [host]:23 is no wildcard
+        if re.fullmatch(escaped.replace(r"\*", ".*").replace(r"\?", "."), name):
+            if pattern.startswith("!"):
+                return False
+            matched = True
     return matched
 
 
-def prefer(options: paramiko.SecurityOptions, known: Keys) -> None:
-    """AES-GCM first: it is by far the fastest.  And the known host keys' types: the server
-    shows only one key."""
+def prefer_algorithms(options: paramiko.SecurityOptions, known: Keys) -> None:
+    """Puts AES-GCM first, which is by far the fastest, and the types of the known host keys,
+    because the server shows only one of its keys."""
     options.ciphers = sorted(options.ciphers, key=lambda name: "gcm" not in name)
     types = {key.get_name() for key in known}
     if "ssh-rsa" in types:
@@ -1338,7 +1339,7 @@ def prefer(options: paramiko.SecurityOptions, known: Keys) -> None:
 
 
 def check_host_key(config: Config, key: paramiko.PKey, known: Keys, revoked: Keys) -> None:
-    """Fatal unless `key` is the box's; no credential has been sent yet."""
+    """Fatal unless `key` is known for the box.  No credential has been sent yet."""
     address, shown = f"{config.host}:{config.port}", f"{key.get_name()} {key.fingerprint}"
     subject = f"the host key of {address} is {shown}"
     file = f"HETZNER_KNOWN_HOSTS {config.known_hosts}"
@@ -1355,7 +1356,7 @@ def check_host_key(config: Config, key: paramiko.PKey, known: Keys, revoked: Key
             "the connection: only if you know that the change is right, remove the old key "
             f"with: ssh-keygen -R {shlex.quote(known_host_name(config))} -f {path}"
         )
-    # The very key that was seen: asking for it again could bring another one.
+    # The key that was seen.  ssh-keyscan would ask again, and could get another one.
     line = f"{known_host_name(config)} {key.get_name()} {key.get_base64()}"
     folder = config.known_hosts.parent
     make = "" if folder.is_dir() else f"mkdir -p {shlex.quote(str(folder))} && "
@@ -1366,21 +1367,21 @@ def check_host_key(config: Config, key: paramiko.PKey, known: Keys, revoked: Key
 
 
 def log_in(config: Config, transport: paramiko.Transport) -> None:
-    """With the key file and the password, as far as they are set, else with the agent; Fatal
-    if the box accepts none of them, or hangs up."""
+    """Logs in with the key file and the password if they are set, else with the SSH agent.
+    Fatal if the box accepts none of them, or hangs up."""
     attempts: list[tuple[str, Callable[[], list[str]]]] = []
     if config.key_file:
         key = load_private_key(config.key_file, config.key_passphrase)
         name = f"HETZNER_KEY_FILE {config.key_file}"
         attempts.append((name, partial(transport.auth_publickey, config.user, key)))
     if config.password:
-        # Also answers keyboard-interactive, if that is what the box offers.
+        # paramiko also answers keyboard-interactive with it, if the box offers only that.
         login = partial(transport.auth_password, config.user, config.password)
         attempts.append(("HETZNER_PASSWORD", login))
     if not attempts:
-        try:  # paramiko would wait for ever for an agent that is silent
-            asked = ThreadPoolExecutor(1).submit(lambda: paramiko.Agent().get_keys())
-            keys = asked.result(CONNECT_LIMIT)
+        try:  # paramiko would wait for ever for an agent that does not answer
+            listing = ThreadPoolExecutor(1).submit(lambda: paramiko.Agent().get_keys())
+            keys = listing.result(CONNECT_LIMIT)
         except concurrent.futures.TimeoutError:
             remedy = "restart it, or set HETZNER_KEY_FILE"
             raise Fatal(f"the SSH agent does not answer: {remedy}") from None
@@ -1397,14 +1398,13 @@ def log_in(config: Config, transport: paramiko.Transport) -> None:
                 message += f"; {name} was right, but {' or '.join(others)} is wanted as well"
         if transport.is_authenticated():
             return
-        # More attempts, and the box may ban this machine.
-        if not transport.is_active():
+        if not transport.is_active():  # no new connection: the box might ban this machine
             raise Fatal(f"{config.host}:{config.port} hung up at {message}")
     raise Fatal(f"{config.host}:{config.port} refused {message}")
 
 
 def read_private_key(path: Path, passphrase: bytes | None) -> paramiko.PKey:
-    """Also in PKCS#8 form, which paramiko does not read."""
+    """The key in `path`, also if it is in PKCS#8 form, which paramiko does not read."""
     text = path.read_bytes()
     if not re.search(b"BEGIN (ENCRYPTED )?PRIVATE KEY", text):
         return paramiko.PKey.from_path(path, passphrase)
@@ -1418,10 +1418,10 @@ def read_private_key(path: Path, passphrase: bytes | None) -> paramiko.PKey:
 
 
 def load_private_key(path: Path, passphrase: str | None) -> paramiko.PKey:
-    """The key in `path`; Fatal, with what is wrong with it."""
+    """As read_private_key; Fatal that says what is wrong with the file."""
     try:
         key = read_private_key(path, passphrase.encode() if passphrase else None)
-        key.public_blob = None  # of a certificate beside it, which may have expired
+        key.public_blob = None  # the certificate beside the key, which may have expired
         return key
     except OSError as error:
         reason = f"cannot be read: {error}"
@@ -4078,7 +4078,7 @@ class BoxFolder:
         missing = []
         for folder, there in zip(folders, found):
             if isinstance(there, SFTPError):
-                missing.append((FXP_MKDIR, string(folder) + U32.pack(0)))
+                missing.append((FXP_MKDIR, encode_string(folder) + U32.pack(0)))
             elif stat.S_ISREG(there.mode or 0):
                 raise FileError(f"{printable(folder)} is a file on the box, not a folder")
             elif stat.S_ISLNK(there.mode or 0) and folder.startswith(join(self._folder, b"")):
@@ -4105,13 +4105,13 @@ def write_file(session: Session, path: bytes, mtime: int, blocks: Iterator[bytes
         for block in blocks:
             for start in range(0, len(block), WRITE_SIZE):
                 piece = block[start : start + WRITE_SIZE]
-                write = FXP_WRITE, string(handle) + U64.pack(at) + string(piece)
+                write = FXP_WRITE, encode_string(handle) + U64.pack(at) + encode_string(piece)
                 batches.append(session.send(write))
                 at += len(piece)
             while len(batches) > WRITES_AHEAD:
                 raise_if_refused(batches.popleft().results()[0])
         times = U32.pack(ATTR_ACMODTIME) + 2 * U32.pack(mtime)
-        batches.append(session.send((FXP_FSETSTAT, string(handle) + times)))
+        batches.append(session.send((FXP_FSETSTAT, encode_string(handle) + times)))
         for batch in batches:
             raise_if_refused(batch.results()[0])
     finally:
