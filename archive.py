@@ -502,10 +502,10 @@ def plan_upload(size: int, memory_limit: int) -> UploadPlan:
     possible = [part for part in PART_SIZES if part * MAX_PARTS >= size]
     if not possible:
         raise FileError(f"{size:,} bytes are more than an S3 object can have")
-    room = memory_limit - READ_WINDOW
-    fitting = [part for part in possible if part <= PART_SIZE and 2 * part <= room]
+    for_parts = memory_limit - READ_WINDOW
+    fitting = [part for part in possible if part <= PART_SIZE and 2 * part <= for_parts]
     part_size = max(fitting, default=possible[0])
-    at_once = min(PARTS_AT_ONCE, room // part_size - 1)
+    at_once = min(PARTS_AT_ONCE, for_parts // part_size - 1)
     if at_once < 1:
         reason = f"{size:,} bytes need parts of {part_size:,}"
         needed = f"set it to {-(-(2 * part_size + READ_WINDOW) // MIB)}M or more"
@@ -1440,33 +1440,34 @@ def load_private_key(path: Path, passphrase: str | None) -> paramiko.PKey:
 
 
 class StorageBox:
-    """The box: one session at a time, replaced when it is lost."""
+    """The box.  All threads share one session, which is replaced when it is lost."""
 
     def __init__(self, config: Config, stopping: StopEvent, reconnects: bool = True):
         self._config, self.stopping = config, stopping
         self._pauses = RECONNECT_PAUSES if reconnects else (0,)
-        self._connecting, self._alone = threading.Lock(), threading.RLock()
-        self._pacing, self._paced = threading.Lock(), 0.0  # no bytes before that time
+        self._connecting = threading.Lock()
+        self._beginning = threading.RLock()  # held to keep other operations from beginning
+        self._pacing, self._next_read = threading.Lock(), 0.0  # a monotonic time
         self._session: Session | None = None
-        self._gone: Fatal | None = None
+        self._given_up: Fatal | None = None
 
     def close(self) -> None:
-        """Ends the session for good; whoever uses the box gets Stopped."""
+        """Ends the session for good.  Threads that use the box get Stopped."""
         self.stopping.set()
         if self._session is not None:
             self._session.close("stopped")
 
     def session(self) -> Session:
-        """The session, a new one if it was lost; Fatal once the box is given up, Stopped.
-        The first thread to find it lost connects again; the others wait for that."""
+        """The session, a new one if it was lost.  One thread connects while the others wait.
+        Fatal once connecting has failed RECONNECT_PAUSES times, Stopped."""
         with self._connecting:
             self.stopping.check()
-            if self._gone is not None:
-                raise self._gone
+            if self._given_up is not None:
+                raise self._given_up
             if self._session is None or self._session.lost is not None:
                 self._session = self._connect()
             session = self._session
-        if self.stopping.is_set():  # `close` may have missed this one
+        if self.stopping.is_set():  # `close` may not have seen this session
             session.close("stopped")
         return session
 
@@ -1475,12 +1476,13 @@ class StorageBox:
         if self._config.bandwidth_limit is not None:
             with self._pacing:
                 now = time.monotonic()
-                self._paced = max(self._paced, now) + size / self._config.bandwidth_limit
-                delay = self._paced - now
+                earliest = max(self._next_read, now)
+                self._next_read = earliest + size / self._config.bandwidth_limit
+                delay = self._next_read - now
             self.stopping.wait(delay)
 
     def _connect(self) -> Session:
-        """A new session, after RECONNECT_PAUSES attempts at most; Fatal, Stopped."""
+        """A new session; makes an attempt for each of RECONNECT_PAUSES.  Fatal, Stopped."""
         reason: object = self._session and self._session.lost
         for pause in self._pauses:
             if reason:
@@ -1490,33 +1492,33 @@ class StorageBox:
             try:
                 return connect(self._config)
             except (ConnectionLost, Fatal) as error:
-                if isinstance(error, Fatal) and self._session is None:  # it has never worked
-                    raise
+                if isinstance(error, Fatal) and self._session is None:
+                    raise  # a login that has never worked
                 reason = error
         tries = f"gave up after {len(self._pauses)} tries: " if len(self._pauses) > 1 else ""
-        self._gone = Fatal(f"{tries}{reason}")
-        raise self._gone
+        self._given_up = Fatal(f"{tries}{reason}")
+        raise self._given_up
 
     def retry(self, operation: Callable[[Session], T], session: Session | None = None) -> T:
-        """operation(session), from its start again whenever the session is lost under it,
-        or the server refuses with FAILURE: it may have too many files open.
+        """The result of operation(session).  It is tried again from its start if the session
+        is lost, or if the server answers FAILURE: it may have too many files open.
 
-        From the third try on it runs alone: nothing else is begun meanwhile, so that a
-        file which breaks the connection every time fails without taking others with it.
-        What goes on with `session` begins nothing: it does not wait for what runs alone.
+        After SHARED_TRIES it runs alone: no other operation begins meanwhile, so that a file
+        which breaks the connection every time does not make others fail.  An operation that
+        continues with a `session` of its own has begun already, and does not wait.
         FileError (LOST) after TRIES, SFTPError, Fatal, Stopped.
         """
         with contextlib.ExitStack() as stack:
             for attempt in range(1, TRIES + 1):
                 if attempt > SHARED_TRIES:
-                    stack.enter_context(self._alone)
+                    stack.enter_context(self._beginning)
                 if session is None or session.lost is not None:
-                    with self._alone:
+                    with self._beginning:
                         session = self.session()
                 try:
                     return operation(session)
                 except ConnectionLost as error:
-                    session.close(str(error))  # it may only be out of step
+                    session.close(str(error))  # if it is out of step, it is still open
                     reason = error
                 except SFTPError as error:
                     if error.code != FX_FAILURE or attempt == TRIES:
@@ -1528,9 +1530,9 @@ class StorageBox:
     def retry_reading(
         self, path: bytes, operation: Callable[[Session], T], session: Session | None = None
     ) -> T:
-        """`retry` for what opens `path`; a refusal is a FileError, VANISHED if it is gone.
-        OpenSSH says "no such file" for other reasons, too: such a file would count as
-        vanished every night."""
+        """`retry` for an operation that opens `path`.  A refusal is a FileError, with the
+        code VANISHED if the file is gone.  LSTAT confirms that: OpenSSH answers "no such
+        file" for other reasons, too, and the file would count as vanished every night."""
         try:
             return self.retry(operation, session)
         except SFTPError as error:
@@ -1546,7 +1548,7 @@ class StorageBox:
         raise FileError(f"the box cannot open it: {refusal}")
 
     def attributes(self, path: bytes) -> Attributes:
-        """Of `path` itself, even if it is a link; SFTPError, FileError."""
+        """The attributes of `path` itself, even if it is a link; SFTPError, FileError."""
         return self.retry(lambda s: Attributes(*s.ask_one(simple_request(FXP_LSTAT, path))))
 
     def exists(self, path: bytes) -> bool:
@@ -1555,13 +1557,13 @@ class StorageBox:
         return False
 
     def list_folder(self, path: bytes, limit: float = math.inf) -> list[Entry] | None:
-        """The entries of a folder, sorted by name; None if it goes on after `limit` of them;
+        """The entries of a folder, sorted by name; None if there are more than `limit`;
         FileError."""
         return self.retry_reading(path, lambda session: read_folder(session, path, limit))
 
-    def room(self) -> tuple[int, int] | None:
-        """Bytes used and free where REMOTE_PATH is; None if the server does not say
-        (statvfs@openssh.com)."""
+    def space(self) -> tuple[int, int] | None:
+        """Bytes used and free on the file system of REMOTE_PATH; None if the server does not
+        know this request (statvfs@openssh.com)."""
         request = simple_request(FXP_EXTENDED, b"statvfs@openssh.com", self._config.remote_path)
         (reply,) = self.retry(lambda session: session.ask(request))
         if isinstance(reply, SFTPError):
@@ -1571,37 +1573,36 @@ class StorageBox:
 
 
 def is_recent(file: RemoteFile, began: float) -> bool:
-    """Whether the file was modified within RECENT seconds of being read, which began at
-    `began`, so that a second change could have kept its size and mtime."""
+    """Whether the file was modified less than RECENT seconds before the reading `began`, or
+    later: a second change could have kept its size and mtime."""
     return began - RECENT <= file.mtime <= time.time() + RECENT
 
 
 class FileReader:
-    """A file on the box, read once from an offset to its end.
+    """Reads a file on the box once, from an offset to its end.
 
-    It offers nothing but read(n): s3transfer then takes it as a stream of unknown length.
-    s3transfer would also take an early end for a shorter file, so this class owns the
-    question whether every byte came.  It reads a window ahead, asks again for what a short
-    reply left out, goes on at its offset over a new session, and lets the last bytes go
-    only if the file still has the size and mtime that it had at first, by its handle and by
-    its path: another file may have been renamed over it.  Everything else is a FileError.
+    s3transfer would take an early end for a shorter file, so this class makes sure that
+    every byte has arrived.  It reads READ_WINDOW ahead, repeats a request after a short
+    reply, and continues at its offset if the session is lost.  `read` returns the last bytes
+    only if the file still has its first size and mtime.  FSTAT shows whether it was changed,
+    LSTAT whether another file was renamed over it.  Everything else is a FileError.
 
     A small file takes two round trips: OPEN; then FSTAT, READs, FSTAT, LSTAT and CLOSE.
     """
 
     def __init__(self, box: StorageBox, listed: RemoteFile, offset: int = 0):
-        """Opens the file as it is now; FileError, also if it has grown by more than GROWTH
-        since it was listed: no memory was set aside for that."""
+        """Opens the file; FileError, also if it has grown by more than GROWTH since it was
+        listed, because no memory is reserved for that."""
         self._box, self._began = box, time.time()
-        self.file = listed  # what FSTAT says of it, once it `is_open`
-        self.is_recent = False  # known once it was read to its end
-        self.is_verified = False  # it was read to its end, and had not changed
+        self.file = listed  # once it `is_open`, what the first FSTAT has said
+        self.is_recent = False  # set at the end of the file
+        self.is_verified = False  # whether it was read to its end and had not changed
         self._is_open = False
         self._delivered = self._received = self._requested = offset
         self._arrived: deque[memoryview] = deque()
         self._batches: deque[tuple[Batch, list[tuple[int, int]]]] = deque()
         self._read_size = READ_SIZE
-        self._empty_at = -1  # the offset at which no byte came
+        self._empty_at = -1  # the offset for which the box has sent no byte
         self._session: Session | None = None
         self._handle = b""  # empty once its CLOSE has been sent
         try:
@@ -1612,7 +1613,8 @@ class FileReader:
             raise
 
     def read(self, amount: int = -1) -> bytes:
-        """The next `amount` bytes, fewer only at the end; the rest if negative; FileError."""
+        """The next `amount` bytes, fewer only at the end of the file; all that are left if
+        `amount` is negative; FileError."""
         left = self.file.size - self._delivered
         missing = amount = left if amount < 0 else min(amount, left)
         data = io.BytesIO(bytes(amount))  # getvalue() does not copy, as join() would
@@ -1634,35 +1636,36 @@ class FileReader:
         self._handle = b""
 
     def _advance(self) -> None:
-        """Keeps the window full, and takes in the oldest batch."""
+        """Fills the window with requests, and waits for the replies of the oldest batch."""
 
         def advance(session: Session) -> None:
             if session is not self._session or not (self._handle or self._batches):
-                self._handle = b""  # of another session it may be another file's
+                self._handle = b""  # it may be another file's handle in the new session
                 self._handle = session.ask_one(open_request(self.file.path, FOR_READING))
                 self._session = session
-                self._start_again()
+                self._drop_requests()
             while self._handle and self._requested < self._received + READ_WINDOW:
                 self._request(session)
             self._take_batch()
 
         self._box.retry_reading(self.file.path, advance, self._session)
 
-    def _start_again(self) -> None:
-        """Drops what is under way: the next requests begin behind what was received."""
+    def _drop_requests(self) -> None:
+        """Ignores the replies under way.  The next request is for the byte after the last
+        one that was received."""
         self._batches.clear()
         self._requested = self._received
 
     def _request(self, session: Session) -> None:
-        """Asks for the attributes and some more bytes; at the end for the attributes again,
-        also by the path, and closes the file."""
+        """Sends an FSTAT and some READs, and after the last READ also the requests that show
+        whether the file has changed, and its CLOSE."""
         start, step = self._requested, self._read_size
         end = min(self.file.size, start + READS_PER_BATCH * step)
         spans = [(at, min(step, end - at)) for at in range(start, end, step)]
         fstat = simple_request(FXP_FSTAT, self._handle)
         requests = [fstat, *(read_request(self._handle, *span) for span in spans)]
         if end == self.file.size:
-            requests.append(read_request(self._handle, end, 1))  # the size may be wrong
+            requests.append(read_request(self._handle, end, 1))  # the size may be too small
             requests += [fstat, simple_request(FXP_LSTAT, self.file.path)]
             requests += [simple_request(FXP_CLOSE, self._handle)]
             self._handle = b""
@@ -1675,11 +1678,11 @@ class FileReader:
         before, *results = batch.results()
         listed = self.file
         self._check_unchanged(before)
-        if self.file.size != listed.size:  # other bytes have to be asked for
-            return self._start_again()
+        if self.file.size != listed.size:  # the spans were made for the listed size
+            return self._drop_requests()
         for span, data in zip(spans, results):
             if not self._take(*span, data):
-                return self._start_again()
+                return self._drop_requests()
         if len(results) > len(spans):
             beyond, *checks, _ = results[len(spans) :]
             for after in checks:
@@ -1689,8 +1692,9 @@ class FileReader:
             self.is_verified, self.is_recent = True, is_recent(self.file, self._began)
 
     def _take(self, at: int, size: int, data: Any) -> bool:
-        """Takes what came for `size` bytes at offset `at`, and returns whether that is all.
-        Two replies without a byte end the file: a change of it shows between them."""
+        """Takes the reply to a READ of `size` bytes at the offset `at`; whether it has all of
+        them.  After two replies without a byte, the file is shorter than its size: the FSTAT
+        between them would have shown a change."""
         if isinstance(data, SFTPError):
             if data.code != FX_EOF:
                 raise FileError(f"reading failed: {data}")
@@ -1704,12 +1708,12 @@ class FileReader:
             raise FileError(f"ended at {at:,} of {self.file.size:,} bytes")
         else:
             self._empty_at = at
-        if len(data) < size:  # it may be the most that this server sends
+        if len(data) < size:  # the server may never send more
             self._read_size = max(len(data), LEAST_READ_SIZE)
         return len(data) == size
 
     def _check_unchanged(self, found: Attributes | SFTPError) -> None:
-        """FileError unless the file is as it was at first."""
+        """FileError if the file has another size, mtime or type than when it was opened."""
         if isinstance(found, SFTPError):
             if found.code == FX_NO_SUCH_FILE:
                 raise FileError("vanished while it was read", VANISHED)
@@ -1736,8 +1740,8 @@ class FileReader:
 
 
 def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | None:
-    """As StorageBox.list_folder: OPENDIR, then READDIRs together until the end.  SFTPError if
-    it cannot be read, FileError if it has no end, ConnectionLost."""
+    """As StorageBox.list_folder, with several READDIRs at a time.  SFTPError if the folder
+    cannot be read, FileError if it has no end, ConnectionLost."""
     handle = session.ask_one(simple_request(FXP_OPENDIR, path))
     names: dict[bytes, Attributes] = {}  # a name may come twice while the folder changes
     ended, count = False, READDIRS_PER_BATCH
@@ -1751,7 +1755,7 @@ def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | No
                     ended = True
                 else:
                     raise result
-            if len(names) == known and not ended:
+            if len(names) == known and not ended:  # only names that it has sent before
                 raise FileError("the box sent a listing that does not end")
             if len(names) >= limit and not ended:
                 return None
@@ -1762,13 +1766,13 @@ def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | No
 
 
 class WalkReport:
-    """What the walk has left out, by label, the number of failures, the folders that could
-    not be listed, and the items of EXCLUDE_PATHS that have matched nothing."""
+    """What a walk has met other than files to archive."""
 
     def __init__(self) -> None:
-        self.skipped: Counter[str] = Counter()
-        self.failed, self.unlisted = 0, set[bytes]()
-        self.unmatched: set[str] = set()
+        self.skipped: Counter[str] = Counter()  # entries, by label
+        self.failed = 0
+        self.unlisted: set[bytes] = set()  # folders that could not be listed
+        self.unmatched: set[str] = set()  # items of EXCLUDE_PATHS that have matched nothing
 
     def add_failure(self, path: bytes, reason: object) -> None:
         self.failed += 1
@@ -1778,11 +1782,11 @@ class WalkReport:
         for item in sorted(self.unmatched):
             log.warning("EXCLUDE_PATHS: %s has matched nothing", printable(item))
 
-    def others(self, more: Mapping[str, int]) -> Iterator[tuple[str, object]]:
-        """Rows of a table, for what was met: `more`, and what was left out."""
-        labels = ("Hidden entries", "Excluded", "Links", "Special files", "Vanished")
-        counts = dict(more) | {label: self.skipped[label] for label in labels}
-        yield from (row for row in counts.items() if row[1])
+    def skipped_rows(self) -> Iterator[tuple[str, object]]:
+        """Rows of a table, for the labels that were met."""
+        for label in ("Hidden entries", "Excluded", "Links", "Special files", "Vanished"):
+            if self.skipped[label]:
+                yield label, self.skipped[label]
 
 
 def log_failure(name: bytes | str, reason: object) -> None:
@@ -1790,9 +1794,9 @@ def log_failure(name: bytes | str, reason: object) -> None:
 
 
 class Walk:
-    """Every regular file below REMOTE_PATH, in the same order each time.  Many folders are
-    listed at once, and handed on in the order in which they were begun.  One that is too
-    large for that is listed again when it is its turn.  Links are not followed."""
+    """Every regular file below REMOTE_PATH, in the same order each time.  LISTINGS_AT_ONCE
+    folders are listed ahead.  Of a folder with more than NAMES_AHEAD entries nothing is kept
+    in memory: it is listed again when its turn comes.  Links are not followed."""
 
     def __init__(self, box: StorageBox, config: Config, report: WalkReport):
         self._box, self._root, self._report = box, config.remote_path, report
@@ -1800,8 +1804,8 @@ class Walk:
         self._filter = PathFilter(config.remote_path, config.exclude, hidden, box.exists)
 
     def __iter__(self) -> Iterator[list[RemoteFile]]:
-        """Lists of at most PAGE files; an empty one after each COMMIT_PAUSE without files.
-        Fatal if REMOTE_PATH itself cannot be listed, Stopped."""
+        """Lists of at most PAGE files, and an empty list after each COMMIT_PAUSE without a
+        file.  Fatal if REMOTE_PATH itself cannot be listed, Stopped."""
         self._box.session()
         waiting = [self._root]
         begun: deque[tuple[bytes, Future[list[Entry] | None]]] = deque()
@@ -1821,7 +1825,7 @@ class Walk:
                 folders: list[bytes] = []
                 for start in range(0, len(entries), PAGE):
                     page = entries[start : start + PAGE]
-                    files = (self._sort_out(path, *entry, folders) for entry in page)
+                    files = (self._file_of(path, *entry, folders) for entry in page)
                     yield [file for file in files if file is not None]
                 waiting += reversed(folders)
             self._report.unmatched = self._filter.unmatched
@@ -1829,8 +1833,8 @@ class Walk:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def leaves_out(self, path: bytes) -> bool:
-        """Whether the walk does not reach this path: it is hidden or excluded, or a folder
-        above it is, or could not be listed."""
+        """Whether the walk does not reach this path, because it or a folder above it is
+        hidden or excluded, or could not be listed."""
         root = join(self._root, b"")
         parts = path.removeprefix(root).split(b"/")
         above = list(itertools.accumulate(parts, join, initial=root))[1:]
@@ -1841,7 +1845,7 @@ class Walk:
         )
 
     def _entries(self, path: bytes, listing: Future[list[Entry] | None]) -> list[Entry] | None:
-        """The result of the listing; no entries if it has failed: that is reported."""
+        """The result of the listing.  A failure is reported, and gives no entries."""
         try:
             return listing.result()
         except FileError as error:
@@ -1857,10 +1861,11 @@ class Walk:
                 self._report.add_failure(path, f"this folder cannot be listed: {error}")
             return []
 
-    def _sort_out(
+    def _file_of(
         self, folder: bytes, name: bytes, attributes: Attributes, folders: list[bytes]
     ) -> RemoteFile | None:
-        """The entry if it is a file to be archived.  A folder is added to `folders`."""
+        """The file if the entry is one to archive.  A folder is added to `folders`; any other
+        entry is counted."""
         path, (size, mtime, mode) = join(folder, name), attributes
         kind = stat.S_IFMT(mode or 0)
         if not name or b"/" in name or len(path) > MAX_PATH_BYTES:
@@ -2553,7 +2558,7 @@ class Bucket:
         arguments = self._config.extra_args | self._upload_arguments(file.size, file.mtime)
         arguments |= {"ChecksumType": "FULL_OBJECT", "MpuObjectSize": file.size}
         client = MultipartClient(self._client, read, stored, plan.part_size)
-        source = SimpleNamespace(read=client.read)
+        source = SimpleNamespace(read=client.read)  # which s3transfer reads as a stream
         try:
             with s3_errors():
                 upload_fileobj(client, source, self._name, key, arguments, progress, config)
@@ -3330,7 +3335,7 @@ class Forecast(WalkReport):
         if self.gone:
             cost = format_usd(usd["gone_a_month"])
             yield "Gone from the box", f"{total(self.gone)}, archived for {cost} a month"
-        yield from self.others({})
+        yield from self.skipped_rows()
         yield "To upload", total({"new": new, "changed": changed})
         yield "Requests", requests or "none"
         yield "Upload", usd["upload"]
@@ -3404,7 +3409,9 @@ class Report(WalkReport):
         yield "Failed files", self.failed
         yield "Bytes uploaded", self.bytes_uploaded
         yield "Duration (sec)", round(time.monotonic() - self.began)
-        yield from self.others({"Compared files": self.compared})
+        if self.compared:
+            yield "Compared files", self.compared
+        yield from self.skipped_rows()
         yield "Spent", self.spent
         if self.ended_early:
             yield "Ended early", self.ended_early
@@ -3784,7 +3791,7 @@ def status(tools: Tools, json_wanted: bool) -> int:
     known, no_state = try_or_none(read_state)
     counts, runs, spent = known or ({}, [], 0.0)
     usd = month_cost(prices, counts)
-    room, no_room = try_or_none(tools.box.room)
+    space, no_space = try_or_none(tools.box.space)
     unfinished, no_count = try_or_none(bucket.count_unfinished)
     rule, no_rule, versioned, no_versions = None, no_count, None, no_count
     if no_count != NOT_KNOWN:  # each question may take as long as S3 has time
@@ -3797,14 +3804,15 @@ def status(tools: Tools, json_wanted: bool) -> int:
             "usd_spent_in_30_days": json_usd(spent) if known else None,
             "prices": prices.json,
             "runs": [past._asdict() for past in runs],
-            "box": {"used": room[0], "free": room[1]} if room else None,
+            "box": {"used": space[0], "free": space[1]} if space else None,
             "unfinished_uploads": unfinished,
             "lifecycle_rule": rule,
             "versioning": versioned,
         }
         show_json(answers)
         return 0
-    used, free = map(format_size, room or (0, 0))
+    used, free = map(format_size, space or (0, 0))
+    box = f"{used} used, {free} free" if space else "the server does not tell"
     rows: list[tuple[str, object]] = [
         ("Archived", no_state or total(counts)),
         *(
@@ -3813,7 +3821,7 @@ def status(tools: Tools, json_wanted: bool) -> int:
         ),
         ("Storage a month", no_state or usd),
         ("Spent in 30 days", no_state or spent),
-        ("Box", f"{used} used, {free} free" if room else no_room or "the server does not tell"),
+        ("Box", no_space or box),
         ("Unfinished uploads", no_count or unfinished),
         (
             "Lifecycle rule",
@@ -3961,8 +3969,8 @@ class LocalFolder:
     def _path(self, name: bytes) -> Path:
         return self._folder / os.fsdecode(name)
 
-    def room(self) -> int | None:
-        """Free bytes, None if that is not known."""
+    def free_space(self) -> int | None:
+        """Free bytes; None if they are not known."""
         return shutil.disk_usage(self._folder).free
 
     def find(self, name: bytes) -> Attributes | None:
@@ -4023,8 +4031,8 @@ class BoxFolder:
             reason = f"{printable(folder)} cannot be written to: {error}"
             raise Fatal(f"{reason}; --to-box takes an account that may write") from None
 
-    def room(self) -> int | None:
-        return (self._box.room() or (0, None))[1]
+    def free_space(self) -> int | None:
+        return (self._box.space() or (0, None))[1]
 
     def find(self, name: bytes) -> Attributes | None:
         try:
@@ -4060,11 +4068,11 @@ class BoxFolder:
         try:
             self._box.retry(store)
         except FileError as error:
-            room = None
+            free = None
             with contextlib.suppress(Fatal, Stopped, FileError):
-                room = self.room()  # with what was written
+                free = self.free_space()  # before the partial file is deleted
                 self._box.retry(lambda s: s.ask(simple_request(FXP_REMOVE, partial_path)))
-            if room is not None and room < MIB:
+            if free is not None and free < MIB:
                 raise Fatal(f"{error}; the box is full") from None
             raise
 
@@ -4305,11 +4313,11 @@ def restore_once(tools: Tools, work: Restore, options: argparse.Namespace) -> in
         ready, busy, cold = work.look()
         if cold:
             show_estimate(tools, cold, ready + busy, options)
-        needed, room = ready + busy + total(cold).bytes, work.target.room()
-        if room is not None and needed > room:
+        needed, free = ready + busy + total(cold).bytes, work.target.free_space()
+        if free is not None and needed > free:
             message = "%s are to be restored, but only %s are free there: copies that S3 makes "
             message += "cost money while they wait"
-            log.warning(message, format_size(needed), format_size(room))
+            log.warning(message, format_size(needed), format_size(free))
         if cold and options.manifest:
             work.manifest = stack.enter_context(open_manifest(options.manifest))
         elif cold:
