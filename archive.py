@@ -1907,8 +1907,9 @@ SOURCE_PINS = ("HETZNER_USER", "REMOTE_PATH")
 
 
 class Record(NamedTuple):
-    """A row: what the state knows about a file and its object.  `mtime` None: it has to be
-    compared.  `crc32` None: its content is not known first-hand.  `etag` None: not at all."""
+    """A row: what the state knows about a file and its object.  If `mtime` is None, the file
+    has to be compared.  `crc32` is None unless this program has read the content, `etag` if
+    nothing is known about the content."""
 
     path: str  # as in the path column
     size: int
@@ -1921,7 +1922,7 @@ class Record(NamedTuple):
 
 
 class PastRun(NamedTuple):
-    """A run as the state keeps it; None from `ended_at` on if it was killed."""
+    """A run in the state.  The fields from `ended_at` on are None if it was killed."""
 
     started_at: int
     ended_at: int | None = None
@@ -1934,20 +1935,23 @@ class PastRun(NamedTuple):
 
 
 def pins_of(config: Config) -> dict[str, str]:
-    """What a state is tied to, by setting."""
-    root, destination = path_text(config.remote_path), (config.bucket, config.prefix)
-    names = ("S3_BUCKET", "S3_PREFIX", *SOURCE_PINS)
-    return dict(zip(names, (*destination, config.user, root)))
+    """The settings that a state belongs to, by name."""
+    return {
+        "S3_BUCKET": config.bucket,
+        "S3_PREFIX": config.prefix,
+        "HETZNER_USER": config.user,
+        "REMOTE_PATH": path_text(config.remote_path),
+    }
 
 
 @contextlib.contextmanager
 def state_errors(path: Path) -> Iterator[None]:
-    """Turns an sqlite3.Error into Fatal: nothing goes on without a state."""
+    """Turns an sqlite3.Error into Fatal."""
     try:
         yield
     except (sqlite3.Error, UnicodeEncodeError) as error:
         remedy = "repair it, or move it away: the next run makes one from the bucket's listing"
-        if isinstance(error, sqlite3.OperationalError):  # it is not damaged
+        if isinstance(error, sqlite3.OperationalError):  # the database is not damaged
             remedy = "check its permissions, the room on its disk and in the folder for "
             remedy += "temporary files (TMPDIR), and the number of open files"
         raise Fatal(f"the state database {path} cannot be used: {error}; {remedy}") from None
@@ -1957,12 +1961,12 @@ Statement = str | tuple[Any, ...]  # SQL, or SQL and its values
 
 
 class State:
-    """What is known to be archived; used by one thread.  Methods raise Fatal.  Whatever is
-    written is committed synchronously, in one transaction."""
+    """The state database, for one thread.  Methods raise Fatal.  Each one that writes commits
+    in one transaction before it returns."""
 
     def __init__(self, config: Config, copy: bool = False):
-        """Opens the database, or makes it.  `copy`: a copy on temporary disk, so that what
-        is written goes nowhere; an empty one if there is no database."""
+        """Opens the database, or makes it.  With `copy`, it opens a temporary copy instead,
+        which is empty if there is no database; changes are lost."""
         path = self._path = config.state_db
         with state_errors(path):
             if not copy:
@@ -1988,8 +1992,8 @@ class State:
 
     def _upgrade(self, config: Config) -> None:
         """Makes the tables.  Of an earlier script's database it keeps the rows of `files`
-        that can have been made with these settings.  Those of the first edition, which says
-        elsewhere what it is not sure of, have to be compared."""
+        whose paths are possible with these settings.  All rows of the first edition, which
+        has a table `meta`, have to be compared: it notes in other tables what is uncertain."""
 
         def key_of(path: str) -> str | None:
             raw = unescape(path)
@@ -2030,16 +2034,16 @@ class State:
     def close(self) -> None:
         self._db.close()
 
-    # Where the state belongs
+    # Source and destination
 
     @property
     def is_new(self) -> bool:
-        """Whether it was never brought in line with a bucket."""
+        """Whether the state still has to be made from the bucket's listing."""
         return not self._rows("SELECT 1 FROM meta WHERE name = 'S3_BUCKET'")
 
     def check_pins(self, pins: Mapping[str, str]) -> None:
-        """Fatal if the state belongs to another source or destination than `pins`: it would
-        say that everything is archived there already."""
+        """Fatal if the state belongs to another source or destination than `pins`: files
+        would count as archived that are not."""
         known = dict(self._rows("SELECT name, value FROM meta"))
         for name, value in pins.items():
             if known.get(name, value) != value:
@@ -2051,39 +2055,42 @@ class State:
                 raise Fatal(f"{reason}: set it back, or {remedy}")
 
     def pin(self, pins: Mapping[str, str]) -> None:
-        """Ties the state to a source and a destination."""
+        """Notes which source and destination the state belongs to."""
         insert = "INSERT OR REPLACE INTO meta VALUES (?, ?)"
         self._commit(*((insert, *pin) for pin in pins.items()))
 
     def forget_source(self) -> None:
-        """Forgets everything that is known of the files on the box, and what the state is
-        tied to: it has to be made from the bucket's listing."""
-        old_parts = "UPDATE uploads SET mtime = NULL"  # nothing is to go on behind them
-        self._commit(
-            old_parts, *(f"DELETE FROM {name}" for name in ("files", "objects", "meta"))
-        )
+        """Deletes all rows of files and the pins: the state `is_new` then.  Unfinished
+        uploads may have parts of the old source's files, and are not continued."""
+        tables = ("files", "objects", "meta")
+        deletions = (f"DELETE FROM {table}" for table in tables)
+        self._commit("UPDATE uploads SET mtime = NULL", *deletions)
 
     # Files
 
-    def unsettled(self, files: list[RemoteFile]) -> list[RemoteFile]:
-        """Those of `files` that have no row of their size and mtime."""
+    def unrecorded(self, files: list[RemoteFile]) -> list[RemoteFile]:
+        """Those of `files` that have no row with their size and mtime."""
         by_path = {path_text(file.path): file for file in files}
-        paths = "SELECT value FROM json_each(?)"  # any number of them
+        paths = "SELECT value FROM json_each(?)"  # of any number of paths
         query = f"SELECT path, size, mtime FROM files WHERE path IN ({paths})"
-        settled = set(self._rows(query, json.dumps([*by_path])))
-        return [file for path, file in by_path.items() if (path, *file[1:]) not in settled]
+        rows = set(self._rows(query, json.dumps([*by_path])))
+        return [
+            file for path, file in by_path.items() if (path, file.size, file.mtime) not in rows
+        ]
 
     def find(self, path: bytes) -> Record | None:
         rows = self._rows(f"{RECORDS} WHERE path = ?", path_text(path))
         return Record(*rows[0]) if rows else None
 
     def begin(self, jobs: Iterable[Job]) -> None:
-        """Notes what is about to be read and sent.
+        """Notes which files are about to be read and sent.
 
-        S3's answer to a new version may get lost.  So the row of a file that may get one says
-        nothing about the content until S3 has acknowledged it.  And the next run has to know
-        of which version of a large file there may be parts; of none that counts if it is to
-        be compared first, or was modified so recently that they could be of different ones.
+        S3 may store a new version although its answer gets lost.  So until S3 has acknowledged
+        the upload, the row says nothing about the object's content.
+
+        The next run may continue an upload in parts only if it knows of which version of the
+        file the parts are.  No version is noted if the file is compared first, or was
+        modified so recently that its parts could be of different versions.
         """
         statements: list[Statement] = []
         for job in jobs:
@@ -2099,8 +2106,8 @@ class State:
         self._commit(*statements)
 
     def note_upload(self, job: Job) -> None:
-        """The comparison of a large file was cut off.  The next run is not to begin it again,
-        perhaps every night: it uploads the file, and that can go on."""
+        """For a large file whose comparison was cut off.  The next run uploads it instead: an
+        upload can be continued, a comparison would begin again every night."""
         self._commit(self._upload_row(job, job.file.mtime))
 
     def _upload_row(self, job: Job, mtime: int | None) -> tuple[Any, ...]:
@@ -2108,31 +2115,31 @@ class State:
         return ("INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?)", *row)
 
     def record(self, archived: Iterable[Archived]) -> None:
-        """Commits what S3 has acknowledged, or was found to hold.  The invariant stands or
-        falls here.  One transaction takes all that finished while the last was written."""
+        """Commits files that S3 has acknowledged, or was found to hold already.  The
+        invariant depends on this method: it is called with no others."""
         statements: list[Statement] = []
         for file, stored, is_recent, _ in archived:
             path, mtime = path_text(file.path), None if is_recent else file.mtime
-            statements += rows_of(path, file.size, mtime, stored)
+            statements += row_statements(path, file.size, mtime, stored)
             statements.append(("DELETE FROM uploads WHERE key = ?", stored.key))
         self._commit(*statements)
 
     # Unfinished uploads
 
     def uploads(self) -> dict[str, tuple[int, int | None, int]]:
-        """Uploads that were begun and not completed, by key: size and mtime of their file,
-        None if nothing is to go on behind them, and part size."""
+        """Uploads that were begun and not completed, by key: size and mtime of the file, and
+        the part size.  The mtime is None if the upload must not be continued."""
         rows = self._rows("SELECT key, size, mtime, part_size FROM uploads")
         return {key: (size, mtime, part_size) for key, size, mtime, part_size in rows}
 
     def end_upload(self, key: str) -> None:
         self._commit(("DELETE FROM uploads WHERE key = ?", key))
 
-    # The whole
+    # All rows
 
     def records(self, condition: str = "true") -> Iterator[Record]:
-        """Rows in the order of their keys, which is S3's.  They may be changed meanwhile, up
-        to the last one that was returned."""
+        """Rows by key, in the order of S3's listings.  Rows that were returned already may be
+        changed meanwhile."""
         query = f"{RECORDS} WHERE {condition} AND key > ? ORDER BY key LIMIT {PAGE}"
         last = ""
         while rows := [Record(*row) for row in self._rows(query, last)]:
@@ -2140,7 +2147,7 @@ class State:
             last = rows[-1].key
 
     def note_seen(self, files: Iterable[RemoteFile]) -> None:
-        """Notes, until the database is closed, that these files are on the box."""
+        """Notes that these files are on the box, until the database is closed."""
         table = "CREATE TEMP TABLE IF NOT EXISTS seen (path TEXT PRIMARY KEY) WITHOUT ROWID"
         insert = "INSERT OR IGNORE INTO temp.seen VALUES (?)"
         self._commit(table, *((insert, path_text(file.path)) for file in files))
@@ -2160,36 +2167,39 @@ class State:
                     (f"DELETE FROM {table} WHERE path = ?", path) for table in tables
                 ]
             elif record is None or verdict in (WRONG_SIZE, WRONG_ETAG):
-                statements += rows_of(path, found.size, None, found)
+                statements += row_statements(path, found.size, None, found)
             elif (record.etag, record.storage_class) != (found.etag, found.storage_class):
                 known = found._replace(crc32=record.crc32)
-                statements += rows_of(path, record.size, record.mtime, known)
+                statements += row_statements(path, record.size, record.mtime, known)
         self._commit(*statements)
 
     def totals(self) -> list[tuple[str | None, int, int]]:
-        """(storage class, None if it is not known; number of files; bytes)."""
+        """Tuples of storage class (None if it is not known), number of files, and bytes."""
         return self._rows(
             "SELECT storage_class, count(*), coalesce(sum(size), 0)"
             " FROM files JOIN objects USING (path) GROUP BY 1 ORDER BY 2 DESC"
         )
 
     def record_run(self, run: PastRun) -> None:
-        """At the begin of a run, this also shows that the database can be written."""
+        """Adds or replaces a run.  At its beginning, this also shows that the database can be
+        written."""
         self._commit(("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *run))
 
     def last_runs(self, count: int) -> list[PastRun]:
-        """The latest first."""
+        """The last runs, the latest first."""
         query = "SELECT * FROM runs ORDER BY started_at DESC LIMIT ?"
         return [PastRun(*row) for row in self._rows(query, count)]
 
     def spent_since(self, seconds: float) -> float:
-        """USD that the runs have spent that began after that time since the epoch."""
+        """USD that were spent by runs which began after this time since the epoch."""
         query = "SELECT coalesce(sum(spent), 0) FROM runs WHERE started_at >= ?"
         return float(self._rows(query, seconds)[0][0])
 
 
-def rows_of(path: str, size: int, mtime: int | None, found: StoredObject) -> list[Statement]:
-    """Statements that write what is known of a file and its object."""
+def row_statements(
+    path: str, size: int, mtime: int | None, found: StoredObject
+) -> list[Statement]:
+    """Statements that write the rows of a file and its object."""
     file_row = (path, size, mtime, found.stored_at)
     object_row = (path, found.key, found.etag, found.crc32, found.storage_class or None)
     return [
@@ -2199,14 +2209,14 @@ def rows_of(path: str, size: int, mtime: int | None, found: StoredObject) -> lis
 
 
 def create_private(path: Path) -> None:
-    """Creates the file, if it is not there, so that only its user can read it: the state,
-    its lock and the log tell all names."""
-    with contextlib.suppress(OSError):  # whoever opens it then tells what is wrong
+    """Creates the file if it is missing, readable only by its owner: the state and the log
+    contain file names."""
+    with contextlib.suppress(OSError):  # the caller opens the file next, and gets the error
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
 
 
 def can_lock(path: Path) -> bool:
-    """Whether a new file there can be locked at all."""
+    """Whether the file system of `path`, where there is no file, has locks at all."""
     try:
         with contextlib.closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as db:
             db.execute("BEGIN EXCLUSIVE")
@@ -2219,9 +2229,9 @@ def can_lock(path: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(config: Config, suffix: str = ".lock") -> Iterator[None]:
-    """Holds a lock beside the state; Fatal with status 11 if another process has it.  It is
-    an exclusive transaction on an empty database: that works on every system, and ends with
-    its holder, however that ends."""
+    """Holds a lock beside the state; Fatal with status 11 if another process has it.  The
+    lock is an exclusive transaction on an empty database: this works on every system, and
+    the lock is free again when its process ends, even if that is killed."""
     path = config.state_db.with_name(config.state_db.name + suffix)
     try:
         create_private(path)
@@ -2256,11 +2266,11 @@ REMEDIES = {  # of refusals that every request would meet
     "AccountProblem": "the account has a problem: ask AWS",
     "NotSignedUp": "the account is not signed up for S3",
 }
-# The answer to a HEAD has no body, and so no code but its status.
+# The answer to a HEAD has no body.  Its error code is the HTTP status.
 HEAD_CODES = {"403": "AccessDenied", "301": "PermanentRedirect"}
 MISSING = ("404", "NoSuchKey", "NoSuchUpload")
-# Refusals that may pass: bytes that were cut or damaged on their way, a conflict with
-# another request, and what servers and proxies answer while they are not well.
+# Errors that are worth a retry: a body that was cut off or damaged on its way, a conflict
+# with another request, and an overload or defect of a server or proxy.
 PASSING_CODES = ("IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "OperationAborted")
 PASSING_STATUSES = (408, 425, 429, 500, 502, 503, 504, *range(520, 528))
 NO_CREDENTIALS = (
@@ -2269,12 +2279,10 @@ NO_CREDENTIALS = (
     *(aws.RefreshWithMFAUnsupportedError, aws.UnauthorizedSSOTokenError),
 )
 
-# The requests that are paid for, by their names in Prices.upload.
+# The requests that cost money, with their kinds in Prices.upload.
 COUNTED = {"PutObject": "put", "CreateMultipartUpload": "create", "UploadPart": "part"}
 COUNTED |= {"CompleteMultipartUpload": "complete", "HeadObject": "head"}
 COUNTED |= {"ListObjectsV2": "list", "ListMultipartUploads": "list", "ListParts": "list"}
-
-OnBytes = Callable[[int], None]  # called with each number of bytes that were moved
 
 Read = Callable[[int], bytes]  # the next bytes of a file, as FileReader.read
 
@@ -2283,14 +2291,14 @@ def retry_pause(
     attempts: int, operation: Any, response: Any, caught_exception: Any, **_: Any
 ) -> float | None:
     """For botocore's needs-retry event: the seconds to wait before the request is sent
-    again, None to leave it to boto3's own rule.  That knows fewer reasons, its pauses are
-    over within a second, and all requests share a small number of retries."""
+    again, or None to leave that to boto3.  boto3 retries for fewer reasons, waits less than
+    a second, and has a small number of retries for all requests together."""
     may_pass = isinstance(caught_exception, (aws.ConnectionError, aws.HTTPClientError))
     if response is not None:
         code, status = response[1].get("Error", {}).get("Code"), response[0].status_code
         may_pass = code in PASSING_CODES or status in PASSING_STATUSES
         if code == "BadDigest" and operation.name == "CompleteMultipartUpload":
-            may_pass = False  # it is about the parts that S3 has stored
+            may_pass = False  # the stored parts are other bytes than were read
     if not may_pass or attempts >= S3_ATTEMPTS:
         return None
     return random.uniform(0.5, 1.5) * (1 << attempts - 1)  # not all at once
@@ -2298,20 +2306,20 @@ def retry_pause(
 
 @contextlib.contextmanager
 def s3_errors() -> Iterator[None]:
-    """Turns what boto3 raises into FileError, or Fatal if every request would fail."""
+    """Turns the errors of boto3 into FileError, or into Fatal if every request would fail."""
     try:
         yield
     except aws.ClientError as error:
         details = error.response.get("Error", {})
         code = HEAD_CODES.get(str(details.get("Code")), str(details.get("Code")))
         bucket = f" {details['BucketName']}:" if "BucketName" in details else ""
-        said = f"{error.operation_name}: {code}{bucket} {details.get('Message', '')}"
+        refusal = f"{error.operation_name}: {code}{bucket} {details.get('Message', '')}"
         if code in REMEDIES:
-            raise Fatal(f"S3 refused {said}; {REMEDIES[code]}", code) from None
+            raise Fatal(f"S3 refused {refusal}; {REMEDIES[code]}", code) from None
         if error.operation_name.startswith(("Assume", "GetSession", "GetRole", "CreateToken")):
-            raise Fatal(f"no AWS credentials: {said}", code) from None
-        hint = "; perhaps the credentials have expired" if code == "400" else ""  # to a HEAD
-        raise FileError(f"S3 refused {said}{hint}", code) from None
+            raise Fatal(f"no AWS credentials: {refusal}", code) from None
+        hint = "; perhaps the credentials have expired" if code == "400" else ""  # of a HEAD
+        raise FileError(f"S3 refused {refusal}{hint}", code) from None
     except NO_CREDENTIALS as error:
         keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         raise Fatal(f"no AWS credentials: {error}; set {keys}") from None
@@ -2322,10 +2330,7 @@ def s3_errors() -> Iterator[None]:
 
 
 class StoredObject(NamedTuple):
-    """What S3 says about an object; None if it does not know, or was not asked.
-
-    `restored`: whether a copy of a cold object can be read; False while S3 makes it.
-    """
+    """What S3 says about an object.  A field is None if S3 did not send it."""
 
     key: str
     size: int
@@ -2333,9 +2338,9 @@ class StoredObject(NamedTuple):
     storage_class: str
     etag: str
     crc32: int | None = None  # of the whole object
-    mtime: int | None = None  # from the metadata, where rclone keeps it, too
-    restored: bool | None = None
-    version_id: str | None = None  # if it need not be the current version
+    mtime: int | None = None  # from the metadata; rclone keeps it there, too
+    restored: bool | None = None  # of a cold object: True if it can be read, False if soon
+    version_id: str | None = None  # None for the current version
 
 
 def etag_of(answer: Mapping[str, Any]) -> str:
@@ -2344,18 +2349,20 @@ def etag_of(answer: Mapping[str, Any]) -> str:
 
 def crc32_of(answer: Mapping[str, Any]) -> int | None:
     """The CRC-32 in an answer, None unless it is that of the whole object."""
-    text = answer.get("ChecksumCRC32") or "-"  # with a dash it is one of the parts' CRCs
+    text = answer.get("ChecksumCRC32") or "-"  # with a dash: a checksum of the parts' CRCs
     return None if "-" in text else int.from_bytes(base64.b64decode(text)[:4], "big")
 
 
 def stored_object(key: str, answer: Mapping[str, Any]) -> StoredObject:
-    """What a HEAD or GET has answered about the current version."""
-    # HTTP header names have no case, and some servers change it.
+    """The answer to a HEAD or GET."""
+    # Some servers change the case of header names.
     metadata = {name.lower(): value for name, value in answer["Metadata"].items()}
     mtime = re.fullmatch(r"(-?\d{1,12})(\.\d*)?", metadata.get("mtime", ""))
     stored_at = answer["LastModified"].timestamp() if "LastModified" in answer else 0
     return StoredObject(
-        *(key, answer["ContentLength"], math.floor(stored_at)),
+        key=key,
+        size=answer["ContentLength"],
+        stored_at=math.floor(stored_at),
         storage_class=answer.get("StorageClass", "STANDARD"),
         etag=etag_of(answer),
         crc32=crc32_of(answer),
@@ -2363,57 +2370,56 @@ def stored_object(key: str, answer: Mapping[str, Any]) -> StoredObject:
     )
 
 
-def version_parameter(version_id: str | None) -> dict[str, str]:
-    return {} if version_id is None else {"VersionId": version_id}
-
-
 def versions_at(entries: Iterable[Any], at: float) -> Iterator[Any]:
-    """Of a listing of versions and delete markers, sorted by key and with the latest first,
-    those versions that were current at a time.
+    """The versions that were current at the time `at`.  `entries` is a listing of versions
+    and delete markers, sorted by key, each key's latest version first.
 
-    The dates are whole seconds, and that of an upload in parts is when it began.  So within a
-    second the order of the listing counts, and the version that is current now is the latest
-    whatever its date is.
+    LastModified is in whole seconds, and for an upload in parts it is when that began.  So
+    versions of one second keep the order of the listing, and the version that is current now
+    counts as the latest whatever its date is.
     """
     for _, group in itertools.groupby(entries, itemgetter("Key")):
-        versions = [*group]
-        versions.reverse()
-        versions.sort(key=itemgetter("IsLatest", "LastModified"))
-        before = itertools.takewhile(lambda v: v["LastModified"].timestamp() <= at, versions)
-        current = deque(before, 1)
-        if current and "ETag" in current[0]:  # else it was deleted, or not there yet
-            yield current[0]
+        oldest_first = [*group][::-1]
+        oldest_first.sort(key=itemgetter("IsLatest", "LastModified"))
+        current = None
+        for entry in oldest_first:
+            if entry["LastModified"].timestamp() > at:
+                break
+            current = entry
+        if current and "ETag" in current:  # a delete marker has none
+            yield current
 
 
-# An unfinished upload: its id, and its parts to go on behind, from 1 on without a gap, as
-# CompleteMultipartUpload takes them.
+# An unfinished upload that can be continued: its id, and its parts from the first one on
+# without a gap, as CompleteMultipartUpload takes them.
 StoredParts = tuple[str, list[dict[str, Any]]]
 
 
 class MultipartClient:
-    """boto3's client as upload_fileobj uses it for one large file.  It goes on behind the
-    parts that an earlier run has stored.  It sends the CRC-32 of each part, and at the end
-    that of the whole: S3 refuses to complete an upload of any other bytes.  It never aborts:
-    the next run goes on with what has arrived."""
+    """boto3's client for upload_fileobj, for one large file.  It continues an upload after
+    the parts that an earlier run has stored.  It sends the CRC-32 of each part, and at the
+    end that of the file, so that S3 refuses to complete an upload of other bytes.  It never
+    aborts an upload: the next run continues it."""
 
     def __init__(self, client: Any, read: Read, stored: StoredParts | None, part_size: int):
         self._client, self._read = client, read
         self._upload_id, self._stored = stored or ("", [])
-        self._part_crcs: list[int] = []  # of what this run sends
-        self._refusal: Exception | None = None
-        self.crc32 = 0  # of all parts up to now
+        self._part_crcs: list[int] = []  # of the parts that this run sends
+        self._error: Exception | None = None  # of a part
+        self.crc32 = 0  # of all parts that are stored or were read
         for part in self._stored:
             self.crc32 = crc32_of_both(self.crc32, crc32_of(part) or 0, part_size)
-        self.is_completing = self.may_leave_another = False  # an upload whose id got lost
+        self.is_completing = False
+        self.may_leave_another = False  # an upload whose id got lost with S3's answer
         self.answer: Mapping[str, Any] = {}  # to CompleteMultipartUpload
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
 
     def read(self, amount: int = -1) -> bytes:
-        """The next part; s3transfer asks for one after the other."""
-        if self._refusal is not None:  # the rest would be read in vain
-            raise self._refusal
+        """The next part.  s3transfer calls this on one thread, in order."""
+        if self._error is not None:  # the upload has failed: do not read the rest
+            raise self._error
         data = self._read(amount)
         if data:
             self._part_crcs.append(zlib.crc32(data))
@@ -2433,29 +2439,29 @@ class MultipartClient:
         try:
             return self._client.upload_part(**request)
         except Exception as error:
-            self._refusal = error
+            self._error = error
             raise
 
     def complete_multipart_upload(self, MultipartUpload: Any, **request: Any) -> Any:
-        self.is_completing, behind = True, len(self._stored)
-        sent = [p | {"PartNumber": p["PartNumber"] + behind} for p in MultipartUpload["Parts"]]
+        self.is_completing, stored = True, len(self._stored)
+        sent = [p | {"PartNumber": p["PartNumber"] + stored} for p in MultipartUpload["Parts"]]
         request["MultipartUpload"] = {"Parts": self._stored + sent}
         request["ChecksumCRC32"] = crc_text(self.crc32)
         self.answer = self._client.complete_multipart_upload(**request)
         return self.answer
 
     def abort_multipart_upload(self, **_: Any) -> None:
-        """Called by s3transfer on every error."""
+        """Does nothing.  s3transfer calls it after an error."""
 
 
 class Bucket:
-    """The bucket below the prefix.  Nothing in it is ever deleted, except unfinished
-    multipart uploads of our own.  Methods raise FileError and Fatal."""
+    """The bucket, below the prefix.  No object is ever deleted; only unfinished uploads of
+    keys that the program uses are aborted.  Methods raise FileError and Fatal."""
 
     def __init__(self, config: Config, retries: bool = True):
         self._config, self._name, self.prefix = config, config.bucket, config.prefix
         self._has_warned = False
-        # The requests that were sent, by storage class and by their name in COUNTED.
+        # The number of requests that were sent, by storage class and kind (see COUNTED).
         self.requests: Counter[tuple[str, str]] = Counter()
         self._counting = threading.Lock()
         settings = botocore.config.Config(
@@ -2463,12 +2469,12 @@ class Bucket:
             read_timeout=S3_READ_LIMIT,
             retries={"mode": "standard", "total_max_attempts": S3_ATTEMPTS if retries else 1},
             max_pool_connections=config.transfers * PARTS_AT_ONCE,
-            # Our own checksums go with every upload; boto3 is to add no others, nor to sign,
-            # that is to read, the body over TLS.
+            # Every upload has a checksum of ours.  boto3 would add another one, and would
+            # read each body once more to sign it.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
             s3={"payload_signing_enabled": False},
-            # Composing boto3's own takes a tenth of a small PUT.
+            # boto3 would compose its own for each request: a tenth of a small PUT's CPU time.
             user_agent=f"archive.py/{VERSION}",
             tcp_keepalive=True,
         )
@@ -2482,8 +2488,8 @@ class Bucket:
                 if found and not isinstance(found, DeferredRefreshableCredentials):
                     for secret in (found.secret_key, found.token):
                         add_secret(config.secrets, secret)
-            parse_endpoint(self._client.meta.endpoint_url)  # it may come from ~/.aws
-        except (ValueError, EOFError, RuntimeError) as error:  # EOFError: it asks for a code
+            parse_endpoint(self._client.meta.endpoint_url)  # it may be set in ~/.aws
+        except (ValueError, EOFError, RuntimeError) as error:  # EOFError: no MFA code
             raise Fatal(f"AWS_ENDPOINT_URL, or the AWS credentials: {error}") from None
         self.region: str | None = self._client.meta.region_name
         # "Expect: 100-continue" costs every PUT a round trip.
@@ -2501,13 +2507,15 @@ class Bucket:
                 self.requests[kind.decode() if isinstance(kind, bytes) else kind, name] += 1
 
     def _arguments(self, operation: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """Of a request: the bucket, those of S3_EXTRA_ARGS that it knows, `parameters`."""
+        """The arguments of a request: the bucket, those of S3_EXTRA_ARGS that this operation
+        has, and those `parameters` that are not None."""
         meta, extra = self._client.meta, self._config.extra_args
         if extra:
             name = meta.method_to_api_mapping[operation]
             known = meta.service_model.operation_model(name).input_shape.members
             extra = {name: value for name, value in extra.items() if name in known}
-        return {"Bucket": self._name, **extra, **parameters}
+        given = {name: value for name, value in parameters.items() if value is not None}
+        return {"Bucket": self._name, **extra, **given}
 
     def _ask(self, operation: str, *missing: str, **parameters: Any) -> Any:
         """S3's answer, None if it refuses with one of the codes `missing`."""
@@ -2521,7 +2529,7 @@ class Bucket:
             return None
 
     def _list(self, operation: str, *entries: str, **parameters: Any) -> Iterator[Any]:
-        """All `entries` of a listing, page by page, by their keys if they are of two kinds."""
+        """The items of a listing in the lists that are named `entries`, merged by key."""
         paginator = self._client.get_paginator(operation)
         with s3_errors():
             for page in paginator.paginate(**self._arguments(operation, parameters)):
@@ -2533,8 +2541,8 @@ class Bucket:
     # Uploads
 
     def put(self, key: str, data: bytes, mtime: int) -> StoredObject:
-        """One PUT, with the CRC-32 for S3 to check.  upload_fileobj would take half as much
-        CPU time again."""
+        """Uploads with one PUT, and lets S3 check the CRC-32.  upload_fileobj would take half
+        as much CPU time again."""
         crc32 = zlib.crc32(data)
         arguments = self._upload_arguments(len(data), mtime)
         arguments["ChecksumCRC32"] = crc_text(crc32)
@@ -2543,13 +2551,14 @@ class Bucket:
 
     def upload(
         self, key: str, read: Read, file: RemoteFile, plan: UploadPlan,
-        stored: StoredParts | None, progress: OnBytes,
+        stored: StoredParts | None, progress: Callable[[int], None],
     ) -> StoredObject:  # fmt: skip
-        """Sends a large file in parts, behind those that are stored: `read` gives the rest.
-        If it fails, its parts stay for the next run, unless S3 does not want them."""
+        """Uploads a large file in parts, after those that are stored; `read` returns the rest
+        of its bytes.  If the upload fails, its parts stay for the next run, unless S3 has
+        refused to complete it."""
         rest = file.size - (len(stored[1]) * plan.part_size if stored else 0)
         config = TransferConfig(
-            multipart_threshold=min(rest, plan.part_size),  # what is read first: a whole part
+            multipart_threshold=min(rest, plan.part_size),  # the size of the first read
             multipart_chunksize=plan.part_size,
             max_concurrency=plan.parts_at_once,
             preferred_transfer_client="classic",
@@ -2565,7 +2574,7 @@ class Bucket:
         except FileError as error:
             if not client.is_completing or error.code == UNREACHABLE:
                 raise
-            # If the answer to Complete got lost, asking again is answered like this.
+            # If S3's answer to Complete got lost, a retry gets NoSuchUpload.
             found = self.head(key) if error.code == "NoSuchUpload" else None
             if found is None or (found.size, found.crc32) != (file.size, client.crc32):
                 self.abort_uploads(key)
@@ -2576,14 +2585,15 @@ class Bucket:
         return self._confirm(key, client.answer, file.size, client.crc32)
 
     def _upload_arguments(self, size: int, mtime: int) -> dict[str, Any]:
-        """The time is kept in rclone's form, so that rclone restores it, too."""
-        storage_class = self._config.class_of(size)
-        common = {"StorageClass": storage_class, "ChecksumAlgorithm": "CRC32"}
-        return common | {"Metadata": {"mtime": str(mtime)}}
+        return {
+            "StorageClass": self._config.class_of(size),
+            "ChecksumAlgorithm": "CRC32",
+            "Metadata": {"mtime": str(mtime)},  # as rclone does, which restores it, too
+        }
 
     def _confirm(self, key: str, answer: Any, size: int, crc32: int) -> StoredObject:
-        """What was stored; FileError unless it is what was read.  A server whose answer has
-        no CRC-32 may not have checked it: HEAD is asked then."""
+        """The object that S3 has stored; FileError if it is not what was read.  A server
+        whose answer has no CRC-32 may not have checked it, and gets a HEAD."""
         stored_crc, etag = crc32_of(answer), etag_of(answer)
         if stored_crc is None:
             found = self.head(key)
@@ -2606,8 +2616,8 @@ class Bucket:
         return [upload["UploadId"] for upload in uploads if upload["Key"] == key]
 
     def stored_parts(self, key: str, part_size: int | None) -> StoredParts | None:
-        """The unfinished upload of `key` that has most parts of `part_size` to go on behind;
-        None if there is none.  Its other uploads are aborted, all if `part_size` is None."""
+        """The unfinished upload of `key` with the most parts of `part_size` to continue; None
+        if there is none.  All other uploads of `key` are aborted."""
         found: list[StoredParts] = []
         try:
             for upload_id in self._uploads_of(key):
@@ -2622,7 +2632,8 @@ class Bucket:
         return best
 
     def _parts_of(self, key: str, upload_id: str, size: int | None) -> list[dict[str, Any]]:
-        """The stored parts from 1 on that have this size and a CRC-32, without a gap."""
+        """The stored parts from the first one on, up to one that is missing, has another
+        size, or has no CRC-32."""
         parts: list[dict[str, Any]] = []
         for part in self._list("list_parts", "Parts", Key=key, UploadId=upload_id):
             is_next = part["PartNumber"] == len(parts) + 1 and part["Size"] == size
@@ -2632,8 +2643,8 @@ class Bucket:
         return parts
 
     def abort_uploads(self, key: str, upload_ids: list[str] | None = None) -> bool:
-        """Aborts these unfinished uploads of `key`, or all, whose parts are billed; False,
-        after a warning, if S3 refuses."""
+        """Aborts these unfinished uploads of `key`, or all of them: their parts cost money.
+        Returns False after a warning if S3 refuses."""
         name = "of unknown id"
         try:
             for name in self._uploads_of(key) if upload_ids is None else upload_ids:
@@ -2646,14 +2657,15 @@ class Bucket:
             return False
 
     def count_unfinished(self) -> int:
-        """The number of unfinished uploads below the prefix, whoever began them."""
+        """The number of unfinished uploads below the prefix, also those of other programs."""
         return len([*self._list("list_multipart_uploads", "Uploads", Prefix=self.prefix)])
 
     # Objects
 
     def objects(self, prefix: str, at: float | None = None) -> Iterator[StoredObject]:
-        """What is below `prefix`, or was at the time `at`, in the order of the keys, 1,000 for
-        a request; without the empty objects that S3's console makes of folders."""
+        """The objects below `prefix`, now or at the time `at`, in the order of their keys.  A
+        request lists 1,000.  The empty objects that S3's console makes for folders are
+        skipped."""
         listing = {"Prefix": prefix, "OptionalObjectAttributes": ["RestoreStatus"]}
         if at is None:
             entries = self._list("list_objects_v2", "Contents", **listing)
@@ -2668,28 +2680,31 @@ class Bucket:
             expiry = restoring.get("RestoreExpiryDate")
             restored = True if expiry and expiry.timestamp() > time.time() else None
             yield StoredObject(
-                *(key, size, math.floor(entry["LastModified"].timestamp())),
-                *(entry.get("StorageClass", "STANDARD"), etag_of(entry)),
+                key=key,
+                size=size,
+                stored_at=math.floor(entry["LastModified"].timestamp()),
+                storage_class=entry.get("StorageClass", "STANDARD"),
+                etag=etag_of(entry),
                 restored=False if restoring.get("IsRestoreInProgress") else restored,
                 version_id=entry.get("VersionId"),
             )
 
     def head(self, key: str, version_id: str | None = None) -> StoredObject | None:
-        """What S3 says about an object, also about a cold one; None if there is none."""
-        version = version_parameter(version_id)
-        answer = self._ask("head_object", "404", Key=key, ChecksumMode="ENABLED", **version)
+        """The object, which may be cold; None if there is none."""
+        version = {"Key": key, "VersionId": version_id}
+        answer = self._ask("head_object", "404", ChecksumMode="ENABLED", **version)
         return None if answer is None else stored_object(key, answer)
 
     def request_restore(self, found: StoredObject, tier: str, days: int) -> bool:
-        """Asks S3 for a copy that can be read; whether there is one already."""
+        """Asks S3 to restore the object; returns True if it can be read already."""
         request = {"Days": days, "GlacierJobParameters": {"Tier": tier.capitalize()}}
-        place = {"Key": found.key, **version_parameter(found.version_id)}
+        version = {"Key": found.key, "VersionId": found.version_id}
         try:
-            answer = self._ask("restore_object", RestoreRequest=request, **place)
+            answer = self._ask("restore_object", RestoreRequest=request, **version)
         except FileError as error:
             if error.code == "RestoreAlreadyInProgress":
                 return False
-            # Its class is none that has to be restored, or it is back already.
+            # The object is in a class that needs no restore, or was restored already.
             if error.code in ("ObjectAlreadyInActiveTierError", COLD):
                 return True
             raise
@@ -2698,16 +2713,16 @@ class Bucket:
     def download(
         self, found: StoredObject
     ) -> tuple[StoredObject, Callable[[], Iterator[bytes]]]:
-        """What GET says, and the object's bytes in blocks, from the start at each call.  They
-        end with a FileError unless they have the size and the CRC-32 that S3 has told.  If
-        the connection breaks they go on, within the same version of the object."""
+        """The answer to a GET, and a function that returns the object's bytes in blocks, from
+        the start at each call.  A broken download is continued in the same version of the
+        object.  FileError at the end if the size or CRC-32 is not what S3 has answered."""
 
         def get(**more: str) -> Any:
-            more |= {"Key": found.key, **version_parameter(found.version_id)}
+            version = {"Key": found.key, "VersionId": found.version_id}
             try:
-                return self._ask("get_object", **more)
+                return self._ask("get_object", **version, **more)
             except Fatal as error:
-                if error.code == "AccessDenied":  # perhaps to this one alone
+                if error.code == "AccessDenied":  # perhaps only to this object
                     raise FileError(str(error), error.code) from None
                 raise
 
@@ -2748,8 +2763,8 @@ class Bucket:
         missing = "NoSuchLifecycleConfiguration"
         answer = self._ask("get_bucket_lifecycle_configuration", missing) or {}
         for rule in answer.get("Rules", ()):
-            chosen = rule.get("Filter", rule)  # both forms that a rule may have
-            applies = self.prefix.startswith(chosen.get("And", chosen).get("Prefix", ""))
+            scope = rule.get("Filter", rule)  # older rules have the prefix directly
+            applies = self.prefix.startswith(scope.get("And", scope).get("Prefix", ""))
             aborts = "AbortIncompleteMultipartUpload" in rule
             if rule["Status"] == "Enabled" and aborts and applies:
                 return True
@@ -2766,8 +2781,8 @@ class Bucket:
             raise Fatal(f"--at: {reason}")
 
     def permission_probes(self) -> Iterator[tuple[str, Callable[[], object]]]:
-        """Each permission that is needed, and a call that raises without it; called in this
-        order, they leave nothing behind.  s3:RestoreObject is for `restore` only."""
+        """Each permission that is needed, and a call that raises without it.  Called in this
+        order, they leave nothing behind.  Only `restore` needs s3:RestoreObject."""
         key, prefix, ask = self.prefix + PROBE, self.prefix, partial(partial, self._ask)
         nothing = {"Key": key, "UploadId": "none"}
 
@@ -2797,46 +2812,46 @@ WRONG_ETAG, NOT_RECORDED, TO_COMPARE = "Wrong checksum", "Not recorded", "To com
 
 
 class Difference(NamedTuple):
-    """What the listing and the state say about a key, of which one may be silent; `verdict`
-    is a label of `verify`'s table, `reason` what is wrong, empty if nothing is."""
+    """A key in the listing, in the state, or in both."""
 
-    verdict: str
-    reason: str
+    verdict: str  # a label of `verify`'s table
+    reason: str  # what is wrong; empty if nothing is
     path: str  # as in the state's path column
     found: StoredObject | None
     record: Record | None
 
 
 def compare_listing(config: Config, bucket: Bucket, state: State) -> Iterator[Difference]:
-    """What S3 holds against what is recorded, key by key in their common order.  Objects
-    whose key no path can have are not ours, and left out."""
+    """Compares the bucket's listing with the state, both of which are sorted by key.  Objects
+    whose key no path can have are not ours, and skipped."""
     objects, records = bucket.objects(config.prefix), state.records()
-    found, record = next(objects, None), next(records, None)
-    while found or record:
-        key = min(one.key for one in (found, record) if one)
-        stored = found if found and found.key == key else None
-        row = record if record and record.key == key else None
+    next_object, next_record = next(objects, None), next(records, None)
+    while next_object or next_record:
+        key = min(one.key for one in (next_object, next_record) if one)
+        found = next_object if next_object and next_object.key == key else None
+        record = next_record if next_record and next_record.key == key else None
         relative, reason = unescape(key[len(config.prefix) :]), ""
-        verdict = AGREE if row and row.mtime is not None else TO_COMPARE
-        if row is None:
+        verdict = AGREE if record and record.mtime is not None else TO_COMPARE
+        if record is None:
             verdict, reason = NOT_RECORDED, "in the bucket, but not recorded"
-        elif stored is None:
+        elif found is None:
             verdict, reason = NO_OBJECT, "recorded, but not in the bucket"
-        elif stored.size != row.size:
+        elif found.size != record.size:
             verdict = WRONG_SIZE
-            reason = f"S3 holds {stored.size:,} bytes, recorded are {row.size:,}"
-        elif row.etag not in (None, stored.etag):
-            verdict, reason = WRONG_ETAG, f"S3 holds ETag {stored.etag}, recorded is {row.etag}"
+            reason = f"S3 holds {found.size:,} bytes, recorded are {record.size:,}"
+        elif record.etag not in (None, found.etag):
+            verdict = WRONG_ETAG
+            reason = f"S3 holds ETag {found.etag}, recorded is {record.etag}"
         with contextlib.suppress(FileError):
             if object_key(config.prefix, relative) == key:
                 path = path_text(join(config.remote_path, relative))
-                yield Difference(verdict, reason, path, stored, row)
-        found = next(objects, None) if stored else found
-        record = next(records, None) if row else record
+                yield Difference(verdict, reason, path, found, record)
+        next_object = next(objects, None) if found else next_object
+        next_record = next(records, None) if record else next_record
 
 
 def reconcile(config: Config, bucket: Bucket, state: State) -> Iterator[Difference]:
-    """Brings the state in line with the bucket's listing, and yields what it has found."""
+    """Brings the state in line with the bucket's listing, and yields the differences."""
     differences = compare_listing(config, bucket, state)
     while page := list(itertools.islice(differences, PAGE)):
         state.apply(page)
@@ -2844,8 +2859,8 @@ def reconcile(config: Config, bucket: Bucket, state: State) -> Iterator[Differen
 
 
 def take_over(config: Config, bucket: Bucket, state: State) -> None:
-    """Brings a new state, or one of an earlier script, in line with the bucket, and ties it
-    to these settings.  If it breaks off, the next run begins it again."""
+    """Makes a new state, or one of an earlier script, agree with the bucket, and pins it to
+    these settings.  If this is interrupted, the next run begins it again."""
     counts = Counter(difference.verdict for difference in reconcile(config, bucket, state))
     gone = counts.pop(NO_OBJECT, 0)
     if counts or gone:
@@ -3252,7 +3267,7 @@ class Forecast(WalkReport):
 
     def _add_page(self, page: list[RemoteFile]) -> None:
         """Foresees what becomes of these files."""
-        pending = self._state.unsettled(page)
+        pending = self._state.unrecorded(page)
         size = sum(f.size for f in page) - sum(f.size for f in pending)
         add(self.counts, "unchanged", size, len(page) - len(pending))
         for file in pending:
@@ -3480,7 +3495,7 @@ class Run:
         """What may have to be uploaded; None after each page, so that what has finished is
         committed even while nothing new is found."""
         for page in Walk(self._box, self._config, self._report):
-            files, jobs = self._state.unsettled(page), []
+            files, jobs = self._state.unrecorded(page), []
             self._report.unchanged += len(page) - len(files)
             if log.isEnabledFor(logging.DEBUG):
                 for file in sorted(set(page) - set(files)):
