@@ -2875,23 +2875,24 @@ def take_over(config: Config, bucket: Bucket, state: State) -> None:
 
 
 class Formatter(logging.Formatter):
-    """Any message on one line, whoever wrote it, and without secrets."""
+    """Makes every message one line without secrets, even if a library wrote it."""
 
     def __init__(self, form: str, secrets: set[str]):
         super().__init__(form, "%Y-%m-%dT%H:%M:%S%z")
-        self._secrets = secrets  # there may be more of them later
+        self._secrets = secrets  # more may be added later
 
     def format(self, record: logging.LogRecord) -> str:
         prefixes = {logging.WARNING: "warning: ", logging.CRITICAL: "error: "}
         record.prefix = prefixes.get(record.levelno, "")
         text = one_line(super().format(record))
-        for secret in sorted(self._secrets, key=len, reverse=True):  # one may begin another
+        # The longest first: one secret may be the beginning of another.
+        for secret in sorted(self._secrets, key=len, reverse=True):
             text = text.replace(secret, "***")
         return text
 
 
 class Console(logging.StreamHandler):  # type: ignore[type-arg]
-    """Lines above the progress bars, if there are any."""
+    """Writes lines above the progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with tqdm.external_write_mode(self.stream):
@@ -2899,12 +2900,12 @@ class Console(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 def start_logging(config: Config, level: int, bars: bool, results: TextIO) -> None:
-    """Results to `results`, everything else to stderr from `level` on, all of it to
-    LOG_FILE; Fatal if that cannot be written."""
-    logging.raiseExceptions = False  # a full disk or a closed pipe is no traceback
+    """Sends results to `results`, everything else from `level` on to stderr, and all of it to
+    LOG_FILE; Fatal if LOG_FILE cannot be written."""
+    logging.raiseExceptions = False  # no traceback for a full disk or a closed pipe
     stderr, stdout = Console(sys.stderr), Console(results)
     stderr.setLevel(level)
-    hidden = {results_log.name, files_log.name if bars else ""}  # bars show the files
+    hidden = {results_log.name, files_log.name if bars else ""}
     stderr.addFilter(lambda record: record.name not in hidden)
     handlers: list[tuple[logging.Handler, str]] = [(stderr, "%(prefix)s%(message)s")]
     handlers.append((stdout, "%(message)s"))
@@ -2928,7 +2929,7 @@ def start_logging(config: Config, level: int, bars: bool, results: TextIO) -> No
 
 
 def show(text: str) -> None:
-    """A line of a result, to stdout and LOG_FILE."""
+    """Writes a line of a result to stdout and LOG_FILE."""
     results_log.info("%s", text)
 
 
@@ -2940,21 +2941,21 @@ def show_table(title: str, rows: Rows) -> None:
     width = max(15, *(len(label) for label, _ in rows))
     show(f"==== {title} ====")
     for label, value in rows:
-        text = format_usd(value) if isinstance(value, float) else str(value)
-        show(f"{label:<{width}}: {f'{value:,}' if isinstance(value, int) else text}")
+        text = f"{value:,}" if isinstance(value, int) else str(value)
+        show(f"{label:<{width}}: {format_usd(value) if isinstance(value, float) else text}")
 
 
 def json_rows(rows: Rows) -> dict[str, object]:
-    """The rows of a table as JSON has them, by their labels in snake case."""
-
-    def name(label: str) -> str:
-        return re.sub(r"\W+", "_", label.lower()).strip("_")
-
-    return {name(row[0]): json_usd(v) if isinstance(v := row[1], float) else v for row in rows}
+    """The rows of a table for JSON, by their labels in snake case."""
+    values: dict[str, object] = {}
+    for label, value in rows:
+        name = re.sub(r"\W+", "_", label.lower()).strip("_")
+        values[name] = json_usd(value) if isinstance(value, float) else value
+    return values
 
 
 def json_usd(usd: float) -> float | None:
-    """An amount as JSON has it: null if it is unknown."""
+    """An amount for JSON: null if it is not known."""
     return None if math.isnan(usd) else round(usd, 6)
 
 
@@ -2963,30 +2964,34 @@ def show_json(value: object, indent: int | None = 2) -> None:
 
 
 def print_line(text: str) -> None:
-    """To stdout only, exactly as it is; Stopped if nobody reads it any more."""
+    """Writes a line to stdout only; Stopped if stdout was closed by its reader."""
     try:
         print(text)
     except OSError:
         raise Stopped from None
 
 
+BAR = {"dynamic_ncols": True, "leave": False}
+
+
 class Progress:
-    """tqdm bars on a terminal: one for all bytes that are moved, one for what is looked at."""
+    """tqdm bars on a terminal: one for the bytes that are moved, and one for the files that
+    are looked at."""
 
     def __init__(self, shown: bool):
         self._shown = shown
-        self._total = tqdm(disable=True)  # until there is something to be moved
-        self.moved = self._total.update  # called with each number of bytes
+        self._total = tqdm(disable=True)  # until `expect` is called
+        self.moved = self._total.update  # to be called with each number of bytes
 
     def counting(self, doing: str) -> Any:
-        """A bar to update with each number of files that were looked at."""
+        """A bar to be updated with each number of files."""
         return tqdm(desc=doing, disable=not self._shown, unit=" files", **BAR)
 
     def expect(self, size: int) -> None:
-        """`size` more bytes are to be moved."""
+        """Adds bytes to the number of those that will be moved."""
         if self._shown and self._total.disable:
-            form = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, **BAR}
-            self._total = tqdm(desc="all files", total=0, **form)
+            unit = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+            self._total = tqdm(desc="all files", total=0, **unit, **BAR)
             self.moved = self._total.update
         if self._shown and size:
             self._total.total += size
@@ -2996,21 +3001,18 @@ class Progress:
         self._total.close()
 
 
-BAR = {"dynamic_ncols": True, "leave": False}
-
-
 # --------------------------------------------------------------- Parallel work
 
 
 @dataclass
 class Tools:
-    """What the commands work with."""
+    """What every command needs."""
 
     config: Config
     box: StorageBox
     bucket: Bucket
     progress: Progress
-    summary: dict[str, object] = field(default_factory=dict)  # as JSON
+    summary: dict[str, object] = field(default_factory=dict)  # for JSON
 
     @property
     def prices(self) -> Prices:
@@ -3022,16 +3024,17 @@ class Tools:
         show_table(title, rows)
 
 
-Outcome = tuple[Any, Any, "ArchiveError | None"]  # an item, and its result or its error
+Outcome = tuple[Any, Any, "ArchiveError | None"]  # an item, its result, or else its error
 
 
 @dataclass
 class Parallel:
-    """work(item) on threads: `threads` items at once, more than one only if their `memory`
-    is at most `limit` together.  A FileError is an outcome.  After any other error, after
-    Stopped, or after SAME_FAILURES of one code in a row, the box is closed, and what was
-    under way is yielded before the error is raised; after Stopped, as far as it ends within
-    STOP_LIMIT."""
+    """Calls work(item) on threads: at most `threads` at once, and more than one only if the
+    items' `memory` is at most `limit` together.
+
+    A FileError is an outcome.  After any other error, after Stopped, or after SAME_FAILURES
+    with one code in a row, the box is closed, and the work under way is yielded before the
+    error is raised.  After Stopped, only work that ends within STOP_LIMIT is."""
 
     work: Callable[[Any], object]
     box: StorageBox
@@ -3042,13 +3045,12 @@ class Parallel:
     def __post_init__(self) -> None:
         self._finished: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._ready: list[Outcome] = []  # collected, and not yet yielded
-        self._under_way = self._held = 0
-        self._codes = deque([""], SAME_FAILURES)  # of the latest outcomes
+        self._under_way = self._memory_in_use = 0
+        self._codes: deque[str] = deque(maxlen=SAME_FAILURES)  # of the latest outcomes
         self._failure: BaseException | None = None
 
     def outcomes(self, items: Iterable[Any]) -> Generator[list[Outcome], None, None]:
-        """What has finished, a list at a time.  An item of None only lets finished work
-        through."""
+        """Finished work, in lists.  An item of None only makes finished work be yielded."""
         pool = ThreadPoolExecutor(self.threads)
         try:
             for item in items:
@@ -3057,12 +3059,12 @@ class Parallel:
                     self._check()
                 if item is not None:
                     self._under_way += 1
-                    self._held += self.memory(item)
+                    self._memory_in_use += self.memory(item)
                     pool.submit(self._attempt, item)
             while self._under_way:
                 yield self._collect()
                 self._check()
-        except (Fatal, Stopped) as error:  # of the items, of an outcome, or of a signal
+        except (Fatal, Stopped) as error:  # from `items`, from _check, or by a signal
             self._failure = self._failure or error
             self.box.close()
             end = time.monotonic() + STOP_LIMIT
@@ -3086,25 +3088,27 @@ class Parallel:
             error = FileError("the run ended before it was done", UNFINISHED)
         except ArchiveError as known:
             error = known
-        except Exception as unknown:  # whatever a library did not expect of a server
+        except Exception as unknown:  # a library's, from a server that it did not expect
             log.debug("traceback", exc_info=True)
             kind = type(unknown).__name__
             error = FileError(f"unexpected {kind}: {unknown}", kind)
         if isinstance(error, Fatal):
-            self.box.close()  # at once: the others are not to begin anything either
-        if error is not None:  # without its frames, which hold the file's bytes
+            self.box.close()  # at once, so that the other threads begin no new work
+        if error is not None:  # a traceback would keep the file's bytes in memory
             error.__traceback__ = error.__context__ = None
         self._finished.put((item, result, error))
 
     def _must_wait(self, item: Any) -> bool:
         """Whether finished work has to be collected before `item` is begun."""
+        if not self._finished.empty():
+            return True
         if item is None or not self._under_way:
-            return not self._finished.empty()
-        is_full = self._held + self.memory(item) > self.limit
-        return is_full or self._under_way == self.threads or not self._finished.empty()
+            return False
+        is_full = self._memory_in_use + self.memory(item) > self.limit
+        return is_full or self._under_way == self.threads
 
     def _collect(self) -> list[Outcome]:
-        """What has finished; waits COMMIT_PAUSE at most for the first."""
+        """The outcomes of finished work; waits at most COMMIT_PAUSE for the first one."""
         with contextlib.suppress(queue.Empty):
             outcome = self._finished.get(timeout=COMMIT_PAUSE)
             while True:
@@ -3115,8 +3119,8 @@ class Parallel:
 
     def _take(self, item: Any, result: Any, error: ArchiveError | None) -> None:
         self._under_way -= 1
-        self._held -= self.memory(item)
-        if isinstance(error, Fatal):  # the cause of any Stopped before it
+        self._memory_in_use -= self.memory(item)
+        if isinstance(error, Fatal):  # which has closed the box: others got Stopped by that
             self._failure = error
             return
         self._ready.append((item, result, error))
@@ -3143,22 +3147,22 @@ class Job(NamedTuple):
     key: str
     plan: UploadPlan
     record: Record | None  # its row
-    upload_begun: bool  # in an earlier run, in parts, and not completed
-    resumes: bool  # and of this very version, with parts of this size
+    upload_begun: bool  # an earlier run has begun an upload in parts and not completed it
+    resumes: bool  # that was the same version of the file, with the same part size
 
     @property
     def compares(self) -> bool:
-        """Whether the file is compared with its object first."""
+        """Whether the file is first compared with its object."""
         has_row = self.record is not None and self.record.size == self.file.size
         return has_row and not self.resumes
 
 
 class Archived(NamedTuple):
-    """A file, and its object, which S3 has acknowledged or was found to hold already."""
+    """A file and its object, which S3 has acknowledged or was found to hold already."""
 
     file: RemoteFile  # as it was read
     stored: StoredObject
-    is_recent: bool  # it has to be compared again
+    is_recent: bool  # the next run has to compare it
     is_upload: bool
 
 
@@ -3166,7 +3170,8 @@ Uploads = Mapping[str, tuple[int, "int | None", int]]  # as from State.uploads
 
 
 def make_job(file: RemoteFile, config: Config, state: State, uploads: Uploads) -> Job:
-    """What has to be done about a file that no row settles; FileError if nothing can be."""
+    """The job for a file without a row of its size and mtime; FileError if S3 cannot hold
+    the file."""
     key = object_key(config.prefix, relative_path(config.remote_path, file.path))
     plan = plan_upload(file.size, config.memory_limit)
     version = (file.size, file.mtime, plan.part_size)
@@ -3196,7 +3201,7 @@ def add(counts: Counts, name: str, size: int, files: int = 1) -> None:
 
 
 def by_class(state: State, default: str) -> Counts:
-    """What is archived; under `default` where no class was recorded."""
+    """The archived files by class; `default` is the class where none was recorded."""
     counts: Counts = {}
     for kind, files, size in state.totals():
         add(counts, kind or default, size, files)
@@ -3208,7 +3213,7 @@ def month_cost(prices: Prices, counts: Counts) -> float:
 
 
 def restore_cost(prices: Prices, counts: Counts, tier: str, days: int = 7) -> float:
-    """USD for copies of all of it that can be read for `days`."""
+    """USD for restored copies of all objects that stay for `days`."""
     return sum(prices.restore(k, tier, c.files, c.bytes, days) for k, c in counts.items())
 
 
@@ -3227,7 +3232,7 @@ NEW, CHANGED, COMPARED, GONE, FAILING = "+", "*", "?", "-", "!"  # in `plan --li
 
 class Forecast(WalkReport):
     """What a run would do, and what that costs.  `on_file` is called with a mark, a path and
-    a reason for each file that is not as it was archived."""
+    a reason for each file that is not archived as it is."""
 
     def __init__(
         self, tools: Tools, state: State,
@@ -3242,17 +3247,17 @@ class Forecast(WalkReport):
         self.counts: Counts = {kind: Count() for kind in kinds}
         self.gone: Counts = {}  # by class: archived, but not on the box any more
         self.tiny: Counts = {}  # of what is to be uploaded
-        self.altered = 0  # archived files whose size or mtime is another one now
+        self.altered = 0  # archived files that have another size or mtime now
         self.requests = Counter(put=0, create=0, part=0, complete=0, head=0)
         self.upload = 0.0  # USD for these requests
-        self.early = 0.0  # USD, for objects that are overwritten early
+        self.early = 0.0  # USD for objects that are overwritten early
 
     def add_failure(self, path: bytes, reason: object) -> None:
         self.failed += 1
         self._on_file(FAILING, path, reason)
 
-    def look(self) -> None:
-        """Walks the box; Fatal, Stopped."""
+    def walk_box(self) -> None:
+        """Adds all files of the box; Fatal, Stopped."""
         walk = Walk(self._tools.box, self._config, self)
         with self._tools.progress.counting("looking") as bar:
             for page in walk:
@@ -3266,7 +3271,7 @@ class Forecast(WalkReport):
                 self._on_file(GONE, path, "")
 
     def _add_page(self, page: list[RemoteFile]) -> None:
-        """Foresees what becomes of these files."""
+        """Adds what a run would do with these files."""
         pending = self._state.unrecorded(page)
         size = sum(f.size for f in page) - sum(f.size for f in pending)
         add(self.counts, "unchanged", size, len(page) - len(pending))
@@ -3282,9 +3287,9 @@ class Forecast(WalkReport):
             if record and job.compares:
                 self._on_file(COMPARED, file.path, "")
                 add(self.counts, "to_compare", file.size)
-                asks = int(record.crc32 is None or not record.etag)
-                self.requests["head"] += asks
-                self.upload += self.prices.upload(kind, {"head": asks})
+                heads = int(record.crc32 is None or not record.etag)
+                self.requests["head"] += heads
+                self.upload += self.prices.upload(kind, {"head": heads})
                 continue
             self._on_file(CHANGED if record else NEW, file.path, "")
             add(self.counts, "changed" if record else "new", file.size)
@@ -3299,7 +3304,7 @@ class Forecast(WalkReport):
                 add(self.afterwards, old_kind, -record.size, -1)
 
     def usd(self) -> dict[str, float]:
-        """Amounts, by their names in JSON."""
+        """Amounts by their names in JSON."""
         prices, after, archived = self.prices, self.afterwards, total(self.afterwards)
         index = sum(prices.month_of_index(kind, c.files) for kind, c in after.items())
         return {
@@ -3313,7 +3318,7 @@ class Forecast(WalkReport):
         }
 
     def tiny_savings(self) -> tuple[float, float]:
-        """USD that would be saved of the upload, and of a month's storage, if files below
+        """USD of the upload and of a month's storage that would be saved if files below
         TINY_FILE went into CLASS_FOR_TINY."""
         prices, tiny, other = self.prices, total(self.tiny), CLASS_FOR_TINY
         uploads = (prices.upload(kind, {"put": c.files}) for kind, c in self.tiny.items())
@@ -3363,7 +3368,7 @@ class Forecast(WalkReport):
         yield "Download of all", f"{format_usd(usd['full_download'])} out of AWS"
 
     def warn(self) -> None:
-        """Says what may not have been expected."""
+        """Logs what the user may not expect."""
         self.warn_of_unmatched()
         usd, archived, (upload, month) = self.usd(), total(self.afterwards), self.tiny_savings()
         if usd["of_it_per_object"] > usd["storage_a_month"] / 2:
@@ -3392,7 +3397,7 @@ def plan(tools: Tools, as_json: bool, lists_files: bool) -> int:
         if state.is_new:
             take_over(tools.config, tools.bucket, state)
         forecast = Forecast(tools, state, show_file)
-        forecast.look()
+        forecast.walk_box()
     if as_json:
         forecast.warn_of_unmatched()
         show_json(forecast.json())
@@ -3413,12 +3418,13 @@ class Report(WalkReport):
         super().__init__()
         self.started_at, self.began = int(time.time()), time.monotonic()
         self.uploaded = self.unchanged = self.compared = self.bytes_uploaded = 0
-        self.early = 0.0  # USD, for objects that were overwritten early
-        self.spent = 0.0  # USD, all in all
-        self.ended_early = ""  # why
+        self.early = 0.0  # USD for objects that were overwritten early
+        self.spent = 0.0  # USD in total
+        self.ended_early = ""  # the reason
 
     def rows(self) -> Rows:
-        """The summary: five labels that are always there, and what else was met."""
+        """The summary: five rows that it always has, and others if there is something in
+        them."""
         yield "Uploaded files", self.uploaded
         yield "Skipped files", self.unchanged
         yield "Failed files", self.failed
@@ -3629,7 +3635,7 @@ def check_changes(tools: Tools, state: State) -> None:
     if limit is None:
         return
     forecast = Forecast(tools, state)
-    forecast.look()
+    forecast.walk_box()
     before, gone = total(forecast.before).files, total(forecast.gone).files
     if (forecast.altered + gone) * 100 > limit * before:
         found = f"{forecast.altered:,} have changed and {gone:,} are gone"
