@@ -3439,23 +3439,23 @@ class Report(WalkReport):
 
 
 class Run:
-    """One pass over the box: walk, decide, transfer, settle.  Only the files themselves are
-    read and sent on other threads."""
+    """One pass over the box: walk, decide, transfer, settle.  Other threads only read and
+    send files; the walk's decisions and the state belong to the main thread."""
 
     def __init__(self, tools: Tools, state: State, report: Report):
         self._state, self._report, self._progress = state, report, tools.progress
         self._config, self._box, self._bucket = tools.config, tools.box, tools.bucket
         self._prices, self._planned = tools.prices, tools.prices.requests(tools.bucket.requests)
         self._uploads = state.uploads()
-        self._seen: set[str] = set()  # keys of these uploads that jobs were made for
-        # TRANSFERS files are on their way to S3 at once, and nearly as many small ones are
-        # being read, or wait for their turn: so S3 need not wait for the box's round trips.
-        # With TRANSFERS=1 one file comes after the other.
+        self._seen: set[str] = set()  # keys of these uploads that have a job in this run
+        # At most TRANSFERS files are sent to S3 at once.  Meanwhile nearly as many small files
+        # are read, so that S3 never waits for the box's round trips.  With TRANSFERS=1, one
+        # file is read and sent after the other.
         self._turns = threading.Semaphore(self._config.transfers)
 
     def archive(self) -> None:
-        """Archives what is new or changed; Fatal, Stopped.  What S3 has acknowledged by then
-        is committed in any case."""
+        """Archives what is new or changed; Fatal, Stopped.  Even then, everything that S3 has
+        acknowledged is committed."""
         threads, limit = 2 * self._config.transfers - 1, self._config.memory_limit
         work = Parallel(self._transfer, self._box, threads, lambda j: j.plan.memory, limit)
         with contextlib.closing(work.outcomes(self._jobs())) as outcomes:
@@ -3464,14 +3464,14 @@ class Run:
                     self._settle(finished)
         self._report.warn_of_unmatched()
         if not (self._report.unlisted or self._report.ended_early):
-            # Uploads of files that are gone, or that need none any more.
+            # Unfinished uploads of files that are gone, or are archived by now.
             for key in self._uploads.keys() - self._seen:
                 if self._bucket.abort_uploads(key):
                     log.info("aborted the unfinished upload of %s", printable(key))
                     self._state.end_upload(key)
 
-    def _is_over(self) -> bool:
-        """Whether MAX_RUNTIME is over: what has not begun is left to the next run."""
+    def _is_out_of_time(self) -> bool:
+        """Whether MAX_RUNTIME is over, so that no more work may begin."""
         limit = self._config.max_runtime
         if limit is None or time.monotonic() - self._report.began < limit:
             return False
@@ -3480,14 +3480,10 @@ class Run:
             log.warning("MAX_RUNTIME is over: the rest is left to the next run")
         return True
 
-    def _most(self, job: Job) -> float:
-        """USD that the file may cost; 0 if there is no MAX_COST."""
-        has_limit = self._config.max_cost is not None
-        return sum(job_cost(job, self._config, self._prices)) if has_limit else 0.0
-
     def _is_affordable(self, job: Job) -> bool:
-        """Whether MAX_COST allows for what the file may cost, beside all that was begun."""
-        limit, cost = self._config.max_cost, self._most(job)
+        """Adds the most that the job may cost to what was planned.  Returns whether MAX_COST
+        allows that."""
+        limit, cost = self._config.max_cost, sum(job_cost(job, self._config, self._prices))
         self._planned += cost
         if limit is None or self._planned <= limit:
             return True
@@ -3498,8 +3494,8 @@ class Run:
         return False
 
     def _jobs(self) -> Iterator[Job | None]:
-        """What may have to be uploaded; None after each page, so that what has finished is
-        committed even while nothing new is found."""
+        """The files that may have to be uploaded.  A None after each page lets finished files
+        be committed although the walk finds no new ones."""
         for page in Walk(self._box, self._config, self._report):
             files, jobs = self._state.unrecorded(page), []
             self._report.unchanged += len(page) - len(files)
@@ -3515,24 +3511,24 @@ class Run:
             self._state.begin(jobs)
             self._progress.expect(sum(job.file.size for job in jobs))
             for job in (*jobs, None):
-                if self._is_over() or not (job is None or self._is_affordable(job)):
+                if self._is_out_of_time() or (job and not self._is_affordable(job)):
                     return
                 yield job
 
     def _transfer(self, job: Job) -> Archived | None:
-        """Reads one file and stores it, on a thread of its own, unless S3 holds it; None if
-        it is too late to begin."""
-        if self._is_over() or self._box.stopping.is_set():
+        """On a thread of the pool: reads one file, and uploads it unless S3 holds it.  None
+        if the run is about to end."""
+        if self._is_out_of_time() or self._box.stopping.is_set():
             return None
         parts: StoredParts | None = None
         if job.upload_begun:
             part_size = job.plan.part_size if job.resumes else None
             parts = self._bucket.stored_parts(job.key, part_size)
-        # S3 may have completed an upload without our having been told.
-        is_complete = job.resumes and parts is None
-        found = self._object_to_compare(job) if job.compares or is_complete else None
-        # The mtime that its program has put into the metadata is as good as a row of ours,
-        # unless it was stored so soon that the file could have changed again and kept it.
+        # If its parts are gone, S3 may have completed the upload, and its answer got lost.
+        may_be_complete = job.resumes and parts is None
+        found = self._object_to_compare(job) if job.compares or may_be_complete else None
+        # An mtime in the object's metadata is as good as a row of ours, unless the file was
+        # uploaded so soon after it that the file could have changed again and kept it.
         if found and found.mtime == job.file.mtime < found.stored_at - RECENTLY_STORED:
             return Archived(job.file, found, False, False)
         if job.plan.parts_at_once:
@@ -3552,8 +3548,8 @@ class Run:
         return Archived(reader.file, stored, reader.is_recent, True)
 
     def _object_to_compare(self, job: Job) -> StoredObject | None:
-        """What S3 holds for the file; None if it cannot be the same.  S3 is asked unless the
-        state knows first-hand."""
+        """The object to compare the file with; None if it cannot be the same.  The row is
+        enough if this program has read the content; else S3 gets a HEAD."""
         record = job.record
         if record and record.crc32 is not None and record.etag:
             kind, stored_at = record.storage_class or "", record.uploaded_at or 0
@@ -3562,15 +3558,15 @@ class Run:
         return found if found and found.size == job.file.size else None
 
     def _read(self, reader: FileReader, amount: int) -> bytes:
-        """reader.read(amount), unless MAX_RUNTIME is over before the end of the file."""
-        if not reader.is_verified and self._is_over():
+        """reader.read(amount); FileError (UNFINISHED) if MAX_RUNTIME is over."""
+        if not reader.is_verified and self._is_out_of_time():
             raise FileError("MAX_RUNTIME is over", UNFINISHED)
         return reader.read(amount)
 
     def _compare_large(self, job: Job, found: StoredObject) -> Archived | None:
         """Reads the file to compare it; None if it is not the same."""
         if not ETagComparison(found.etag, found.size).is_possible:
-            return None  # not read in vain
+            return None  # no file can match: it need not be read
         with contextlib.closing(FileReader(self._box, job.file)) as reader:
             if reader.file.size != found.size:
                 return None
@@ -3578,11 +3574,11 @@ class Run:
         return Archived(reader.file, same, reader.is_recent, False) if same else None
 
     def _archive_large(self, job: Job, parts: StoredParts | None) -> Archived:
-        """Uploads a large file, behind the parts that are stored.  It has to be as it was
-        listed: that is the version whose parts the state has noted."""
+        """Uploads a large file, after the parts that are stored.  FileError if it is not as it
+        was listed: the state has noted that version for its parts."""
         plan, moved = job.plan, self._progress.moved
         if parts and len(parts[1]) * plan.part_size >= job.file.size:
-            parts[1].pop()  # something has to be left to be sent
+            parts[1].pop()  # upload_fileobj has to send at least one part
         offset = len(parts[1]) * plan.part_size if parts else 0
         with contextlib.closing(FileReader(self._box, job.file, offset)) as reader:
             if reader.file != job.file:
@@ -3606,7 +3602,7 @@ class Run:
                 files_log.info("archived %s (%s bytes)", path, f"{archived.file.size:,}")
             elif archived:
                 report.compared += 1
-                self._planned -= self._most(job)
+                self._planned -= sum(job_cost(job, self._config, self._prices))
                 log.debug("compared %s", path)
             elif error and error.code == VANISHED:
                 report.skipped["Vanished"] += 1
@@ -3620,7 +3616,7 @@ class Run:
 
 
 def with_content(found: StoredObject, blocks: Iterable[bytes]) -> StoredObject | None:
-    """The object, with its CRC-32, if by its ETag these bytes are its content."""
+    """The object with its CRC-32, if its ETag shows that these bytes are its content."""
     comparison, crc32 = ETagComparison(found.etag, found.size), 0
     for block in blocks:
         comparison.update(block)
@@ -3629,8 +3625,8 @@ def with_content(found: StoredObject, blocks: Iterable[bytes]) -> StoredObject |
 
 
 def check_changes(tools: Tools, state: State) -> None:
-    """Fatal if more of the archived files than MAX_CHANGED allows have changed, or are gone:
-    that is what ransomware looks like."""
+    """Fatal if more of the archived files have changed or are gone than MAX_CHANGED allows:
+    ransomware would do that."""
     limit = tools.config.max_changed
     if limit is None:
         return
@@ -3652,13 +3648,13 @@ def run(tools: Tools, new_source: bool, report: Report) -> int:
         if config.max_cost is not None and math.isnan(cost):
             reason = f"the price of requests for {kind} is not known: set it in PRICES"
             raise Fatal(f"MAX_COST: {reason}", status=2)
-    # What has not ended by then is cut off, so that nothing hangs.
+    # Work that still runs then is cut off.
     out_of_time = threading.Timer((config.max_runtime or 0) + RUNTIME_GRACE, tools.box.close)
     out_of_time.daemon = True
     with locked(config), contextlib.closing(State(config)) as state:
         pins = pins_of(config)
         if new_source:
-            tools.box.session()  # a mistyped user is not to cost the state
+            tools.box.session()  # fails with a mistyped user, before the state is emptied
             state.check_pins({name: pins[name] for name in pins.keys() - SOURCE_PINS})
             state.forget_source()
         state.check_pins(pins)
@@ -3677,7 +3673,7 @@ def run(tools: Tools, new_source: bool, report: Report) -> int:
             if stopping.signal is not None:
                 status = 128 + stopping.signal
                 report.ended_early = f"by {signal.Signals(stopping.signal).name}"
-        except Exception:  # whatever it is: the summary says so, and it goes on its way
+        except Exception:
             report.ended_early = "by an error"
             raise
         finally:
@@ -3697,7 +3693,8 @@ NOT_KNOWN = "not known"
 
 
 def try_or_none(question: Callable[[], T]) -> tuple[T | None, str]:
-    """The answer; or None, and what to show instead of it, after a warning."""
+    """The answer and an empty text.  If it fails: None and a text to show instead; the error
+    is a warning."""
     try:
         return question(), ""
     except ArchiveError as error:
@@ -3711,11 +3708,12 @@ def try_or_none(question: Callable[[], T]) -> tuple[T | None, str]:
 
 
 def wanted_paths(given: Iterable[str], root: bytes) -> list[bytes]:
-    """The paths below REMOTE_PATH, given relative to it or whole; none of them below
-    another; empty for all.  Fatal if one cannot be meant."""
+    """The `given` paths, absolute or relative to REMOTE_PATH, as relative ones, without those
+    below another one.  An empty list stands for all files.  Fatal for / if that is not
+    REMOTE_PATH."""
     start = join(root, b"")
     names = [os.fsencode(path).rstrip(b"/") for path in given]
-    if b"" in names and root != b"/":  # `$unset/`, perhaps
+    if b"" in names and root != b"/":  # a script may have left a variable empty: $FOLDER/
         message = f"/ is not below REMOTE_PATH {printable(root)}: name no path for all"
         raise Fatal(message, status=2)
     inner = {name.removeprefix(start).removeprefix(b"./") for name in names}
@@ -3724,22 +3722,21 @@ def wanted_paths(given: Iterable[str], root: bytes) -> list[bytes]:
     return sorted(p for p in inner if not any(p.startswith(join(q, b"")) for q in inner))
 
 
-def key_of(config: Config, name: bytes) -> str:
-    """The key that this program gives to a name."""
-    return config.prefix + escape(name, KEY_ESCAPES)
+def unchecked_key(config: Config, relative: bytes) -> str:
+    """As object_key, for a path that S3 may not allow."""
+    return config.prefix + escape(relative, KEY_ESCAPES)
 
 
-def select(
+def select_objects(
     config: Config, bucket: Bucket, paths: list[bytes], at: float | None
 ) -> Iterator[StoredObject]:
-    """The objects at and below these paths, all if there are none, as they are or as they
-    were at a time; one of size -1 for a path that has none.  Fatal if nothing is archived."""
+    """The objects at and below these paths, or all if there are no paths, now or at the time
+    `at`.  A path without objects gives one of size -1.  Fatal if nothing is archived."""
     if at is not None:
         bucket.check_versions()
     for path in paths or [b""]:
-        # As this program spells a key, and as others may.
-        others = config.prefix + path.decode("utf-8", "replace")
-        starts, is_empty = sorted({key_of(config, path), others}), True
+        others = config.prefix + path.decode("utf-8", "replace")  # other programs' keys
+        starts, is_empty = sorted({unchecked_key(config, path), others}), True
         for start in starts:
             for found in bucket.objects(start, at):
                 if not path or found.key[len(start) :][:1] in ("", "/"):
@@ -3761,9 +3758,9 @@ def thaw_state(found: StoredObject) -> str:
 
 
 def ls(tools: Tools, options: argparse.Namespace) -> int:
-    """Lists what is archived, a line for each object; 0, or 3 if a path has none."""
+    """Lists the archived objects, one per line; 0, or 3 if a path has none."""
     config, listed, status = tools.config, Count(), 0
-    for found in select(
+    for found in select_objects(
         config, tools.bucket, wanted_paths(options.path, config.remote_path), options.at
     ):
         name, state = unescape(found.key[len(config.prefix) :]), thaw_state(found)
@@ -3799,14 +3796,14 @@ def ls(tools: Tools, options: argparse.Namespace) -> int:
 
 
 def status(tools: Tools, json_wanted: bool) -> int:
-    """Shows what is archived and how both ends are, as far as they can be asked."""
-    config, bucket = tools.config, tools.bucket
-    prices, month_ago = tools.prices, time.time() - 30 * 86400
+    """Shows what is archived, the last runs, the box and the bucket, as far as they can be
+    reached."""
+    config, bucket, prices = tools.config, tools.bucket, tools.prices
 
     def read_state() -> tuple[Counts, list[PastRun], float]:
         with contextlib.closing(State(config, copy=True)) as state:
             state.check_pins(pins_of(config))
-            spent = state.spent_since(month_ago)
+            spent = state.spent_since(time.time() - 30 * 86400)
             return by_class(state, config.storage_class), state.last_runs(5), spent
 
     known, no_state = try_or_none(read_state)
@@ -3815,7 +3812,7 @@ def status(tools: Tools, json_wanted: bool) -> int:
     space, no_space = try_or_none(tools.box.space)
     unfinished, no_count = try_or_none(bucket.count_unfinished)
     rule, no_rule, versioned, no_versions = None, no_count, None, no_count
-    if no_count != NOT_KNOWN:  # each question may take as long as S3 has time
+    if no_count != NOT_KNOWN:  # else each request would wait for a timeout
         rule, no_rule = try_or_none(bucket.has_abort_rule)
         versioned, no_versions = try_or_none(bucket.is_versioned)
     if json_wanted:
@@ -3875,14 +3872,15 @@ def show_runs(runs: list[PastRun]) -> None:
 
 def verify(tools: Tools, repair: bool) -> int:
     """Compares the state with the bucket's listing; downloads nothing.  0, or 3 if they
-    differ.  `repair` brings the state in line, so that the next run uploads or compares."""
+    differ.  `repair` corrects the state, so that the next run uploads or compares the files
+    concerned."""
     config, other_class = tools.config, 0
     labels = (AGREE, NO_OBJECT, WRONG_SIZE, WRONG_ETAG, NOT_RECORDED)
     counts = Counter(dict.fromkeys(labels, 0))
     with contextlib.ExitStack() as stack:
         if repair:
             stack.enter_context(locked(config))
-        copy = not repair or not config.state_db.exists()  # none is made
+        copy = not repair or not config.state_db.exists()  # verify creates no database
         state = stack.enter_context(contextlib.closing(State(config, copy)))
         if state.is_new:
             reason = f"{config.state_db} is missing, or an earlier script's"
@@ -3913,20 +3911,20 @@ def verify(tools: Tools, repair: bool) -> int:
 
 
 def check(tools: Tools) -> int:
-    """Tries everything that a run needs, one after another, and shows a line for each;
-    leaves nothing behind.  0, or 1 if something is wrong."""
+    """Tries everything that a run needs, and shows a line for each; leaves nothing behind.
+    0, or 1 if something is wrong."""
     config, bucket, wrong = tools.config, tools.bucket, 0
 
     def line(verdict: str, text: str) -> None:
         show(f"{verdict:<5}  {text}")
 
     def attempt(name: str, question: Callable[[], object]) -> str:
-        """Empty if all is well, else a code for what is wrong."""
+        """Tries `question`, and shows the result.  Returns an error code, or an empty text."""
         nonlocal wrong
         try:
             question()
         except ArchiveError as error:
-            # Another run may be at work, and restore may have credentials of its own.
+            # Another run holds the lock, or restore may have other credentials.
             harmless = error.status == 11 or name == "s3:RestoreObject"
             reason = "there is no such folder on the box" if error.code == VANISHED else error
             line("note" if harmless else "WRONG", f"{name}: {reason}")
@@ -3950,7 +3948,7 @@ def check(tools: Tools) -> int:
         attempt(f"REMOTE_PATH {printable(root)}", lambda: tools.box.list_folder(root))
     for permission, probe in bucket.permission_probes():
         code = attempt(permission, probe)
-        # Others would be refused alike; or the next one would leave something behind.
+        # The others would fail alike, or s3:PutObject would leave an upload behind.
         if code and (code != "AccessDenied" or permission == "s3:AbortMultipartUpload"):
             break
     else:
@@ -4225,17 +4223,17 @@ class Restore:
         """`x` was a file once, and there is `x/y` now: the file goes beside the folder."""
         name = self._name(key)
         other = name + b".file"
-        while self._bucket.head(key_of(self._config, other)) is not None:
+        while self._bucket.head(unchecked_key(self._config, other)) is not None:
             other += b".file"
         self._other_names[key] = other
         message = "%s is a folder as well: the file of that name is restored as %s"
         log.warning(message, printable(name), printable(other))
 
     def _wanted(self) -> Iterator[StoredObject]:
-        """What `select` gives for the paths that were named, but for names that two objects
-        stand for."""
-        above: list[str] = []  # keys that the next one begins with
-        for found in select(self._config, self._bucket, self._paths, self._options.at):
+        """The selected objects.  If two have the same path, only the one with this program's
+        key is among them."""
+        above: list[str] = []  # earlier keys that the next key begins with
+        for found in select_objects(self._config, self._bucket, self._paths, self._options.at):
             key = found.key
             while above and not key.startswith(above[-1]):
                 above.pop()
@@ -4243,7 +4241,7 @@ class Restore:
                 if key.startswith(upper + "/") and upper not in self._other_names:
                     self._give_other_name(upper)
             above.append(key)
-            our_key = key_of(self._config, self._name(key))
+            our_key = unchecked_key(self._config, self._name(key))
             if our_key != key and key not in self._left_out and self._bucket.head(our_key):
                 message = "left out %s: %s stands for the same name"
                 log.warning(message, printable(key), our_key)
