@@ -3966,18 +3966,19 @@ Blocks = Callable[[], Iterator[bytes]]  # a file's bytes, from the start at each
 
 
 def partial_name(name: bytes) -> bytes:
-    """What a file is called until it is complete, in the same folder: the same in every
-    pass, so that nothing piles up, and short enough for every file system."""
+    """The name of a file until it is complete, in the same folder.  It is the same in every
+    pass, so that at most one is left behind, and short enough for every file system."""
     folder, slash, last = name.rpartition(b"/")
     hidden = b".archive-" + hashlib.sha256(last).hexdigest()[:32].encode() + b".partial"
     return folder + slash + hidden
 
 
 class LocalFolder:
-    """A folder of this machine to restore to; made if it is not there, Fatal if that fails."""
+    """A folder of this machine to restore to."""
 
     def __init__(self, folder: str):
-        self._folder = Path(os.path.expanduser(folder))  # no shell does it in --to=~/x
+        """Creates the folder if it is missing; Fatal if files cannot be created in it."""
+        self._folder = Path(os.path.expanduser(folder))  # no shell expands it in --to=~/x
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self._folder):
@@ -3993,7 +3994,7 @@ class LocalFolder:
         return shutil.disk_usage(self._folder).free
 
     def find(self, name: bytes) -> Attributes | None:
-        """Of what has this name; FileError."""
+        """The attributes of what has this name, None if nothing has; FileError."""
         try:
             found = self._path(name).lstat()
         except FileNotFoundError:
@@ -4003,8 +4004,8 @@ class LocalFolder:
         return Attributes(found.st_size, int(found.st_mtime), found.st_mode)
 
     def store(self, name: bytes, mtime: int, blocks: Blocks, overwrite: bool) -> None:
-        """Writes the file under another name and renames it.  FileError, also if there is
-        one already and it is not to be overwritten; Fatal if the disk is full."""
+        """Writes the file under another name, and renames it.  FileError, also if there is
+        one and not `overwrite`; Fatal if the disk is full."""
         path, partial_path = self._path(name), self._path(partial_name(name))
         try:
             inside = Path(os.path.realpath(self._folder), os.path.dirname(os.fsdecode(name)))
@@ -4033,19 +4034,20 @@ class LocalFolder:
 
 
 class BoxFolder:
-    """A folder of the box to restore to, with the same methods."""
+    """A folder of the box to restore to, with the methods of LocalFolder."""
 
     def __init__(self, box: StorageBox, folder: bytes):
+        """Creates the folder if it is missing; Fatal if files cannot be created in it."""
         self._box, self._folder = box, re.sub(b"/+", b"/", folder)
         probe = join(self._folder, partial_name(b""))
 
-        def try_out(session: Session) -> None:
+        def write_probe(session: Session) -> None:
             self._make_folders(session, probe)
             handle = session.ask_one(open_request(probe, FOR_WRITING))
             session.ask(simple_request(FXP_CLOSE, handle), simple_request(FXP_REMOVE, probe))
 
         try:
-            box.retry(try_out)
+            box.retry(write_probe)
         except (SFTPError, FileError) as error:
             reason = f"{printable(folder)} cannot be written to: {error}"
             raise Fatal(f"{reason}; --to-box takes an account that may write") from None
@@ -4069,7 +4071,7 @@ class BoxFolder:
 
         def store(session: Session) -> None:
             nonlocal written
-            # The answer to an earlier rename may have been lost with its session.
+            # An earlier attempt may have renamed the file, and lost the reply.
             if written is not None and size_and_mtime(session, path) == (written, mtime):
                 return
             try:
@@ -4080,7 +4082,7 @@ class BoxFolder:
                 session.ask_one(simple_request(FXP_RENAME, partial_path, path))
             except SFTPError as error:
                 raise FileError(f"the box cannot store it: {error}") from None
-            # A request of a lost session may be carried out as late as now.
+            # A request of a lost session may have been carried out just now.
             if size_and_mtime(session, path) != (written, mtime):
                 raise FileError("the box has something else in its place then")
 
@@ -4096,34 +4098,38 @@ class BoxFolder:
             raise
 
     def _make_folders(self, session: Session, path: bytes) -> None:
-        """Makes the folders above `path`.  FileError if one below the folder that is restored
-        to is a link, SFTPError if one cannot be made."""
+        """Creates the missing folders above `path`.  FileError if one of those below
+        `self._folder` is a link, SFTPError if one cannot be created."""
         above = list(itertools.accumulate(path.split(b"/"), join))[:-1]
         folders = [folder for folder in above if folder]
-        looks = [simple_request(FXP_LSTAT, folder) for folder in folders]
-        found = session.ask(*looks) if looks else []
-        missing = []
-        for folder, there in zip(folders, found):
-            if isinstance(there, SFTPError):
-                missing.append((FXP_MKDIR, encode_string(folder) + U32.pack(0)))
-            elif stat.S_ISREG(there.mode or 0):
+        lstats = [simple_request(FXP_LSTAT, folder) for folder in folders]
+        found = session.ask(*lstats) if lstats else []
+        mkdirs = []
+        for folder, attributes in zip(folders, found):
+            if isinstance(attributes, SFTPError):
+                mkdirs.append((FXP_MKDIR, encode_string(folder) + U32.pack(0)))
+                continue
+            mode = attributes.mode or 0
+            if stat.S_ISREG(mode):
                 raise FileError(f"{printable(folder)} is a file on the box, not a folder")
-            elif stat.S_ISLNK(there.mode or 0) and folder.startswith(join(self._folder, b"")):
+            if stat.S_ISLNK(mode) and folder.startswith(join(self._folder, b"")):
                 raise FileError(THROUGH_LINK)
-        refused = [result for result in session.ask(*missing) if result] if missing else []
-        if refused and isinstance(session.ask(looks[-1])[0], SFTPError):  # nobody else made it
+        refused = [result for result in session.ask(*mkdirs) if result] if mkdirs else []
+        # Another thread may have created the same folder meanwhile.
+        if refused and isinstance(session.ask(lstats[-1])[0], SFTPError):
             raise_if_refused(refused[0])
 
 
 def size_and_mtime(session: Session, path: bytes) -> tuple[int | None, int | None]:
-    """Of the file on the box, None where the server tells none."""
+    """The size and mtime of a file on the box, or (None, None)."""
     (found,) = session.ask(simple_request(FXP_LSTAT, path))
     return found[:2] if isinstance(found, Attributes) else (None, None)
 
 
 def write_file(session: Session, path: bytes, mtime: int, blocks: Iterator[bytes]) -> int:
-    """Writes a new file; its size.  SFTPError, FileError if the box has another one then."""
-    # What a killed pass has left; ProFTPD lets nobody write to a file anew.
+    """Writes a new file, and returns its size.  SFTPError, FileError if the box then has
+    another size or mtime."""
+    # Removes what a killed pass has left: ProFTPD does not allow writing to it again.
     session.send(simple_request(FXP_REMOVE, path))
     handle = session.ask_one(open_request(path, FOR_WRITING))
     batches: deque[Batch] = deque()
@@ -4149,54 +4155,57 @@ def write_file(session: Session, path: bytes, mtime: int, blocks: Iterator[bytes
     return at
 
 
-# What becomes of an object, in the words of the table.
+# What happens to an object: labels of the table, except READY.
 THERE, RESTORED, FAILED = "Already there", "Restored files", "Failed files"
 ASKED, BUSY, NOT_ASKED = "Asked of S3", "Under way at S3", "Not asked for"
-READY = "Ready"
+READY = "Ready"  # can be downloaded
 
 
 class Restore:
-    """One pass: what can be read is fetched, and what is cold is asked for."""
+    """One pass: objects that can be read are downloaded, and S3 is asked to restore those
+    that are cold."""
 
     def __init__(self, tools: Tools, options: argparse.Namespace, asked_at: float | None):
-        """`asked_at`: when an earlier pass has asked S3 for something."""
+        """`asked_at` is the time when an earlier pass last asked S3 to restore an object."""
         self._tools, self._options, self.asked_at = tools, options, asked_at
         self._config, self._bucket = tools.config, tools.bucket
         self._paths = wanted_paths(options.path, tools.config.remote_path)
         to, to_box = options.to, options.to_box
         self.target: LocalFolder | BoxFolder
         self.target = BoxFolder(tools.box, parse_folder(to_box)) if to_box else LocalFolder(to)
-        self.may_ask = threading.Semaphore(0)  # how many more objects S3 is asked for
-        self.manifest: TextIO | None = None  # a line of CSV for each object that is cold
+        self.allowed_requests = threading.Semaphore(0)  # one for each object to ask S3 for
+        self.manifest: TextIO | None = None  # gets a line of CSV for each cold object
         self.counts = dict.fromkeys((THERE, RESTORED, ASKED, BUSY, NOT_ASKED, FAILED), 0)
-        self.bytes, self._left_out = 0, set[str]()
-        self._other_names: dict[str, bytes] = {}  # of files that have a folder's name, by key
+        self.bytes = 0  # restored
+        self._left_out: set[str] = set()  # keys
+        self._other_names: dict[str, bytes] = {}  # by key, of files whose path is a folder now
 
-    def look(self) -> tuple[int, int, Counts]:
-        """Bytes that can be fetched, and that S3 is restoring; what is cold, by class."""
+    def survey(self) -> tuple[int, int, Counts]:
+        """Changes nothing.  The bytes that can be downloaded, the bytes that S3 is restoring,
+        and the cold objects by class."""
         cold: Counts = {}
         sizes: Counter[str] = Counter()
         with self._tools.progress.counting("looking") as bar:
-            for found, word, _ in self._each(self._case):
+            for found, label, _ in self._outcomes(self._label):
                 bar.update(1)
-                sizes[word or FAILED] += found.size
-                if word == NOT_ASKED:
+                sizes[label or FAILED] += found.size
+                if label == NOT_ASKED:
                     add(cold, found.storage_class, found.size)
         return sizes[READY], sizes[BUSY], cold
 
-    def bring_back(self) -> None:
-        """Does what can be done now, counts it, and logs failures."""
-        for found, word, error in self._each(self._bring_back):
-            self.counts[word or FAILED] += 1
+    def restore_all(self) -> None:
+        """Downloads what can be read, asks S3 for the rest, counts it, and logs failures."""
+        for found, label, error in self._outcomes(self._restore_one):
+            self.counts[label or FAILED] += 1
             name = self._name(found.key)
             if error:
                 log_failure(name, error)
-            elif word == RESTORED:
+            elif label == RESTORED:
                 self.bytes += found.size
                 files_log.info("restored %s (%s bytes)", printable(name), f"{found.size:,}")
-            elif word == ASKED:
+            elif label == ASKED:
                 self.asked_at = time.time()
-            elif word == NOT_ASKED and self.manifest is not None:
+            elif label == NOT_ASKED and self.manifest is not None:
                 version = "" if found.version_id is None else f",{found.version_id}"
                 self.manifest.write(f"{self._config.bucket},{quote(found.key)}{version}\n")
 
@@ -4208,19 +4217,20 @@ class Restore:
             yield "Asked at", format_time(self.asked_at)
             yield "Promised by", format_time(self.asked_at + hours * 3600)
 
-    def _each(self, work: Callable[[StoredObject], str]) -> Iterator[Outcome]:
-        """Each object that is wanted, what `work` says about it, and the FileError."""
+    def _outcomes(self, work: Callable[[StoredObject], str]) -> Iterator[Outcome]:
+        """Each wanted object with the label that `work` returns, or with a FileError."""
         pool = Parallel(work, self._tools.box, self._config.transfers)
         with contextlib.closing(pool.outcomes(self._wanted())) as outcomes:
             for finished in outcomes:
                 yield from finished
 
     def _name(self, key: str) -> bytes:
-        """Where the object goes: its path relative to REMOTE_PATH, as a rule."""
+        """The path to restore to: the path relative to REMOTE_PATH, unless it is a folder."""
         return self._other_names.get(key) or unescape(key[len(self._config.prefix) :])
 
     def _give_other_name(self, key: str) -> None:
-        """`x` was a file once, and there is `x/y` now: the file goes beside the folder."""
+        """For a file `x` of which there is also `x/y`: the file is restored beside the
+        folder."""
         name = self._name(key)
         other = name + b".file"
         while self._bucket.head(unchecked_key(self._config, other)) is not None:
@@ -4249,7 +4259,7 @@ class Restore:
             if key not in self._left_out:
                 yield found
 
-    def _case(self, found: StoredObject) -> str:
+    def _label(self, found: StoredObject) -> str:
         """THERE, READY, BUSY or NOT_ASKED; FileError."""
         name = self._name(found.key)
         if found.size < 0:
@@ -4257,34 +4267,34 @@ class Restore:
         is_windows_name = os.name == "nt" and (b"\\" in name or b":" in name)
         if {b"", b".", b".."} & set(name.split(b"/")) or b"\0" in name or is_windows_name:
             raise FileError("no file can have this name")
-        there = self.target.find(name)
-        if there is not None:
-            if not stat.S_ISREG(there.mode or 0):
+        existing = self.target.find(name)
+        if existing is not None:
+            if not stat.S_ISREG(existing.mode or 0):
                 raise FileError("something that is not a file has its name")
             mtime = mtime_of(self._bucket.head(found.key, found.version_id) or found)
-            # FAT keeps even seconds; SFTP, and not every disk, times outside of this range.
-            is_same = there.mtime in (mtime, mtime & ~1) or not 0 <= mtime < 1 << 31
-            if there.size == found.size and is_same:
+            # FAT has only even seconds.  Not every file system has times out of this range.
+            same_mtime = existing.mtime in (mtime, mtime & ~1) or not 0 <= mtime < 1 << 31
+            if existing.size == found.size and same_mtime:
                 return THERE
             if not self._options.overwrite:
                 raise FileError(
-                    f"another file is there, of {there.size} bytes and mtime {there.mtime}, "
-                    f"not {found.size} and {mtime}: --overwrite replaces it"
+                    f"another file is there, of {existing.size} bytes and mtime "
+                    f"{existing.mtime}, not {found.size} and {mtime}: --overwrite replaces it"
                 )
         if found.storage_class not in COLD_CLASSES or found.restored:
             return READY
         return NOT_ASKED if found.restored is None else BUSY
 
-    def _bring_back(self, found: StoredObject) -> str:
-        """Does what can be done now, and returns what was; FileError."""
-        word, options, stopping = self._case(found), self._options, self._tools.box.stopping
-        # More may have become cold since the cost was agreed to.
-        if word == NOT_ASKED and self.may_ask.acquire(blocking=False):
+    def _restore_one(self, found: StoredObject) -> str:
+        """Downloads the object or asks S3 for it, and returns its label then; FileError."""
+        label, options, stopping = self._label(found), self._options, self._tools.box.stopping
+        # The user has agreed to a number of requests; more objects may be cold by now.
+        if label == NOT_ASKED and self.allowed_requests.acquire(blocking=False):
             stopping.check()
-            is_back = self._bucket.request_restore(found, options.tier, options.days)
-            word = READY if is_back else ASKED
-        if word != READY:
-            return word
+            can_be_read = self._bucket.request_restore(found, options.tier, options.days)
+            label = READY if can_be_read else ASKED
+        if label != READY:
+            return label
         try:
             stored, blocks = self._bucket.download(found)
 
@@ -4302,7 +4312,7 @@ class Restore:
             if found.storage_class not in COLD_CLASSES:
                 reason = f"is in an archive tier of {found.storage_class}: restore it there"
                 raise FileError(reason) from None
-            return NOT_ASKED  # its copy has expired since: the next pass asks anew
+            return NOT_ASKED  # S3's copy has expired meanwhile; the next pass asks again
         return RESTORED
 
 
@@ -4312,8 +4322,8 @@ def mtime_of(stored: StoredObject) -> int:
 
 
 def restore(tools: Tools, options: argparse.Namespace) -> int:
-    """Brings files back: 75 while something is cold, 3 if something failed, else 0.  With
-    `--wait` it makes pass after pass until that is not 75."""
+    """Restores files.  75 while an object is cold, 3 if one failed, else 0.  `--wait` repeats
+    the pass until its status is not 75."""
     asked_at: float | None = None
     with locked(tools.config, ".restore.lock"):
         while True:
@@ -4329,7 +4339,7 @@ def restore(tools: Tools, options: argparse.Namespace) -> int:
 def restore_once(tools: Tools, work: Restore, options: argparse.Namespace) -> int:
     """One pass, and its exit status."""
     with contextlib.ExitStack() as stack:
-        ready, busy, cold = work.look()
+        ready, busy, cold = work.survey()
         if cold:
             show_estimate(tools, cold, ready + busy, options)
         needed, free = ready + busy + total(cold).bytes, work.target.free_space()
@@ -4343,10 +4353,10 @@ def restore_once(tools: Tools, work: Restore, options: argparse.Namespace) -> in
             if not options.yes and not confirm("Ask S3 for it?"):
                 message = "nothing was asked for: it costs money; run it again with --yes"
                 raise Fatal(message, status=2)
-            work.may_ask = threading.Semaphore(total(cold).files)
+            work.allowed_requests = threading.Semaphore(total(cold).files)
         tools.progress.expect(ready)
         try:
-            work.bring_back()
+            work.restore_all()
         finally:
             tools.show_summary("RESTORE", work.rows())
     counts, tier = work.counts, options.tier
@@ -4363,13 +4373,14 @@ def restore_once(tools: Tools, work: Restore, options: argparse.Namespace) -> in
     return 75 if waiting else 3 if counts[FAILED] else 0
 
 
-def show_estimate(tools: Tools, cold: Counts, more: int, options: argparse.Namespace) -> None:
-    """Shows what restoring what is cold costs; `more` bytes need only be fetched."""
-    prices, wanted = tools.prices, total(cold)
+def show_estimate(tools: Tools, cold: Counts, other: int, options: argparse.Namespace) -> None:
+    """Shows what it costs to restore the cold objects, and to download them and `other`
+    bytes."""
+    prices, asked_for = tools.prices, total(cold)
     tier, days = options.tier, options.days
-    download = prices.download(wanted.files, wanted.bytes + more)
+    download = prices.download(asked_for.files, asked_for.bytes + other)
     rows: list[tuple[str, object]] = [
-        ("To be asked of S3", wanted),
+        ("To be asked of S3", asked_for),
         ("Tier", f"{tier.capitalize()}, ready within {TIERS[tier]} hours, for {days} days"),
         ("Restore", format_usd(restore_cost(prices, cold, tier, days))),
         ("Download", f"{format_usd(download)} out of AWS"),
@@ -4389,7 +4400,7 @@ def open_manifest(path: Path) -> Iterator[TextIO]:
 
 
 def confirm(question: str) -> bool:
-    """Whether a person at the terminal says yes."""
+    """Whether the user answers yes; False without a terminal."""
     if not (sys.stdin and sys.stdin.isatty()):
         return False
     print(f"{question} [y/N] ", end="", flush=True, file=sys.stderr)
@@ -4411,7 +4422,7 @@ exit statuses:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with the arguments."""
+    """Reports wrong arguments in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
@@ -4475,7 +4486,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_selection(command: argparse.ArgumentParser) -> None:
-    """The arguments that name what is archived."""
+    """The arguments that select archived objects."""
     path = "file or folder as on the box (default: all)"
     command.add_argument("path", nargs="*", type=PATH, metavar="PATH", help=path)
     when = "as it was then: a date, a time, or an age like 30d (for versioned buckets)"
@@ -4502,7 +4513,7 @@ def add_restore(command: argparse.ArgumentParser) -> None:
 
 
 def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """A parser of settings for an argument: its message is shown, too."""
+    """`parse` for argparse, which would not show the message of a ValueError."""
 
     def parse_argument(text: str) -> T:
         try:
@@ -4513,18 +4524,18 @@ def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
     return parse_argument
 
 
-# Not what an unset variable of a shell script leaves.
+# An empty path is refused: it may be an unset variable of a script.
 PATH = argument(partial(parse_match, r"(?s).+", "a path"))
 
 
 def handle_signals(stopping: StopEvent) -> None:
-    """Makes SIGINT, SIGTERM and SIGHUP an orderly end within ten seconds: they raise Stopped
-    on the main thread.  What has not ended by then, or at a second signal, is cut off."""
+    """SIGINT, SIGTERM and SIGHUP raise Stopped on the main thread, which ends the program in
+    order.  A second signal, or 3 s more than STOP_LIMIT, ends the process at once."""
 
     def handle(number: int, _frame: object) -> None:
         if stopping.signal is not None:
             os._exit(128 + number)
-        # If nobody reads what is printed, whoever prints it waits for ever.
+        # A print waits for ever while nobody reads from a pipe.
         cut_off = threading.Timer(STOP_LIMIT + 3, os._exit, [128 + number])
         cut_off.daemon = True
         cut_off.start()
@@ -4532,15 +4543,15 @@ def handle_signals(stopping: StopEvent) -> None:
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
-        # Ignored by whoever has started us, nohup for example: so be it.
+        # A signal stays ignored if the program was started so, for example by nohup.
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handle)
 
 
 def tune_memory() -> None:
-    """Keeps parts in memory that is used again, and in no more than that: by default glibc
-    fetches 16 MiB from the system for each, whose page faults take a fifth of the CPU time,
-    or keeps a heap for each thread (mallopt(3)).  And what was imported is no garbage."""
+    """Makes glibc use the memory of parts again (mallopt(3)).  By default it gets 16 MiB from
+    the system for each part, whose page faults take a fifth of the CPU time, or keeps a heap
+    for each thread.  The garbage collector skips what was imported."""
     m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another libc
         libc = ctypes.CDLL(None)
@@ -4554,37 +4565,37 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit status; nothing is raised."""
     try:
         return start(argv)
-    except KeyboardInterrupt:  # before there is anything to end in order
+    except KeyboardInterrupt:  # before handle_signals
         return 128 + signal.SIGINT
     except SystemExit as end:  # argparse has printed help or a usage error
         return int(end.code or 0)
     finally:
         for stream in filter(None, (sys.stdout, sys.stderr)):
-            with contextlib.suppress(OSError):  # nobody reads it
+            with contextlib.suppress(OSError):  # closed by its reader
                 stream.flush()
 
 
 def start(argv: list[str] | None) -> int:
-    """Reads arguments and settings, and runs the command; its exit status."""
+    """Reads the arguments and settings, runs the command, and returns its exit status."""
     arguments = make_parser().parse_args(argv)
     bars = bool(sys.stderr and sys.stderr.isatty()) and arguments.level <= logging.INFO
     tune_memory()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is
-    beside = Path(__file__).resolve().parent / ".env"
-    env_file = arguments.env_file or (beside if beside.is_file() else None)
+    default = Path(__file__).resolve().parent / ".env"
+    env_file = arguments.env_file or (default if default.is_file() else None)
     try:
         config = load_config(env_file, os.environ)
         results = sys.stderr if shows_summary_as_json(arguments) else sys.stdout
         start_logging(config, arguments.level, bars, results)
     except Fatal as error:
-        missing = [] if env_file else [f"there is no {beside}: copy .env.example to it"]
+        missing = [] if env_file else [f"there is no {default}: copy .env.example to it"]
         for fault in (*missing, *str(error).splitlines()):
             print(f"error: {fault}", file=sys.stderr)
         return error.status
     for warning in config_warnings(config, env_file):
         log.warning("%s", warning)
-    # boto3 looks into the environment, where an empty variable counts as a value.
+    # boto3 reads the environment, where an empty variable counts as a value.
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         del os.environ[name]
     os.environ.update(config.aws_environ)
@@ -4624,7 +4635,7 @@ def execute(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
     except ArchiveError as error:
         log.critical("%s", error)
         exit_status = error.status
-    except Exception as error:  # a defect of ours, in one line all the same
+    except Exception as error:  # a defect of this program, also shown as one line
         log.critical("unexpected %s: %s", type(error).__name__, error)
         log.debug("traceback", exc_info=True)
     finally:
@@ -4639,5 +4650,5 @@ def execute(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
 
 
 if __name__ == "__main__":
-    # Not sys.exit(): Python would wait for threads that wait for S3.
+    # sys.exit() would wait for threads that wait for S3.
     os._exit(main())
