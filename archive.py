@@ -3382,12 +3382,12 @@ class Forecast(WalkReport):
             log.warning(message, *tiny, format_usd(upload), format_usd(month))
 
 
-def plan(tools: Tools, as_json: bool, lists_files: bool) -> int:
+def plan(tools: Tools, options: argparse.Namespace) -> int:
     """Shows what `run` would do and cost; changes nothing.  0, or 3 if something could not
     be listed."""
 
     def show_file(mark: str, path: bytes, reason: object) -> None:
-        if lists_files:
+        if options.list and not options.json:
             print_line(f"{mark} {printable(path)}")
         if mark == FAILING:
             log_failure(path, reason)
@@ -3398,7 +3398,7 @@ def plan(tools: Tools, as_json: bool, lists_files: bool) -> int:
             take_over(tools.config, tools.bucket, state)
         forecast = Forecast(tools, state, show_file)
         forecast.walk_box()
-    if as_json:
+    if options.json:
         forecast.warn_of_unmatched()
         show_json(forecast.json())
     else:
@@ -3640,9 +3640,11 @@ def check_changes(tools: Tools, state: State) -> None:
         raise Fatal(f"{reason}: nothing was sent; {remedy}")
 
 
-def run(tools: Tools, new_source: bool, report: Report) -> int:
-    """Archives the box: 0, or 3 if something is incomplete."""
-    config, stopping, status = tools.config, tools.box.stopping, 1
+def run(tools: Tools, options: argparse.Namespace) -> int:
+    """Archives the box: 0, or 3 if something is incomplete.  With --dry-run, it is `plan`."""
+    if options.dry_run:
+        return plan(tools, options)
+    config, stopping, report, status = tools.config, tools.box.stopping, Report(), 1
     for kind in {config.storage_class, config.class_of(0)}:
         cost = tools.prices.upload(kind, {"put": 1, "part": 1})
         if config.max_cost is not None and math.isnan(cost):
@@ -3653,7 +3655,7 @@ def run(tools: Tools, new_source: bool, report: Report) -> int:
     out_of_time.daemon = True
     with locked(config), contextlib.closing(State(config)) as state:
         pins = pins_of(config)
-        if new_source:
+        if options.new_source:
             tools.box.session()  # fails with a mistyped user, before the state is emptied
             state.check_pins({name: pins[name] for name in pins.keys() - SOURCE_PINS})
             state.forget_source()
@@ -3795,7 +3797,7 @@ def ls(tools: Tools, options: argparse.Namespace) -> int:
 # status
 
 
-def status(tools: Tools, json_wanted: bool) -> int:
+def status(tools: Tools, options: argparse.Namespace) -> int:
     """Shows what is archived, the last runs, the box and the bucket, as far as they can be
     reached."""
     config, bucket, prices = tools.config, tools.bucket, tools.prices
@@ -3815,7 +3817,7 @@ def status(tools: Tools, json_wanted: bool) -> int:
     if no_count != NOT_KNOWN:  # else each request would wait for a timeout
         rule, no_rule = try_or_none(bucket.has_abort_rule)
         versioned, no_versions = try_or_none(bucket.is_versioned)
-    if json_wanted:
+    if options.json:
         answers = {
             "archived": counts if known else None,
             "usd_a_month": json_usd(usd) if known else None,
@@ -3870,11 +3872,11 @@ def show_runs(runs: list[PastRun]) -> None:
 # verify
 
 
-def verify(tools: Tools, repair: bool) -> int:
+def verify(tools: Tools, options: argparse.Namespace) -> int:
     """Compares the state with the bucket's listing; downloads nothing.  0, or 3 if they
-    differ.  `repair` corrects the state, so that the next run uploads or compares the files
+    differ.  With --repair it corrects the state: the next run uploads or compares the files
     concerned."""
-    config, other_class = tools.config, 0
+    config, repair, other_class = tools.config, options.repair, 0
     labels = (AGREE, NO_OBJECT, WRONG_SIZE, WRONG_ETAG, NOT_RECORDED)
     counts = Counter(dict.fromkeys(labels, 0))
     with contextlib.ExitStack() as stack:
@@ -3910,7 +3912,7 @@ def verify(tools: Tools, repair: bool) -> int:
 # check
 
 
-def check(tools: Tools) -> int:
+def check(tools: Tools, _options: argparse.Namespace) -> int:
     """Tries everything that a run needs, and shows a line for each; leaves nothing behind.
     0, or 1 if something is wrong."""
     config, bucket, wrong = tools.config, tools.bucket, 0
@@ -4459,6 +4461,7 @@ def make_parser() -> argparse.ArgumentParser:
     run_text = "archive what is new or changed (the default)"
     run = add("run", run_text, "-q", new_source=new_source)
     run.add_argument("-n", "--dry-run", action="store_true", help="the same as plan --list")
+    run.set_defaults(list=True)
     run.add_argument("--json", action="store_true", help=summary)
     plan_text = "what run would do and what it would cost; changes nothing"
     plan = add("plan", plan_text, "plan --list")
@@ -4616,20 +4619,16 @@ def execute(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
     try:
         handle_signals(stopping)
         tools = Tools(config, box, Bucket(config, retries), progress, summary)
-        commands: dict[str, Callable[[], int]] = {
-            "run": lambda: (
-                plan(tools, arguments.json, not arguments.json)
-                if arguments.dry_run
-                else run(tools, arguments.new_source, Report())
-            ),
-            "plan": lambda: plan(tools, arguments.json, arguments.list),
-            "ls": lambda: ls(tools, arguments),
-            "status": lambda: status(tools, arguments.json),
-            "verify": lambda: verify(tools, arguments.repair),
-            "restore": lambda: restore(tools, arguments),
-            "check": lambda: check(tools),
+        commands: dict[str, Callable[[Tools, argparse.Namespace], int]] = {
+            "run": run,
+            "plan": plan,
+            "ls": ls,
+            "status": status,
+            "verify": verify,
+            "restore": restore,
+            "check": check,
         }
-        exit_status = commands[arguments.command]()
+        exit_status = commands[arguments.command](tools, arguments)
     except Stopped:
         pass
     except ArchiveError as error:
