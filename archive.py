@@ -231,8 +231,7 @@ class Prices:
         return count * self._usd.get(".".join(name), math.nan) if count else 0.0
 
     def month(self, kind: str, files: int, size: int) -> float:
-        """A month's storage of `files` objects with `size` bytes in all.  Here and below,
-        `kind` is their storage class."""
+        """A month's storage of `files` objects of class `kind` with `size` bytes in all."""
         return self._cost(size / GIB, kind, "month") + self.month_of_index(kind, files)
 
     def month_of_index(self, kind: str, files: int) -> float:
@@ -292,8 +291,7 @@ def format_usd(usd: float) -> str:
 
 class ArchiveError(Exception):
     """An error that the user sees as one line, without a traceback.  `code` is S3's error
-    code, one of the codes below, or empty.  `status` is the exit status if the error ends
-    the program."""
+    code, one of those below, or empty, and `status` the exit status if it ends the program."""
 
     def __init__(self, message: str, code: str = "", status: int = 1):
         super().__init__(message)
@@ -316,8 +314,7 @@ COLD = "InvalidObjectState"  # S3's code: the object has to be restored before i
 
 
 class Stopped(BaseException):
-    """The program has to end.  It is no Exception, so that no library handles it as a
-    failure."""
+    """The program has to end.  Not an Exception, so that no library handles it as a failure."""
 
 
 class StopEvent(threading.Event):
@@ -366,8 +363,7 @@ PROBE = ".archive-check/"  # a key that no file can have, to try permissions wit
 
 def escape(name: bytes, pattern: re.Pattern[str]) -> str:
     """`name` as text, with everything escaped that `pattern` matches.  `unescape` reverses
-    it, and no two names become the same text: if hex digits follow an ESCAPE in the name,
-    that character is escaped itself."""
+    it: an ESCAPE in the name that hex digits follow is escaped itself."""
     text = name.decode("utf-8", "surrogateescape")
     if text.isascii() and text.isprintable():
         return text
@@ -515,10 +511,9 @@ def plan_upload(size: int, memory_limit: int) -> UploadPlan:
 
 
 def crc32_of_both(first: int, second: int, length: int) -> int:
-    """The CRC-32 of two byte strings joined, from the CRC-32 of each.  The second string has
-    `length` bytes.  A CRC is a polynomial modulo another one, and each byte that is appended
-    multiplies it by x**8 (crc32_combine in zlib).  A second pass over all bytes would take
-    7 % of the CPU time."""
+    """The CRC-32 of two byte strings joined, of which the second has `length` bytes.  A CRC
+    is a polynomial modulo another one, and each byte that is appended multiplies it by x**8
+    (crc32_combine in zlib).  A second pass over all bytes would take 7 % of the CPU time."""
     power, square = X_0, X_8
     while length:
         if length & 1:
@@ -753,8 +748,7 @@ def setting(name: str, parse: Callable[[str], Any] = str, default: object = None
 
 @dataclass(frozen=True)
 class Config:
-    """All settings, checked.  Units are bytes, bytes per second, seconds and USD.  A field
-    is None if its setting is off."""
+    """All settings, checked, in bytes, bytes per second, seconds and USD; None if off."""
 
     host: str = setting("HETZNER_HOST", HOST, REQUIRED)
     user: str = setting("HETZNER_USER", str, REQUIRED)
@@ -858,9 +852,8 @@ def add_secret(secrets: set[str], secret: str | None) -> None:
 
 
 def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
-    """The checked settings; Fatal with a line for each fault.  Paths are relative to the
-    folder of the env file, or of archive.py if there is none: cron starts the program
-    elsewhere."""
+    """The checked settings; Fatal with a line for each fault.  Paths are relative to the env
+    file's folder, or to archive.py's: cron starts the program in another folder."""
     settings = read_settings(env_file, environ)
     faults = list(setting_faults(settings))
     # A link is not resolved here: an env file may be mounted as a link (a secret of a
@@ -947,11 +940,10 @@ class SFTPError(Exception):
 
 
 class Attributes(NamedTuple):
-    """What the server says about a file, None where it sent nothing.  `size` is in bytes,
-    `mtime` in seconds since the epoch."""
+    """What the server says about a file.  A field is None if the server did not send it."""
 
     size: int | None
-    mtime: int | None
+    mtime: int | None  # seconds since the epoch
     mode: int | None
 
 
@@ -1557,8 +1549,7 @@ class StorageBox:
         return False
 
     def list_folder(self, path: bytes, limit: float = math.inf) -> list[Entry] | None:
-        """The entries of a folder, sorted by name; None if there are more than `limit`;
-        FileError."""
+        """The entries of a folder, sorted by name, None if more than `limit`; FileError."""
         return self.retry_reading(path, lambda session: read_folder(session, path, limit))
 
     def space(self) -> tuple[int, int] | None:
@@ -1613,8 +1604,7 @@ class FileReader:
             raise
 
     def read(self, amount: int = -1) -> bytes:
-        """The next `amount` bytes, fewer only at the end of the file; all that are left if
-        `amount` is negative; FileError."""
+        """The next `amount` bytes, fewer only at the end; all if negative; FileError."""
         left = self.file.size - self._delivered
         missing = amount = left if amount < 0 else min(amount, left)
         data = io.BytesIO(bytes(amount))  # getvalue() does not copy, as join() would
@@ -1651,8 +1641,7 @@ class FileReader:
         self._box.retry_reading(self.file.path, advance, self._session)
 
     def _drop_requests(self) -> None:
-        """Ignores the replies under way.  The next request is for the byte after the last
-        one that was received."""
+        """Ignores the replies under way; the next request continues after what was received."""
         self._batches.clear()
         self._requested = self._received
 
@@ -1864,8 +1853,7 @@ class Walk:
     def _file_of(
         self, folder: bytes, name: bytes, attributes: Attributes, folders: list[bytes]
     ) -> RemoteFile | None:
-        """The file if the entry is one to archive.  A folder is added to `folders`; any other
-        entry is counted."""
+        """The file to archive, if the entry is one.  A folder is added to `folders`."""
         path, (size, mtime, mode) = join(folder, name), attributes
         kind = stat.S_IFMT(mode or 0)
         if not name or b"/" in name or len(path) > MAX_PATH_BYTES:
@@ -1961,8 +1949,7 @@ Statement = str | tuple[Any, ...]  # SQL, or SQL and its values
 
 
 class State:
-    """The state database, for one thread.  Methods raise Fatal.  Each one that writes commits
-    in one transaction before it returns."""
+    """The state database, for one thread.  Methods raise Fatal, and commit what they write."""
 
     def __init__(self, config: Config, copy: bool = False):
         """Opens the database, or makes it.  With `copy`, it opens a temporary copy instead,
@@ -2138,8 +2125,7 @@ class State:
     # All rows
 
     def records(self, condition: str = "true") -> Iterator[Record]:
-        """Rows by key, in the order of S3's listings.  Rows that were returned already may be
-        changed meanwhile."""
+        """Rows sorted by key, as S3's listings are.  Those already returned may be changed."""
         query = f"{RECORDS} WHERE {condition} AND key > ? ORDER BY key LIMIT {PAGE}"
         last = ""
         while rows := [Record(*row) for row in self._rows(query, last)]:
@@ -2181,8 +2167,7 @@ class State:
         )
 
     def record_run(self, run: PastRun) -> None:
-        """Adds or replaces a run.  At its beginning, this also shows that the database can be
-        written."""
+        """Adds or replaces a run.  When a run begins, this shows that the state is writable."""
         self._commit(("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *run))
 
     def last_runs(self, count: int) -> list[PastRun]:
@@ -2209,8 +2194,7 @@ def row_statements(
 
 
 def create_private(path: Path) -> None:
-    """Creates the file if it is missing, readable only by its owner: the state and the log
-    contain file names."""
+    """Creates the file if it is missing, readable only by its owner: it has names in it."""
     with contextlib.suppress(OSError):  # the caller opens the file next, and gets the error
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
 
@@ -2541,8 +2525,7 @@ class Bucket:
     # Uploads
 
     def put(self, key: str, data: bytes, mtime: int) -> StoredObject:
-        """Uploads with one PUT, and lets S3 check the CRC-32.  upload_fileobj would take half
-        as much CPU time again."""
+        """Uploads with one PUT; S3 checks the CRC-32.  upload_fileobj takes 50 % more CPU."""
         crc32 = zlib.crc32(data)
         arguments = self._upload_arguments(len(data), mtime)
         arguments["ChecksumCRC32"] = crc_text(crc32)
@@ -2632,8 +2615,7 @@ class Bucket:
         return best
 
     def _parts_of(self, key: str, upload_id: str, size: int | None) -> list[dict[str, Any]]:
-        """The stored parts from the first one on, up to one that is missing, has another
-        size, or has no CRC-32."""
+        """The stored parts before the first that is missing, of another size or without CRC."""
         parts: list[dict[str, Any]] = []
         for part in self._list("list_parts", "Parts", Key=key, UploadId=upload_id):
             is_next = part["PartNumber"] == len(parts) + 1 and part["Size"] == size
@@ -2663,9 +2645,8 @@ class Bucket:
     # Objects
 
     def objects(self, prefix: str, at: float | None = None) -> Iterator[StoredObject]:
-        """The objects below `prefix`, now or at the time `at`, in the order of their keys.  A
-        request lists 1,000.  The empty objects that S3's console makes for folders are
-        skipped."""
+        """The objects below `prefix`, now or at the time `at`, sorted by key.  The empty
+        objects that S3's console makes for folders are skipped."""
         listing = {"Prefix": prefix, "OptionalObjectAttributes": ["RestoreStatus"]}
         if at is None:
             entries = self._list("list_objects_v2", "Contents", **listing)
@@ -2975,8 +2956,7 @@ BAR = {"dynamic_ncols": True, "leave": False}
 
 
 class Progress:
-    """tqdm bars on a terminal: one for the bytes that are moved, and one for the files that
-    are looked at."""
+    """tqdm bars on a terminal, for the bytes that are moved and the files that are counted."""
 
     def __init__(self, shown: bool):
         self._shown = shown
@@ -3170,8 +3150,7 @@ Uploads = Mapping[str, tuple[int, "int | None", int]]  # as from State.uploads
 
 
 def make_job(file: RemoteFile, config: Config, state: State, uploads: Uploads) -> Job:
-    """The job for a file without a row of its size and mtime; FileError if S3 cannot hold
-    the file."""
+    """The job for a file that is not recorded; FileError if S3 cannot hold the file."""
     key = object_key(config.prefix, relative_path(config.remote_path, file.path))
     plan = plan_upload(file.size, config.memory_limit)
     version = (file.size, file.mtime, plan.part_size)
@@ -3318,8 +3297,8 @@ class Forecast(WalkReport):
         }
 
     def tiny_savings(self) -> tuple[float, float]:
-        """USD of the upload and of a month's storage that would be saved if files below
-        TINY_FILE went into CLASS_FOR_TINY."""
+        """USD saved of the upload and of a month, if files below TINY_FILE went into
+        CLASS_FOR_TINY."""
         prices, tiny, other = self.prices, total(self.tiny), CLASS_FOR_TINY
         uploads = (prices.upload(kind, {"put": c.files}) for kind, c in self.tiny.items())
         upload = sum(uploads) - prices.upload(other, {"put": tiny.files})
@@ -3423,8 +3402,7 @@ class Report(WalkReport):
         self.ended_early = ""  # the reason
 
     def rows(self) -> Rows:
-        """The summary: five rows that it always has, and others if there is something in
-        them."""
+        """The summary: five rows that it always has, and others that are left out if empty."""
         yield "Uploaded files", self.uploaded
         yield "Skipped files", self.unchanged
         yield "Failed files", self.failed
@@ -3454,8 +3432,8 @@ class Run:
         self._turns = threading.Semaphore(self._config.transfers)
 
     def archive(self) -> None:
-        """Archives what is new or changed; Fatal, Stopped.  Even then, everything that S3 has
-        acknowledged is committed."""
+        """Archives what is new or changed; Fatal, Stopped, after what S3 has acknowledged is
+        committed."""
         threads, limit = 2 * self._config.transfers - 1, self._config.memory_limit
         work = Parallel(self._transfer, self._box, threads, lambda j: j.plan.memory, limit)
         with contextlib.closing(work.outcomes(self._jobs())) as outcomes:
@@ -3481,8 +3459,7 @@ class Run:
         return True
 
     def _is_affordable(self, job: Job) -> bool:
-        """Adds the most that the job may cost to what was planned.  Returns whether MAX_COST
-        allows that."""
+        """Adds the job's cost to what was planned.  Returns whether MAX_COST allows that."""
         limit, cost = self._config.max_cost, sum(job_cost(job, self._config, self._prices))
         self._planned += cost
         if limit is None or self._planned <= limit:
@@ -3516,8 +3493,7 @@ class Run:
                 yield job
 
     def _transfer(self, job: Job) -> Archived | None:
-        """On a thread of the pool: reads one file, and uploads it unless S3 holds it.  None
-        if the run is about to end."""
+        """Reads one file, and uploads it unless S3 holds it; None if the run is ending."""
         if self._is_out_of_time() or self._box.stopping.is_set():
             return None
         parts: StoredParts | None = None
@@ -3625,8 +3601,8 @@ def with_content(found: StoredObject, blocks: Iterable[bytes]) -> StoredObject |
 
 
 def check_changes(tools: Tools, state: State) -> None:
-    """Fatal if more of the archived files have changed or are gone than MAX_CHANGED allows:
-    ransomware would do that."""
+    """Fatal if more archived files have changed or are gone than MAX_CHANGED allows, as after
+    an attack by ransomware."""
     limit = tools.config.max_changed
     if limit is None:
         return
@@ -3695,8 +3671,7 @@ NOT_KNOWN = "not known"
 
 
 def try_or_none(question: Callable[[], T]) -> tuple[T | None, str]:
-    """The answer and an empty text.  If it fails: None and a text to show instead; the error
-    is a warning."""
+    """The answer and an empty text; after an error, None and a text to show instead."""
     try:
         return question(), ""
     except ArchiveError as error:
@@ -3706,13 +3681,9 @@ def try_or_none(question: Callable[[], T]) -> tuple[T | None, str]:
         return None, NOT_KNOWN
 
 
-# ls
-
-
 def wanted_paths(given: Iterable[str], root: bytes) -> list[bytes]:
     """The `given` paths, absolute or relative to REMOTE_PATH, as relative ones, without those
-    below another one.  An empty list stands for all files.  Fatal for / if that is not
-    REMOTE_PATH."""
+    below another one.  Empty for all files.  Fatal for /, unless that is REMOTE_PATH."""
     start = join(root, b"")
     names = [os.fsencode(path).rstrip(b"/") for path in given]
     if b"" in names and root != b"/":  # a script may have left a variable empty: $FOLDER/
@@ -3794,12 +3765,8 @@ def ls(tools: Tools, options: argparse.Namespace) -> int:
     return status
 
 
-# status
-
-
 def status(tools: Tools, options: argparse.Namespace) -> int:
-    """Shows what is archived, the last runs, the box and the bucket, as far as they can be
-    reached."""
+    """Shows what is archived, and what the box and the bucket say if they can be reached."""
     config, bucket, prices = tools.config, tools.bucket, tools.prices
 
     def read_state() -> tuple[Counts, list[PastRun], float]:
@@ -3869,13 +3836,9 @@ def show_runs(runs: list[PastRun]) -> None:
         show(columns(started, ended, uploaded, failed, size, took))
 
 
-# verify
-
-
 def verify(tools: Tools, options: argparse.Namespace) -> int:
     """Compares the state with the bucket's listing; downloads nothing.  0, or 3 if they
-    differ.  With --repair it corrects the state: the next run uploads or compares the files
-    concerned."""
+    differ.  --repair corrects the state: the next run uploads or compares these files."""
     config, repair, other_class = tools.config, options.repair, 0
     labels = (AGREE, NO_OBJECT, WRONG_SIZE, WRONG_ETAG, NOT_RECORDED)
     counts = Counter(dict.fromkeys(labels, 0))
@@ -3909,12 +3872,8 @@ def verify(tools: Tools, options: argparse.Namespace) -> int:
     return 3 if faults else 0
 
 
-# check
-
-
 def check(tools: Tools, _options: argparse.Namespace) -> int:
-    """Tries everything that a run needs, and shows a line for each; leaves nothing behind.
-    0, or 1 if something is wrong."""
+    """Tries everything that a run needs, and leaves nothing behind.  0, or 1 if it fails."""
     config, bucket, wrong = tools.config, tools.bucket, 0
 
     def line(verdict: str, text: str) -> None:
@@ -4129,8 +4088,7 @@ def size_and_mtime(session: Session, path: bytes) -> tuple[int | None, int | Non
 
 
 def write_file(session: Session, path: bytes, mtime: int, blocks: Iterator[bytes]) -> int:
-    """Writes a new file, and returns its size.  SFTPError, FileError if the box then has
-    another size or mtime."""
+    """Writes a new file, and returns its size.  SFTPError; FileError if the box has another."""
     # Removes what a killed pass has left: ProFTPD does not allow writing to it again.
     session.send(simple_request(FXP_REMOVE, path))
     handle = session.ask_one(open_request(path, FOR_WRITING))
@@ -4164,8 +4122,7 @@ READY = "Ready"  # can be downloaded
 
 
 class Restore:
-    """One pass: objects that can be read are downloaded, and S3 is asked to restore those
-    that are cold."""
+    """One pass: downloads what can be read, and asks S3 to restore cold objects."""
 
     def __init__(self, tools: Tools, options: argparse.Namespace, asked_at: float | None):
         """`asked_at` is the time when an earlier pass last asked S3 to restore an object."""
@@ -4183,8 +4140,7 @@ class Restore:
         self._other_names: dict[str, bytes] = {}  # by key, of files whose path is a folder now
 
     def survey(self) -> tuple[int, int, Counts]:
-        """Changes nothing.  The bytes that can be downloaded, the bytes that S3 is restoring,
-        and the cold objects by class."""
+        """Bytes that can be downloaded, bytes that S3 is restoring, and cold objects."""
         cold: Counts = {}
         sizes: Counter[str] = Counter()
         with self._tools.progress.counting("looking") as bar:
@@ -4231,8 +4187,7 @@ class Restore:
         return self._other_names.get(key) or unescape(key[len(self._config.prefix) :])
 
     def _give_other_name(self, key: str) -> None:
-        """For a file `x` of which there is also `x/y`: the file is restored beside the
-        folder."""
+        """For an object `x` if there is also `x/y`: `x` is restored beside that folder."""
         name = self._name(key)
         other = name + b".file"
         while self._bucket.head(unchecked_key(self._config, other)) is not None:
@@ -4242,8 +4197,7 @@ class Restore:
         log.warning(message, printable(name), printable(other))
 
     def _wanted(self) -> Iterator[StoredObject]:
-        """The selected objects.  If two have the same path, only the one with this program's
-        key is among them."""
+        """The selected objects; of two that have the same path, the one with our key."""
         above: list[str] = []  # earlier keys that the next key begins with
         for found in select_objects(self._config, self._bucket, self._paths, self._options.at):
             key = found.key
@@ -4324,8 +4278,8 @@ def mtime_of(stored: StoredObject) -> int:
 
 
 def restore(tools: Tools, options: argparse.Namespace) -> int:
-    """Restores files.  75 while an object is cold, 3 if one failed, else 0.  `--wait` repeats
-    the pass until its status is not 75."""
+    """Restores files: 75 while one is cold, 3 if one failed, else 0.  --wait repeats the pass
+    while it gives 75."""
     asked_at: float | None = None
     with locked(tools.config, ".restore.lock"):
         while True:
@@ -4376,8 +4330,7 @@ def restore_once(tools: Tools, work: Restore, options: argparse.Namespace) -> in
 
 
 def show_estimate(tools: Tools, cold: Counts, other: int, options: argparse.Namespace) -> None:
-    """Shows what it costs to restore the cold objects, and to download them and `other`
-    bytes."""
+    """Shows the cost of restoring cold objects, and of downloading them and `other` bytes."""
     prices, asked_for = tools.prices, total(cold)
     tier, days = options.tier, options.days
     download = prices.download(asked_for.files, asked_for.bytes + other)
@@ -4423,9 +4376,10 @@ exit statuses:
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports wrong arguments in one line."""
+Command = Callable[[Tools, argparse.Namespace], int]  # returns the exit status
 
+
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
@@ -4448,9 +4402,13 @@ def make_parser() -> argparse.ArgumentParser:
     add_level("-q", "--quiet", const=logging.WARNING, help=quiet)
     commands = parser.add_subparsers(metavar="COMMAND", dest="command")
 
-    def add(name: str, text: str, example: str, **flags: str) -> argparse.ArgumentParser:
+    def add(
+        function: Command, text: str, example: str, **flags: str
+    ) -> argparse.ArgumentParser:
         about, end = f"{text[0].upper()}{text[1:]}.", f"example: archive.py {example}"
+        name = function.__name__
         command = commands.add_parser(name, help=text, description=about, epilog=end)
+        command.set_defaults(function=function)
         for flag, meaning in flags.items():
             option = f"--{flag.replace('_', '-')}"
             command.add_argument(option, action="store_true", help=meaning)
@@ -4459,32 +4417,31 @@ def make_parser() -> argparse.ArgumentParser:
     new_source = "the files are at another HETZNER_USER or REMOTE_PATH now: compare them"
     summary = "the summary as JSON, and nothing else on stdout"
     run_text = "archive what is new or changed (the default)"
-    run = add("run", run_text, "-q", new_source=new_source)
-    run.add_argument("-n", "--dry-run", action="store_true", help="the same as plan --list")
-    run.set_defaults(list=True)
-    run.add_argument("--json", action="store_true", help=summary)
+    command = add(run, run_text, "-q", new_source=new_source)
+    command.add_argument("-n", "--dry-run", action="store_true", help="the same as plan --list")
+    command.set_defaults(list=True)  # for --dry-run
+    command.add_argument("--json", action="store_true", help=summary)
     plan_text = "what run would do and what it would cost; changes nothing"
-    plan = add("plan", plan_text, "plan --list")
-    form = plan.add_mutually_exclusive_group()
+    form = add(plan, plan_text, "plan --list").add_mutually_exclusive_group()
     files = "first each file: + new, * changed, ? to compare, - gone from the box, ! failing"
     form.add_argument("--list", action="store_true", help=files)
     form.add_argument("--json", action="store_true", help="as JSON")
     objects = "as JSON, an object a line"
     ls_text = "what is archived, from the bucket's listing"
-    add_selection(add("ls", ls_text, "ls photos/2024 --at 30d", json=objects))
+    add_selection(add(ls, ls_text, "ls photos/2024 --at 30d", json=objects))
     status_text = "what is archived, its cost, the last runs, the box's room"
-    add("status", status_text, "status --json", json="as JSON")
+    add(status, status_text, "status --json", json="as JSON")
     repair = "bring the state in line: the next run uploads or compares what differs"
     verify_text = "compare the state with the bucket's listing; downloads nothing"
-    add("verify", verify_text, "verify --repair", repair=repair)
+    add(verify, verify_text, "verify --repair", repair=repair)
     wait = "go on until all is there, instead of ending with 75"
     restore_text = "bring files back; run it again until it ends with 0"
     drill = "restore photos/2024 letters/will.pdf --to drill"
-    add_restore(add("restore", restore_text, drill, json=summary, wait=wait))
+    add_restore(add(restore, restore_text, drill, json=summary, wait=wait))
     check_text = "try settings, box, bucket and permissions, with the remedy for each"
-    add("check", check_text, "--env-file other.env check")
+    add(check, check_text, "--env-file other.env check")
     defaults = {"new_source": False, "dry_run": False, "json": False}
-    parser.set_defaults(level=logging.INFO, command="run", **defaults)
+    parser.set_defaults(level=logging.INFO, command="run", function=run, **defaults)
     return parser
 
 
@@ -4619,16 +4576,7 @@ def execute(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
     try:
         handle_signals(stopping)
         tools = Tools(config, box, Bucket(config, retries), progress, summary)
-        commands: dict[str, Callable[[Tools, argparse.Namespace], int]] = {
-            "run": run,
-            "plan": plan,
-            "ls": ls,
-            "status": status,
-            "verify": verify,
-            "restore": restore,
-            "check": check,
-        }
-        exit_status = commands[arguments.command](tools, arguments)
+        exit_status = arguments.function(tools, arguments)
     except Stopped:
         pass
     except ArchiveError as error:
