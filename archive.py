@@ -243,9 +243,9 @@ class Prices:
         return (standard + self._cost(files * INDEX_IN_CLASS, kind, "month")) / GIB
 
     def upload(self, kind: str, requests: Mapping[str, int]) -> float:
-        """The requests of uploads, by kind.  PUT and Complete have the price of a PUT into
-        the class, Create that of a part, HEAD that of a GET (S3 user guide, "Multipart upload
-        and pricing"), and listings that of a PUT into STANDARD."""
+        """Requests of these kinds.  PUT and Complete have the price of a PUT into the class,
+        Create that of a part, HEAD that of a GET (S3 user guide, "Multipart upload and
+        pricing"), and listings that of a PUT into STANDARD."""
         puts = requests.get("put", 0) + requests.get("complete", 0)
         parts = requests.get("create", 0) + requests.get("part", 0)
         cost = self._cost(puts, kind, "put") + self._cost(parts, kind, "part")
@@ -253,7 +253,7 @@ class Prices:
         return (cost + self._cost(requests.get("head", 0), "get")) / 1000
 
     def requests(self, sent: Mapping[tuple[str, str], int]) -> float:
-        """The requests in Bucket.requests, to which other threads may be adding."""
+        """All of Bucket.requests, which other threads may be changing."""
         return sum(self.upload(kind, {name: n}) for (kind, name), n in [*sent.items()])
 
     def early_deletion(self, kind: str, size: int, age_days: float) -> float:
@@ -1564,8 +1564,8 @@ class StorageBox:
 
 
 def is_recent(file: RemoteFile, began: float) -> bool:
-    """Whether the file was modified less than RECENT seconds before the reading `began`, or
-    later: a second change could have kept its size and mtime."""
+    """Whether the file was modified since RECENT seconds before its reading `began`: a second
+    change could have kept its size and mtime."""
     return began - RECENT <= file.mtime <= time.time() + RECENT
 
 
@@ -1723,9 +1723,6 @@ class FileReader:
                 f"changed while it was read: {before.size:,} bytes of mtime {before.mtime}, "
                 f"then {after.size:,} of {after.mtime}"
             )
-
-
-# Walking
 
 
 def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | None:
@@ -2088,27 +2085,28 @@ class State:
                     ("UPDATE objects SET etag = NULL, crc32 = NULL WHERE path = ?", path),
                 ]
             if job.plan.parts_at_once and not job.resumes:
-                is_known = not (job.compares or is_recent(job.file, time.time()))
-                statements.append(self._upload_row(job, job.file.mtime if is_known else None))
+                is_unsure = job.compares or is_recent(job.file, time.time())
+                mtime = None if is_unsure else job.file.mtime
+                statements.append(self._upload_statement(job, mtime))
         self._commit(*statements)
 
     def note_upload(self, job: Job) -> None:
         """For a large file whose comparison was cut off.  The next run uploads it instead: an
         upload can be continued, a comparison would begin again every night."""
-        self._commit(self._upload_row(job, job.file.mtime))
+        self._commit(self._upload_statement(job, job.file.mtime))
 
-    def _upload_row(self, job: Job, mtime: int | None) -> tuple[Any, ...]:
+    def _upload_statement(self, job: Job, mtime: int | None) -> tuple[Any, ...]:
         row = (job.key, path_text(job.file.path), job.file.size, mtime, job.plan.part_size)
         return ("INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?)", *row)
 
     def record(self, archived: Iterable[Archived]) -> None:
         """Commits files that S3 has acknowledged, or was found to hold already.  The
-        invariant depends on this method: it is called with no others."""
+        invariant depends on this method, which must be called only with such files."""
         statements: list[Statement] = []
-        for file, stored, is_recent, _ in archived:
-            path, mtime = path_text(file.path), None if is_recent else file.mtime
-            statements += row_statements(path, file.size, mtime, stored)
-            statements.append(("DELETE FROM uploads WHERE key = ?", stored.key))
+        for done in archived:
+            path, mtime = path_text(done.file.path), None if done.is_recent else done.file.mtime
+            statements += row_statements(path, done.file.size, mtime, done.stored)
+            statements.append(("DELETE FROM uploads WHERE key = ?", done.stored.key))
         self._commit(*statements)
 
     # Unfinished uploads
@@ -3220,7 +3218,6 @@ class Forecast(WalkReport):
         super().__init__()
         self._tools, self._config, self._state = tools, tools.config, state
         self._uploads, self._on_file, self.prices = state.uploads(), on_file, tools.prices
-        self.before = by_class(state, tools.config.storage_class)
         self.afterwards = by_class(state, tools.config.storage_class)
         kinds = ("new", "changed", "to_compare", "unchanged")
         self.counts: Counts = {kind: Count() for kind in kinds}
@@ -3608,7 +3605,8 @@ def check_changes(tools: Tools, state: State) -> None:
         return
     forecast = Forecast(tools, state)
     forecast.walk_box()
-    before, gone = total(forecast.before).files, total(forecast.gone).files
+    before = total(by_class(state, tools.config.storage_class)).files
+    gone = total(forecast.gone).files
     if (forecast.altered + gone) * 100 > limit * before:
         found = f"{forecast.altered:,} have changed and {gone:,} are gone"
         reason = f"MAX_CHANGED is {limit} %, but of {before:,} archived files {found}"
@@ -4030,7 +4028,7 @@ class BoxFolder:
         mtime = min(max(0, mtime), (1 << 32) - 1)  # SFTP's times are unsigned
         written: int | None = None  # bytes
 
-        def store(session: Session) -> None:
+        def write_and_rename(session: Session) -> None:
             nonlocal written
             # An earlier attempt may have renamed the file, and lost the reply.
             if written is not None and size_and_mtime(session, path) == (written, mtime):
@@ -4048,7 +4046,7 @@ class BoxFolder:
                 raise FileError("the box has something else in its place then")
 
         try:
-            self._box.retry(store)
+            self._box.retry(write_and_rename)
         except FileError as error:
             free = None
             with contextlib.suppress(Fatal, Stopped, FileError):
@@ -4237,9 +4235,7 @@ class Restore:
                     f"another file is there, of {existing.size} bytes and mtime "
                     f"{existing.mtime}, not {found.size} and {mtime}: --overwrite replaces it"
                 )
-        if found.storage_class not in COLD_CLASSES or found.restored:
-            return READY
-        return NOT_ASKED if found.restored is None else BUSY
+        return {"cold": NOT_ASKED, "restoring": BUSY}.get(thaw_state(found), READY)
 
     def _restore_one(self, found: StoredObject) -> str:
         """Downloads the object or asks S3 for it, and returns its label then; FileError."""
