@@ -1066,7 +1066,8 @@ class Batch:
         self._packets: list[Any] = [None] * len(requests)
         self._missing = len(requests)
         self._lost: str | None = None  # the reason, once the session has ended
-        self._ended = threading.Lock()  # much faster than an Event or a Future
+        # Held until the last reply has arrived: much faster than an Event or a Future.
+        self._ended = threading.Lock()
         self._ended.acquire()
 
     def deliver(self, index: int, packet: memoryview) -> None:
@@ -1541,11 +1542,14 @@ class StorageBox:
 
     def attributes(self, path: bytes) -> Attributes:
         """The attributes of `path` itself, even if it is a link; SFTPError, FileError."""
-        return self.retry(lambda s: Attributes(*s.ask_one(simple_request(FXP_LSTAT, path))))
+        request = simple_request(FXP_LSTAT, path)
+        found: Attributes = self.retry(lambda session: session.ask_one(request))
+        return found
 
     def exists(self, path: bytes) -> bool:
         with contextlib.suppress(SFTPError, FileError):
-            return bool(self.attributes(path))
+            self.attributes(path)
+            return True
         return False
 
     def list_folder(self, path: bytes, limit: float = math.inf) -> list[Entry] | None:
@@ -2321,7 +2325,7 @@ class StoredObject(NamedTuple):
     etag: str
     crc32: int | None = None  # of the whole object
     mtime: int | None = None  # from the metadata; rclone keeps it there, too
-    restored: bool | None = None  # of a cold object: True if it can be read, False if soon
+    restored: bool | None = None  # a cold object's: True once it is, False while S3 does it
     version_id: str | None = None  # None for the current version
 
 
@@ -2706,7 +2710,8 @@ class Bucket:
                 raise
 
         answer = get(ChecksumMode="ENABLED")
-        stored, bodies = stored_object(found.key, answer), [answer["Body"]]
+        stored = stored_object(found.key, answer)
+        bodies = [answer["Body"]]  # the one to read next; empty once it was read
 
         def blocks() -> Iterator[bytes]:
             at = crc32 = failures = 0
@@ -2762,25 +2767,24 @@ class Bucket:
     def permission_probes(self) -> Iterator[tuple[str, Callable[[], object]]]:
         """Each permission that is needed, and a call that raises without it.  Called in this
         order, they leave nothing behind.  Only `restore` needs s3:RestoreObject."""
-        key, prefix, ask = self.prefix + PROBE, self.prefix, partial(partial, self._ask)
+        key, prefix, ask = self.prefix + PROBE, self.prefix, self._ask
         nothing = {"Key": key, "UploadId": "none"}
 
         def upload() -> None:
             arguments = self._upload_arguments(SMALL_FILE, 0)  # the class may be refused
-            answer = self._ask("create_multipart_upload", Key=key, **arguments)
-            upload_id = answer["UploadId"]
-            self._ask("abort_multipart_upload", *MISSING, Key=key, UploadId=upload_id)
+            upload_id = ask("create_multipart_upload", Key=key, **arguments)["UploadId"]
+            ask("abort_multipart_upload", *MISSING, Key=key, UploadId=upload_id)
 
-        yield "s3:ListBucket", ask("list_objects_v2", Prefix=prefix, MaxKeys=1)
-        yield "s3:GetObject", ask("head_object", *MISSING, Key=key)
-        uploads = ask("list_multipart_uploads", Prefix=prefix, MaxUploads=1)
+        yield "s3:ListBucket", partial(ask, "list_objects_v2", Prefix=prefix, MaxKeys=1)
+        yield "s3:GetObject", partial(ask, "head_object", *MISSING, Key=key)
+        uploads = partial(ask, "list_multipart_uploads", Prefix=prefix, MaxUploads=1)
         yield "s3:ListBucketMultipartUploads", uploads
-        yield "s3:ListMultipartUploadParts", ask("list_parts", *MISSING, **nothing)
-        abort = ask("abort_multipart_upload", *MISSING, **nothing)
+        yield "s3:ListMultipartUploadParts", partial(ask, "list_parts", *MISSING, **nothing)
+        abort = partial(ask, "abort_multipart_upload", *MISSING, **nothing)
         yield "s3:AbortMultipartUpload", abort
         yield "s3:PutObject", upload
         request = {"Days": 1, "GlacierJobParameters": {"Tier": "Bulk"}}
-        restore = ask("restore_object", *MISSING, Key=key, RestoreRequest=request)
+        restore = partial(ask, "restore_object", *MISSING, Key=key, RestoreRequest=request)
         yield "s3:RestoreObject", restore
 
 
@@ -3503,7 +3507,7 @@ class Run:
         # An mtime in the object's metadata is as good as a row of ours, unless the file was
         # uploaded so soon after it that the file could have changed again and kept it.
         if found and found.mtime == job.file.mtime < found.stored_at - RECENTLY_STORED:
-            return Archived(job.file, found, False, False)
+            return Archived(job.file, found, is_recent=False, is_upload=False)
         if job.plan.parts_at_once:
             with self._turns:
                 self._box.stopping.check()
@@ -3513,12 +3517,12 @@ class Run:
             data = reader.read()
         same = with_content(found, [data]) if found and found.size == len(data) else None
         if same:
-            return Archived(reader.file, same, reader.is_recent, False)
+            return Archived(reader.file, same, reader.is_recent, is_upload=False)
         with self._turns:
             self._box.stopping.check()
             stored = self._bucket.put(job.key, data, reader.file.mtime)
         self._progress.moved(len(data))
-        return Archived(reader.file, stored, reader.is_recent, True)
+        return Archived(reader.file, stored, reader.is_recent, is_upload=True)
 
     def _object_to_compare(self, job: Job) -> StoredObject | None:
         """The object to compare the file with; None if it cannot be the same.  The row is
@@ -3544,7 +3548,7 @@ class Run:
             if reader.file.size != found.size:
                 return None
             same = with_content(found, iter(partial(self._read, reader, BLOCK), b""))
-        return Archived(reader.file, same, reader.is_recent, False) if same else None
+        return Archived(reader.file, same, reader.is_recent, is_upload=False) if same else None
 
     def _archive_large(self, job: Job, parts: StoredParts | None) -> Archived:
         """Uploads a large file, after the parts that are stored.  FileError if it is not as it
@@ -3559,7 +3563,7 @@ class Run:
             moved(offset)
             read = partial(self._read, reader)
             stored = self._bucket.upload(job.key, read, reader.file, plan, parts, moved)
-            return Archived(reader.file, stored, reader.is_recent, True)
+            return Archived(reader.file, stored, reader.is_recent, is_upload=True)
 
     def _settle(self, outcomes: list[Outcome]) -> None:
         """Commits and counts what has finished."""
@@ -3581,8 +3585,8 @@ class Run:
                 report.skipped["Vanished"] += 1
                 log.info("vanished %s", path)
             elif error and error.code == UNFINISHED:
-                is_known = not is_recent(job.file, report.started_at)
-                if job.compares and job.plan.parts_at_once and is_known:
+                is_large = job.plan.parts_at_once > 0
+                if job.compares and is_large and not is_recent(job.file, report.started_at):
                     self._state.note_upload(job)
             elif error:
                 report.add_failure(job.file.path, error)
@@ -3690,7 +3694,8 @@ def wanted_paths(given: Iterable[str], root: bytes) -> list[bytes]:
     inner = {name.removeprefix(start).removeprefix(b"./") for name in names}
     if inner & {b"", b"."} or {root, join(b".", root)} & set(names):
         return []
-    return sorted(p for p in inner if not any(p.startswith(join(q, b"")) for q in inner))
+    folders = tuple(join(path, b"") for path in inner)
+    return sorted(path for path in inner if not path.startswith(folders))
 
 
 def unchecked_key(config: Config, relative: bytes) -> str:
@@ -3798,20 +3803,17 @@ def status(tools: Tools, options: argparse.Namespace) -> int:
         return 0
     used, free = map(format_size, space or (0, 0))
     box = f"{used} used, {free} free" if space else "the server does not tell"
-    rows: list[tuple[str, object]] = [
-        ("Archived", no_state or total(counts)),
-        *(
-            (kind, count if kind == config.storage_class else f"{count}, not STORAGE_CLASS")
-            for kind, count in counts.items()
-        ),
+    rows: list[tuple[str, object]] = [("Archived", no_state or total(counts))]
+    for kind, count in counts.items():
+        note = "" if kind == config.storage_class else ", not STORAGE_CLASS"
+        rows.append((kind, f"{count}{note}"))
+    rule_text = "aborts unfinished uploads" if rule else "none: see the README"
+    rows += [
         ("Storage a month", no_state or usd),
         ("Spent in 30 days", no_state or spent),
         ("Box", no_space or box),
         ("Unfinished uploads", no_count or unfinished),
-        (
-            "Lifecycle rule",
-            no_rule or ("aborts unfinished uploads" if rule else "none: see the README"),
-        ),
+        ("Lifecycle rule", no_rule or rule_text),
         ("Versioning", no_versions or ("on" if versioned else "off")),
     ]
     show_table("STATUS", rows)
