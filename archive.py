@@ -10,20 +10,20 @@
 # ///
 """Archive a Hetzner Storage Box into Amazon S3 Glacier Deep Archive, and restore it.
 
-A generator walks the box over SFTP.  A SQLite table of (path, size, mtime) says what is
-archived already.  Everything else is streamed to S3 with boto3, one object per file,
-without a copy on local disk, and committed to the table once S3 has acknowledged it.
+A generator walks the box over SFTP.  A SQLite table of (path, size, mtime) says which files
+are archived already.  Every other file is streamed to S3 with boto3, one object per file,
+without a copy on local disk.  It is committed to the table once S3 has acknowledged it.
 
-The bucket is the record, the state database is a cache of it: all that the state knows
-can be learned from the bucket again.  The invariant, which everything below upholds:
+The bucket is the record, and the state database is a cache of it, which can be made again
+from the bucket.  All code below upholds one invariant:
 
     A row with an mtime exists only if S3 holds an object of exactly the bytes that
     the box serves for that path at this size and mtime.
 
-A row without an mtime says that S3 holds an object of this size, which has to be
-compared before it is believed.  Anything may fail, be killed or be retried.  Only what
-S3 is not known to hold is uploaded.  Nothing is ever deleted from the bucket, and nothing
-on the box is changed, except by `restore --to-box`.
+A row without an mtime says that S3 holds an object of this size.  The file is compared
+with it before the row is believed.  Anything may fail, be killed or be retried.  Only
+what S3 is not known to hold is uploaded.  No object is ever deleted from the bucket, and
+only `restore --to-box` changes anything on the box.
 
 Sections, each using only those above it: Limits, Prices, Errors, Names, Settings, SFTP,
 Login, Storage Box, State, Bucket, Output, Parallel work, Forecast (with `plan`), Run,
@@ -96,79 +96,79 @@ except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}: start it as .venv/bin/python archive.py, see the README")
 
 log = logging.getLogger("archive")  # to stderr and LOG_FILE
-files_log = logging.getLogger("archive.files")  # one line per file; not beside progress bars
+files_log = logging.getLogger("archive.files")  # one line per file; progress bars replace it
 results_log = logging.getLogger("archive.results")  # to stdout and LOG_FILE
 
 T = TypeVar("T")
 
-VERSION = "2.0"  # what changes with the first number is in the README, Upgrading
+VERSION = "2.0"  # "Upgrading" in the README says what changes with the first number
 
 # ---------------------------------------------------------------------- Limits
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
-# S3's own: "Amazon S3 multipart upload limits" and "Naming Amazon S3 objects" in the
-# S3 user guide.
+# S3's limits, from "Amazon S3 multipart upload limits" and "Naming Amazon S3 objects" in
+# the S3 user guide.
 MAX_PARTS = 10_000
 MAX_KEY_BYTES = 1024
-# Part sizes that are used here and by other programs, from S3's least to its greatest: the
-# doubles of 5 MiB (rclone), of 8 MiB (boto3, AWS CLI) and between.  A known part size lets
-# an ETag be compared with a file.
-DOUBLES = (least * MIB << n for least in (5, 6, 7, 8) for n in range(11))
-PART_SIZES = sorted(size for size in DOUBLES if size <= 5 * GIB)
+# Part sizes of this and of other programs, from S3's minimum of 5 MiB to its maximum of
+# 5 GiB: 5 MiB (rclone), 6, 7 and 8 MiB (boto3, AWS CLI), and their doubles.  The ETag of an
+# upload in parts can be compared with a file only if the part size is known.
+PART_SIZES = [size * MIB << n for n in range(10) for size in (5, 6, 7, 8)] + [5 * GIB]
 
-# A smaller file is read whole and sent with one PUT; from here on it goes up in parts.
-# Larger parts cost fewer requests (16 MiB: about $0.33 a TiB), smaller ones less memory.
+# A file below SMALL_FILE is read whole and sent with one PUT.  A larger one goes up in parts.
+# Larger parts need fewer requests (16 MiB: about $0.33 a TiB), smaller ones less memory.
 SMALL_FILE = 16 * MIB
 PART_SIZE = 16 * MIB
 PARTS_AT_ONCE = 4
 MIN_MEMORY = 32 * MIB
-GROWTH = 64 * KIB  # that a file may have grown by since it was listed
-BLOCK = MIB  # read at a time if a file is only compared
+GROWTH = 64 * KIB  # the most that a file may grow between its listing and its OPEN
+BLOCK = MIB  # bytes per read of a file that is only compared
 
-# OpenSSH answers a READ with at most 261,120 bytes.  The window divided by the round trip
-# bounds the rate: 16 MiB at 20 ms are 800 MB/s.  SSH's own window is wider, so that
-# listings and small files get through beside a large one.
+# OpenSSH answers a READ with at most 261,120 bytes.  READ_WINDOW divided by the round trip
+# bounds the rate: 16 MiB at 20 ms are 800 MB/s.  SSH's own window is wider, so that a large
+# file does not hold up listings and small files.
 READ_SIZE, LEAST_READ_SIZE, READS_PER_BATCH = 252 * KIB, 32 * KIB, 8
 READ_WINDOW = 16 * MIB
 SSH_WINDOW, SSH_PACKET = 32 * MIB, 256 * KIB
 MAX_PACKET = MIB  # OpenSSH sends at most 256 KiB
-MAX_PATH_BYTES = 8192  # no system opens longer paths; ends an endless nesting of folders
-WRITE_SIZE = 32 * KIB  # the most that every server accepts in one WRITE, says the draft
+MAX_PATH_BYTES = 8192  # no system opens longer paths; stops at folders nested without end
+WRITE_SIZE = 32 * KIB  # the most that every server has to accept in one WRITE (SFTP's draft)
 WRITES_AHEAD = 64  # WRITE requests that wait for a reply
 
 LISTINGS_AT_ONCE = 64  # folders
-NAMES_AHEAD = 1_200  # of a folder: a larger one is listed when it is its turn
+NAMES_AHEAD = 1_200  # entries; a larger folder is listed again when its turn comes
 READDIRS_PER_BATCH = 4
-PAGE = 2_000  # files that are looked up in the state together
+PAGE = 2_000  # files per query of the state
 
 # Every wait has a limit, in seconds.
-CONNECT_LIMIT = 30  # for TCP, and again from the banner to the SFTP session
-SILENCE_LIMIT = 60  # nothing at all from the box while it owes a reply
-REPLY_LIMIT = 900  # one reply, while others keep coming
-RECONNECT_PAUSES = (0, 1, 2, 4, 8, 15)  # before each attempt to connect again, also to S3
+CONNECT_LIMIT = 30  # for TCP, and again from SSH's banner to the SFTP session
+SILENCE_LIMIT = 60  # for any byte from the box while it owes a reply
+REPLY_LIMIT = 900  # for one reply while others arrive
+RECONNECT_PAUSES = (0, 1, 2, 4, 8, 15)  # before each attempt to connect to the box
 HANDLE_PAUSE = 0.1  # before a refused file is opened again: too many may be open
-KEEPALIVE = 60  # the box closes idle sessions; a part may take minutes to upload
+KEEPALIVE = 60  # the box closes idle sessions, and a part may take minutes to upload
 S3_CONNECT_LIMIT, S3_READ_LIMIT = 20, 60  # per attempt
-LOCKED_LIMIT = 10  # another program holds the state database when we open it
-COMMIT_LIMIT = 60  # or later: `plan` may be copying it
-COMMIT_PAUSE = 1  # at most this long, finished files wait for the walk to find another one
-STOP_LIMIT = 5  # after a signal, for work under way; the process ends 3 s later at the latest
-RUNTIME_GRACE = 40  # after MAX_RUNTIME, for the parts that are under way
+LOCKED_LIMIT = 10  # for another program's lock when the state database is opened
+COMMIT_LIMIT = 60  # for such a lock later: `plan` may be copying the database
+COMMIT_PAUSE = 1  # until finished files are committed, if the walk finds no further one
+STOP_LIMIT = 5  # for work under way after a signal; the process ends 3 s later at the latest
+RUNTIME_GRACE = 40  # for parts under way after MAX_RUNTIME
 
 TRIES = 5  # of one operation on the box, until its file is reported as failed
-SHARED_TRIES = 2  # of these; the others run while nothing else begins
+SHARED_TRIES = 2  # of these; during the later ones no other operation begins
 S3_ATTEMPTS = 5
-SAME_FAILURES = 20  # in a row, until the run ends: they are not the files' fault
+SAME_FAILURES = 20  # in a row end the run: their cause is not in the files
 DOWNLOAD_BLOCK = 256 * KIB
 
-# A file modified so shortly (s) before it was read could be modified again and keep its
-# size and mtime.  For what another program stored, its clock is not known: a minute.
+# Seconds.  A file that was modified so shortly before it was read could be modified again
+# and keep its size and mtime.  An object that another program stored needs a longer time,
+# because the clock of that program's machine may be wrong.
 RECENT, RECENTLY_STORED = 2, 60
 
-TIERS = {"bulk": 48, "standard": 12}  # hours until S3 has restored, at most
+TIERS = {"bulk": 48, "standard": 12}  # hours that S3 takes to restore, at most
 WAIT_PAUSE = 15 * 60  # s between the passes of `restore --wait`
-# Below this, S3's 40 KB for a cold object cost more than STANDARD, which `plan` advises then.
+# For a smaller file, the 40 KB that S3 adds to a cold object cost more than STANDARD does.
 TINY_FILE, CLASS_FOR_TINY = 8 * KIB, "STANDARD"
 
 # ---------------------------------------------------------------------- Prices
@@ -196,7 +196,7 @@ us-east-2 .00099 .05 .005 .023 .005 .0004 .0036 .03 .0025 .025 .02 .1 .01 .05 .0
 us-west-2 .00099 .05 .005 .023 .005 .0004 .0036 .03 .0025 .025 .02 .1 .01 .05 .09
 """
 SAME_PRICES = {"GLACIER.part": "DEEP_ARCHIVE.part", "STANDARD.part": "STANDARD.put"}
-FREE = {"GLACIER.bulk.gb": 0.0, "GLACIER.bulk.request": 0.0}  # in every region
+FREE = {"GLACIER.bulk.gb": 0.0, "GLACIER.bulk.request": 0.0}
 PRICE_NAMES = REGION_PRICES.splitlines()[1].split()[1:]
 OTHER_CLASSES = ["GLACIER_IR", "STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING"]
 OTHER_CLASSES += ["REDUCED_REDUNDANCY"]
@@ -204,18 +204,17 @@ OTHERS = [f"{kind}.{what}" for kind in OTHER_CLASSES for what in ("month", "put"
 ALL_PRICE_NAMES = (*PRICE_NAMES, *SAME_PRICES, *FREE, *OTHERS)  # those for PRICES
 
 COLD_CLASSES = ("DEEP_ARCHIVE", "GLACIER")  # must be restored before they can be read
-# S3 adds to each object in these: 8 KB at STANDARD's price, 32 KB at the class's own.
+# S3 adds to each cold object: 8 KB at STANDARD's price, and 32 KB at the class's own.
 INDEX_IN_STANDARD, INDEX_IN_CLASS = 8 * KIB, 32 * KIB
 MINIMUM_DAYS = {"DEEP_ARCHIVE": 180, "GLACIER": 90, "GLACIER_IR": 90}
 MINIMUM_DAYS |= {"STANDARD_IA": 30, "ONEZONE_IA": 30}
 DAYS_PER_MONTH = 30
 FREE_EGRESS = 100  # GB a month
-ONE = {"put": 1, "part": 1}  # request of each kind that has a price of its own
 
 
 class Prices:
-    """What things cost in USD in a region, estimated; NaN if there is no price for it.
-    `overrides` are prices by name, which replace those of the region."""
+    """Estimated costs in a region, in USD; NaN if a price is not known.  `overrides` are
+    prices by name, which replace those of the region."""
 
     def __init__(self, region: str | None, overrides: Mapping[str, float]):
         rows = (line.split() for line in REGION_PRICES.splitlines()[2:])
@@ -228,14 +227,14 @@ class Prices:
         if self.region != region:
             self.note += f" (those of {region or 'your region'} may differ: set PRICES)"
         self.note += " with PRICES" if overrides else ""
-        self.about = {"of": PRICES_OF, "region": self.region, "note": self.note}
+        self.json = {"of": PRICES_OF, "region": self.region, "note": self.note}
 
     def _cost(self, count: float, *name: str) -> float:
-        """`count` times the price of that name; nothing costs nothing."""
+        """`count` times the price of that name; 0 for none, even if the price is not known."""
         return count * self._usd.get(".".join(name), math.nan) if count else 0.0
 
     def month(self, kind: str, files: int, size: int) -> float:
-        """Storage of `size` bytes in `files` objects of a class for a month."""
+        """A month's storage of `files` objects of class `kind` with `size` bytes in all."""
         return self._cost(size / GIB, kind, "month") + self.month_of_index(kind, files)
 
     def month_of_index(self, kind: str, files: int) -> float:
@@ -247,9 +246,9 @@ class Prices:
         return (standard + self._cost(files * INDEX_IN_CLASS, kind, "month")) / GIB
 
     def upload(self, kind: str, requests: Mapping[str, int]) -> float:
-        """PUT and Complete at the class's price, Create and parts at that of parts, HEAD at
-        that of GET (S3 user guide, "Multipart upload and pricing"), listings at that of PUT
-        into STANDARD."""
+        """Requests of these kinds.  PUT and Complete have the price of a PUT into the class,
+        Create that of a part, HEAD that of a GET (S3 user guide, "Multipart upload and
+        pricing"), and listings that of a PUT into STANDARD."""
         puts = requests.get("put", 0) + requests.get("complete", 0)
         parts = requests.get("create", 0) + requests.get("part", 0)
         cost = self._cost(puts, kind, "put") + self._cost(parts, kind, "part")
@@ -257,7 +256,7 @@ class Prices:
         return (cost + self._cost(requests.get("head", 0), "get")) / 1000
 
     def requests(self, sent: Mapping[tuple[str, str], int]) -> float:
-        """`upload` of requests by class and name."""
+        """All of Bucket.requests, which other threads may be changing."""
         return sum(self.upload(kind, {name: n}) for (kind, name), n in [*sent.items()])
 
     def early(self, kind: str, size: int, age_days: float) -> float:
@@ -267,8 +266,8 @@ class Prices:
         return self.month(kind, 1, size) * days / DAYS_PER_MONTH if days else 0.0
 
     def restore(self, kind: str, tier: str, files: int, size: int, days: int) -> float:
-        """Requests and bytes at the tier's price, and the copies at STANDARD's for `days`
-        (S3 user guide, "Restoring an archived object")."""
+        """Requests and bytes at the tier's price, and copies in STANDARD for `days` (S3 user
+        guide, "Restoring an archived object")."""
         if kind not in COLD_CLASSES:
             return 0.0 if kind == "STANDARD" or not files else math.nan
         requests = self._cost(files / 1000, kind, tier, "request")
@@ -276,7 +275,7 @@ class Prices:
         return requests + self._cost(size / GIB, kind, tier, "gb") + copies
 
     def download(self, files: int, size: int) -> float:
-        """GETs, and the transfer out of AWS beyond the month's free 100 GB."""
+        """GETs, and the transfer out of AWS beyond the FREE_EGRESS of a month."""
         egress = self._cost(max(0.0, size / GIB - FREE_EGRESS), "egress")
         return self._cost(files / 1000, "get") + egress
 
@@ -293,7 +292,7 @@ def format_usd(usd: float) -> str:
 
 class ArchiveError(Exception):
     """An error that the user sees as one line, without a traceback.  `code` is S3's error
-    code, one of those below, or empty; `status` the exit status if it ends the program."""
+    code, one of those below, or empty, and `status` the exit status if it ends the program."""
 
     def __init__(self, message: str, code: str = "", status: int = 1):
         super().__init__(message)
@@ -308,20 +307,20 @@ class FileError(ArchiveError):
     """One file, folder or object failed; the others go on."""
 
 
-VANISHED = "vanished"  # gone since it was listed: counted, not a failure
-UNFINISHED = "unfinished"  # the run ended before it was done: the next run goes on
-LOST = "connection lost"  # again and again, whenever this file was read
-UNREACHABLE = "unreachable"  # S3 gave no answer
-COLD = "InvalidObjectState"  # S3's own: the object has to be restored before it is read
+VANISHED = "vanished"  # the file was deleted after it was listed; this is not a failure
+UNFINISHED = "unfinished"  # the run ended during the work on the file; the next one goes on
+LOST = "connection lost"  # at each attempt to read the file
+UNREACHABLE = "unreachable"  # S3 did not answer
+COLD = "InvalidObjectState"  # S3's code: the object has to be restored before it is read
 
 
 class Stopped(BaseException):
-    """The program is to end.  Not an Exception, so that no library takes it for a failure."""
+    """The program has to end.  Not an Exception, so that no library handles it as a failure."""
 
 
 class StopEvent(threading.Event):
-    """Set when the program is to end: what has not begun is not begun any more.  A signal
-    raises Stopped on the main thread; `signal` is its number."""
+    """Set when the program has to end: no new work begins then.  If a signal is the cause,
+    `signal` is its number, and Stopped is raised on the main thread."""
 
     signal: int | None = None
     _is_deferred = False
@@ -338,7 +337,7 @@ class StopEvent(threading.Event):
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """On the main thread: a signal raises Stopped at the end of this block, not in it."""
+        """For the main thread: a signal raises Stopped after this block, not inside it."""
         before, self._is_deferred = self.signal, True
         try:
             yield
@@ -350,33 +349,31 @@ class StopEvent(threading.Event):
 
 # ----------------------------------------------------------------------- Names
 #
-# File names are bytes from end to end, as in SFTP.  They become text in three places: in
-# the state's path column, in the S3 key, and in what is printed.
+# File names are bytes, as in SFTP.  They become text in three places: in the state's path
+# column, in the S3 key, and in what is printed.
 
-# Stands for a byte that text cannot carry, before its two hex digits.  rclone writes
-# invalid UTF-8 in the same way, so that it restores such names, too.
+# ESCAPE and two hex digits stand for a byte that text cannot hold.  rclone writes invalid
+# UTF-8 in the same way, so it restores such names correctly.
 ESCAPE = "\u201b"
 TEXT_ESCAPES = re.compile(f"[\udc80-\udcff]|{ESCAPE}(?=[0-9A-F]{{2}})")
 KEY_ESCAPES = re.compile(f"[\0-\x1f\x7f\ufffe\uffff]|{TEXT_ESCAPES.pattern}")
 ESCAPED = re.compile(ESCAPE.encode() + b"([0-9A-F]{2})")
 
-PROBE = ".archive-check/"  # key to try permissions with: no file can have it
-
-Exists = Callable[[bytes], bool]  # whether there is such a path on the box
+PROBE = ".archive-check/"  # a key that no file can have, to try permissions with
 
 
 def escape(name: bytes, pattern: re.Pattern[str]) -> str:
-    """`name` as text, with what `pattern` matches escaped; `unescape` gives it back.  An
-    ESCAPE that could be read as one is escaped itself: no two names become the same text."""
+    """`name` as text, with everything escaped that `pattern` matches.  `unescape` reverses
+    it: an ESCAPE in the name that hex digits follow is escaped itself."""
     text = name.decode("utf-8", "surrogateescape")
     if text.isascii() and text.isprintable():
         return text
 
-    def spell(match: re.Match[str]) -> str:
+    def escape_match(match: re.Match[str]) -> str:
         raw = match[0].encode("utf-8", "surrogateescape")
         return "".join(f"{ESCAPE}{byte:02X}" for byte in raw)
 
-    return pattern.sub(spell, text)
+    return pattern.sub(escape_match, text)
 
 
 def unescape(text: str) -> bytes:
@@ -384,19 +381,19 @@ def unescape(text: str) -> bytes:
 
 
 def path_text(path: bytes) -> str:
-    """The state's path column: `path` itself wherever it is valid UTF-8."""
+    """`path` as the state's path column has it: unchanged if it is valid UTF-8."""
     return escape(path, TEXT_ESCAPES)
 
 
 def one_line(text: str) -> str:
-    """`text` with everything unprintable escaped as in a Python string."""
+    """`text` with unprintable characters escaped as in a Python string."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def printable(name: bytes | str) -> str:
-    """Any name on one line, unambiguously."""
+    """A name on one line; no two names look the same."""
     raw = name.encode("utf-8", "surrogateescape") if isinstance(name, str) else name
     return one_line(raw.replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace"))
 
@@ -420,14 +417,13 @@ def join(folder: bytes, name: bytes) -> bytes:
 
 
 def relative_path(root: bytes, path: bytes) -> bytes:
-    """`path` without the `root` that it was joined to, by position: a folder of the same
-    name further down stays."""
+    """`path` relative to the folder `root`, which is above it."""
     return path[len(join(root, b"")) :]
 
 
 def object_key(prefix: str, relative: bytes) -> str:
-    """The S3 key of a path relative to REMOTE_PATH; FileError if S3 cannot have it.  One key
-    stands for one path: `unescape(key[len(prefix):])` is `relative`."""
+    """The S3 key of a path relative to REMOTE_PATH; FileError if S3 does not allow it.  The
+    path can be read from its key: `unescape(key[len(prefix):])` is `relative`."""
     if {b"", b".", b".."} & set(relative.split(b"/")):
         raise FileError("a . or .. or empty segment cannot be part of a key")
     key = prefix + escape(relative, KEY_ESCAPES)
@@ -439,18 +435,20 @@ def object_key(prefix: str, relative: bytes) -> str:
 
 
 class PathFilter:
-    """What the walk leaves out: hidden entries and EXCLUDE_PATHS.
+    """Which entries the walk skips: hidden ones and those of EXCLUDE_PATHS.
 
-    An item of EXCLUDE_PATHS stands for an entry and everything below it.  It is a path,
-    relative to REMOTE_PATH or whole, or a glob whose `*` crosses slashes; if it `exists` as
-    it stands, it is no glob.  Paths are compared in Unicode's NFC form.
+    An item of EXCLUDE_PATHS excludes an entry and everything below it.  It is a path,
+    absolute or relative to REMOTE_PATH, or a glob whose `*` also matches slashes.  If a path
+    with the characters of a glob `exists` on the box, it is that path.  Paths are compared
+    in Unicode's NFC form.
     """
 
     def __init__(
-        self, root: bytes, exclude: Iterable[str], include_hidden: bool, exists: Exists
-    ):
+        self, root: bytes, exclude: Iterable[str], include_hidden: bool,
+        exists: Callable[[bytes], bool],
+    ):  # fmt: skip
         self._root, self._include_hidden, self._asks = root, include_hidden, exists
-        self._paths: dict[str, str] = {}  # and the items that they come from
+        self._paths: dict[str, str] = {}  # and the item that each comes from
         self._globs: list[tuple[re.Pattern[str], str]] = []
         self._unmatched = set(exclude)  # items that have matched nothing yet
         start = join(root, b"").decode("utf-8", "surrogateescape")
@@ -489,15 +487,15 @@ def nfc(text: str) -> str:
 
 
 class UploadPlan(NamedTuple):
-    """How a file goes up: in parts, or with one PUT if `parts_at_once` is 0.  `memory` is
-    the number of bytes that it may hold at once."""
+    """How a file is uploaded: in parts, or with one PUT if `parts_at_once` is 0.  `memory`
+    is the most bytes that the upload holds at once."""
 
     part_size: int
     parts_at_once: int
     memory: int
 
     def requests(self, size: int) -> dict[str, int]:
-        """What the upload of `size` bytes takes, by kind."""
+        """The number of requests for `size` bytes, by kind."""
         if not self.parts_at_once:
             return {"put": 1}
         return {"create": 1, "part": -(-size // self.part_size), "complete": 1}
@@ -505,17 +503,17 @@ class UploadPlan(NamedTuple):
 
 def plan_upload(size: int, memory_limit: int) -> UploadPlan:
     """The plan for a file of `size` bytes; FileError if `memory_limit` is too small for it.
-    A small file is held twice: as replies, and joined.  A large one holds the parts that
-    are being sent, the one that is being read, and the reads ahead."""
+    A small file is in memory twice: as replies, and joined.  Of a large one, the parts that
+    are being sent, the part that is being read, and READ_WINDOW are in memory."""
     if size < SMALL_FILE:
         return UploadPlan(size, 0, 2 * size)
     possible = [part for part in PART_SIZES if part * MAX_PARTS >= size]
     if not possible:
         raise FileError(f"{size:,} bytes are more than an S3 object can have")
-    room = memory_limit - READ_WINDOW
-    fitting = [part for part in possible if part <= PART_SIZE and 2 * part <= room]
+    for_parts = memory_limit - READ_WINDOW
+    fitting = [part for part in possible if part <= PART_SIZE and 2 * part <= for_parts]
     part_size = max(fitting, default=possible[0])
-    at_once = min(PARTS_AT_ONCE, room // part_size - 1)
+    at_once = min(PARTS_AT_ONCE, for_parts // part_size - 1)
     if at_once < 1:
         reason = f"{size:,} bytes need parts of {part_size:,}"
         needed = f"set it to {-(-(2 * part_size + READ_WINDOW) // MIB)}M or more"
@@ -525,8 +523,8 @@ def plan_upload(size: int, memory_limit: int) -> UploadPlan:
 
 
 def crc32_of_both(first: int, second: int, length: int) -> int:
-    """The CRC-32 of two byte strings together; the second one has `length` bytes.  A CRC is
-    a polynomial modulo another one, and each byte that is appended multiplies it by x**8
+    """The CRC-32 of two byte strings joined, of which the second has `length` bytes.  A CRC
+    is a polynomial modulo another one, and each byte that is appended multiplies it by x**8
     (crc32_combine in zlib).  A second pass over all bytes would take 7 % of the CPU time."""
     power, square = X_0, X_8
     while length:
@@ -553,16 +551,16 @@ def crc_text(crc32: int) -> str:
     return base64.b64encode(crc32.to_bytes(4, "big")).decode()
 
 
-MD5 = partial(hashlib.md5, usedforsecurity=False)  # where FIPS forbids it otherwise, too
+MD5 = partial(hashlib.md5, usedforsecurity=False)  # FIPS mode forbids it for security
 
 
 class ETagComparison:
-    """Tells whether a file of `size` bytes has the content that an ETag stands for.
+    """Compares a file of `size` bytes with an ETag.
 
-    An ETag is the MD5 of an object that one PUT has stored.  Of an upload in parts it is the
-    MD5 of their MD5s, "-" and their number ("Checking object integrity" in the S3 user
-    guide): then all usual part sizes that give this number are tried.  With SSE-KMS or
-    SSE-C it is neither, and matches nothing.
+    The ETag of an object that one PUT has stored is its MD5.  That of an upload in parts is
+    the MD5 of the parts' MD5s, "-" and their number ("Checking object integrity" in the S3
+    user guide): all usual part sizes that give this number are tried.  With SSE-KMS or SSE-C
+    it is neither, and no file matches.
     """
 
     def __init__(self, etag: str, size: int):
@@ -572,28 +570,28 @@ class ETagComparison:
             rclone_large = -(-size // (MAX_PARTS * MIB)) * MIB  # rclone's for the largest files
             part_sizes = {max(1, min(size, part)) for part in (*PART_SIZES, rclone_large)}
             part_sizes = {p for p in part_sizes if str(max(1, -(-size // p))) == count}
-        self._etag, self._at = etag, 0
-        self._sums = {part_size: [MD5()] for part_size in part_sizes}
+        self._etag, self._offset = etag, 0
+        self._sums = {part_size: [MD5()] for part_size in part_sizes}  # one MD5 per part
 
     @property
     def is_possible(self) -> bool:
-        """Whether anything could match."""
+        """Whether any file could match."""
         return bool(self._sums)
 
     def update(self, data: bytes) -> None:
         """Adds the next bytes of the file."""
         for part_size, sums in self._sums.items():
-            at, left = self._at, memoryview(data)
-            while left:
-                room = part_size - at % part_size
-                if at and room == part_size:
+            offset, rest = self._offset, memoryview(data)
+            while rest:
+                of_this_part = rest[: part_size - offset % part_size]
+                if offset and offset % part_size == 0:
                     sums.append(MD5())
-                sums[-1].update(left[:room])
-                at, left = at + len(left[:room]), left[room:]
-        self._at += len(data)
+                sums[-1].update(of_this_part)
+                offset, rest = offset + len(of_this_part), rest[len(of_this_part) :]
+        self._offset += len(data)
 
     def matches(self) -> bool:
-        """Whether all that was added is what the ETag stands for."""
+        """Whether the bytes that were added have this ETag."""
         for sums in self._sums.values():
             whole = MD5(b"".join(part.digest() for part in sums)).hexdigest()
             if self._etag in (sums[0].hexdigest(), f"{whole}-{len(sums)}"):
@@ -603,16 +601,16 @@ class ETagComparison:
 
 # -------------------------------------------------------------------- Settings
 #
-# Parsers take a setting's text and raise ValueError with what they expected.
+# A parser gets a setting's text.  Its ValueError says what it expected.
 
 
-def parse_size(text: str, least: int = 1) -> int:
+def parse_size(text: str, minimum: int = 1) -> int:
     """Bytes of `20M`, `1.5G` or `4096`, in binary units."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.I | re.A)
     unit = " KMGT".index(match[2].upper() or " ") if match else 0
     size = int(float(match[1]) * 1024**unit) if match else 0
-    if size < least:
-        at_least = f", at least {least // MIB}M" if least > 1 else ""
+    if size < minimum:
+        at_least = f", at least {minimum // MIB}M" if minimum > 1 else ""
         raise ValueError(f"expected bytes like 128M or 2G{at_least}")
     return size
 
@@ -693,7 +691,7 @@ def parse_prices(text: str) -> dict[str, float]:
     return prices
 
 
-# What boto3 calls ExtraArgs, without those that this program sets itself.
+# The names of boto3's ExtraArgs, without those that this program sets itself.
 EXTRA_ARGS = [
     name
     for name in S3Transfer.ALLOWED_UPLOAD_ARGS
@@ -702,8 +700,8 @@ EXTRA_ARGS = [
 
 
 def parse_extra_args(text: str) -> dict[str, str]:
-    """Values by name, of `ServerSideEncryption=aws:kms, Tagging=kind=backup`; or of a JSON
-    object, for values with commas.  No message has a text that may be a part of a key."""
+    """Values by name, of `ServerSideEncryption=aws:kms, Tagging=kind=backup`, or of a JSON
+    object, which can have values with commas.  No message has text that may be a key's."""
     pairs: dict[Any, Any] = {}
     if text.lstrip().startswith("{"):
         with contextlib.suppress(ValueError):
@@ -723,8 +721,8 @@ def parse_extra_args(text: str) -> dict[str, str]:
 
 
 def parse_time(text: str) -> float:
-    """The time since the epoch of a date (its beginning), of a time, in the user's time
-    zone unless it has one, or of an age like `30d`; ValueError if it is in the future."""
+    """Seconds since the epoch, of a date (its beginning), of a time (in the user's time zone
+    unless it has one), or of an age like `30d`; ValueError if that is in the future."""
     text, seconds = text.strip(), math.inf
     with contextlib.suppress(ValueError, OverflowError, OSError):
         if text[-1:].lower() in ("s", "m", "h", "d"):
@@ -748,22 +746,20 @@ CLASSES = (*COLD_CLASSES, "STANDARD", *OTHER_CLASSES)
 STORAGE_CLASS = partial(parse_match, "|".join(CLASSES), "one of " + ", ".join(CLASSES))
 HOST = partial(parse_match, r"[^/\s@]+", "a bare host name, like u12345.your-storagebox.de")
 REQUIRED = object()
-SECRETS = (
-    *("HETZNER_PASSWORD", "HETZNER_KEY_PASSPHRASE"),
-    *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_CONTAINER_AUTHORIZATION_TOKEN"),
-)
+SECRETS = ["HETZNER_PASSWORD", "HETZNER_KEY_PASSPHRASE", "AWS_SECRET_ACCESS_KEY"]
+SECRETS += ["AWS_SESSION_TOKEN", "AWS_CONTAINER_AUTHORIZATION_TOKEN"]
 
 
 def setting(name: str, parse: Callable[[str], Any] = str, default: object = None) -> Any:
-    """A field of Config that is read from the setting `name`; its default as text, None if
-    it may be missing, or REQUIRED."""
+    """A field of Config that is read from the setting `name`.  `default` is text to parse,
+    None if the setting may be missing, or REQUIRED."""
     metadata = {"name": name, "parse": parse, "default": default}
     return field(metadata=metadata, repr=name not in SECRETS)
 
 
 @dataclass(frozen=True)
 class Config:
-    """All settings, checked.  In bytes, bytes a second, seconds; None if a setting is off."""
+    """All settings, checked, in bytes, bytes per second, seconds and USD; None if off."""
 
     host: str = setting("HETZNER_HOST", HOST, REQUIRED)
     user: str = setting("HETZNER_USER", str, REQUIRED)
@@ -786,17 +782,17 @@ class Config:
     exclude: tuple[str, ...] = setting("EXCLUDE_PATHS", parse_list, "")
     include_hidden: bool = setting("INCLUDE_HIDDEN", parse_bool, "false")
     transfers: int = setting("TRANSFERS", partial(parse_int, 1, 256), "32")
-    memory_limit: int = setting("MEMORY_LIMIT", partial(parse_size, least=MIN_MEMORY), "128M")
+    memory_limit: int = setting("MEMORY_LIMIT", partial(parse_size, minimum=MIN_MEMORY), "128M")
     bandwidth_limit: int | None = setting("BANDWIDTH_LIMIT", parse_size)
     max_runtime: int | None = setting("MAX_RUNTIME", parse_duration)
     max_cost: float | None = setting("MAX_COST", parse_usd)
     max_changed: int | None = setting("MAX_CHANGED", partial(parse_int, 0, 100))
     prices: dict[str, float] = setting("PRICES", parse_prices, "")
     aws_environ: Mapping[str, str] = field(repr=False, kw_only=True)  # for boto3
-    secrets: set[str] = field(repr=False, kw_only=True)  # in every form, never to be shown
+    secrets: set[str] = field(repr=False, kw_only=True)  # in every form; never shown
 
     @property
-    def place(self) -> str:
+    def url(self) -> str:
         """Where the objects are, for messages."""
         return f"s3://{self.bucket}/{self.prefix}"
 
@@ -807,7 +803,7 @@ class Config:
         return self.storage_class
 
 
-# The other AWS_ variables belong to boto3, and reach it as they are; proxies, too.
+# All other AWS_ variables, and the proxies, are passed on to boto3.
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 AWS_FILES = ["AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"]
 AWS_FILES += ["AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"]
@@ -818,8 +814,8 @@ SETTINGS = (
 
 
 def read_settings(env_file: Path | None, environ: Mapping[str, str]) -> dict[str, str]:
-    """The settings of the env file, overruled by those of the environment, even by empty
-    ones; Fatal if the file, or a line of it, cannot be read."""
+    """The settings of the env file and the environment; Fatal if the file, or a line of it,
+    cannot be read.  A variable of the environment replaces the file's, even if it is empty."""
     settings: dict[str, str] = {}
     if env_file is not None:
         try:
@@ -839,21 +835,22 @@ def read_settings(env_file: Path | None, environ: Mapping[str, str]) -> dict[str
                     value = str(env_file.absolute().parent / parse_path(value))
                 settings[found.key] = value
     ours = (n for n in environ if n in SETTINGS or n.startswith(("HETZNER_", "AWS_")))
-    # As bytes they are right whatever the locale is.
+    # Python decodes the environment by the locale, which may not be UTF-8.
     raw = {name: os.fsencode(environ[name]) for name in ours}
     return settings | {n: value.decode("utf-8", "surrogateescape") for n, value in raw.items()}
 
 
 def setting_faults(settings: Mapping[str, str], environ: Mapping[str, str]) -> Iterator[str]:
-    """A fault for each name that nothing reads, and for each credential that no server can
-    take: without its value.  The environment may have names of other programs."""
+    """A message for each name that nothing reads, and for each credential with characters
+    that no server accepts.  A message never contains the value."""
     for name, value in settings.items():
         is_aws = name.startswith("AWS_")
         if (name in SECRETS or is_aws) and re.search(r"[\0-\x1f\x7f]", value):
             yield f"{name}: contains a line break or another control character"
         if name in SETTINGS or name.upper() in PROXIES:
             continue
-        # A name of boto3's, unless it is nearly one of ours.
+        # An unknown AWS_ name is left to boto3, unless it looks like a typo of one of ours; in
+        # the environment only if it is very near: other programs have variables there, too.
         cutoff = 0.5 if not is_aws else 0.86 if name in environ else 0.76
         near = difflib.get_close_matches(name.upper(), SETTINGS, 1, cutoff)
         if not is_aws or (near and not name.startswith("AWS_ENDPOINT_URL_")):
@@ -861,7 +858,7 @@ def setting_faults(settings: Mapping[str, str], environ: Mapping[str, str]) -> I
 
 
 def add_secret(secrets: set[str], secret: str | None) -> None:
-    """Adds a secret in each form in which a library or a server may show it."""
+    """Adds a secret in each form in which the message of a library or a server may have it."""
     if secret and secret not in secrets:
         quoted = {quote(secret), quote(secret, safe=""), quote_plus(secret)}
         quoted |= {re.sub("%..", lambda code: code[0].lower(), form) for form in quoted}
@@ -870,11 +867,12 @@ def add_secret(secrets: set[str], secret: str | None) -> None:
 
 
 def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
-    """The checked settings; one Fatal that names every fault, one per line.  Relative paths
-    are relative to the env file's folder, or to archive.py's: cron runs elsewhere."""
+    """The checked settings; Fatal with a line for each fault.  Paths are relative to the env
+    file's folder, or to archive.py's: cron starts the program in another folder."""
     settings = read_settings(env_file, environ)
     faults = list(setting_faults(settings, environ))
-    # The folder as it was named: a secret may be a link to a place where nothing stays.
+    # A link is not resolved here: an env file may be mounted as a link (a secret of a
+    # container), whose target is in a folder that does not persist.
     folder = env_file.absolute().parent if env_file else Path(__file__).resolve().parent
     exclude = settings.get("EXCLUDE_PATHS", ""), settings.get("EXCLUDE_DIRS", "")
     settings["EXCLUDE_PATHS"] = ",".join(exclude)
@@ -894,16 +892,16 @@ def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
             try:
                 value = parse(text)
                 value = folder / value if isinstance(value, Path) else value
-                # Reached through a link, too, a database has one lock and one journal.
+                # A database has one lock and one journal, even if it is opened by a link.
                 values[option.name] = value.resolve() if name == "STATE_DB" else value
             except (ValueError, OSError, RuntimeError) as error:
                 is_secret = "@" in text or any(secret in text for secret in secrets)
-                is_secret |= name == "S3_EXTRA_ARGS"  # which may have a key in it
+                is_secret |= name == "S3_EXTRA_ARGS"  # it may contain an encryption key
                 faults.append(f"{name}: {error}" + ("" if is_secret else f", not {text!r}"))
     if bool(settings.get("SMALL_FILES_BELOW")) != bool(settings.get("SMALL_FILES_CLASS")):
         faults.append("SMALL_FILES_BELOW and SMALL_FILES_CLASS: set both, or none")
     add_secret(secrets, (values["extra_args"] or {}).get("SSECustomerKey"))
-    # On Windows, no variable tells whether there is an agent.
+    # On Windows no variable shows whether there is an agent.
     has_agent = environ.get("SSH_AUTH_SOCK") or sys.platform == "win32"
     if not (values["password"] or values["key_file"] or has_agent):
         faults.append("HETZNER_PASSWORD or HETZNER_KEY_FILE: set one, or start an SSH agent")
@@ -915,7 +913,7 @@ def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
 
 
 def config_warnings(config: Config, env_file: Path | None) -> Iterator[str]:
-    """What is allowed, but worth a warning."""
+    """Warnings about settings that are valid, but probably not intended."""
     if config.prefix and not config.prefix.endswith("/"):
         names = f"keys will begin {config.prefix}name, not {config.prefix}/name"
         yield f"S3_PREFIX {config.prefix!r} does not end in a slash: {names}"
@@ -945,7 +943,7 @@ ALL_ATTRS = struct.Struct(">QIIIII")  # size, uid, gid, permissions, atime, mtim
 
 
 class ConnectionLost(Exception):
-    """The connection is gone, frozen or out of step: only a new one helps."""
+    """The connection is closed, frozen or out of step; it has to be made anew."""
 
 
 class SFTPError(Exception):
@@ -957,10 +955,10 @@ class SFTPError(Exception):
 
 
 class Attributes(NamedTuple):
-    """Of a file, None where the server sent none; `mtime` in seconds since the epoch."""
+    """What the server says about a file.  A field is None if the server did not send it."""
 
     size: int | None
-    mtime: int | None
+    mtime: int | None  # seconds since the epoch
     mode: int | None
 
 
@@ -973,29 +971,29 @@ class RemoteFile(NamedTuple):
 
 
 Request = tuple[int, bytes]  # type, and what follows the request id
-Entry = tuple[bytes, Attributes]  # of a folder
+Entry = tuple[bytes, Attributes]  # of a folder: its name and what is known about it
 
 
-def string(data: bytes) -> bytes:
-    """An SSH string: its length and itself."""
+def encode_string(data: bytes) -> bytes:
+    """`data` as an SSH string: its length comes first."""
     return U32.pack(len(data)) + data
 
 
 def simple_request(kind: int, *names: bytes) -> Request:
-    """A request that has only paths or a handle."""
-    return kind, b"".join(map(string, names))
+    """A request whose arguments are only paths or a handle."""
+    return kind, b"".join(map(encode_string, names))
 
 
 def open_request(path: bytes, flags: int) -> Request:
-    return FXP_OPEN, string(path) + U32.pack(flags) + U32.pack(0)
+    return FXP_OPEN, encode_string(path) + U32.pack(flags) + U32.pack(0)
 
 
 def read_request(handle: bytes, offset: int, size: int) -> Request:
-    return FXP_READ, string(handle) + U64.pack(offset) + U32.pack(size)
+    return FXP_READ, encode_string(handle) + U64.pack(offset) + U32.pack(size)
 
 
 def decode_string(body: memoryview) -> memoryview:
-    """The SSH string that `body` begins with."""
+    """The content of the SSH string that `body` begins with."""
     (size,) = U32.unpack_from(body)
     if size > len(body) - 4:
         raise ConnectionLost("the box sent a string that is cut short")
@@ -1003,10 +1001,10 @@ def decode_string(body: memoryview) -> memoryview:
 
 
 def decode_attributes(body: bytes | memoryview, at: int) -> tuple[Attributes, int]:
-    """The file attributes at `at`, and where they end."""
+    """The attributes that begin at the offset `at`, and the offset where they end."""
     (flags,) = U32.unpack_from(body, at)
     at += 4
-    if flags == ATTR_ALL:  # what servers send, nearly always
+    if flags == ATTR_ALL:  # nearly always
         size, _, _, mode, _, mtime = ALL_ATTRS.unpack_from(body, at)
         return Attributes(size, mtime, mode), at + ALL_ATTRS.size
     size = mtime = mode = None
@@ -1033,13 +1031,14 @@ def decode_names(body: memoryview) -> list[Entry]:
     for _ in range(count):
         end = at + 4 + U32.unpack_from(data, at)[0]
         name = data[at + 4 : end]
-        end += 4 + U32.unpack_from(data, end)[0]  # the line that `ls -l` would print
+        end += 4 + U32.unpack_from(data, end)[0]  # skips the line that `ls -l` would print
         attributes, at = decode_attributes(data, end)
         entries.append((name, attributes))
     return entries
 
 
-# The type of the reply to each type of request, and how it is decoded; FXP_STATUS to others.
+# The type of reply to each type of request, and the function that decodes it.  The reply to
+# all other requests is FXP_STATUS.
 REPLIES: dict[int, tuple[int, Callable[[memoryview], Any]]] = {
     FXP_OPEN: (FXP_HANDLE, decode_string),
     FXP_OPENDIR: (FXP_HANDLE, decode_string),
@@ -1052,9 +1051,10 @@ REPLIES: dict[int, tuple[int, Callable[[memoryview], Any]]] = {
 
 
 def decode_reply(request: int, packet: memoryview) -> Any:
-    """What a reply to a request of that type says: a handle, data, attributes, entries, an
-    extension's bytes, or None for "done".  A refusal is returned as SFTPError, not raised:
-    other replies of its batch may be of use.  ConnectionLost if it is no such reply."""
+    """The content of a reply to a request of type `request`: a handle, data, attributes,
+    entries, an extension's bytes, or None for success.  A refusal is returned as SFTPError,
+    not raised: the other replies of its batch may be useful.  ConnectionLost if the reply is
+    of another type."""
     kind, body = packet[0], packet[5:]
     expected, decode = REPLIES.get(request, (FXP_STATUS, None))
     if kind == FXP_STATUS and (code := U32.unpack_from(body)[0]) != FX_OK:
@@ -1066,22 +1066,23 @@ def decode_reply(request: int, packet: memoryview) -> Any:
 
 
 def raise_if_refused(result: Any) -> Any:
-    """`result`, unless it is an SFTPError."""
+    """`result`; raises it if it is an SFTPError."""
     if isinstance(result, SFTPError):
         raise result
     return result
 
 
 class Batch:
-    """Requests that were sent together, and the packets that reply to them."""
+    """Requests that were sent together, and their replies."""
 
     def __init__(self, requests: tuple[Request, ...]):
         self.sent_at = time.monotonic()
         self._types = [kind for kind, _ in requests]
         self._packets: list[Any] = [None] * len(requests)
         self._missing = len(requests)
-        self._lost: str | None = None  # the reason
-        self._ended = threading.Lock()  # an Event or a Future costs many times as much
+        self._lost: str | None = None  # the reason, once the session has ended
+        # Held until the last reply has arrived: much faster than an Event or a Future.
+        self._ended = threading.Lock()
         self._ended.acquire()
 
     def deliver(self, index: int, packet: memoryview) -> None:
@@ -1095,8 +1096,8 @@ class Batch:
         self._ended.release()
 
     def results(self) -> list[Any]:
-        """What the box replied, in the order of the requests (see decode_reply); waits for
-        the last reply.  The session ends every batch that is overdue."""
+        """The replies as from decode_reply, in the order of the requests.  Waits for all of
+        them; the session ends a wait that is too long."""
         with self._ended:
             if self._lost is not None:
                 raise ConnectionLost(self._lost)
@@ -1107,11 +1108,11 @@ class Batch:
 
 
 class Pipe(queue.SimpleQueue[bytes]):
-    """Replaces a paramiko channel's BufferedPipe, and passes the pieces on as they came in:
-    its copies would take a third of the CPU time of reading."""
+    """Replaces the BufferedPipe of a paramiko channel.  That copies every byte, which would
+    take a third of the CPU time of reading.  This passes the pieces on as they arrive."""
 
     def feed(self, data: bytes) -> None:
-        if data:  # an empty piece stands for the end
+        if data:  # an empty piece would mean the end
             self.put(data)
 
     def read(self, _nbytes: int, timeout: float | None = None) -> bytes:
@@ -1125,12 +1126,12 @@ class Pipe(queue.SimpleQueue[bytes]):
 
 
 class Session:
-    """One SFTP channel, shared by many threads.  A thread receives the replies and hands each
-    to the batch that waits for it.  It ends the session when the box owes a reply and has
-    been silent for SILENCE_LIMIT, or owes one for REPLY_LIMIT."""
+    """One SFTP channel, shared by many threads.  A thread of its own receives the replies and
+    delivers each to its batch.  It ends the session if a reply is missing and the box has sent
+    nothing for SILENCE_LIMIT, or if one reply is missing for REPLY_LIMIT."""
 
     def __init__(self, transport: paramiko.Transport, channel: paramiko.Channel):
-        """Exchanges versions; ConnectionLost if the other side does not speak SFTP."""
+        """Exchanges versions; ConnectionLost if the box does not answer in SFTP."""
         self._transport, self._channel = transport, channel
         self._sending = threading.Lock()
         self._lock = threading.Lock()  # never held while waiting for the box
@@ -1172,7 +1173,7 @@ class Session:
         return raise_if_refused(self.ask(request)[0])
 
     def close(self, reason: str) -> None:
-        """Ends the session; whoever waits for a reply gets ConnectionLost."""
+        """Ends the session.  Threads that wait for a reply get ConnectionLost."""
         with self._lock:
             if self.lost is not None:
                 return
@@ -1180,22 +1181,22 @@ class Session:
             owed, self._owed = self._owed, {}
         for batch in {batch for batch, _ in owed.values()}:
             batch.lose(self.lost)
-        # Transport.close() joins a thread that may be blocked in a send.
+        # Transport.close() waits for a thread that may be blocked in a send.
         threading.Thread(target=self._transport.close, daemon=True).start()
 
     def _receive(self, packets: Iterator[memoryview]) -> None:
         try:
             for packet in packets:
-                with self._lock:  # `close` ends what is still owed, and nothing else
+                with self._lock:  # each batch ends once, here or in `close`
                     batch, index = self._owed.pop(U32.unpack_from(packet, 1)[0])
                 batch.deliver(index, packet)
         except KeyError:
             self.close("the box replied to a request that was not made")
-        except Exception as error:  # whatever it is, nobody may wait for ever
+        except Exception as error:  # of any kind: no thread may wait for ever
             self.close(str(error) or "the box closed the connection")
 
     def _packets(self) -> Iterator[memoryview]:
-        """What the box sends, without end, each from its type on; ConnectionLost."""
+        """The packets that the box sends, without their length; ConnectionLost at the end."""
         unread = memoryview(b"")
         while True:
             while len(unread) < 4:
@@ -1204,7 +1205,7 @@ class Session:
             if not 9 <= missing <= MAX_PACKET:
                 begin = printable(bytes(unread[:4]))
                 raise ConnectionLost(f"the box sent what is not SFTP, and begins {begin!r}")
-            pieces = []  # joined once, as a large packet comes in many
+            pieces = []  # of a large packet; joining them one by one would be slow
             while missing > len(unread):
                 pieces.append(unread)
                 missing -= len(unread)
@@ -1214,7 +1215,7 @@ class Session:
             yield memoryview(b"".join(pieces))[4:]
 
     def _receive_bytes(self) -> bytes:
-        """What the box sends next; ConnectionLost at the end, or if a reply is overdue."""
+        """The next bytes from the box; ConnectionLost at the end, or if a reply is overdue."""
         while True:
             data, limit = b"", REPLY_LIMIT
             try:
@@ -1247,8 +1248,8 @@ Keys = list[paramiko.PKey]
 
 
 def connect(config: Config) -> Session:
-    """A session with the box, logged in.  Fatal where another attempt cannot help (host key,
-    login), ConnectionLost where it may."""
+    """A new session, logged in.  Fatal if another attempt cannot help (host key, login),
+    ConnectionLost if it may."""
     address = f"{config.host}:{config.port}"
     try:
         sock = socket.create_connection((config.host, config.port), CONNECT_LIMIT)
@@ -1259,13 +1260,13 @@ def connect(config: Config) -> Session:
     transport = paramiko.Transport(
         sock, default_window_size=SSH_WINDOW, default_max_packet_size=SSH_PACKET
     )
-    # paramiko waits without limit for a server that freezes while it starts the subsystem.
+    # paramiko would wait for ever if the server froze while it starts the subsystem.
     watchdog = threading.Timer(CONNECT_LIMIT, transport.close)
     watchdog.daemon = True
     watchdog.start()
     try:
         known, revoked = known_host_keys(config)
-        prefer(transport.get_security_options(), known)
+        prefer_algorithms(transport.get_security_options(), known)
         transport.start_client(timeout=CONNECT_LIMIT)
         check_host_key(config, transport.get_remote_server_key(), known, revoked)
         log_in(config, transport)
@@ -1273,7 +1274,7 @@ def connect(config: Config) -> Session:
         channel = transport.open_session(timeout=CONNECT_LIMIT)
         channel.invoke_subsystem("sftp")
         return Session(transport, channel)
-    except Exception as error:  # paramiko passes on whatever its thread met
+    except Exception as error:  # paramiko raises whatever its thread met
         transport.close()
         if isinstance(error, Fatal) and watchdog.is_alive():
             raise
@@ -1289,13 +1290,13 @@ def connect(config: Config) -> Session:
 
 
 def known_host_name(config: Config) -> str:
-    """The box as known_hosts names it."""
+    """The host and port as in known_hosts."""
     return config.host if config.port == 22 else f"[{config.host}]:{config.port}"
 
 
 def known_host_keys(config: Config) -> tuple[Keys, Keys]:
-    """The keys that known_hosts has for the box, and those that it revokes, for any host.
-    Lines that cannot be read say nothing about the box; Fatal if the file cannot be read."""
+    """The keys that known_hosts has for the box, and all keys that it revokes.  A line that
+    paramiko does not know is skipped; Fatal if the file cannot be read."""
     known, revoked, entries, text = [], [], [], ""
     try:
         text = config.known_hosts.read_text("utf-8", "replace")
@@ -1304,42 +1305,40 @@ def known_host_keys(config: Config) -> tuple[Keys, Keys]:
     except OSError as error:
         raise Fatal(f"HETZNER_KNOWN_HOSTS {config.known_hosts}: {error}") from None
     for line in (" ".join(line.split()) for line in text.splitlines()):
-        # HostKeys.load() gives up at a line that it does not know, and keeps one key a type.
+        # HostKeys.load() stops at a line that it does not know, and keeps one key per type.
         with contextlib.suppress(Exception):
             entry = paramiko.hostkeys.HostKeyEntry.from_line(line.removeprefix("@revoked "))
             if line.startswith("@revoked "):
                 revoked.append(entry.key)
             elif line[0] not in "#@":
                 entries.append((entry.hostnames, entry.key))
-    # A line with the port counts before one without.
+    # The line without a port counts only if there is none with it.
     for name in (known_host_name(config), config.host):
-        known = [key for patterns, key in entries if names_host(patterns, name.lower())]
+        known = [key for patterns, key in entries if matches_host(patterns, name.lower())]
         if known:
             break
     return known, revoked
 
 
-def names_host(patterns: list[str], name: str) -> bool:
-    """Whether these patterns of a line of known_hosts stand for the host: with wildcards, a
-    hash, or a ! for what they do not stand for (sshd(8), SSH_KNOWN_HOSTS FILE FORMAT)."""
+def matches_host(patterns: list[str], name: str) -> bool:
+    """Whether a line of known_hosts with these patterns is about the host.  A pattern may be
+    a hash, have wildcards, or exclude hosts with a ! (sshd(8), SSH_KNOWN_HOSTS FILE FORMAT)."""
     matched = False
     for pattern in patterns:
         if pattern.startswith("|1|"):
             matched |= paramiko.HostKeys.hash_host(name, pattern) == pattern
-        else:
-            form = (
-                re.escape(pattern.lstrip("!").lower()).replace(r"\*", ".*").replace(r"\?", ".")
-            )
-            if re.fullmatch(form, name):
-                if pattern.startswith("!"):
-                    return False
-                matched = True
+            continue
+        escaped = re.escape(pattern.removeprefix("!").lower())  # [host]:23 is no wildcard
+        if re.fullmatch(escaped.replace(r"\*", ".*").replace(r"\?", "."), name):
+            if pattern.startswith("!"):
+                return False
+            matched = True
     return matched
 
 
-def prefer(options: paramiko.SecurityOptions, known: Keys) -> None:
-    """AES-GCM first: it is by far the fastest.  And the known host keys' types: the server
-    shows only one key."""
+def prefer_algorithms(options: paramiko.SecurityOptions, known: Keys) -> None:
+    """Puts AES-GCM first, which is by far the fastest, and the types of the known host keys,
+    because the server shows only one of its keys."""
     options.ciphers = sorted(options.ciphers, key=lambda name: "gcm" not in name)
     types = {key.get_name() for key in known}
     if "ssh-rsa" in types:
@@ -1348,7 +1347,7 @@ def prefer(options: paramiko.SecurityOptions, known: Keys) -> None:
 
 
 def check_host_key(config: Config, key: paramiko.PKey, known: Keys, revoked: Keys) -> None:
-    """Fatal unless `key` is the box's; no credential has been sent yet."""
+    """Fatal unless `key` is known for the box.  No credential has been sent yet."""
     address, shown = f"{config.host}:{config.port}", f"{key.get_name()} {key.fingerprint}"
     subject = f"the host key of {address} is {shown}"
     file = f"HETZNER_KNOWN_HOSTS {config.known_hosts}"
@@ -1365,7 +1364,7 @@ def check_host_key(config: Config, key: paramiko.PKey, known: Keys, revoked: Key
             "the connection: only if you know that the change is right, remove the old key "
             f"with: ssh-keygen -R {shlex.quote(known_host_name(config))} -f {path}"
         )
-    # The very key that was seen: asking for it again could bring another one.
+    # The key that was seen.  ssh-keyscan would ask again, and could get another one.
     line = f"{known_host_name(config)} {key.get_name()} {key.get_base64()}"
     folder = config.known_hosts.parent
     make = "" if folder.is_dir() else f"mkdir -p {shlex.quote(str(folder))} && "
@@ -1376,21 +1375,21 @@ def check_host_key(config: Config, key: paramiko.PKey, known: Keys, revoked: Key
 
 
 def log_in(config: Config, transport: paramiko.Transport) -> None:
-    """With the key file and the password, as far as they are set, else with the agent; Fatal
-    if the box accepts none of them, or hangs up."""
+    """Logs in with the key file and the password if they are set, else with the SSH agent.
+    Fatal if the box accepts none of them, or hangs up."""
     attempts: list[tuple[str, Callable[[], list[str]]]] = []
     if config.key_file:
         key = load_private_key(config.key_file, config.key_passphrase)
         name = f"HETZNER_KEY_FILE {config.key_file}"
         attempts.append((name, partial(transport.auth_publickey, config.user, key)))
     if config.password:
-        # Also answers keyboard-interactive, if that is what the box offers.
+        # paramiko also answers keyboard-interactive with it, if the box offers only that.
         login = partial(transport.auth_password, config.user, config.password)
         attempts.append(("HETZNER_PASSWORD", login))
     if not attempts:
-        try:  # paramiko would wait for ever for an agent that is silent
-            asked = ThreadPoolExecutor(1).submit(lambda: paramiko.Agent().get_keys())
-            keys = asked.result(CONNECT_LIMIT)
+        try:  # paramiko would wait for ever for an agent that does not answer
+            listing = ThreadPoolExecutor(1).submit(lambda: paramiko.Agent().get_keys())
+            keys = listing.result(CONNECT_LIMIT)
         except concurrent.futures.TimeoutError:
             remedy = "restart it, or set HETZNER_KEY_FILE"
             raise Fatal(f"the SSH agent does not answer: {remedy}") from None
@@ -1407,14 +1406,14 @@ def log_in(config: Config, transport: paramiko.Transport) -> None:
                 message += f"; {name} was right, but {' or '.join(others)} is wanted as well"
         if transport.is_authenticated():
             return
-        # More attempts, and the box may ban this machine.
-        if not transport.is_active():
+        if not transport.is_active():  # no new connection: the box might ban this machine
             raise Fatal(f"{config.host}:{config.port} hung up at {message}")
     raise Fatal(f"{config.host}:{config.port} refused {message}")
 
 
 def read_private_key(path: Path, passphrase: bytes | None) -> paramiko.PKey:
-    """In any form; paramiko does not read PKCS#8, and would read a certificate beside it."""
+    """The key in `path`, in any form: paramiko does not read PKCS#8, and would also read a
+    certificate beside the key, which may have expired."""
     text = path.read_bytes()
     is_openssh = b"BEGIN OPENSSH" in text
     load = serialization.load_ssh_private_key if is_openssh else None
@@ -1428,7 +1427,7 @@ def read_private_key(path: Path, passphrase: bytes | None) -> paramiko.PKey:
 
 
 def load_private_key(path: Path, passphrase: str | None) -> paramiko.PKey:
-    """The key in `path`; Fatal, with what is wrong with it."""
+    """As read_private_key; Fatal that says what is wrong with the file."""
     try:
         return read_private_key(path, passphrase.encode() if passphrase else None)
     except OSError as error:
@@ -1448,33 +1447,34 @@ def load_private_key(path: Path, passphrase: str | None) -> paramiko.PKey:
 
 
 class StorageBox:
-    """The box: one session at a time, replaced when it is lost."""
+    """The box.  All threads share one session, which is replaced when it is lost."""
 
     def __init__(self, config: Config, stopping: StopEvent, reconnects: bool = True):
         self._config, self.stopping = config, stopping
         self._pauses = RECONNECT_PAUSES if reconnects else (0,)
-        self._connecting, self._alone = threading.Lock(), threading.RLock()
-        self._pacing, self._paced = threading.Lock(), 0.0  # no bytes before that time
+        self._connecting = threading.Lock()
+        self._beginning = threading.RLock()  # held to keep other operations from beginning
+        self._pacing, self._next_read = threading.Lock(), 0.0  # a monotonic time
         self._session: Session | None = None
-        self._gone: Fatal | None = None
+        self._given_up: Fatal | None = None
 
     def close(self) -> None:
-        """Ends the session for good; whoever uses the box gets Stopped."""
+        """Ends the session for good.  Threads that use the box get Stopped."""
         self.stopping.set()
         if self._session is not None:
             self._session.close("stopped")
 
     def session(self) -> Session:
-        """The session, a new one if it was lost; Fatal once the box is given up, Stopped.
-        The first thread to find it lost connects again; the others wait for that."""
+        """The session, a new one if it was lost.  One thread connects while the others wait.
+        Fatal once connecting has failed RECONNECT_PAUSES times, Stopped."""
         with self._connecting:
             self.stopping.check()
-            if self._gone is not None:
-                raise self._gone
+            if self._given_up is not None:
+                raise self._given_up
             if self._session is None or self._session.lost is not None:
                 self._session = self._connect()
             session = self._session
-        if self.stopping.is_set():  # `close` may have missed this one
+        if self.stopping.is_set():  # `close` may not have seen this session
             session.close("stopped")
         return session
 
@@ -1483,12 +1483,13 @@ class StorageBox:
         if self._config.bandwidth_limit is not None:
             with self._pacing:
                 now = time.monotonic()
-                self._paced = max(self._paced, now) + size / self._config.bandwidth_limit
-                delay = self._paced - now
+                earliest = max(self._next_read, now)
+                self._next_read = earliest + size / self._config.bandwidth_limit
+                delay = self._next_read - now
             self.stopping.wait(delay)
 
     def _connect(self) -> Session:
-        """A new session, after RECONNECT_PAUSES attempts at most; Fatal, Stopped."""
+        """A new session; makes an attempt for each of RECONNECT_PAUSES.  Fatal, Stopped."""
         reason: object = self._session and self._session.lost
         for pause in self._pauses:
             if reason:
@@ -1498,33 +1499,33 @@ class StorageBox:
             try:
                 return connect(self._config)
             except (ConnectionLost, Fatal) as error:
-                if isinstance(error, Fatal) and self._session is None:  # it has never worked
-                    raise
+                if isinstance(error, Fatal) and self._session is None:
+                    raise  # a login that has never worked
                 reason = error
         tries = f"gave up after {len(self._pauses)} tries: " if len(self._pauses) > 1 else ""
-        self._gone = Fatal(f"{tries}{reason}")
-        raise self._gone
+        self._given_up = Fatal(f"{tries}{reason}")
+        raise self._given_up
 
     def retry(self, operation: Callable[[Session], T], session: Session | None = None) -> T:
-        """operation(session), from its start again whenever the session is lost under it,
-        or the server refuses with FAILURE: it may have too many files open.
+        """The result of operation(session).  It is tried again from its start if the session
+        is lost, or if the server answers FAILURE: it may have too many files open.
 
-        From the third try on it runs alone: nothing else is begun meanwhile, so that a
-        file which breaks the connection every time fails without taking others with it.
-        What goes on with `session` begins nothing: it does not wait for what runs alone.
+        After SHARED_TRIES it runs alone: no other operation begins meanwhile, so that a file
+        which breaks the connection every time does not make others fail.  An operation that
+        continues with a `session` of its own has begun already, and does not wait.
         FileError (LOST) after TRIES, SFTPError, Fatal, Stopped.
         """
         with contextlib.ExitStack() as stack:
             for attempt in range(1, TRIES + 1):
                 if attempt > SHARED_TRIES:
-                    stack.enter_context(self._alone)
+                    stack.enter_context(self._beginning)
                 if session is None or session.lost is not None:
-                    with self._alone:
+                    with self._beginning:
                         session = self.session()
                 try:
                     return operation(session)
                 except ConnectionLost as error:
-                    session.close(str(error))  # it may only be out of step
+                    session.close(str(error))  # if it is out of step, it is still open
                     reason = error
                 except SFTPError as error:
                     if error.code != FX_FAILURE or attempt == TRIES:
@@ -1536,9 +1537,9 @@ class StorageBox:
     def retry_reading(
         self, path: bytes, operation: Callable[[Session], T], session: Session | None = None
     ) -> T:
-        """`retry` for what opens `path`; a refusal is a FileError, VANISHED if it is gone.
-        OpenSSH says "no such file" for other reasons, too: such a file would count as
-        vanished every night."""
+        """`retry` for an operation that opens `path`.  A refusal is a FileError, with the
+        code VANISHED if the file is gone.  LSTAT confirms that: OpenSSH answers "no such
+        file" for other reasons, too, and the file would count as vanished every night."""
         try:
             return self.retry(operation, session)
         except SFTPError as error:
@@ -1554,22 +1555,24 @@ class StorageBox:
         raise FileError(f"the box cannot open it: {refusal}")
 
     def attributes(self, path: bytes) -> Attributes:
-        """Of `path` itself, even if it is a link; SFTPError, FileError."""
-        return self.retry(lambda s: Attributes(*s.ask_one(simple_request(FXP_LSTAT, path))))
+        """The attributes of `path` itself, even if it is a link; SFTPError, FileError."""
+        request = simple_request(FXP_LSTAT, path)
+        found: Attributes = self.retry(lambda session: session.ask_one(request))
+        return found
 
     def exists(self, path: bytes) -> bool:
         with contextlib.suppress(SFTPError, FileError):
-            return bool(self.attributes(path))
+            self.attributes(path)
+            return True
         return False
 
     def list_folder(self, path: bytes, limit: float = math.inf) -> list[Entry] | None:
-        """The entries of a folder, sorted by name; None if it goes on after `limit` of them;
-        FileError."""
+        """The entries of a folder, sorted by name, None if more than `limit`; FileError."""
         return self.retry_reading(path, lambda session: read_folder(session, path, limit))
 
-    def room(self) -> tuple[int, int] | None:
-        """Bytes used and free where REMOTE_PATH is; None if the server does not say
-        (statvfs@openssh.com)."""
+    def space(self) -> tuple[int, int] | None:
+        """Bytes used and free on the file system of REMOTE_PATH; None if the server does not
+        know this request (statvfs@openssh.com)."""
         request = simple_request(FXP_EXTENDED, b"statvfs@openssh.com", self._config.remote_path)
         (reply,) = self.retry(lambda session: session.ask(request))
         if isinstance(reply, SFTPError):
@@ -1579,37 +1582,36 @@ class StorageBox:
 
 
 def is_recent(file: RemoteFile, began: float) -> bool:
-    """Whether the file was modified within RECENT seconds of being read, which began at
-    `began`, so that a second change could have kept its size and mtime."""
+    """Whether the file was modified since RECENT seconds before its reading `began`: a second
+    change could have kept its size and mtime."""
     return began - RECENT <= file.mtime <= time.time() + RECENT
 
 
 class FileReader:
-    """A file on the box, read once from an offset to its end.
+    """Reads a file on the box once, from an offset to its end.
 
-    It offers nothing but read(n): s3transfer then takes it as a stream of unknown length.
-    s3transfer would also take an early end for a shorter file, so this class owns the
-    question whether every byte came.  It reads a window ahead, asks again for what a short
-    reply left out, goes on at its offset over a new session, and lets the last bytes go
-    only if the file still has the size and mtime that it had at first, by its handle and by
-    its path: another file may have been renamed over it.  Everything else is a FileError.
+    s3transfer would take an early end for a shorter file, so this class makes sure that
+    every byte has arrived.  It reads READ_WINDOW ahead, repeats a request after a short
+    reply, and continues at its offset if the session is lost.  `read` returns the last bytes
+    only if the file still has its first size and mtime.  FSTAT shows whether it was changed,
+    LSTAT whether another file was renamed over it.  Everything else is a FileError.
 
     A small file takes two round trips: OPEN; then FSTAT, READs, FSTAT, LSTAT and CLOSE.
     """
 
     def __init__(self, box: StorageBox, listed: RemoteFile, offset: int = 0):
-        """Opens the file as it is now; FileError, also if it has grown by more than GROWTH
-        since it was listed: no memory was set aside for that."""
+        """Opens the file; FileError, also if it has grown by more than GROWTH since it was
+        listed, because no memory is reserved for that."""
         self._box, self._began = box, time.time()
-        self.file = listed  # what FSTAT says of it, once it `is_open`
-        self.is_recent = False  # known once it was read to its end
-        self.is_verified = False  # it was read to its end, and had not changed
+        self.file = listed  # once it `is_open`, what the first FSTAT has said
+        self.is_recent = False  # set at the end of the file
+        self.is_verified = False  # whether it was read to its end and had not changed
         self._is_open = False
         self._delivered = self._received = self._requested = offset
         self._arrived: deque[memoryview] = deque()
         self._batches: deque[tuple[Batch, list[tuple[int, int]]]] = deque()
         self._read_size = READ_SIZE
-        self._empty_at = -1  # the offset at which no byte came
+        self._empty_at = -1  # the offset for which the box has sent no byte
         self._session: Session | None = None
         self._handle = b""  # empty once its CLOSE has been sent
         try:
@@ -1620,7 +1622,7 @@ class FileReader:
             raise
 
     def read(self, amount: int = -1) -> bytes:
-        """The next `amount` bytes, fewer only at the end; the rest if negative; FileError."""
+        """The next `amount` bytes, fewer only at the end; all if negative; FileError."""
         left = self.file.size - self._delivered
         missing = amount = left if amount < 0 else min(amount, left)
         data = io.BytesIO(bytes(amount))  # getvalue() does not copy, as join() would
@@ -1642,35 +1644,35 @@ class FileReader:
         self._handle = b""
 
     def _advance(self) -> None:
-        """Keeps the window full, and takes in the oldest batch."""
+        """Fills the window with requests, and waits for the replies of the oldest batch."""
 
         def advance(session: Session) -> None:
             if session is not self._session or not (self._handle or self._batches):
-                self._handle = b""  # of another session it may be another file's
+                self._handle = b""  # it may be another file's handle in the new session
                 self._handle = session.ask_one(open_request(self.file.path, FOR_READING))
                 self._session = session
-                self._start_again()
+                self._drop_requests()
             while self._handle and self._requested < self._received + READ_WINDOW:
                 self._request(session)
             self._take_batch()
 
         self._box.retry_reading(self.file.path, advance, self._session)
 
-    def _start_again(self) -> None:
-        """Drops what is under way: the next requests begin behind what was received."""
+    def _drop_requests(self) -> None:
+        """Ignores the replies under way; the next request continues after what was received."""
         self._batches.clear()
         self._requested = self._received
 
     def _request(self, session: Session) -> None:
-        """Asks for the attributes and some more bytes; at the end for the attributes again,
-        also by the path, and closes the file."""
+        """Sends an FSTAT and some READs, and after the last READ also the requests that show
+        whether the file has changed, and its CLOSE."""
         start, step = self._requested, self._read_size
         end = min(self.file.size, start + READS_PER_BATCH * step)
         spans = [(at, min(step, end - at)) for at in range(start, end, step)]
         fstat = simple_request(FXP_FSTAT, self._handle)
         requests = [fstat, *(read_request(self._handle, *span) for span in spans)]
         if end == self.file.size:
-            requests.append(read_request(self._handle, end, 1))  # the size may be wrong
+            requests.append(read_request(self._handle, end, 1))  # the size may be too small
             requests += [fstat, simple_request(FXP_LSTAT, self.file.path)]
             requests += [simple_request(FXP_CLOSE, self._handle)]
             self._handle = b""
@@ -1683,11 +1685,11 @@ class FileReader:
         before, *results = batch.results()
         listed = self.file
         self._check_unchanged(before)
-        if self.file.size != listed.size:  # other bytes have to be asked for
-            return self._start_again()
+        if self.file.size != listed.size:  # the spans were made for the listed size
+            return self._drop_requests()
         for span, data in zip(spans, results):
             if not self._take(*span, data):
-                return self._start_again()
+                return self._drop_requests()
         if len(results) > len(spans):
             beyond, *checks, _ = results[len(spans) :]
             for after in checks:
@@ -1697,8 +1699,9 @@ class FileReader:
             self.is_verified, self.is_recent = True, is_recent(self.file, self._began)
 
     def _take(self, at: int, size: int, data: Any) -> bool:
-        """Takes what came for `size` bytes at offset `at`, and returns whether that is all.
-        Two replies without a byte end the file: a change of it shows between them."""
+        """Takes the reply to a READ of `size` bytes at the offset `at`; whether it has all of
+        them.  After two replies without a byte, the file is shorter than its size: the FSTAT
+        between them would have shown a change."""
         if isinstance(data, SFTPError):
             if data.code != FX_EOF:
                 raise FileError(f"reading failed: {data}")
@@ -1712,12 +1715,12 @@ class FileReader:
             raise FileError(f"ended at {at:,} of {self.file.size:,} bytes")
         else:
             self._empty_at = at
-        if len(data) < size:  # it may be the most that this server sends
+        if len(data) < size:  # the server may never send more
             self._read_size = max(len(data), LEAST_READ_SIZE)
         return len(data) == size
 
     def _check_unchanged(self, found: Attributes | SFTPError) -> None:
-        """FileError unless the file is as it was at first."""
+        """FileError if the file has another size, mtime or type than when it was opened."""
         if isinstance(found, SFTPError):
             if found.code == FX_NO_SUCH_FILE:
                 raise FileError("vanished while it was read", VANISHED)
@@ -1740,12 +1743,9 @@ class FileReader:
             )
 
 
-# Walking
-
-
 def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | None:
-    """As StorageBox.list_folder: OPENDIR, then READDIRs together until the end.  SFTPError if
-    it cannot be read, FileError if it has no end, ConnectionLost."""
+    """As StorageBox.list_folder, with several READDIRs at a time.  SFTPError if the folder
+    cannot be read, FileError if it has no end, ConnectionLost."""
     handle = session.ask_one(simple_request(FXP_OPENDIR, path))
     names: dict[bytes, Attributes] = {}  # a name may come twice while the folder changes
     ended, count = False, READDIRS_PER_BATCH
@@ -1759,7 +1759,7 @@ def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | No
                     ended = True
                 else:
                     raise result
-            if len(names) == known and not ended:
+            if len(names) == known and not ended:  # only names that it has sent before
                 raise FileError("the box sent a listing that does not end")
             if len(names) >= limit and not ended:
                 return None
@@ -1770,13 +1770,13 @@ def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | No
 
 
 class WalkReport:
-    """What the walk has left out, by label, the number of failures, what could not be
-    listed, and the items of EXCLUDE_PATHS that have matched nothing."""
+    """What a walk has met other than files to archive."""
 
     def __init__(self) -> None:
-        self.skipped: Counter[str] = Counter()
-        self.failed, self.unlisted = 0, set[bytes]()
-        self.unmatched: set[str] = set()
+        self.skipped: Counter[str] = Counter()  # entries, by label
+        self.failed = 0
+        self.unlisted: set[bytes] = set()  # folders that could not be listed
+        self.unmatched: set[str] = set()  # items of EXCLUDE_PATHS that have matched nothing
 
     def add_failure(self, path: bytes, reason: object) -> None:
         self.failed += 1
@@ -1786,11 +1786,11 @@ class WalkReport:
         for item in sorted(self.unmatched):
             log.warning("EXCLUDE_PATHS: %s has matched nothing", printable(item))
 
-    def others(self, more: Mapping[str, int]) -> Iterator[tuple[str, object]]:
-        """Rows of a table, for what was met: `more`, and what was left out."""
-        labels = ("Hidden entries", "Excluded", "Links", "Special files", "Vanished")
-        counts = dict(more) | {label: self.skipped[label] for label in labels}
-        yield from (row for row in counts.items() if row[1])
+    def skipped_rows(self) -> Iterator[tuple[str, object]]:
+        """Rows of a table, for the labels that were met."""
+        for label in ("Hidden entries", "Excluded", "Links", "Special files", "Vanished"):
+            if self.skipped[label]:
+                yield label, self.skipped[label]
 
 
 def log_failure(name: bytes | str, reason: object) -> None:
@@ -1798,9 +1798,9 @@ def log_failure(name: bytes | str, reason: object) -> None:
 
 
 class Walk:
-    """Every regular file below REMOTE_PATH, in the same order each time.  Many folders are
-    listed at once, and handed on in the order in which they were begun.  One that is too
-    large for that is listed again when it is its turn.  Links are not followed."""
+    """Every regular file below REMOTE_PATH, in the same order each time.  LISTINGS_AT_ONCE
+    folders are listed ahead.  Of a folder with more than NAMES_AHEAD entries nothing is kept
+    in memory: it is listed again when its turn comes.  Links are not followed."""
 
     def __init__(self, box: StorageBox, config: Config, report: WalkReport):
         self._box, self._root, self._report = box, config.remote_path, report
@@ -1808,8 +1808,8 @@ class Walk:
         self._filter = PathFilter(config.remote_path, config.exclude, hidden, box.exists)
 
     def __iter__(self) -> Iterator[list[RemoteFile]]:
-        """Lists of at most PAGE files; an empty one after each COMMIT_PAUSE without files.
-        Fatal if REMOTE_PATH itself cannot be listed, Stopped."""
+        """Lists of at most PAGE files, and an empty list after each COMMIT_PAUSE without a
+        file.  Fatal if REMOTE_PATH itself cannot be listed, Stopped."""
         self._box.session()
         waiting = [self._root]
         begun: deque[tuple[bytes, Future[list[Entry] | None]]] = deque()
@@ -1829,7 +1829,7 @@ class Walk:
                 folders: list[bytes] = []
                 for start in range(0, len(entries), PAGE):
                     page = entries[start : start + PAGE]
-                    files = (self._sort_out(path, *entry, folders) for entry in page)
+                    files = (self._file_of(path, *entry, folders) for entry in page)
                     yield [file for file in files if file is not None]
                 waiting += reversed(folders)
             self._report.unmatched = self._filter.unmatched()
@@ -1837,8 +1837,8 @@ class Walk:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def leaves_out(self, path: bytes) -> bool:
-        """Whether the walk does not reach this path: it, or a folder above it, is hidden or
-        excluded, or could not be listed."""
+        """Whether the walk does not reach this path, because it or a folder above it is
+        hidden or excluded, or could not be listed."""
         root = join(self._root, b"")
         parts = path.removeprefix(root).split(b"/")
         above = list(itertools.accumulate(parts, join, initial=root))[1:]
@@ -1849,7 +1849,7 @@ class Walk:
         )
 
     def _entries(self, path: bytes, listing: Future[list[Entry] | None]) -> list[Entry] | None:
-        """The result of the listing; no entries if it has failed: that is reported."""
+        """The result of the listing.  A failure is reported, and gives no entries."""
         try:
             return listing.result()
         except FileError as error:
@@ -1865,10 +1865,10 @@ class Walk:
                 self._report.add_failure(path, f"this folder cannot be listed: {error}")
             return []
 
-    def _sort_out(
+    def _file_of(
         self, folder: bytes, name: bytes, attributes: Attributes, folders: list[bytes]
     ) -> RemoteFile | None:
-        """The entry if it is a file to be archived.  A folder is added to `folders`."""
+        """The file to archive, if the entry is one.  A folder is added to `folders`."""
         path, (size, mtime, mode) = join(folder, name), attributes
         kind = stat.S_IFMT(mode or 0)
         if not name or b"/" in name or len(path) > MAX_PATH_BYTES:
@@ -1912,8 +1912,9 @@ SOURCE_PINS = ("HETZNER_USER", "REMOTE_PATH")
 
 
 class Record(NamedTuple):
-    """A row: what the state knows about a file and its object.  `mtime` None: it has to be
-    compared.  `crc32` None: its content is not known first-hand.  `etag` None: not at all."""
+    """A row: what the state knows about a file and its object.  If `mtime` is None, the file
+    has to be compared.  `crc32` is None unless this program has read the content, `etag` if
+    nothing is known about the content."""
 
     path: str  # as in the path column
     size: int
@@ -1926,7 +1927,7 @@ class Record(NamedTuple):
 
 
 class PastRun(NamedTuple):
-    """A run as the state keeps it; None from `ended_at` on if it was killed."""
+    """A run in the state.  The fields from `ended_at` on are None if it was killed."""
 
     started_at: int
     ended_at: int | None = None
@@ -1939,20 +1940,23 @@ class PastRun(NamedTuple):
 
 
 def pins_of(config: Config) -> dict[str, str]:
-    """What a state is tied to, by setting."""
-    root, destination = path_text(config.remote_path), (config.bucket, config.prefix)
-    names = ("S3_BUCKET", "S3_PREFIX", *SOURCE_PINS)
-    return dict(zip(names, (*destination, config.user, root)))
+    """The settings that a state belongs to, by name."""
+    return {
+        "S3_BUCKET": config.bucket,
+        "S3_PREFIX": config.prefix,
+        "HETZNER_USER": config.user,
+        "REMOTE_PATH": path_text(config.remote_path),
+    }
 
 
 @contextlib.contextmanager
 def state_errors(path: Path) -> Iterator[None]:
-    """Turns an sqlite3.Error into Fatal: nothing goes on without a state."""
+    """Turns an sqlite3.Error into Fatal."""
     try:
         yield
     except (sqlite3.Error, UnicodeEncodeError) as error:
         remedy = "repair it, or move it away: the next run makes one from the bucket's listing"
-        if isinstance(error, sqlite3.OperationalError):  # it is not damaged
+        if isinstance(error, sqlite3.OperationalError):  # the database is not damaged
             remedy = "check its permissions, the room on its disk and in the folder for "
             remedy += "temporary files (TMPDIR), and the number of open files"
         raise Fatal(f"the state database {path} cannot be used: {error}; {remedy}") from None
@@ -1962,12 +1966,11 @@ Statement = str | tuple[Any, ...]  # SQL, or SQL and its values
 
 
 class State:
-    """What is known to be archived; used by one thread.  Methods raise Fatal.  Whatever is
-    written is committed synchronously, in one transaction."""
+    """The state database, for one thread.  Methods raise Fatal, and commit what they write."""
 
     def __init__(self, config: Config, copy: bool = False):
-        """Opens the database, or makes it.  `copy`: a copy on temporary disk, so that what
-        is written goes nowhere; an empty one if there is no database."""
+        """Opens the database, or makes it.  With `copy`, it opens a temporary copy instead,
+        which is empty if there is no database; changes are lost."""
         path = self._path = config.state_db
         with state_errors(path):
             if not copy:
@@ -1993,8 +1996,8 @@ class State:
 
     def _upgrade(self, config: Config) -> None:
         """Makes the tables.  Of an earlier script's database it keeps the rows of `files`
-        that can have been made with these settings.  Those of the first edition, which says
-        elsewhere what it is not sure of, have to be compared."""
+        whose paths are possible with these settings.  All rows of the first edition, which
+        has a table `meta`, have to be compared: it notes in other tables what is uncertain."""
 
         def key_of(path: str) -> str | None:
             raw = unescape(path)
@@ -2036,16 +2039,16 @@ class State:
     def close(self) -> None:
         self._db.close()
 
-    # Where the state belongs
+    # Source and destination
 
     @property
     def is_new(self) -> bool:
-        """Whether it was never brought in line with a bucket."""
+        """Whether the state still has to be made from the bucket's listing."""
         return not self._rows("SELECT 1 FROM meta WHERE name = 'S3_BUCKET'")
 
     def check_pins(self, pins: Mapping[str, str]) -> None:
-        """Fatal if the state belongs to another source or destination than `pins`: it would
-        say that everything is archived there already."""
+        """Fatal if the state belongs to another source or destination than `pins`: files
+        would count as archived that are not."""
         known = dict(self._rows("SELECT name, value FROM meta"))
         for name, value in pins.items():
             if known.get(name, value) != value:
@@ -2057,38 +2060,42 @@ class State:
                 raise Fatal(f"{reason}: set it back, or {remedy}")
 
     def pin(self, pins: Mapping[str, str]) -> None:
-        """Ties the state to a source and a destination."""
+        """Notes which source and destination the state belongs to."""
         insert = "INSERT OR REPLACE INTO meta VALUES (?, ?)"
         self._commit(*((insert, *pin) for pin in pins.items()))
 
     def forget_source(self) -> None:
-        """Forgets everything that is known of the files on the box, and what the state is
-        tied to: it has to be made from the bucket's listing."""
-        old_parts = "UPDATE uploads SET mtime = NULL"  # nothing is to go on behind them
+        """Deletes all rows of files and the pins: the state `is_new` then.  Unfinished
+        uploads may have parts of the old source's files, and are not continued."""
         tables = ("files", "objects", "meta", "gone")
-        self._commit(old_parts, *(f"DELETE FROM {table}" for table in tables))
+        deletions = (f"DELETE FROM {table}" for table in tables)
+        self._commit("UPDATE uploads SET mtime = NULL", *deletions)
 
     # Files
 
-    def unsettled(self, files: list[RemoteFile]) -> list[RemoteFile]:
-        """Those of `files` that have no row of their size and mtime."""
+    def unrecorded(self, files: list[RemoteFile]) -> list[RemoteFile]:
+        """Those of `files` that have no row with their size and mtime."""
         by_path = {path_text(file.path): file for file in files}
-        paths = "SELECT value FROM json_each(?)"  # any number of them
+        paths = "SELECT value FROM json_each(?)"  # of any number of paths
         query = f"SELECT path, size, mtime FROM files WHERE path IN ({paths})"
-        settled = set(self._rows(query, json.dumps([*by_path])))
-        return [file for path, file in by_path.items() if (path, *file[1:]) not in settled]
+        rows = set(self._rows(query, json.dumps([*by_path])))
+        return [
+            file for path, file in by_path.items() if (path, file.size, file.mtime) not in rows
+        ]
 
     def find(self, path: bytes) -> Record | None:
         rows = self._rows(f"{RECORDS} WHERE path = ?", path_text(path))
         return Record(*rows[0]) if rows else None
 
     def begin(self, jobs: Iterable[Job]) -> None:
-        """Notes what is about to be read and sent.
+        """Notes which files are about to be read and sent.
 
-        S3's answer to a new version may get lost.  So the row of a file that may get one says
-        nothing about the content until S3 has acknowledged it.  And the next run has to know
-        of which version of a large file there may be parts; of none that counts if it is to
-        be compared first, or was modified so recently that they could be of different ones.
+        S3 may store a new version although its answer gets lost.  So until S3 has acknowledged
+        the upload, the row says nothing about the object's content.
+
+        The next run may continue an upload in parts only if it knows of which version of the
+        file the parts are.  No version is noted if the file is compared first, or was
+        modified so recently that its parts could be of different versions.
         """
         statements: list[Statement] = []
         for job in jobs:
@@ -2099,45 +2106,45 @@ class State:
                     ("UPDATE objects SET etag = NULL, crc32 = NULL WHERE path = ?", path),
                 ]
             if job.plan.parts_at_once and not job.resumes:
-                is_known = not (job.compares or is_recent(job.file, time.time()))
-                statements.append(self._upload_row(job, job.file.mtime if is_known else None))
+                is_unsure = job.compares or is_recent(job.file, time.time())
+                mtime = None if is_unsure else job.file.mtime
+                statements.append(self._upload_statement(job, mtime))
         self._commit(*statements)
 
     def note_upload(self, job: Job) -> None:
-        """The comparison of a large file was cut off.  The next run is not to begin it again,
-        perhaps every night: it uploads the file, and that can go on."""
-        self._commit(self._upload_row(job, job.file.mtime))
+        """For a large file whose comparison was cut off.  The next run uploads it instead: an
+        upload can be continued, a comparison would begin again every night."""
+        self._commit(self._upload_statement(job, job.file.mtime))
 
-    def _upload_row(self, job: Job, mtime: int | None) -> tuple[Any, ...]:
+    def _upload_statement(self, job: Job, mtime: int | None) -> tuple[Any, ...]:
         row = (job.key, path_text(job.file.path), job.file.size, mtime, job.plan.part_size)
         return ("INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?)", *row)
 
     def record(self, archived: Iterable[Archived]) -> None:
-        """Commits what S3 has acknowledged, or was found to hold.  The invariant stands or
-        falls here.  One transaction takes all that finished while the last was written."""
+        """Commits files that S3 has acknowledged, or was found to hold already.  The
+        invariant depends on this method, which must be called only with such files."""
         statements: list[Statement] = []
-        for file, stored, is_recent, _ in archived:
-            path, mtime = path_text(file.path), None if is_recent else file.mtime
-            statements += rows_of(path, file.size, mtime, stored)
-            statements.append(("DELETE FROM uploads WHERE key = ?", stored.key))
+        for done in archived:
+            path, mtime = path_text(done.file.path), None if done.is_recent else done.file.mtime
+            statements += row_statements(path, done.file.size, mtime, done.stored)
+            statements.append(("DELETE FROM uploads WHERE key = ?", done.stored.key))
         self._commit(*statements)
 
     # Unfinished uploads
 
     def uploads(self) -> dict[str, tuple[int, int | None, int]]:
-        """Uploads that were begun and not completed, by key: size and mtime of their file,
-        None if nothing is to go on behind them, and part size."""
+        """Uploads that were begun and not completed, by key: size and mtime of the file, and
+        the part size.  The mtime is None if the upload must not be continued."""
         rows = self._rows("SELECT key, size, mtime, part_size FROM uploads")
         return {key: (size, mtime, part_size) for key, size, mtime, part_size in rows}
 
     def end_upload(self, key: str) -> None:
         self._commit(("DELETE FROM uploads WHERE key = ?", key))
 
-    # The whole
+    # All rows
 
     def records(self, condition: str = "true") -> Iterator[Record]:
-        """Rows in the order of their keys, which is S3's.  They may be changed meanwhile, up
-        to the last one that was returned."""
+        """Rows sorted by key, as S3's listings are.  Those already returned may be changed."""
         query = f"{RECORDS} WHERE {condition} AND key > ? ORDER BY key LIMIT {PAGE}"
         last = ""
         while rows := [Record(*row) for row in self._rows(query, last)]:
@@ -2145,7 +2152,7 @@ class State:
             last = rows[-1].key
 
     def note_seen(self, files: Iterable[RemoteFile]) -> None:
-        """Notes, until the database is closed, that these files are on the box."""
+        """Notes that these files are on the box, until the database is closed."""
         table = "CREATE TEMP TABLE IF NOT EXISTS seen (path TEXT PRIMARY KEY) WITHOUT ROWID"
         insert = "INSERT OR IGNORE INTO temp.seen VALUES (?)"
         self._commit(table, *((insert, path_text(file.path)) for file in files))
@@ -2175,36 +2182,38 @@ class State:
                     (f"DELETE FROM {table} WHERE path = ?", path) for table in tables
                 ]
             elif record is None or verdict in (WRONG_SIZE, WRONG_ETAG):
-                statements += rows_of(path, found.size, None, found)
+                statements += row_statements(path, found.size, None, found)
             elif (record.etag, record.storage_class) != (found.etag, found.storage_class):
                 known = found._replace(crc32=record.crc32)
-                statements += rows_of(path, record.size, record.mtime, known)
+                statements += row_statements(path, record.size, record.mtime, known)
         self._commit(*statements)
 
     def totals(self) -> list[tuple[str | None, int, int]]:
-        """(storage class, None if it is not known; number of files; bytes)."""
+        """Tuples of storage class (None if it is not known), number of files, and bytes."""
         return self._rows(
             "SELECT storage_class, count(*), coalesce(sum(size), 0)"
             " FROM files JOIN objects USING (path) GROUP BY 1 ORDER BY 2 DESC"
         )
 
     def record_run(self, run: PastRun) -> None:
-        """At the begin of a run, this also shows that the database can be written."""
+        """Adds or replaces a run.  When a run begins, this shows that the state is writable."""
         self._commit(("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *run))
 
     def last_runs(self, count: int) -> list[PastRun]:
-        """The latest first."""
+        """The last runs, the latest first."""
         query = "SELECT * FROM runs ORDER BY started_at DESC LIMIT ?"
         return [PastRun(*row) for row in self._rows(query, count)]
 
     def spent_since(self, seconds: float) -> float:
-        """USD that the runs have spent that began after that time since the epoch."""
+        """USD that were spent by runs which began after this time since the epoch."""
         query = "SELECT coalesce(sum(spent), 0) FROM runs WHERE started_at >= ?"
         return float(self._rows(query, seconds)[0][0])
 
 
-def rows_of(path: str, size: int, mtime: int | None, found: StoredObject) -> list[Statement]:
-    """Statements that write what is known of a file and its object."""
+def row_statements(
+    path: str, size: int, mtime: int | None, found: StoredObject
+) -> list[Statement]:
+    """Statements that write the rows of a file and its object."""
     file_row = (path, size, mtime, found.stored_at)
     object_row = (path, found.key, found.etag, found.crc32, found.storage_class or None)
     return [
@@ -2214,14 +2223,13 @@ def rows_of(path: str, size: int, mtime: int | None, found: StoredObject) -> lis
 
 
 def create_private(path: Path) -> None:
-    """Creates the file, if it is not there, so that only its user can read it: the state,
-    its lock and the log tell all names."""
-    with contextlib.suppress(OSError):  # whoever opens it then tells what is wrong
+    """Creates the file if it is missing, readable only by its owner: it has names in it."""
+    with contextlib.suppress(OSError):  # the caller opens the file next, and gets the error
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
 
 
 def can_lock(path: Path) -> bool:
-    """Whether a new file there can be locked at all."""
+    """Whether the file system of `path`, where there is no file, has locks at all."""
     try:
         with contextlib.closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as db:
             db.execute("BEGIN EXCLUSIVE")
@@ -2234,9 +2242,9 @@ def can_lock(path: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(config: Config, suffix: str = ".lock") -> Iterator[None]:
-    """Holds a lock beside the state; Fatal with status 11 if another process has it.  It is
-    an exclusive transaction on an empty database: that works on every system, and ends with
-    its holder, however that ends."""
+    """Holds a lock beside the state; Fatal with status 11 if another process has it.  The
+    lock is an exclusive transaction on an empty database: this works on every system, and
+    the lock is free again when its process ends, even if that is killed."""
     path = config.state_db.with_name(config.state_db.name + suffix)
     try:
         create_private(path)
@@ -2271,11 +2279,11 @@ REMEDIES = {  # of refusals that every request would meet
     "AccountProblem": "the account has a problem: ask AWS",
     "NotSignedUp": "the account is not signed up for S3",
 }
-# The answer to a HEAD has no body, and so no code but its status.
+# The answer to a HEAD has no body.  Its error code is the HTTP status.
 HEAD_CODES = {"403": "AccessDenied", "301": "PermanentRedirect"}
 MISSING = ("404", "NoSuchKey", "NoSuchUpload")
-# Refusals that may pass: bytes that were cut or damaged on their way, a conflict with
-# another request, and what servers and proxies answer while they are not well.
+# Errors that are worth a retry: a body that was cut off or damaged on its way, a conflict
+# with another request, and an overload or defect of a server or proxy.
 PASSING_CODES = ("IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "OperationAborted")
 PASSING_STATUSES = (408, 425, 429, 500, 502, 503, 504, *range(520, 528))
 NO_CREDENTIALS = (
@@ -2285,12 +2293,10 @@ NO_CREDENTIALS = (
     *(OSError, EOFError),  # no such file or program; nobody is there to be asked for a code
 )
 
-# The requests that are paid for, by their names in Prices.upload.
+# The requests that cost money, with their kinds in Prices.upload.
 COUNTED = {"PutObject": "put", "CreateMultipartUpload": "create", "UploadPart": "part"}
 COUNTED |= {"CompleteMultipartUpload": "complete", "HeadObject": "head"}
 COUNTED |= {"ListObjectsV2": "list", "ListMultipartUploads": "list", "ListParts": "list"}
-
-OnBytes = Callable[[int], None]  # called with each number of bytes that were moved
 
 Read = Callable[[int], bytes]  # the next bytes of a file, as FileReader.read
 
@@ -2299,14 +2305,14 @@ def retry_pause(
     attempts: int, operation: Any, response: Any, caught_exception: Any, **_: Any
 ) -> float | None:
     """For botocore's needs-retry event: the seconds to wait before the request is sent
-    again, None to leave it to boto3's own rule.  That knows fewer reasons, its pauses are
-    over within a second, and all requests share a small number of retries."""
+    again, or None to leave that to boto3.  boto3 retries for fewer reasons, waits less than
+    a second, and has a small number of retries for all requests together."""
     may_pass = isinstance(caught_exception, (aws.ConnectionError, aws.HTTPClientError))
     if response is not None:
         code, status = response[1].get("Error", {}).get("Code"), response[0].status_code
         may_pass = code in PASSING_CODES or status in PASSING_STATUSES
         if code == "BadDigest" and operation.name == "CompleteMultipartUpload":
-            may_pass = False  # it is about the parts that S3 has stored
+            may_pass = False  # the stored parts are other bytes than were read
     if not may_pass or attempts >= S3_ATTEMPTS:
         return None
     return random.uniform(0.5, 1.5) * (1 << attempts - 1)  # not all at once
@@ -2314,34 +2320,33 @@ def retry_pause(
 
 @contextlib.contextmanager
 def s3_errors() -> Iterator[None]:
-    """Turns what boto3 raises into FileError, or Fatal if every request would fail."""
+    """Turns the errors of boto3 into FileError, or into Fatal if every request would fail."""
     try:
         yield
     except aws.ClientError as error:
         details = error.response.get("Error", {})
         code = HEAD_CODES.get(str(details.get("Code")), str(details.get("Code")))
         bucket = f" {details['BucketName']}:" if "BucketName" in details else ""
-        said = f"{error.operation_name}: {code}{bucket} {details.get('Message', '')}"
+        refusal = f"{error.operation_name}: {code}{bucket} {details.get('Message', '')}"
         if code in REMEDIES:
-            raise Fatal(f"S3 refused {said}; {REMEDIES[code]}", code) from None
+            raise Fatal(f"S3 refused {refusal}; {REMEDIES[code]}", code) from None
         if error.operation_name.startswith(("Assume", "GetSession", "GetRole", "CreateToken")):
-            raise Fatal(f"no AWS credentials: {said}", code) from None
-        hint = "; perhaps the credentials have expired" if code == "400" else ""  # to a HEAD
-        raise FileError(f"S3 refused {said}{hint}", code) from None
-    except NO_CREDENTIALS as error:
-        keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-        raise Fatal(f"no AWS credentials: {error}; set {keys}") from None
+            raise Fatal(f"no AWS credentials: {refusal}", code) from None
+        hint = "; perhaps the credentials have expired" if code == "400" else ""  # of a HEAD
+        raise FileError(f"S3 refused {refusal}{hint}", code) from None
     except (aws.ConnectionError, aws.HTTPClientError) as error:
         raise FileError(f"S3 does not answer: {error}", UNREACHABLE) from None
+    except NO_CREDENTIALS as error:
+        if isinstance(error, EOFError):  # nobody answers the prompt for a code
+            print(file=sys.stderr)  # which has not ended its line
+        keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        raise Fatal(f"no AWS credentials: {error}; set {keys}") from None
     except aws.BotoCoreError as error:
         raise FileError(f"S3: {error}", type(error).__name__) from None
 
 
 class StoredObject(NamedTuple):
-    """What S3 says about an object; None if it does not know, or was not asked.
-
-    `restored`: whether a copy of a cold object can be read; False while S3 makes it.
-    """
+    """What S3 says about an object.  A field is None if S3 did not send it."""
 
     key: str
     size: int
@@ -2349,9 +2354,9 @@ class StoredObject(NamedTuple):
     storage_class: str
     etag: str
     crc32: int | None = None  # of the whole object
-    mtime: int | None = None  # from the metadata, where rclone keeps it, too
-    restored: bool | None = None
-    version_id: str | None = None  # if it need not be the current version
+    mtime: int | None = None  # from the metadata; rclone keeps it there, too
+    restored: bool | None = None  # a cold object's: True once it is, False while S3 does it
+    version_id: str | None = None  # None for the current version
 
 
 def etag_of(answer: Mapping[str, Any]) -> str:
@@ -2360,18 +2365,20 @@ def etag_of(answer: Mapping[str, Any]) -> str:
 
 def crc32_of(answer: Mapping[str, Any]) -> int | None:
     """The CRC-32 in an answer, None unless it is that of the whole object."""
-    text = answer.get("ChecksumCRC32") or "-"  # with a dash it is one of the parts' CRCs
+    text = answer.get("ChecksumCRC32") or "-"  # with a dash: a checksum of the parts' CRCs
     return None if "-" in text else int.from_bytes(base64.b64decode(text)[:4], "big")
 
 
 def stored_object(key: str, answer: Mapping[str, Any]) -> StoredObject:
-    """What a HEAD or GET has answered about the current version."""
-    # HTTP header names have no case, and some servers change it.
+    """The answer to a HEAD or GET."""
+    # Some servers change the case of header names.
     metadata = {name.lower(): value for name, value in answer["Metadata"].items()}
     mtime = re.fullmatch(r"(-?\d{1,12})(\.\d*)?", metadata.get("mtime", ""))
     stored_at = answer["LastModified"].timestamp() if "LastModified" in answer else 0
     return StoredObject(
-        *(key, answer["ContentLength"], math.floor(stored_at)),
+        key=key,
+        size=answer["ContentLength"],
+        stored_at=math.floor(stored_at),
         storage_class=answer.get("StorageClass", "STANDARD"),
         etag=etag_of(answer),
         crc32=crc32_of(answer),
@@ -2379,58 +2386,57 @@ def stored_object(key: str, answer: Mapping[str, Any]) -> StoredObject:
     )
 
 
-def version_parameter(version_id: str | None) -> dict[str, str]:
-    return {} if version_id is None else {"VersionId": version_id}
-
-
 def versions_at(entries: Iterable[Any], at: float) -> Iterator[Any]:
-    """Of a listing of versions and delete markers, sorted by key and with the latest first,
-    those versions that were current at a time.
+    """The versions that were current at the time `at`.  `entries` is a listing of versions
+    and delete markers, sorted by key, each key's latest version first.
 
-    The dates are whole seconds, and that of an upload in parts is when it began.  So within a
-    second the order of the listing counts, and the version that is current now is the latest
-    whatever its date is.  boto3 lists delete markers apart: within a second they come first,
-    since a file too many is better than one too few.
+    LastModified is in whole seconds, and for an upload in parts it is when that began.  So
+    versions of one second keep the order of the listing, and the version that is current now
+    counts as the latest whatever its date is.  boto3 lists delete markers apart: within a
+    second they count as older, since a file too many is better than one too few.
     """
     for _, group in itertools.groupby(entries, itemgetter("Key")):
-        versions = [*group]
-        versions.reverse()
-        versions.sort(key=lambda v: (v["IsLatest"], v["LastModified"], "ETag" in v))
-        before = itertools.takewhile(lambda v: v["LastModified"].timestamp() <= at, versions)
-        current = deque(before, 1)
-        if current and "ETag" in current[0]:  # else it was deleted, or not there yet
-            yield current[0]
+        oldest_first = [*group][::-1]
+        oldest_first.sort(key=lambda e: (e["IsLatest"], e["LastModified"], "ETag" in e))
+        current = None
+        for entry in oldest_first:
+            if entry["LastModified"].timestamp() > at:
+                break
+            current = entry
+        if current and "ETag" in current:  # a delete marker has none
+            yield current
 
 
-# An unfinished upload: its id, and its parts to go on behind, from 1 on without a gap, as
-# CompleteMultipartUpload takes them.
+# An unfinished upload that can be continued: its id, and its parts from the first one on
+# without a gap, as CompleteMultipartUpload takes them.
 StoredParts = tuple[str, list[dict[str, Any]]]
 
 
 class MultipartClient:
-    """boto3's client as upload_fileobj uses it for one large file.  It goes on behind the
-    parts that an earlier run has stored.  It sends the CRC-32 of each part, and at the end
-    that of the whole: S3 refuses to complete an upload of any other bytes.  It never aborts:
-    the next run goes on with what has arrived."""
+    """boto3's client for upload_fileobj, for one large file.  It continues an upload after
+    the parts that an earlier run has stored.  It sends the CRC-32 of each part, and at the
+    end that of the file, so that S3 refuses to complete an upload of other bytes.  It never
+    aborts an upload: the next run continues it."""
 
     def __init__(self, client: Any, read: Read, stored: StoredParts | None, part_size: int):
         self._client, self._read = client, read
         self._upload_id, self._stored = stored or ("", [])
-        self._part_crcs: list[int] = []  # of what this run sends
-        self._refusal: Exception | None = None
-        self.crc32 = 0  # of all parts up to now
+        self._part_crcs: list[int] = []  # of the parts that this run sends
+        self._error: Exception | None = None  # of a part
+        self.crc32 = 0  # of all parts that are stored or were read
         for part in self._stored:
             self.crc32 = crc32_of_both(self.crc32, crc32_of(part) or 0, part_size)
-        self.is_completing = self.may_leave_another = False  # an upload whose id got lost
+        self.is_completing = False
+        self.may_leave_another = False  # an upload whose id got lost with S3's answer
         self.answer: Mapping[str, Any] = {}  # to CompleteMultipartUpload
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
 
     def read(self, amount: int = -1) -> bytes:
-        """The next part; s3transfer asks for one after the other."""
-        if self._refusal is not None:  # the rest would be read in vain
-            raise self._refusal
+        """The next part.  s3transfer calls this on one thread, in order."""
+        if self._error is not None:  # the upload has failed: do not read the rest
+            raise self._error
         data = self._read(amount)
         if data:
             self._part_crcs.append(zlib.crc32(data))
@@ -2450,29 +2456,29 @@ class MultipartClient:
         try:
             return self._client.upload_part(**request)
         except Exception as error:
-            self._refusal = error
+            self._error = error
             raise
 
     def complete_multipart_upload(self, MultipartUpload: Any, **request: Any) -> Any:
-        self.is_completing, behind = True, len(self._stored)
-        sent = [p | {"PartNumber": p["PartNumber"] + behind} for p in MultipartUpload["Parts"]]
+        self.is_completing, stored = True, len(self._stored)
+        sent = [p | {"PartNumber": p["PartNumber"] + stored} for p in MultipartUpload["Parts"]]
         request["MultipartUpload"] = {"Parts": self._stored + sent}
         request["ChecksumCRC32"] = crc_text(self.crc32)
         self.answer = self._client.complete_multipart_upload(**request)
         return self.answer
 
     def abort_multipart_upload(self, **_: Any) -> None:
-        """Called by s3transfer on every error."""
+        """Does nothing.  s3transfer calls it after an error."""
 
 
 class Bucket:
-    """The bucket below the prefix.  Nothing in it is ever deleted, except unfinished
-    multipart uploads of our own.  Methods raise FileError and Fatal."""
+    """The bucket, below the prefix.  No object is ever deleted; only unfinished uploads of
+    keys that the program uses are aborted.  Methods raise FileError and Fatal."""
 
     def __init__(self, config: Config, retries: bool = True):
         self._config, self._name, self.prefix = config, config.bucket, config.prefix
         self._has_warned = False
-        # The requests that were sent, by storage class and by their name in COUNTED.
+        # The number of requests that were sent, by storage class and kind (see COUNTED).
         self.requests: Counter[tuple[str, str]] = Counter()
         self._counting = threading.Lock()
         settings = botocore.config.Config(
@@ -2480,12 +2486,12 @@ class Bucket:
             read_timeout=S3_READ_LIMIT,
             retries={"mode": "standard", "total_max_attempts": S3_ATTEMPTS if retries else 1},
             max_pool_connections=config.transfers * PARTS_AT_ONCE,
-            # Our own checksums go with every upload; boto3 is to add no others, nor to sign,
-            # that is to read, the body over TLS.
+            # Every upload has a checksum of ours.  boto3 would add another one, and would
+            # read each body once more to sign it.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
             s3={"payload_signing_enabled": False},
-            # Composing boto3's own takes a tenth of a small PUT.
+            # boto3 would compose its own for each request: a tenth of a small PUT's CPU time.
             user_agent=f"archive.py/{VERSION}",
             tcp_keepalive=True,
         )
@@ -2496,8 +2502,8 @@ class Bucket:
                     "s3", endpoint_url=config.endpoint_url, config=settings
                 )
                 self._credentials = session.get_credentials()
-            parse_endpoint(self._client.meta.endpoint_url)  # it may come from ~/.aws
-        except (ValueError, EOFError, RuntimeError) as error:  # EOFError: it asks for a code
+            parse_endpoint(self._client.meta.endpoint_url)  # it may be set in ~/.aws
+        except (ValueError, EOFError, RuntimeError) as error:  # EOFError: no MFA code
             raise Fatal(f"AWS_ENDPOINT_URL, or the AWS credentials: {error}") from None
         self.region: str | None = self._client.meta.region_name
         # "Expect: 100-continue" costs every PUT a round trip.
@@ -2522,13 +2528,15 @@ class Bucket:
                 self.requests[kind.decode() if isinstance(kind, bytes) else kind, name] += 1
 
     def _arguments(self, operation: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """Of a request: the bucket, those of S3_EXTRA_ARGS that it knows, `parameters`."""
+        """The arguments of a request: the bucket, those of S3_EXTRA_ARGS that this operation
+        has, and those `parameters` that are not None."""
         meta, extra = self._client.meta, self._config.extra_args
         if extra:
             name = meta.method_to_api_mapping[operation]
             known = meta.service_model.operation_model(name).input_shape.members
             extra = {name: value for name, value in extra.items() if name in known}
-        return {"Bucket": self._name, **extra, **parameters}
+        given = {name: value for name, value in parameters.items() if value is not None}
+        return {"Bucket": self._name, **extra, **given}
 
     def _ask(self, operation: str, *missing: str, **parameters: Any) -> Any:
         """S3's answer, None if it refuses with one of the codes `missing`."""
@@ -2542,7 +2550,7 @@ class Bucket:
             return None
 
     def _list(self, operation: str, *entries: str, **parameters: Any) -> Iterator[Any]:
-        """All `entries` of a listing, page by page, by their keys if they are of two kinds."""
+        """The items of a listing in the lists that are named `entries`, merged by key."""
         paginator = self._client.get_paginator(operation)
         with s3_errors():
             for page in paginator.paginate(**self._arguments(operation, parameters)):
@@ -2554,8 +2562,7 @@ class Bucket:
     # Uploads
 
     def put(self, key: str, data: bytes, mtime: int) -> StoredObject:
-        """One PUT, with the CRC-32 for S3 to check.  upload_fileobj would take half as much
-        CPU time again."""
+        """Uploads with one PUT; S3 checks the CRC-32.  upload_fileobj takes 50 % more CPU."""
         crc32 = zlib.crc32(data)
         arguments = self._upload_arguments(len(data), mtime)
         arguments["ChecksumCRC32"] = crc_text(crc32)
@@ -2564,13 +2571,14 @@ class Bucket:
 
     def upload(
         self, key: str, read: Read, file: RemoteFile, plan: UploadPlan,
-        stored: StoredParts | None, progress: OnBytes,
+        stored: StoredParts | None, progress: Callable[[int], None],
     ) -> StoredObject:  # fmt: skip
-        """Sends a large file in parts, behind those that are stored: `read` gives the rest.
-        If it fails, its parts stay for the next run, unless S3 does not want them."""
+        """Uploads a large file in parts, after those that are stored; `read` returns the rest
+        of its bytes.  If the upload fails, its parts stay for the next run, unless S3 has
+        refused to complete it."""
         rest = file.size - (len(stored[1]) * plan.part_size if stored else 0)
         config = TransferConfig(
-            multipart_threshold=min(rest, plan.part_size),  # what is read first: a whole part
+            multipart_threshold=min(rest, plan.part_size),  # the size of the first read
             multipart_chunksize=plan.part_size,
             max_concurrency=plan.parts_at_once,
             preferred_transfer_client="classic",
@@ -2579,14 +2587,14 @@ class Bucket:
         arguments = self._config.extra_args | self._upload_arguments(file.size, file.mtime)
         arguments |= {"ChecksumType": "FULL_OBJECT", "MpuObjectSize": file.size}
         client = MultipartClient(self._client, read, stored, plan.part_size)
-        source = SimpleNamespace(read=client.read)
+        source = SimpleNamespace(read=client.read)  # which s3transfer reads as a stream
         try:
             with s3_errors():
                 upload_fileobj(client, source, self._name, key, arguments, progress, config)
         except FileError as error:
             if not client.is_completing or error.code == UNREACHABLE:
                 raise
-            # If the answer to Complete got lost, asking again is answered like this.
+            # If S3's answer to Complete got lost, a retry gets NoSuchUpload.
             found = self.head(key) if error.code == "NoSuchUpload" else None
             if found is None or (found.size, found.crc32) != (file.size, client.crc32):
                 self.abort_uploads(key)
@@ -2597,14 +2605,15 @@ class Bucket:
         return self._confirm(key, client.answer, file.size, client.crc32)
 
     def _upload_arguments(self, size: int, mtime: int) -> dict[str, Any]:
-        """The time is kept in rclone's form, so that rclone restores it, too."""
-        storage_class = self._config.class_of(size)
-        common = {"StorageClass": storage_class, "ChecksumAlgorithm": "CRC32"}
-        return common | {"Metadata": {"mtime": str(mtime)}}
+        return {
+            "StorageClass": self._config.class_of(size),
+            "ChecksumAlgorithm": "CRC32",
+            "Metadata": {"mtime": str(mtime)},  # as rclone does, which restores it, too
+        }
 
     def _confirm(self, key: str, answer: Any, size: int, crc32: int) -> StoredObject:
-        """What was stored; FileError unless it is what was read.  A server whose answer has
-        no CRC-32 may not have checked it: HEAD is asked then."""
+        """The object that S3 has stored; FileError if it is not what was read.  A server
+        whose answer has no CRC-32 may not have checked it, and gets a HEAD."""
         stored_crc, etag = crc32_of(answer), etag_of(answer)
         if stored_crc is None:
             found = self.head(key)
@@ -2627,8 +2636,8 @@ class Bucket:
         return [upload["UploadId"] for upload in uploads if upload["Key"] == key]
 
     def stored_parts(self, key: str, part_size: int | None) -> StoredParts | None:
-        """The unfinished upload of `key` that has most parts of `part_size` to go on behind;
-        None if there is none.  Its other uploads are aborted, all if `part_size` is None."""
+        """The unfinished upload of `key` with the most parts of `part_size` to continue; None
+        if there is none.  All other uploads of `key` are aborted."""
         found: list[StoredParts] = []
         try:
             for upload_id in self._uploads_of(key):
@@ -2643,7 +2652,7 @@ class Bucket:
         return best
 
     def _parts_of(self, key: str, upload_id: str, size: int | None) -> list[dict[str, Any]]:
-        """The stored parts from 1 on that have this size and a CRC-32, without a gap."""
+        """The stored parts before the first that is missing, of another size or without CRC."""
         parts: list[dict[str, Any]] = []
         for part in self._list("list_parts", "Parts", Key=key, UploadId=upload_id):
             is_next = part["PartNumber"] == len(parts) + 1 and part["Size"] == size
@@ -2653,8 +2662,8 @@ class Bucket:
         return parts
 
     def abort_uploads(self, key: str, upload_ids: list[str] | None = None) -> bool:
-        """Aborts these unfinished uploads of `key`, or all, whose parts are billed; False,
-        after a warning, if S3 refuses."""
+        """Aborts these unfinished uploads of `key`, or all of them: their parts cost money.
+        Returns False after a warning if S3 refuses."""
         name = "of unknown id"
         try:
             for name in self._uploads_of(key) if upload_ids is None else upload_ids:
@@ -2667,14 +2676,14 @@ class Bucket:
             return False
 
     def count_unfinished(self) -> int:
-        """The number of unfinished uploads below the prefix, whoever began them."""
+        """The number of unfinished uploads below the prefix, also those of other programs."""
         return len([*self._list("list_multipart_uploads", "Uploads", Prefix=self.prefix)])
 
     # Objects
 
     def objects(self, prefix: str, at: float | None = None) -> Iterator[StoredObject]:
-        """What is below `prefix`, or was at the time `at`, in the order of the keys, 1,000 for
-        a request; without the empty objects that S3's console makes of folders."""
+        """The objects below `prefix`, now or at the time `at`, sorted by key.  The empty
+        objects that S3's console makes for folders are skipped."""
         listing = {"Prefix": prefix, "OptionalObjectAttributes": ["RestoreStatus"]}
         if at is None:
             entries = self._list("list_objects_v2", "Contents", **listing)
@@ -2689,28 +2698,31 @@ class Bucket:
             expiry = restoring.get("RestoreExpiryDate")
             restored = True if expiry and expiry.timestamp() > time.time() else None
             yield StoredObject(
-                *(key, size, math.floor(entry["LastModified"].timestamp())),
-                *(entry.get("StorageClass", "STANDARD"), etag_of(entry)),
+                key=key,
+                size=size,
+                stored_at=math.floor(entry["LastModified"].timestamp()),
+                storage_class=entry.get("StorageClass", "STANDARD"),
+                etag=etag_of(entry),
                 restored=False if restoring.get("IsRestoreInProgress") else restored,
                 version_id=entry.get("VersionId"),
             )
 
     def head(self, key: str, version_id: str | None = None) -> StoredObject | None:
-        """What S3 says about an object, also about a cold one; None if there is none."""
-        version = version_parameter(version_id)
-        answer = self._ask("head_object", "404", Key=key, ChecksumMode="ENABLED", **version)
+        """The object, which may be cold; None if there is none."""
+        version = {"Key": key, "VersionId": version_id}
+        answer = self._ask("head_object", "404", ChecksumMode="ENABLED", **version)
         return None if answer is None else stored_object(key, answer)
 
     def request_restore(self, found: StoredObject, tier: str, days: int) -> bool:
-        """Asks S3 for a copy that can be read; whether there is one already."""
+        """Asks S3 to restore the object; returns True if it can be read already."""
         request = {"Days": days, "GlacierJobParameters": {"Tier": tier.capitalize()}}
-        place = {"Key": found.key, **version_parameter(found.version_id)}
+        version = {"Key": found.key, "VersionId": found.version_id}
         try:
-            answer = self._ask("restore_object", RestoreRequest=request, **place)
+            answer = self._ask("restore_object", RestoreRequest=request, **version)
         except FileError as error:
             if error.code == "RestoreAlreadyInProgress":
                 return False
-            # Its class is none that has to be restored, or it is back already.
+            # The object is in a class that needs no restore, or was restored already.
             if error.code in ("ObjectAlreadyInActiveTierError", COLD):
                 return True
             raise
@@ -2719,21 +2731,22 @@ class Bucket:
     def download(
         self, found: StoredObject
     ) -> tuple[StoredObject, Callable[[], Iterator[bytes]]]:
-        """What GET says, and the object's bytes in blocks, from the start at each call.  They
-        end with a FileError unless they have the size and the CRC-32 that S3 has told.  If
-        the connection breaks they go on, within the same version of the object."""
+        """The answer to a GET, and a function that returns the object's bytes in blocks, from
+        the start at each call.  A broken download is continued in the same version of the
+        object.  FileError at the end if the size or CRC-32 is not what S3 has answered."""
 
         def get(**more: str) -> Any:
-            more |= {"Key": found.key, **version_parameter(found.version_id)}
+            version = {"Key": found.key, "VersionId": found.version_id}
             try:
-                return self._ask("get_object", **more)
+                return self._ask("get_object", **version, **more)
             except Fatal as error:
-                if error.code == "AccessDenied":  # perhaps to this one alone
+                if error.code == "AccessDenied":  # perhaps only to this object
                     raise FileError(str(error), error.code) from None
                 raise
 
         answer = get(ChecksumMode="ENABLED")
-        stored, bodies = stored_object(found.key, answer), [answer["Body"]]
+        stored = stored_object(found.key, answer)
+        bodies = [answer["Body"]]  # the one to read next; empty once it was read
 
         def blocks() -> Iterator[bytes]:
             at = crc32 = failures = 0
@@ -2769,8 +2782,8 @@ class Bucket:
         missing = "NoSuchLifecycleConfiguration"
         answer = self._ask("get_bucket_lifecycle_configuration", missing) or {}
         for rule in answer.get("Rules", ()):
-            chosen = rule.get("Filter", rule)  # both forms that a rule may have
-            applies = self.prefix.startswith(chosen.get("And", chosen).get("Prefix", ""))
+            scope = rule.get("Filter", rule)  # older rules have the prefix directly
+            applies = self.prefix.startswith(scope.get("And", scope).get("Prefix", ""))
             aborts = "AbortIncompleteMultipartUpload" in rule
             if rule["Status"] == "Enabled" and aborts and applies:
                 return True
@@ -2787,27 +2800,26 @@ class Bucket:
             raise Fatal(f"--at: {reason}")
 
     def permission_probes(self) -> Iterator[tuple[str, Callable[[], object]]]:
-        """Each permission that is needed, and a call that raises without it; called in this
-        order, they leave nothing behind.  s3:RestoreObject is for `restore` only."""
-        key, prefix, ask = self.prefix + PROBE, self.prefix, partial(partial, self._ask)
+        """Each permission that is needed, and a call that raises without it.  Called in this
+        order, they leave nothing behind.  Only `restore` needs s3:RestoreObject."""
+        key, prefix, ask = self.prefix + PROBE, self.prefix, self._ask
         nothing = {"Key": key, "UploadId": "none"}
 
         def upload() -> None:
             arguments = self._upload_arguments(SMALL_FILE, 0)  # the class may be refused
-            answer = self._ask("create_multipart_upload", Key=key, **arguments)
-            upload_id = answer["UploadId"]
-            self._ask("abort_multipart_upload", *MISSING, Key=key, UploadId=upload_id)
+            upload_id = ask("create_multipart_upload", Key=key, **arguments)["UploadId"]
+            ask("abort_multipart_upload", *MISSING, Key=key, UploadId=upload_id)
 
-        yield "s3:ListBucket", ask("list_objects_v2", Prefix=prefix, MaxKeys=1)
-        yield "s3:GetObject", ask("head_object", *MISSING, Key=key)
-        uploads = ask("list_multipart_uploads", Prefix=prefix, MaxUploads=1)
+        yield "s3:ListBucket", partial(ask, "list_objects_v2", Prefix=prefix, MaxKeys=1)
+        yield "s3:GetObject", partial(ask, "head_object", *MISSING, Key=key)
+        uploads = partial(ask, "list_multipart_uploads", Prefix=prefix, MaxUploads=1)
         yield "s3:ListBucketMultipartUploads", uploads
-        yield "s3:ListMultipartUploadParts", ask("list_parts", *MISSING, **nothing)
-        abort = ask("abort_multipart_upload", *MISSING, **nothing)
+        yield "s3:ListMultipartUploadParts", partial(ask, "list_parts", *MISSING, **nothing)
+        abort = partial(ask, "abort_multipart_upload", *MISSING, **nothing)
         yield "s3:AbortMultipartUpload", abort
         yield "s3:PutObject", upload
         request = {"Days": 1, "GlacierJobParameters": {"Tier": "Bulk"}}
-        restore = ask("restore_object", *MISSING, Key=key, RestoreRequest=request)
+        restore = partial(ask, "restore_object", *MISSING, Key=key, RestoreRequest=request)
         yield "s3:RestoreObject", restore
 
 
@@ -2818,46 +2830,46 @@ WRONG_ETAG, NOT_RECORDED, TO_COMPARE = "Wrong checksum", "Not recorded", "To com
 
 
 class Difference(NamedTuple):
-    """What the listing and the state say about a key, of which one may be silent; `verdict`
-    is a label of `verify`'s table, `reason` what is wrong, empty if nothing is."""
+    """A key in the listing, in the state, or in both."""
 
-    verdict: str
-    reason: str
+    verdict: str  # a label of `verify`'s table
+    reason: str  # what is wrong; empty if nothing is
     path: str  # as in the state's path column
     found: StoredObject | None
     record: Record | None
 
 
 def compare_listing(config: Config, bucket: Bucket, state: State) -> Iterator[Difference]:
-    """What S3 holds against what is recorded, key by key in their common order.  Objects
-    whose key no path can have are not ours, and left out."""
+    """Compares the bucket's listing with the state, both of which are sorted by key.  Objects
+    whose key no path can have are not ours, and skipped."""
     objects, records = bucket.objects(config.prefix), state.records()
-    found, record = next(objects, None), next(records, None)
-    while found or record:
-        key = min(one.key for one in (found, record) if one)
-        stored = found if found and found.key == key else None
-        row = record if record and record.key == key else None
+    next_object, next_record = next(objects, None), next(records, None)
+    while next_object or next_record:
+        key = min(one.key for one in (next_object, next_record) if one)
+        found = next_object if next_object and next_object.key == key else None
+        record = next_record if next_record and next_record.key == key else None
         relative, reason = unescape(key[len(config.prefix) :]), ""
-        verdict = AGREE if row and row.mtime is not None else TO_COMPARE
-        if row is None:
+        verdict = AGREE if record and record.mtime is not None else TO_COMPARE
+        if record is None:
             verdict, reason = NOT_RECORDED, "in the bucket, but not recorded"
-        elif stored is None:
+        elif found is None:
             verdict, reason = NO_OBJECT, "recorded, but not in the bucket"
-        elif stored.size != row.size:
+        elif found.size != record.size:
             verdict = WRONG_SIZE
-            reason = f"S3 holds {stored.size:,} bytes, recorded are {row.size:,}"
-        elif row.etag not in (None, stored.etag):
-            verdict, reason = WRONG_ETAG, f"S3 holds ETag {stored.etag}, recorded is {row.etag}"
+            reason = f"S3 holds {found.size:,} bytes, recorded are {record.size:,}"
+        elif record.etag not in (None, found.etag):
+            verdict = WRONG_ETAG
+            reason = f"S3 holds ETag {found.etag}, recorded is {record.etag}"
         with contextlib.suppress(FileError):
             if object_key(config.prefix, relative) == key:
                 path = path_text(join(config.remote_path, relative))
-                yield Difference(verdict, reason, path, stored, row)
-        found = next(objects, None) if stored else found
-        record = next(records, None) if row else record
+                yield Difference(verdict, reason, path, found, record)
+        next_object = next(objects, None) if found else next_object
+        next_record = next(records, None) if record else next_record
 
 
 def reconcile(config: Config, bucket: Bucket, state: State) -> Iterator[Difference]:
-    """Brings the state in line with the bucket's listing, and yields what it has found."""
+    """Brings the state in line with the bucket's listing, and yields the differences."""
     differences = compare_listing(config, bucket, state)
     while page := list(itertools.islice(differences, PAGE)):
         state.apply(page)
@@ -2865,13 +2877,13 @@ def reconcile(config: Config, bucket: Bucket, state: State) -> Iterator[Differen
 
 
 def take_over(config: Config, bucket: Bucket, state: State) -> None:
-    """Brings a new state, or one of an earlier script, in line with the bucket, and ties it
-    to these settings.  If it breaks off, the next run begins it again."""
+    """Makes a new state, or one of an earlier script, agree with the bucket, and pins it to
+    these settings.  If this is interrupted, the next run begins it again."""
     counts = Counter(difference.verdict for difference in reconcile(config, bucket, state))
     gone = counts.pop(NO_OBJECT, 0)
     if counts or gone:
         message = "%s is new, or of an earlier script: took over %s objects of %s"
-        log.warning(message, config.state_db, f"{counts.total():,}", config.place)
+        log.warning(message, config.state_db, f"{counts.total():,}", config.url)
     if gone:
         log.warning("%s of its rows have no object there, and are dropped", f"{gone:,}")
     state.pin(pins_of(config))
@@ -2881,23 +2893,24 @@ def take_over(config: Config, bucket: Bucket, state: State) -> None:
 
 
 class Formatter(logging.Formatter):
-    """Any message on one line, whoever wrote it, and without secrets."""
+    """Makes every message one line without secrets, even if a library wrote it."""
 
     def __init__(self, form: str, secrets: set[str]):
         super().__init__(form, "%Y-%m-%dT%H:%M:%S%z")
-        self._secrets = secrets  # there may be more of them later
+        self._secrets = secrets  # more may be added later
 
     def format(self, record: logging.LogRecord) -> str:
         prefixes = {logging.WARNING: "warning: ", logging.CRITICAL: "error: "}
         record.prefix = prefixes.get(record.levelno, "")
         text = one_line(super().format(record))
-        for secret in sorted(self._secrets, key=len, reverse=True):  # one may begin another
+        # The longest first: one secret may be the beginning of another.
+        for secret in sorted(self._secrets, key=len, reverse=True):
             text = text.replace(secret, "***")
         return text
 
 
 class Console(logging.StreamHandler):  # type: ignore[type-arg]
-    """Lines above the progress bars, if there are any."""
+    """Writes lines above the progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with tqdm.external_write_mode(self.stream):
@@ -2913,12 +2926,12 @@ class LogFile(logging.handlers.RotatingFileHandler):
 
 
 def start_logging(config: Config, level: int, bars: bool, results: TextIO) -> None:
-    """Results to `results`, everything else to stderr from `level` on, all of it to
-    LOG_FILE; Fatal if that cannot be written."""
-    logging.raiseExceptions = False  # a full disk or a closed pipe is no traceback
+    """Sends results to `results`, everything else from `level` on to stderr, and all of it to
+    LOG_FILE; Fatal if LOG_FILE cannot be written."""
+    logging.raiseExceptions = False  # no traceback for a full disk or a closed pipe
     stderr, stdout = Console(sys.stderr), Console(results)
     stderr.setLevel(level)
-    hidden = {results_log.name, files_log.name if bars else ""}  # bars show the files
+    hidden = {results_log.name, files_log.name if bars else ""}
     stderr.addFilter(lambda record: record.name not in hidden)
     handlers: list[tuple[logging.Handler, str]] = [(stderr, "%(prefix)s%(message)s")]
     handlers.append((stdout, "%(message)s"))
@@ -2939,7 +2952,7 @@ def start_logging(config: Config, level: int, bars: bool, results: TextIO) -> No
 
 
 def show(text: str) -> None:
-    """A line of a result, to stdout and LOG_FILE."""
+    """Writes a line of a result to stdout and LOG_FILE."""
     results_log.info("%s", text)
 
 
@@ -2951,21 +2964,21 @@ def show_table(title: str, rows: Rows) -> None:
     width = max(15, *(len(label) for label, _ in rows))
     show(f"==== {title} ====")
     for label, value in rows:
-        text = format_usd(value) if isinstance(value, float) else str(value)
-        show(f"{label:<{width}}: {f'{value:,}' if isinstance(value, int) else text}")
+        text = f"{value:,}" if isinstance(value, int) else str(value)
+        show(f"{label:<{width}}: {format_usd(value) if isinstance(value, float) else text}")
 
 
 def json_rows(rows: Rows) -> dict[str, object]:
-    """The rows of a table as JSON has them, by their labels in snake case."""
-
-    def name(label: str) -> str:
-        return re.sub(r"\W+", "_", label.lower()).strip("_")
-
-    return {name(row[0]): json_usd(v) if isinstance(v := row[1], float) else v for row in rows}
+    """The rows of a table for JSON, by their labels in snake case."""
+    values: dict[str, object] = {}
+    for label, value in rows:
+        name = re.sub(r"\W+", "_", label.lower()).strip("_")
+        values[name] = json_usd(value) if isinstance(value, float) else value
+    return values
 
 
 def json_usd(usd: float) -> float | None:
-    """An amount as JSON has it: null if it is unknown."""
+    """An amount for JSON: null if it is not known."""
     return None if math.isnan(usd) else round(usd, 6)
 
 
@@ -2974,30 +2987,33 @@ def show_json(value: object, indent: int | None = 2) -> None:
 
 
 def print_line(text: str) -> None:
-    """To stdout only, exactly as it is; Stopped if nobody reads it any more."""
+    """Writes a line to stdout only; Stopped if stdout was closed by its reader."""
     try:
         print(text)
     except OSError:
         raise Stopped from None
 
 
+BAR = {"dynamic_ncols": True, "leave": False}
+
+
 class Progress:
-    """tqdm bars on a terminal: one for all bytes that are moved, one for what is looked at."""
+    """tqdm bars on a terminal, for the bytes that are moved and the files that are counted."""
 
     def __init__(self, shown: bool):
         self._shown = shown
-        self._total = tqdm(disable=True)  # until there is something to be moved
-        self.moved = self._total.update  # called with each number of bytes
+        self._total = tqdm(disable=True)  # until `expect` is called
+        self.moved = self._total.update  # to be called with each number of bytes
 
     def counting(self, doing: str) -> Any:
-        """A bar to update with each number of files that were looked at."""
+        """A bar to be updated with each number of files."""
         return tqdm(desc=doing, disable=not self._shown, unit=" files", **BAR)
 
     def expect(self, size: int) -> None:
-        """`size` more bytes are to be moved."""
+        """Adds bytes to the number of those that will be moved."""
         if self._shown and self._total.disable:
-            form = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, **BAR}
-            self._total = tqdm(desc="all files", total=0, **form)
+            unit = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+            self._total = tqdm(desc="all files", total=0, **unit, **BAR)
             self.moved = self._total.update
         if self._shown and size:
             self._total.total += size
@@ -3007,21 +3023,18 @@ class Progress:
         self._total.close()
 
 
-BAR = {"dynamic_ncols": True, "leave": False}
-
-
 # --------------------------------------------------------------- Parallel work
 
 
 @dataclass
 class Tools:
-    """What the commands work with."""
+    """What every command needs."""
 
     config: Config
     box: StorageBox
     bucket: Bucket
     progress: Progress
-    summary: dict[str, object] = field(default_factory=dict)  # as JSON
+    summary: dict[str, object] = field(default_factory=dict)  # for JSON
 
     @property
     def prices(self) -> Prices:
@@ -3033,16 +3046,17 @@ class Tools:
         show_table(title, rows)
 
 
-Outcome = tuple[Any, Any, "ArchiveError | None"]  # an item, and its result or its error
+Outcome = tuple[Any, Any, "ArchiveError | None"]  # an item, its result, or else its error
 
 
 @dataclass
 class Parallel:
-    """work(item) on threads: `threads` items at once, more than one only if their `memory`
-    is at most `limit` together.  A FileError is an outcome.  After any other error, after
-    Stopped, or after SAME_FAILURES of one code in a row, the box is closed, and what was
-    under way is yielded before the error is raised; after Stopped, as far as it ends within
-    STOP_LIMIT."""
+    """Calls work(item) on threads: at most `threads` at once, and more than one only if the
+    items' `memory` is at most `limit` together.
+
+    A FileError is an outcome.  After any other error, after Stopped, or after SAME_FAILURES
+    with one code in a row, the box is closed, and the work under way is yielded before the
+    error is raised.  After Stopped, only work that ends within STOP_LIMIT is."""
 
     work: Callable[[Any], object]
     box: StorageBox
@@ -3053,13 +3067,12 @@ class Parallel:
     def __post_init__(self) -> None:
         self._finished: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._ready: list[Outcome] = []  # collected, and not yet yielded
-        self._under_way = self._held = 0
-        self._codes = deque([""], SAME_FAILURES)  # of the latest outcomes
+        self._under_way = self._memory_in_use = 0
+        self._codes: deque[str] = deque(maxlen=SAME_FAILURES)  # of the latest outcomes
         self._failure: BaseException | None = None
 
     def outcomes(self, items: Iterable[Any]) -> Generator[list[Outcome], None, None]:
-        """What has finished, a list at a time.  An item of None only lets finished work
-        through."""
+        """Finished work, in lists.  An item of None only makes finished work be yielded."""
         pool = ThreadPoolExecutor(self.threads)
         try:
             for item in items:
@@ -3068,12 +3081,12 @@ class Parallel:
                     self._check()
                 if item is not None:
                     self._under_way += 1
-                    self._held += self.memory(item)
+                    self._memory_in_use += self.memory(item)
                     pool.submit(self._attempt, item)
             while self._under_way:
                 yield self._collect()
                 self._check()
-        except (Fatal, Stopped) as error:  # of the items, of an outcome, or of a signal
+        except (Fatal, Stopped) as error:  # from `items`, from _check, or by a signal
             self._failure = self._failure or error
             self.box.close()
             end = time.monotonic() + STOP_LIMIT
@@ -3097,25 +3110,27 @@ class Parallel:
             error = FileError("the run ended before it was done", UNFINISHED)
         except ArchiveError as known:
             error = known
-        except Exception as unknown:  # whatever a library did not expect of a server
+        except Exception as unknown:  # a library's, from a server that it did not expect
             log.debug("traceback", exc_info=True)
             kind = type(unknown).__name__
             error = FileError(f"unexpected {kind}: {unknown}", kind)
         if isinstance(error, Fatal):
-            self.box.close()  # at once: the others are not to begin anything either
-        if error is not None:  # without its frames, which hold the file's bytes
+            self.box.close()  # at once, so that the other threads begin no new work
+        if error is not None:  # a traceback would keep the file's bytes in memory
             error.__traceback__ = error.__context__ = None
         self._finished.put((item, result, error))
 
     def _must_wait(self, item: Any) -> bool:
         """Whether finished work has to be collected before `item` is begun."""
+        if not self._finished.empty():
+            return True
         if item is None or not self._under_way:
-            return not self._finished.empty()
-        is_full = self._held + self.memory(item) > self.limit
-        return is_full or self._under_way == self.threads or not self._finished.empty()
+            return False
+        is_full = self._memory_in_use + self.memory(item) > self.limit
+        return is_full or self._under_way == self.threads
 
     def _collect(self) -> list[Outcome]:
-        """What has finished; waits COMMIT_PAUSE at most for the first."""
+        """The outcomes of finished work; waits at most COMMIT_PAUSE for the first one."""
         with contextlib.suppress(queue.Empty):
             outcome = self._finished.get(timeout=COMMIT_PAUSE)
             while True:
@@ -3126,8 +3141,8 @@ class Parallel:
 
     def _take(self, item: Any, result: Any, error: ArchiveError | None) -> None:
         self._under_way -= 1
-        self._held -= self.memory(item)
-        if isinstance(error, Fatal):  # the cause of any Stopped before it
+        self._memory_in_use -= self.memory(item)
+        if isinstance(error, Fatal):  # which has closed the box: others got Stopped by that
             self._failure = error
             return
         self._ready.append((item, result, error))
@@ -3154,12 +3169,12 @@ class Job(NamedTuple):
     key: str
     plan: UploadPlan
     record: Record | None  # its row
-    upload_begun: bool  # in an earlier run, in parts, and not completed
-    resumes: bool  # and of this very version, with parts of this size
+    upload_begun: bool  # an earlier run has begun an upload in parts and not completed it
+    resumes: bool  # that was the same version of the file, with the same part size
 
     @property
     def compares(self) -> bool:
-        """Whether the file is compared with its object first."""
+        """Whether the file is first compared with its object."""
         has_row = self.record is not None and self.record.size == self.file.size
         return has_row and not self.resumes
 
@@ -3171,11 +3186,11 @@ class Job(NamedTuple):
 
 
 class Archived(NamedTuple):
-    """A file, and its object, which S3 has acknowledged or was found to hold already."""
+    """A file and its object, which S3 has acknowledged or was found to hold already."""
 
     file: RemoteFile  # as it was read
     stored: StoredObject
-    is_recent: bool  # it has to be compared again
+    is_recent: bool  # the next run has to compare it
     is_upload: bool
 
 
@@ -3183,7 +3198,7 @@ Uploads = Mapping[str, tuple[int, "int | None", int]]  # as from State.uploads
 
 
 def make_job(file: RemoteFile, config: Config, state: State, uploads: Uploads) -> Job:
-    """What has to be done about a file that no row settles; FileError if nothing can be."""
+    """The job for a file that is not recorded; FileError if S3 cannot hold the file."""
     key = object_key(config.prefix, relative_path(config.remote_path, file.path))
     plan = plan_upload(file.size, config.memory_limit)
     version = (file.size, file.mtime, plan.part_size)
@@ -3213,7 +3228,7 @@ def add(counts: Counts, name: str, size: int, files: int = 1) -> None:
 
 
 def by_class(state: State, default: str) -> Counts:
-    """What is archived; under `default` where no class was recorded."""
+    """The archived files by class; `default` is the class where none was recorded."""
     counts: Counts = {}
     for kind, files, size in state.totals():
         add(counts, kind or default, size, files)
@@ -3225,7 +3240,7 @@ def month_cost(prices: Prices, counts: Counts) -> float:
 
 
 def restore_cost(prices: Prices, counts: Counts, tier: str, days: int = 7) -> float:
-    """USD for copies of all of it that can be read for `days`."""
+    """USD for restored copies of all objects that stay for `days`."""
     return sum(prices.restore(k, tier, c.files, c.bytes, days) for k, c in counts.items())
 
 
@@ -3236,7 +3251,8 @@ def job_cost(job: Job, config: Config, prices: Prices) -> tuple[float, float]:
     requests = {"head": job.asks, "list": 2 * job.upload_begun, **job.plan.requests(size)}
     if record is not None:
         age = (time.time() - (record.uploaded_at or 0)) / 86400
-        early = prices.early(record.storage_class or config.storage_class, record.size, age)
+        kind = record.storage_class or config.storage_class
+        early = prices.early(kind, record.size, age)
     return prices.upload(config.class_of(size), requests), early
 
 
@@ -3245,7 +3261,7 @@ NEW, CHANGED, COMPARED, GONE, FAILING = "+", "*", "?", "-", "!"  # in `plan --li
 
 class Forecast(WalkReport):
     """What a run would do, and what that costs.  `on_file` is called with a mark, a path and
-    a reason for each file that is not as it was archived."""
+    a reason for each file that is not archived as it is."""
 
     def __init__(
         self, tools: Tools, state: State,
@@ -3254,24 +3270,23 @@ class Forecast(WalkReport):
         super().__init__()
         self._tools, self._config, self._state = tools, tools.config, state
         self._uploads, self._on_file, self.prices = state.uploads(), on_file, tools.prices
-        self.before = by_class(state, tools.config.storage_class)
         self.afterwards = by_class(state, tools.config.storage_class)
         kinds = ("new", "changed", "to_compare", "unchanged")
         self.counts: Counts = {kind: Count() for kind in kinds}
         self.gone: Counts = {}  # by class: archived, but not on the box any more
         self.missing = set[str]()  # their paths, as in the path column
         self.tiny: Counts = {}  # of what is to be uploaded
-        self.altered = 0  # archived files whose size or mtime is another one now
+        self.altered = 0  # archived files that have another size or mtime now
         self.requests = Counter(put=0, create=0, part=0, complete=0, head=0)
         self.upload = 0.0  # USD for these requests
-        self.early = 0.0  # USD, for objects that are overwritten early
+        self.early = 0.0  # USD for objects that are overwritten early
 
     def add_failure(self, path: bytes, reason: object) -> None:
         self.failed += 1
         self._on_file(FAILING, path, reason)
 
-    def look(self) -> None:
-        """Walks the box; Fatal, Stopped."""
+    def walk_box(self) -> None:
+        """Adds all files of the box; Fatal, Stopped."""
         walk = Walk(self._tools.box, self._config, self)
         with self._tools.progress.counting("looking") as bar:
             for page in walk:
@@ -3286,8 +3301,8 @@ class Forecast(WalkReport):
                 self._on_file(GONE, path, "")
 
     def _add_page(self, page: list[RemoteFile]) -> None:
-        """Foresees what becomes of these files."""
-        pending = self._state.unsettled(page)
+        """Adds what a run would do with these files."""
+        pending = self._state.unrecorded(page)
         size = sum(f.size for f in page) - sum(f.size for f in pending)
         add(self.counts, "unchanged", size, len(page) - len(pending))
         for file in pending:
@@ -3318,7 +3333,7 @@ class Forecast(WalkReport):
                 add(self.afterwards, old_kind, -record.size, -1)
 
     def usd(self) -> dict[str, float]:
-        """Amounts, by their names in JSON."""
+        """Amounts by their names in JSON."""
         prices, after, archived = self.prices, self.afterwards, total(self.afterwards)
         index = sum(prices.month_of_index(kind, c.files) for kind, c in after.items())
         return {
@@ -3332,8 +3347,8 @@ class Forecast(WalkReport):
         }
 
     def tiny_savings(self) -> tuple[float, float]:
-        """USD that would be saved of the upload, and of a month's storage, if files below
-        TINY_FILE went into CLASS_FOR_TINY."""
+        """USD saved of the upload and of a month, if files below TINY_FILE went into
+        CLASS_FOR_TINY."""
         prices, tiny, other = self.prices, total(self.tiny), CLASS_FOR_TINY
         uploads = (prices.upload(kind, {"put": c.files}) for kind, c in self.tiny.items())
         upload = sum(uploads) - prices.upload(other, {"put": tiny.files})
@@ -3354,7 +3369,7 @@ class Forecast(WalkReport):
             "afterwards": total(self.afterwards),
             "tiny_files": total(self.tiny),
             "usd": {name: json_usd(amount) for name, amount in usd.items()},
-            "prices": self.prices.about,
+            "prices": self.prices.json,
         }
 
     def rows(self) -> Rows:
@@ -3369,7 +3384,7 @@ class Forecast(WalkReport):
         if self.gone:
             cost = format_usd(usd["gone_a_month"])
             yield "Gone from the box", f"{total(self.gone)}, archived for {cost} a month"
-        yield from self.others({})
+        yield from self.skipped_rows()
         yield "To upload", total({"new": new, "changed": changed})
         yield "Requests", requests or "none"
         yield "Upload", usd["upload"]
@@ -3382,7 +3397,7 @@ class Forecast(WalkReport):
         yield "Download of all", f"{format_usd(usd['full_download'])} out of AWS"
 
     def warn(self) -> None:
-        """Says what may not have been expected."""
+        """Logs what the user may not expect."""
         self.warn_of_unmatched()
         usd, archived, (upload, month) = self.usd(), total(self.afterwards), self.tiny_savings()
         if usd["of_it_per_object"] > usd["storage_a_month"] / 2:
@@ -3396,12 +3411,12 @@ class Forecast(WalkReport):
             log.warning(message, *tiny, format_usd(upload), format_usd(month))
 
 
-def plan(tools: Tools, as_json: bool, lists_files: bool) -> int:
+def plan(tools: Tools, options: argparse.Namespace) -> int:
     """Shows what `run` would do and cost; changes nothing.  0, or 3 if something could not
     be listed."""
 
     def show_file(mark: str, path: bytes, reason: object) -> None:
-        if lists_files:
+        if options.list and not options.json:
             print_line(f"{mark} {printable(path)}")
         if mark == FAILING:
             log_failure(path, reason)
@@ -3411,8 +3426,8 @@ def plan(tools: Tools, as_json: bool, lists_files: bool) -> int:
         if state.is_new:
             take_over(tools.config, tools.bucket, state)
         forecast = Forecast(tools, state, show_file)
-        forecast.look()
-    if as_json:
+        forecast.walk_box()
+    if options.json:
         forecast.warn_of_unmatched()
         show_json(forecast.json())
     else:
@@ -3432,41 +3447,43 @@ class Report(WalkReport):
         super().__init__()
         self.started_at, self.began = int(time.time()), time.monotonic()
         self.uploaded = self.unchanged = self.compared = self.bytes_uploaded = 0
-        self.early = 0.0  # USD, for objects that were overwritten early
-        self.spent = 0.0  # USD, all in all
-        self.ended_early = ""  # why
+        self.early = 0.0  # USD for objects that were overwritten early
+        self.spent = 0.0  # USD in total
+        self.ended_early = ""  # the reason
 
     def rows(self) -> Rows:
-        """The summary: five labels that are always there, and what else was met."""
+        """The summary: five rows that it always has, and others that are left out if empty."""
         yield "Uploaded files", self.uploaded
         yield "Skipped files", self.unchanged
         yield "Failed files", self.failed
         yield "Bytes uploaded", self.bytes_uploaded
         yield "Duration (sec)", round(time.monotonic() - self.began)
-        yield from self.others({"Compared files": self.compared})
+        if self.compared:
+            yield "Compared files", self.compared
+        yield from self.skipped_rows()
         yield "Spent", self.spent
         if self.ended_early:
             yield "Ended early", self.ended_early
 
 
 class Run:
-    """One pass over the box: walk, decide, transfer, settle.  Only the files themselves are
-    read and sent on other threads."""
+    """One pass over the box: walk, decide, transfer, settle.  Other threads only read and
+    send files; the walk's decisions and the state belong to the main thread."""
 
     def __init__(self, tools: Tools, state: State, report: Report):
         self._state, self._report, self._progress = state, report, tools.progress
         self._config, self._box, self._bucket = tools.config, tools.box, tools.bucket
         self._prices, self._planned = tools.prices, tools.prices.requests(tools.bucket.requests)
         self._uploads = state.uploads()
-        self._seen: set[str] = set()  # keys of these uploads that jobs were made for
-        # TRANSFERS files are on their way to S3 at once, and nearly as many small ones are
-        # being read, or wait for their turn: so S3 need not wait for the box's round trips.
-        # With TRANSFERS=1 one file comes after the other.
+        self._seen: set[str] = set()  # keys of these uploads that have a job in this run
+        # At most TRANSFERS files are sent to S3 at once.  Meanwhile nearly as many small files
+        # are read, so that S3 never waits for the box's round trips.  With TRANSFERS=1, one
+        # file is read and sent after the other.
         self._turns = threading.Semaphore(self._config.transfers)
 
     def archive(self) -> None:
-        """Archives what is new or changed; Fatal, Stopped.  What S3 has acknowledged by then
-        is committed in any case."""
+        """Archives what is new or changed; Fatal, Stopped, after what S3 has acknowledged is
+        committed."""
         threads, limit = 2 * self._config.transfers - 1, self._config.memory_limit
         work = Parallel(self._transfer, self._box, threads, lambda j: j.plan.memory, limit)
         with contextlib.closing(work.outcomes(self._jobs())) as outcomes:
@@ -3475,14 +3492,14 @@ class Run:
                     self._settle(finished)
         self._report.warn_of_unmatched()
         if not (self._report.unlisted or self._report.ended_early):
-            # Uploads of files that are gone, or that need none any more.
+            # Unfinished uploads of files that are gone, or are archived by now.
             for key in self._uploads.keys() - self._seen:
                 if self._bucket.abort_uploads(key):
                     log.info("aborted the unfinished upload of %s", printable(key))
                     self._state.end_upload(key)
 
-    def _is_over(self) -> bool:
-        """Whether MAX_RUNTIME is over: what has not begun is left to the next run."""
+    def _is_out_of_time(self) -> bool:
+        """Whether MAX_RUNTIME is over, so that no more work may begin."""
         limit = self._config.max_runtime
         if limit is None or time.monotonic() - self._report.began < limit:
             return False
@@ -3491,14 +3508,9 @@ class Run:
             log.warning("MAX_RUNTIME is over: the rest is left to the next run")
         return True
 
-    def _most(self, job: Job) -> float:
-        """USD that the file may cost; 0 if there is no MAX_COST."""
-        has_limit = self._config.max_cost is not None
-        return sum(job_cost(job, self._config, self._prices)) if has_limit else 0.0
-
     def _is_affordable(self, job: Job) -> bool:
-        """Whether MAX_COST allows for what the file may cost, beside all that was begun."""
-        limit, cost = self._config.max_cost, self._most(job)
+        """Adds the job's cost to what was planned.  Returns whether MAX_COST allows that."""
+        limit, cost = self._config.max_cost, sum(job_cost(job, self._config, self._prices))
         self._planned += cost
         if limit is None or self._planned <= limit:
             return True
@@ -3509,10 +3521,10 @@ class Run:
         return False
 
     def _jobs(self) -> Iterator[Job | None]:
-        """What may have to be uploaded; None after each page, so that what has finished is
-        committed even while nothing new is found."""
+        """The files that may have to be uploaded.  A None after each page lets finished files
+        be committed although the walk finds no new ones."""
         for page in Walk(self._box, self._config, self._report):
-            files, jobs = self._state.unsettled(page), []
+            files, jobs = self._state.unrecorded(page), []
             self._report.unchanged += len(page) - len(files)
             if log.isEnabledFor(logging.DEBUG):
                 for file in sorted(set(page) - set(files)):
@@ -3526,26 +3538,25 @@ class Run:
             self._state.begin(jobs)
             self._progress.expect(sum(job.file.size for job in jobs))
             for job in (*jobs, None):
-                if self._is_over() or not (job is None or self._is_affordable(job)):
+                if self._is_out_of_time() or (job and not self._is_affordable(job)):
                     return
                 yield job
 
     def _transfer(self, job: Job) -> Archived | None:
-        """Reads one file and stores it, on a thread of its own, unless S3 holds it; None if
-        it is too late to begin."""
-        if self._is_over() or self._box.stopping.is_set():
+        """Reads one file, and uploads it unless S3 holds it; None if the run is ending."""
+        if self._is_out_of_time() or self._box.stopping.is_set():
             return None
         parts: StoredParts | None = None
         if job.upload_begun:
             part_size = job.plan.part_size if job.resumes else None
             parts = self._bucket.stored_parts(job.key, part_size)
-        # S3 may have completed an upload without our having been told.
-        is_complete = job.resumes and parts is None
-        found = self._object_to_compare(job) if job.compares or is_complete else None
-        # The mtime that its program has put into the metadata is as good as a row of ours,
-        # unless it was stored so soon that the file could have changed again and kept it.
+        # If its parts are gone, S3 may have completed the upload, and its answer got lost.
+        may_be_complete = job.resumes and parts is None
+        found = self._object_to_compare(job) if job.compares or may_be_complete else None
+        # An mtime in the object's metadata is as good as a row of ours, unless the file was
+        # uploaded so soon after it that the file could have changed again and kept it.
         if found and found.mtime == job.file.mtime < found.stored_at - RECENTLY_STORED:
-            return Archived(job.file, found, False, False)
+            return Archived(job.file, found, is_recent=False, is_upload=False)
         if job.plan.parts_at_once:
             with self._turns:
                 self._box.stopping.check()
@@ -3555,16 +3566,16 @@ class Run:
             data = reader.read()
         same = with_content(found, [data]) if found and found.size == len(data) else None
         if same:
-            return Archived(reader.file, same, reader.is_recent, False)
+            return Archived(reader.file, same, reader.is_recent, is_upload=False)
         with self._turns:
             self._box.stopping.check()
             stored = self._bucket.put(job.key, data, reader.file.mtime)
         self._progress.moved(len(data))
-        return Archived(reader.file, stored, reader.is_recent, True)
+        return Archived(reader.file, stored, reader.is_recent, is_upload=True)
 
     def _object_to_compare(self, job: Job) -> StoredObject | None:
-        """What S3 holds for the file; None if it cannot be the same.  S3 is asked unless the
-        state knows first-hand."""
+        """The object to compare the file with; None if it cannot be the same.  The row is
+        enough if this program has read the content; else S3 gets a HEAD."""
         record = job.record
         if record and record.crc32 is not None and record.etag:
             kind, stored_at = record.storage_class or "", record.uploaded_at or 0
@@ -3573,27 +3584,27 @@ class Run:
         return found if found and found.size == job.file.size else None
 
     def _read(self, reader: FileReader, amount: int) -> bytes:
-        """reader.read(amount), unless MAX_RUNTIME is over before the end of the file."""
-        if not reader.is_verified and self._is_over():
+        """reader.read(amount); FileError (UNFINISHED) if MAX_RUNTIME is over."""
+        if not reader.is_verified and self._is_out_of_time():
             raise FileError("MAX_RUNTIME is over", UNFINISHED)
         return reader.read(amount)
 
     def _compare_large(self, job: Job, found: StoredObject) -> Archived | None:
         """Reads the file to compare it; None if it is not the same."""
         if not ETagComparison(found.etag, found.size).is_possible:
-            return None  # not read in vain
+            return None  # no file can match: it need not be read
         with contextlib.closing(FileReader(self._box, job.file)) as reader:
             if reader.file.size != found.size:
                 return None
             same = with_content(found, iter(partial(self._read, reader, BLOCK), b""))
-        return Archived(reader.file, same, reader.is_recent, False) if same else None
+        return Archived(reader.file, same, reader.is_recent, is_upload=False) if same else None
 
     def _archive_large(self, job: Job, parts: StoredParts | None) -> Archived:
-        """Uploads a large file, behind the parts that are stored.  It has to be as it was
-        listed: that is the version whose parts the state has noted."""
+        """Uploads a large file, after the parts that are stored.  FileError if it is not as it
+        was listed: the state has noted that version for its parts."""
         plan, moved = job.plan, self._progress.moved
         if parts and len(parts[1]) * plan.part_size >= job.file.size:
-            parts[1].pop()  # something has to be left to be sent
+            parts[1].pop()  # upload_fileobj has to send at least one part
         offset = len(parts[1]) * plan.part_size if parts else 0
         with contextlib.closing(FileReader(self._box, job.file, offset)) as reader:
             if reader.file != job.file:
@@ -3601,7 +3612,7 @@ class Run:
             moved(offset)
             read = partial(self._read, reader)
             stored = self._bucket.upload(job.key, read, reader.file, plan, parts, moved)
-            return Archived(reader.file, stored, reader.is_recent, True)
+            return Archived(reader.file, stored, reader.is_recent, is_upload=True)
 
     def _settle(self, outcomes: list[Outcome]) -> None:
         """Commits and counts what has finished."""
@@ -3618,21 +3629,21 @@ class Run:
             elif archived:
                 report.compared += 1
                 asked = self._prices.upload("", {"head": job.asks})
-                self._planned -= self._most(job) - asked
+                self._planned -= sum(job_cost(job, self._config, self._prices)) - asked
                 log.debug("compared %s", path)
             elif error and error.code == VANISHED:
                 report.skipped["Vanished"] += 1
                 log.info("vanished %s", path)
             elif error and error.code == UNFINISHED:
-                is_known = not is_recent(job.file, report.started_at)
-                if job.compares and job.plan.parts_at_once and is_known:
+                is_large = job.plan.parts_at_once > 0
+                if job.compares and is_large and not is_recent(job.file, report.started_at):
                     self._state.note_upload(job)
             elif error:
                 report.add_failure(job.file.path, error)
 
 
 def with_content(found: StoredObject, blocks: Iterable[bytes]) -> StoredObject | None:
-    """The object, with its CRC-32, if by its ETag these bytes are its content."""
+    """The object with its CRC-32, if its ETag shows that these bytes are its content."""
     comparison, crc32 = ETagComparison(found.etag, found.size), 0
     for block in blocks:
         comparison.update(block)
@@ -3641,14 +3652,15 @@ def with_content(found: StoredObject, blocks: Iterable[bytes]) -> StoredObject |
 
 
 def check_changes(tools: Tools, state: State) -> None:
-    """Fatal if more of the archived files than MAX_CHANGED allows have changed, or are gone:
-    that is what ransomware looks like.  What is gone counts until a run has gone on."""
+    """Fatal if more archived files have changed or are gone than MAX_CHANGED allows, as after
+    an attack by ransomware.  Files that are gone count until a run was allowed to go on."""
     limit = tools.config.max_changed
     if limit is None:
         return
     forecast = Forecast(tools, state)
-    forecast.look()
-    missing, before = forecast.missing, total(forecast.before).files
+    forecast.walk_box()
+    missing = forecast.missing
+    before = total(by_class(state, tools.config.storage_class)).files
     gone = len(missing - state.known_gone())
     if (forecast.altered + gone) * 100 > limit * before:
         found = f"{forecast.altered:,} have changed and {gone:,} are gone"
@@ -3658,21 +3670,24 @@ def check_changes(tools: Tools, state: State) -> None:
     state.note_gone(missing)
 
 
-def run(tools: Tools, new_source: bool, report: Report) -> int:
-    """Archives the box: 0, or 3 if something is incomplete."""
-    config, stopping, status = tools.config, tools.box.stopping, 1
+def run(tools: Tools, options: argparse.Namespace) -> int:
+    """Archives the box: 0, or 3 if something is incomplete.  With --dry-run, it is `plan`."""
+    if options.dry_run:
+        return plan(tools, options)
+    config, stopping, report, status = tools.config, tools.box.stopping, Report(), 1
     for kind in {config.storage_class, config.class_of(0)}:
-        usd = tools.prices.upload(kind, ONE) + tools.prices.early(kind, 1, 0)
-        if config.max_cost is not None and math.isnan(usd):
+        cost = tools.prices.upload(kind, {"put": 1, "part": 1})
+        cost += tools.prices.early(kind, 1, 0)
+        if config.max_cost is not None and math.isnan(cost):
             remedy = f"set {kind}.put, {kind}.part and {kind}.month in PRICES"
             raise Fatal(f"MAX_COST: what {kind} costs is not known: {remedy}", status=2)
-    # What has not ended by then is cut off, so that nothing hangs.
+    # Work that still runs then is cut off.
     out_of_time = threading.Timer((config.max_runtime or 0) + RUNTIME_GRACE, tools.box.close)
     out_of_time.daemon = True
     with locked(config), contextlib.closing(State(config)) as state:
         pins = pins_of(config)
-        if new_source:
-            tools.box.session()  # a mistyped user is not to cost the state
+        if options.new_source:
+            tools.box.session()  # fails with a mistyped user, before the state is emptied
             state.check_pins({name: pins[name] for name in pins.keys() - SOURCE_PINS})
             state.forget_source()
         state.check_pins(pins)
@@ -3691,7 +3706,7 @@ def run(tools: Tools, new_source: bool, report: Report) -> int:
             if stopping.signal is not None:
                 status = 128 + stopping.signal
                 report.ended_early = f"by {signal.Signals(stopping.signal).name}"
-        except Exception:  # whatever it is: the summary says so, and it goes on its way
+        except Exception:
             report.ended_early = "by an error"
             raise
         finally:
@@ -3711,7 +3726,7 @@ NOT_KNOWN = "not known"
 
 
 def try_or_none(question: Callable[[], T]) -> tuple[T | None, str]:
-    """The answer; or None, and what to show instead of it, after a warning."""
+    """The answer and an empty text; after an error, None and a text to show instead."""
     try:
         return question(), ""
     except ArchiveError as error:
@@ -3721,39 +3736,36 @@ def try_or_none(question: Callable[[], T]) -> tuple[T | None, str]:
         return None, NOT_KNOWN
 
 
-# ls
-
-
 def wanted_paths(given: Iterable[str], root: bytes) -> list[bytes]:
-    """The paths below REMOTE_PATH, given relative to it or whole; none of them below
-    another; empty for all.  Fatal if one cannot be meant."""
+    """The `given` paths, absolute or relative to REMOTE_PATH, as relative ones, without those
+    below another one.  Empty for all files.  Fatal for /, unless that is REMOTE_PATH."""
     start = join(root, b"")
     names = [os.fsencode(path).rstrip(b"/") for path in given]
-    if b"" in names and root != b"/":  # `$unset/`, perhaps
+    if b"" in names and root != b"/":  # a script may have left a variable empty: $FOLDER/
         message = f"/ is not below REMOTE_PATH {printable(root)}: name no path for all"
         raise Fatal(message, status=2)
     inner = {name.removeprefix(start).removeprefix(b"./") for name in names}
     if inner & {b"", b"."} or {root, join(b".", root)} & set(names):
         return []
-    return sorted(p for p in inner if not any(p.startswith(join(q, b"")) for q in inner))
+    folders = tuple(join(path, b"") for path in inner)
+    return sorted(path for path in inner if not path.startswith(folders))
 
 
-def key_of(config: Config, name: bytes) -> str:
-    """The key that this program gives to a name."""
-    return config.prefix + escape(name, KEY_ESCAPES)
+def unchecked_key(config: Config, relative: bytes) -> str:
+    """As object_key, for a path that S3 may not allow."""
+    return config.prefix + escape(relative, KEY_ESCAPES)
 
 
-def select(
+def select_objects(
     config: Config, bucket: Bucket, paths: list[bytes], at: float | None
 ) -> Iterator[StoredObject]:
-    """The objects at and below these paths, all if there are none, as they are or as they
-    were at a time; one of size -1 for a path that has none.  Fatal if nothing is archived."""
+    """The objects at and below these paths, or all if there are no paths, now or at the time
+    `at`.  A path without objects gives one of size -1.  Fatal if nothing is archived."""
     if at is not None:
         bucket.check_versions()
     for path in paths or [b""]:
-        # As this program spells a key, and as others may.
-        others = config.prefix + path.decode("utf-8", "replace")
-        starts, is_empty = sorted({key_of(config, path), others}), True
+        others = config.prefix + path.decode("utf-8", "replace")  # other programs' keys
+        starts, is_empty = sorted({unchecked_key(config, path), others}), True
         for start in starts:
             for found in bucket.objects(start, at):
                 if not path or found.key[len(start) :][:1] in ("", "/"):
@@ -3762,7 +3774,7 @@ def select(
         if is_empty and not path:
             when = f" at {format_time(at)}" if at is not None else ""
             reason = "correct S3_BUCKET or S3_PREFIX" if at is None else "correct --at"
-            raise Fatal(f"nothing is archived in {config.place}{when}: {reason}")
+            raise Fatal(f"nothing is archived in {config.url}{when}: {reason}")
         if is_empty:
             yield StoredObject(starts[0], -1, 0, "", "")
 
@@ -3775,9 +3787,9 @@ def thaw_state(found: StoredObject) -> str:
 
 
 def ls(tools: Tools, options: argparse.Namespace) -> int:
-    """Lists what is archived, a line for each object; 0, or 3 if a path has none."""
+    """Lists the archived objects, one per line; 0, or 3 if a path has none."""
     config, listed, status = tools.config, Count(), 0
-    for found in select(
+    for found in select_objects(
         config, tools.bucket, wanted_paths(options.path, config.remote_path), options.at
     ):
         name, state = unescape(found.key[len(config.prefix) :]), thaw_state(found)
@@ -3809,59 +3821,52 @@ def ls(tools: Tools, options: argparse.Namespace) -> int:
     return status
 
 
-# status
-
-
-def status(tools: Tools, json_wanted: bool) -> int:
-    """Shows what is archived and how both ends are, as far as they can be asked."""
-    config, bucket = tools.config, tools.bucket
-    prices, month_ago = tools.prices, time.time() - 30 * 86400
+def status(tools: Tools, options: argparse.Namespace) -> int:
+    """Shows what is archived, and what the box and the bucket say if they can be reached."""
+    config, bucket, prices = tools.config, tools.bucket, tools.prices
 
     def read_state() -> tuple[Counts, list[PastRun], float]:
         with contextlib.closing(State(config, copy=True)) as state:
             state.check_pins(pins_of(config))
-            spent = state.spent_since(month_ago)
+            spent = state.spent_since(time.time() - 30 * 86400)
             return by_class(state, config.storage_class), state.last_runs(5), spent
 
     known, no_state = try_or_none(read_state)
     counts, runs, spent = known or ({}, [], 0.0)
     usd = month_cost(prices, counts)
-    room, no_room = try_or_none(tools.box.room)
+    space, no_space = try_or_none(tools.box.space)
     unfinished, no_count = try_or_none(bucket.count_unfinished)
     rule, no_rule, versioned, no_versions = None, no_count, None, no_count
-    if no_count != NOT_KNOWN:  # each question may take as long as S3 has time
+    if no_count != NOT_KNOWN:  # else each request would wait for a timeout
         rule, no_rule = try_or_none(bucket.has_abort_rule)
         versioned, no_versions = try_or_none(bucket.is_versioned)
-    if json_wanted:
+    if options.json:
         answers = {
             "archived": counts if known else None,
             "usd_a_month": json_usd(usd) if known else None,
             "usd_spent_in_30_days": json_usd(spent) if known else None,
-            "prices": prices.about,
+            "prices": prices.json,
             "runs": [past._asdict() for past in runs],
-            "box": {"used": room[0], "free": room[1]} if room else None,
+            "box": {"used": space[0], "free": space[1]} if space else None,
             "unfinished_uploads": unfinished,
             "lifecycle_rule": rule,
             "versioning": versioned,
         }
         show_json(answers)
         return 0
-    wanted = (config.storage_class, config.small_files_class)
-    used, free = map(format_size, room or (0, 0))
-    rows: list[tuple[str, object]] = [
-        ("Archived", no_state or total(counts)),
-        *(
-            (kind, count if kind in wanted else f"{count}, not STORAGE_CLASS")
-            for kind, count in counts.items()
-        ),
+    used, free = map(format_size, space or (0, 0))
+    box = f"{used} used, {free} free" if space else "the server does not tell"
+    rows: list[tuple[str, object]] = [("Archived", no_state or total(counts))]
+    for kind, count in counts.items():
+        is_set = kind in (config.storage_class, config.small_files_class)
+        rows.append((kind, count if is_set else f"{count}, not STORAGE_CLASS"))
+    rule_text = "aborts unfinished uploads" if rule else "none: see the README"
+    rows += [
         ("Storage a month", no_state or usd),
         ("Spent in 30 days", no_state or spent),
-        ("Box", f"{used} used, {free} free" if room else no_room or "the server does not tell"),
+        ("Box", no_space or box),
         ("Unfinished uploads", no_count or unfinished),
-        (
-            "Lifecycle rule",
-            no_rule or ("aborts unfinished uploads" if rule else "none: see the README"),
-        ),
+        ("Lifecycle rule", no_rule or rule_text),
         ("Versioning", no_versions or ("on" if versioned else "off")),
     ]
     show_table("STATUS", rows)
@@ -3884,19 +3889,16 @@ def show_runs(runs: list[PastRun]) -> None:
         show(columns(started, ended, uploaded, failed, size, took))
 
 
-# verify
-
-
-def verify(tools: Tools, repair: bool) -> int:
+def verify(tools: Tools, options: argparse.Namespace) -> int:
     """Compares the state with the bucket's listing; downloads nothing.  0, or 3 if they
-    differ.  `repair` brings the state in line, so that the next run uploads or compares."""
-    config, other_class = tools.config, 0
+    differ.  --repair corrects the state: the next run uploads or compares these files."""
+    config, repair, other_class = tools.config, options.repair, 0
     labels = (AGREE, NO_OBJECT, WRONG_SIZE, WRONG_ETAG, NOT_RECORDED)
     counts = Counter(dict.fromkeys(labels, 0))
     with contextlib.ExitStack() as stack:
         if repair:
             stack.enter_context(locked(config))
-        copy = not repair or not config.state_db.exists()  # none is made
+        copy = not repair or not config.state_db.exists()  # verify creates no database
         state = stack.enter_context(contextlib.closing(State(config, copy)))
         if state.is_new:
             reason = f"{config.state_db} is missing, or an earlier script's"
@@ -3911,7 +3913,7 @@ def verify(tools: Tools, repair: bool) -> int:
             elif found and record and record.storage_class not in (None, found.storage_class):
                 other_class += 1
     if not counts.total():
-        raise Fatal(f"nothing is archived in {config.place}: correct S3_BUCKET or S3_PREFIX")
+        raise Fatal(f"nothing is archived in {config.url}: correct S3_BUCKET or S3_PREFIX")
     faults = counts.total() - counts[AGREE] - counts[TO_COMPARE]
     show_table("VERIFY", counts.items())
     if other_class:
@@ -3923,24 +3925,20 @@ def verify(tools: Tools, repair: bool) -> int:
     return 3 if faults else 0
 
 
-# check
-
-
-def check(tools: Tools) -> int:
-    """Tries everything that a run needs, one after another, and shows a line for each;
-    leaves nothing behind.  0, or 1 if something is wrong."""
+def check(tools: Tools, _options: argparse.Namespace) -> int:
+    """Tries everything that a run needs, and leaves nothing behind.  0, or 1 if it fails."""
     config, bucket, wrong = tools.config, tools.bucket, 0
 
     def line(verdict: str, text: str) -> None:
         show(f"{verdict:<5}  {text}")
 
     def attempt(name: str, question: Callable[[], object]) -> str:
-        """Empty if all is well, else a code for what is wrong."""
+        """Tries `question`, and shows the result.  Returns an error code, or an empty text."""
         nonlocal wrong
         try:
             question()
         except ArchiveError as error:
-            # Another run may be at work, and restore may have credentials of its own.
+            # Another run holds the lock, or restore may have other credentials.
             harmless = error.status == 11 or name == "s3:RestoreObject"
             reason = "there is no such folder on the box" if error.code == VANISHED else error
             line("note" if harmless else "WRONG", f"{name}: {reason}")
@@ -3964,7 +3962,7 @@ def check(tools: Tools) -> int:
         attempt(f"REMOTE_PATH {printable(root)}", lambda: tools.box.list_folder(root))
     for permission, probe in bucket.permission_probes():
         code = attempt(permission, probe)
-        # Others would be refused alike; or the next one would leave something behind.
+        # The others would fail alike, or s3:PutObject would leave an upload behind.
         if code and (code != "AccessDenied" or permission == "s3:AbortMultipartUpload"):
             break
     else:
@@ -3982,18 +3980,19 @@ Blocks = Callable[[], Iterator[bytes]]  # a file's bytes, from the start at each
 
 
 def partial_name(name: bytes) -> bytes:
-    """What a file is called until it is complete, in the same folder: the same in every
-    pass, so that nothing piles up, and short enough for every file system."""
+    """The name of a file until it is complete, in the same folder.  It is the same in every
+    pass, so that at most one is left behind, and short enough for every file system."""
     folder, slash, last = name.rpartition(b"/")
     hidden = b".archive-" + hashlib.sha256(last).hexdigest()[:32].encode() + b".partial"
     return folder + slash + hidden
 
 
 class LocalFolder:
-    """A folder of this machine to restore to; made if it is not there, Fatal if that fails."""
+    """A folder of this machine to restore to."""
 
     def __init__(self, folder: str):
-        self._folder = Path(os.path.expanduser(folder))  # no shell does it in --to=~/x
+        """Creates the folder if it is missing; Fatal if files cannot be created in it."""
+        self._folder = Path(os.path.expanduser(folder))  # no shell expands it in --to=~/x
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self._folder):
@@ -4004,12 +4003,12 @@ class LocalFolder:
     def _path(self, name: bytes) -> Path:
         return self._folder / os.fsdecode(name)
 
-    def room(self) -> int | None:
-        """Free bytes, None if that is not known."""
+    def free_space(self) -> int | None:
+        """Free bytes; None if they are not known."""
         return shutil.disk_usage(self._folder).free
 
     def find(self, name: bytes) -> Attributes | None:
-        """Of what has this name; FileError."""
+        """The attributes of what has this name, None if nothing has; FileError."""
         try:
             found = self._path(name).lstat()
         except FileNotFoundError:
@@ -4019,8 +4018,8 @@ class LocalFolder:
         return Attributes(found.st_size, int(found.st_mtime), found.st_mode)
 
     def store(self, name: bytes, mtime: int, blocks: Blocks, overwrite: bool) -> None:
-        """Writes the file under another name and renames it.  FileError, also if there is
-        one already and it is not to be overwritten; Fatal if the disk is full."""
+        """Writes the file under another name, and renames it.  FileError, also if there is
+        one and not `overwrite`; Fatal if the disk is full."""
         path, partial_path = self._path(name), self._path(partial_name(name))
         try:
             inside = Path(os.path.realpath(self._folder), os.path.dirname(os.fsdecode(name)))
@@ -4049,25 +4048,26 @@ class LocalFolder:
 
 
 class BoxFolder:
-    """A folder of the box to restore to, with the same methods."""
+    """A folder of the box to restore to, with the methods of LocalFolder."""
 
     def __init__(self, box: StorageBox, folder: bytes):
+        """Creates the folder if it is missing; Fatal if files cannot be created in it."""
         self._box, self._folder = box, re.sub(b"/+", b"/", folder)
         probe = join(self._folder, partial_name(b""))
 
-        def try_out(session: Session) -> None:
+        def write_probe(session: Session) -> None:
             self._make_folders(session, probe)
             handle = session.ask_one(open_request(probe, FOR_WRITING))
             session.ask(simple_request(FXP_CLOSE, handle), simple_request(FXP_REMOVE, probe))
 
         try:
-            box.retry(try_out)
+            box.retry(write_probe)
         except (SFTPError, FileError) as error:
             reason = f"{printable(folder)} cannot be written to: {error}"
             raise Fatal(f"{reason}; --to-box takes an account that may write") from None
 
-    def room(self) -> int | None:
-        return (self._box.room() or (0, None))[1]
+    def free_space(self) -> int | None:
+        return (self._box.space() or (0, None))[1]
 
     def find(self, name: bytes) -> Attributes | None:
         try:
@@ -4083,9 +4083,9 @@ class BoxFolder:
         mtime = min(max(0, mtime), (1 << 32) - 1)  # SFTP's times are unsigned
         written: int | None = None  # bytes
 
-        def store(session: Session) -> None:
+        def write_and_rename(session: Session) -> None:
             nonlocal written
-            # The answer to an earlier rename may have been lost with its session.
+            # An earlier attempt may have renamed the file, and lost the reply.
             if written is not None and size_and_mtime(session, path) == (written, mtime):
                 return
             self._make_folders(session, path)
@@ -4099,46 +4099,49 @@ class BoxFolder:
                 session.ask_one(simple_request(FXP_RENAME, partial_path, path))
             except SFTPError as error:
                 raise FileError(f"the box cannot store it: {error}") from None
-            # A request of a lost session may be carried out as late as now.
+            # A request of a lost session may have been carried out just now.
             if size_and_mtime(session, path) != (written, mtime):
                 raise FileError("the box has something else in its place then")
 
         try:
             try:
-                self._box.retry(store)
+                self._box.retry(write_and_rename)
             except SFTPError as error:
                 raise FileError(f"the box cannot store it: {error}") from None
         except FileError as error:
-            room = None
+            free = None
             with contextlib.suppress(Fatal, Stopped, FileError):
-                room = self.room()  # with what was written
+                free = self.free_space()  # before the partial file is deleted
                 self._box.retry(lambda s: s.ask(simple_request(FXP_REMOVE, partial_path)))
-            if room is not None and room < MIB:
+            if free is not None and free < MIB:
                 raise Fatal(f"{error}; the box is full") from None
             raise
 
     def _make_folders(self, session: Session, path: bytes) -> None:
-        """Makes the folders above `path`.  FileError if one below the folder that is restored
-        to is a link, SFTPError if one cannot be made."""
+        """Creates the missing folders above `path`.  FileError if one of those below
+        `self._folder` is a link, SFTPError if one cannot be created."""
         above = list(itertools.accumulate(path.split(b"/"), join))[:-1]
         folders = [folder for folder in above if folder]
-        looks = [simple_request(FXP_LSTAT, folder) for folder in folders]
-        found = session.ask(*looks) if looks else []
-        missing = []
-        for folder, there in zip(folders, found):
-            if isinstance(there, SFTPError):
-                missing.append((FXP_MKDIR, string(folder) + U32.pack(0)))
-            elif stat.S_ISREG(there.mode or 0):
+        lstats = [simple_request(FXP_LSTAT, folder) for folder in folders]
+        found = session.ask(*lstats) if lstats else []
+        mkdirs = []
+        for folder, attributes in zip(folders, found):
+            if isinstance(attributes, SFTPError):
+                mkdirs.append((FXP_MKDIR, encode_string(folder) + U32.pack(0)))
+                continue
+            mode = attributes.mode or 0
+            if stat.S_ISREG(mode):
                 raise FileError(f"{printable(folder)} is a file on the box, not a folder")
-            elif stat.S_ISLNK(there.mode or 0) and folder.startswith(join(self._folder, b"")):
+            if stat.S_ISLNK(mode) and folder.startswith(join(self._folder, b"")):
                 raise FileError(THROUGH_LINK)
-        refused = [result for result in session.ask(*missing) if result] if missing else []
-        if refused and isinstance(session.ask(looks[-1])[0], SFTPError):  # nobody else made it
+        refused = [result for result in session.ask(*mkdirs) if result] if mkdirs else []
+        # Another thread may have created the same folder meanwhile.
+        if refused and isinstance(session.ask(lstats[-1])[0], SFTPError):
             raise_if_refused(refused[0])
 
 
 def size_and_mtime(session: Session, path: bytes) -> tuple[int | None, int | None]:
-    """Of the file on the box, None where the server tells none."""
+    """The size and mtime of a file on the box, or (None, None)."""
     (found,) = session.ask(simple_request(FXP_LSTAT, path))
     return found[:2] if isinstance(found, Attributes) else (None, None)
 
@@ -4146,21 +4149,21 @@ def size_and_mtime(session: Session, path: bytes) -> tuple[int | None, int | Non
 def write_file(
     session: Session, handle: bytes, path: bytes, mtime: int, blocks: Iterator[bytes]
 ) -> int:
-    """Writes the new file at `path`, which is open, and closes it; its size.  SFTPError,
-    FileError if the box has another one then."""
+    """Writes the new file at `path`, which is open, closes it, and returns its size.
+    SFTPError; FileError if the box has another size or mtime then."""
     batches: deque[Batch] = deque()
     at = 0
     try:
         for block in blocks:
             for start in range(0, len(block), WRITE_SIZE):
                 piece = block[start : start + WRITE_SIZE]
-                write = FXP_WRITE, string(handle) + U64.pack(at) + string(piece)
+                write = FXP_WRITE, encode_string(handle) + U64.pack(at) + encode_string(piece)
                 batches.append(session.send(write))
                 at += len(piece)
             while len(batches) > WRITES_AHEAD:
                 raise_if_refused(batches.popleft().results()[0])
         times = U32.pack(ATTR_ACMODTIME) + 2 * U32.pack(mtime)
-        batches.append(session.send((FXP_FSETSTAT, string(handle) + times)))
+        batches.append(session.send((FXP_FSETSTAT, encode_string(handle) + times)))
         for batch in batches:
             raise_if_refused(batch.results()[0])
     finally:
@@ -4171,56 +4174,57 @@ def write_file(
     return at
 
 
-# What becomes of an object, in the words of the table.
+# What happens to an object: labels of the table, except READY.
 THERE, RESTORED, FAILED = "Already there", "Restored files", "Failed files"
 ASKED, BUSY, NOT_ASKED = "Asked of S3", "Under way at S3", "Not asked for"
-READY = "Ready"
+READY = "Ready"  # can be downloaded
 
 
 class Restore:
-    """One pass: what can be read is fetched, and what is cold is asked for."""
+    """One pass: downloads what can be read, and asks S3 to restore cold objects."""
 
     def __init__(self, tools: Tools, options: argparse.Namespace, asked_at: float | None):
-        """`asked_at`: when an earlier pass has asked S3 for something."""
+        """`asked_at` is the time when an earlier pass last asked S3 to restore an object."""
         self._tools, self._options, self.asked_at = tools, options, asked_at
         self._config, self._bucket = tools.config, tools.bucket
         self._paths = wanted_paths(options.path, tools.config.remote_path)
         to, to_box = options.to, options.to_box
         self.target: LocalFolder | BoxFolder
         self.target = BoxFolder(tools.box, os.fsencode(to_box)) if to_box else LocalFolder(to)
-        self.may_ask = threading.Semaphore(0)  # how many more objects S3 is asked for
-        self.manifest: TextIO | None = None  # a line of CSV for each object that is cold
+        self.allowed_requests = threading.Semaphore(0)  # one for each object to ask S3 for
+        self.manifest: TextIO | None = None  # gets a line of CSV for each cold object
         self.counts = dict.fromkeys((THERE, RESTORED, ASKED, BUSY, NOT_ASKED, FAILED), 0)
-        self.bytes, self._left_out = 0, set[str]()
-        self._other_names: dict[str, bytes] = {}  # of files that have a folder's name, by key
+        self.bytes = 0  # restored
+        self._left_out: set[str] = set()  # keys
+        self._other_names: dict[str, bytes] = {}  # by key, of files whose path is a folder now
 
-    def look(self) -> tuple[int, int, Counts]:
-        """Bytes that can be fetched, and that S3 is restoring; what is cold, by class."""
+    def survey(self) -> tuple[int, int, Counts]:
+        """Bytes that can be downloaded, bytes that S3 is restoring, and cold objects."""
         cold: Counts = {}
         sizes, known = Counter[str](), len(self._other_names)
         with self._tools.progress.counting("looking") as bar:
-            for found, word, _ in self._each(self._case):
+            for found, label, _ in self._outcomes(self._label):
                 bar.update(1)
-                sizes[word or FAILED] += found.size
-                if word == NOT_ASKED:
+                sizes[label or FAILED] += found.size
+                if label == NOT_ASKED:
                     add(cold, found.storage_class, found.size)
-        if len(self._other_names) > known:  # the case of these files was another one's
-            return self.look()
+        if len(self._other_names) > known:  # their labels were those of another name
+            return self.survey()
         return sizes[READY], sizes[BUSY], cold
 
-    def bring_back(self) -> None:
-        """Does what can be done now, counts it, and logs failures."""
-        for found, word, error in self._each(self._bring_back):
-            self.counts[word or FAILED] += 1
+    def restore_all(self) -> None:
+        """Downloads what can be read, asks S3 for the rest, counts it, and logs failures."""
+        for found, label, error in self._outcomes(self._restore_one):
+            self.counts[label or FAILED] += 1
             name = self._name(found.key)
             if error:
                 log_failure(name, error)
-            elif word == RESTORED:
+            elif label == RESTORED:
                 self.bytes += found.size
                 files_log.info("restored %s (%s bytes)", printable(name), f"{found.size:,}")
-            elif word == ASKED:
+            elif label == ASKED:
                 self.asked_at = time.time()
-            elif word == NOT_ASKED and self.manifest is not None:
+            elif label == NOT_ASKED and self.manifest is not None:
                 version = "" if found.version_id is None else f",{found.version_id}"
                 self.manifest.write(f"{self._config.bucket},{quote(found.key)}{version}\n")
 
@@ -4232,15 +4236,15 @@ class Restore:
             yield "Asked at", format_time(self.asked_at)
             yield "Promised by", format_time(self.asked_at + hours * 3600)
 
-    def _each(self, work: Callable[[StoredObject], str]) -> Iterator[Outcome]:
-        """Each object that is wanted, what `work` says about it, and the FileError."""
+    def _outcomes(self, work: Callable[[StoredObject], str]) -> Iterator[Outcome]:
+        """Each wanted object with the label that `work` returns, or with a FileError."""
         pool = Parallel(work, self._tools.box, self._config.transfers)
         with contextlib.closing(pool.outcomes(self._wanted())) as outcomes:
             for finished in outcomes:
                 yield from finished
 
     def _name(self, key: str) -> bytes:
-        """Where the object goes: its path relative to REMOTE_PATH, as a rule."""
+        """The path to restore to: the path relative to REMOTE_PATH, unless it is a folder."""
         return self._other_names.get(key) or unescape(key[len(self._config.prefix) :])
 
     def _is_archived(self, key: str) -> bool:
@@ -4251,7 +4255,7 @@ class Restore:
         return found is not None and found.key == key
 
     def _give_other_name(self, key: str) -> None:
-        """`x` was a file once, and there is `x/y` now: the file goes beside the folder."""
+        """For an object `x` if there is also `x/y`: `x` is restored beside that folder."""
         name = self._name(key)
         other = name + b".file"
         while other in self._other_names.values() or self._is_taken(other):
@@ -4262,14 +4266,13 @@ class Restore:
 
     def _is_taken(self, name: bytes) -> bool:
         """Whether there is an object at this name, or below it."""
-        found = select(self._config, self._bucket, [name], self._options.at)
+        found = select_objects(self._config, self._bucket, [name], self._options.at)
         return any(stored.size >= 0 for stored in found)
 
     def _wanted(self) -> Iterator[StoredObject]:
-        """What `select` gives for the paths that were named, but for names that two objects
-        stand for."""
-        above: list[str] = []  # keys that the next one begins with
-        for found in select(self._config, self._bucket, self._paths, self._options.at):
+        """The selected objects; of two that have the same path, the one with our key."""
+        above: list[str] = []  # earlier keys that the next key begins with
+        for found in select_objects(self._config, self._bucket, self._paths, self._options.at):
             key = found.key
             while above and not key.startswith(above[-1]):
                 above.pop()
@@ -4277,7 +4280,7 @@ class Restore:
                 if key.startswith(upper + "/") and upper not in self._other_names:
                     self._give_other_name(upper)
             above.append(key)
-            our_key = key_of(self._config, self._name(key))
+            our_key = unchecked_key(self._config, self._name(key))
             if our_key != key and key not in self._left_out and self._is_archived(our_key):
                 message = "left out %s: %s stands for the same name"
                 log.warning(message, printable(key), our_key)
@@ -4285,7 +4288,7 @@ class Restore:
             if key not in self._left_out:
                 yield found
 
-    def _case(self, found: StoredObject) -> str:
+    def _label(self, found: StoredObject) -> str:
         """THERE, READY, BUSY or NOT_ASKED; FileError."""
         name = self._name(found.key)
         if found.size < 0:
@@ -4293,34 +4296,32 @@ class Restore:
         is_windows_name = os.name == "nt" and (b"\\" in name or b":" in name)
         if {b"", b".", b".."} & set(name.split(b"/")) or b"\0" in name or is_windows_name:
             raise FileError("no file can have this name")
-        there = self.target.find(name)
-        if there is not None:
-            if not stat.S_ISREG(there.mode or 0):
+        existing = self.target.find(name)
+        if existing is not None:
+            if not stat.S_ISREG(existing.mode or 0):
                 raise FileError("something that is not a file has its name")
             mtime = mtime_of(self._bucket.head(found.key, found.version_id) or found)
-            # FAT keeps even seconds; SFTP, and not every disk, times outside of this range.
-            is_same = there.mtime in (mtime, mtime & ~1) or not 0 <= mtime < 1 << 31
-            if there.size == found.size and is_same:
+            # FAT has only even seconds.  Not every file system has times out of this range.
+            same_mtime = existing.mtime in (mtime, mtime & ~1) or not 0 <= mtime < 1 << 31
+            if existing.size == found.size and same_mtime:
                 return THERE
             if not self._options.overwrite:
                 raise FileError(
-                    f"another file is there, of {there.size} bytes and mtime {there.mtime}, "
-                    f"not {found.size} and {mtime}: --overwrite replaces it"
+                    f"another file is there, of {existing.size} bytes and mtime "
+                    f"{existing.mtime}, not {found.size} and {mtime}: --overwrite replaces it"
                 )
-        if found.storage_class not in COLD_CLASSES or found.restored:
-            return READY
-        return NOT_ASKED if found.restored is None else BUSY
+        return {"cold": NOT_ASKED, "restoring": BUSY}.get(thaw_state(found), READY)
 
-    def _bring_back(self, found: StoredObject) -> str:
-        """Does what can be done now, and returns what was; FileError."""
-        word, options, stopping = self._case(found), self._options, self._tools.box.stopping
-        # More may have become cold since the cost was agreed to.
-        if word == NOT_ASKED and self.may_ask.acquire(blocking=False):
+    def _restore_one(self, found: StoredObject) -> str:
+        """Downloads the object or asks S3 for it, and returns its label then; FileError."""
+        label, options, stopping = self._label(found), self._options, self._tools.box.stopping
+        # The user has agreed to a number of requests; more objects may be cold by now.
+        if label == NOT_ASKED and self.allowed_requests.acquire(blocking=False):
             stopping.check()
-            is_back = self._bucket.request_restore(found, options.tier, options.days)
-            word = READY if is_back else ASKED
-        if word != READY:
-            return word
+            can_be_read = self._bucket.request_restore(found, options.tier, options.days)
+            label = READY if can_be_read else ASKED
+        if label != READY:
+            return label
         try:
             stored, blocks = self._bucket.download(found)
 
@@ -4338,7 +4339,7 @@ class Restore:
             if found.storage_class not in COLD_CLASSES:
                 reason = f"is in an archive tier of {found.storage_class}: restore it there"
                 raise FileError(reason) from None
-            return NOT_ASKED  # its copy has expired since: the next pass asks anew
+            return NOT_ASKED  # S3's copy has expired meanwhile; the next pass asks again
         return RESTORED
 
 
@@ -4348,8 +4349,8 @@ def mtime_of(stored: StoredObject) -> int:
 
 
 def restore(tools: Tools, options: argparse.Namespace) -> int:
-    """Brings files back: 75 while something is cold, 3 if something failed, else 0.  With
-    `--wait` it makes pass after pass until that is not 75."""
+    """Restores files: 75 while one is cold, 3 if one failed, else 0.  --wait repeats the pass
+    while it gives 75."""
     asked_at: float | None = None
     with locked(tools.config, ".restore.lock"):
         while True:
@@ -4371,24 +4372,24 @@ def restore(tools: Tools, options: argparse.Namespace) -> int:
 def restore_once(tools: Tools, work: Restore, options: argparse.Namespace) -> int:
     """One pass, and its exit status."""
     with contextlib.ExitStack() as stack:
-        ready, busy, cold = work.look()
+        ready, busy, cold = work.survey()
         if cold:
             show_estimate(tools, cold, ready + busy, options)
-        needed, room = ready + busy + total(cold).bytes, work.target.room()
-        if room is not None and needed > room:
+        needed, free = ready + busy + total(cold).bytes, work.target.free_space()
+        if free is not None and needed > free:
             message = "%s are to be restored, but only %s are free there: copies that S3 makes "
             message += "cost money while they wait"
-            log.warning(message, format_size(needed), format_size(room))
+            log.warning(message, format_size(needed), format_size(free))
         if cold and options.manifest:
             work.manifest = stack.enter_context(open_manifest(options.manifest))
         elif cold:
             if not options.yes and not confirm("Ask S3 for it?"):
                 message = "nothing was asked for: it costs money; run it again with --yes"
                 raise Fatal(message, status=2)
-            work.may_ask = threading.Semaphore(total(cold).files)
+            work.allowed_requests = threading.Semaphore(total(cold).files)
         tools.progress.expect(ready)
         try:
-            work.bring_back()
+            work.restore_all()
         finally:
             tools.show_summary("RESTORE", work.rows())
     counts, tier = work.counts, options.tier
@@ -4408,13 +4409,13 @@ def restore_once(tools: Tools, work: Restore, options: argparse.Namespace) -> in
     return 75 if waiting else 3 if counts[FAILED] else 0
 
 
-def show_estimate(tools: Tools, cold: Counts, more: int, options: argparse.Namespace) -> None:
-    """Shows what restoring what is cold costs; `more` bytes need only be fetched."""
-    prices, wanted = tools.prices, total(cold)
+def show_estimate(tools: Tools, cold: Counts, other: int, options: argparse.Namespace) -> None:
+    """Shows the cost of restoring cold objects, and of downloading them and `other` bytes."""
+    prices, asked_for = tools.prices, total(cold)
     tier, days = options.tier, options.days
-    download = prices.download(wanted.files, wanted.bytes + more)
+    download = prices.download(asked_for.files, asked_for.bytes + other)
     rows: list[tuple[str, object]] = [
-        ("To be asked of S3", wanted),
+        ("To be asked of S3", asked_for),
         ("Tier", f"{tier.capitalize()}, ready within {TIERS[tier]} hours, for {days} days"),
         ("Restore", format_usd(restore_cost(prices, cold, tier, days))),
         ("Download", f"{format_usd(download)} out of AWS"),
@@ -4434,7 +4435,7 @@ def open_manifest(path: Path) -> Iterator[TextIO]:
 
 
 def confirm(question: str) -> bool:
-    """Whether a person at the terminal says yes."""
+    """Whether the user answers yes; False without a terminal."""
     if not (sys.stdin and sys.stdin.isatty()):
         return False
     print(f"{question} [y/N] ", end="", flush=True, file=sys.stderr)
@@ -4455,9 +4456,10 @@ exit statuses:
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with the arguments."""
+Command = Callable[[Tools, argparse.Namespace], int]  # returns the exit status
 
+
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
@@ -4480,9 +4482,13 @@ def make_parser() -> argparse.ArgumentParser:
     add_level("-q", "--quiet", const=logging.WARNING, help=quiet)
     commands = parser.add_subparsers(metavar="COMMAND", dest="command")
 
-    def add(name: str, text: str, example: str, **flags: str) -> argparse.ArgumentParser:
+    def add(
+        function: Command, text: str, example: str, **flags: str
+    ) -> argparse.ArgumentParser:
         about, end = f"{text[0].upper()}{text[1:]}.", f"example: archive.py {example}"
+        name = function.__name__
         command = commands.add_parser(name, help=text, description=about, epilog=end)
+        command.set_defaults(function=function)
         for flag, meaning in flags.items():
             option = f"--{flag.replace('_', '-')}"
             command.add_argument(option, action="store_true", help=meaning)
@@ -4491,35 +4497,35 @@ def make_parser() -> argparse.ArgumentParser:
     new_source = "the files are at another HETZNER_USER or REMOTE_PATH now: compare them"
     summary = "the summary as JSON, and nothing else on stdout"
     run_text = "archive what is new or changed (the default)"
-    run = add("run", run_text, "-q", new_source=new_source)
-    run.add_argument("-n", "--dry-run", action="store_true", help="the same as plan --list")
-    run.add_argument("--json", action="store_true", help=summary)
+    command = add(run, run_text, "-q", new_source=new_source)
+    command.add_argument("-n", "--dry-run", action="store_true", help="the same as plan --list")
+    command.set_defaults(list=True)  # for --dry-run
+    command.add_argument("--json", action="store_true", help=summary)
     plan_text = "what run would do and what it would cost; changes nothing"
-    plan = add("plan", plan_text, "plan --list")
-    form = plan.add_mutually_exclusive_group()
+    form = add(plan, plan_text, "plan --list").add_mutually_exclusive_group()
     files = "first each file: + new, * changed, ? to compare, - gone from the box, ! failing"
     form.add_argument("--list", action="store_true", help=files)
     form.add_argument("--json", action="store_true", help="as JSON")
     objects = "as JSON, an object a line"
     ls_text = "what is archived, from the bucket's listing"
-    add_selection(add("ls", ls_text, "ls photos/2024 --at 30d", json=objects))
+    add_selection(add(ls, ls_text, "ls photos/2024 --at 30d", json=objects))
     status_text = "what is archived, its cost, the last runs, the box's room"
-    add("status", status_text, "status --json", json="as JSON")
+    add(status, status_text, "status --json", json="as JSON")
     repair = "bring the state in line: the next run uploads or compares what differs"
     verify_text = "compare the state with the bucket's listing; downloads nothing"
-    add("verify", verify_text, "verify --repair", repair=repair)
+    add(verify, verify_text, "verify --repair", repair=repair)
     restore_text = "bring files back; run it again until it ends with 0"
     drill = "restore photos/2024 letters/will.pdf --to drill"
-    add_restore(add("restore", restore_text, drill, json=summary))
+    add_restore(add(restore, restore_text, drill, json=summary))
     check_text = "try settings, box, bucket and permissions, with the remedy for each"
-    add("check", check_text, "--env-file other.env check")
+    add(check, check_text, "--env-file other.env check")
     defaults = {"new_source": False, "dry_run": False, "json": False}
-    parser.set_defaults(level=logging.INFO, command="run", **defaults)
+    parser.set_defaults(level=logging.INFO, command="run", function=run, **defaults)
     return parser
 
 
 def add_selection(command: argparse.ArgumentParser) -> None:
-    """The arguments that name what is archived."""
+    """The arguments that select archived objects."""
     path = "file or folder as on the box (default: all)"
     command.add_argument("path", nargs="*", type=PATH, metavar="PATH", help=path)
     when = "as it was then: a date, a time, or an age like 30d (for versioned buckets)"
@@ -4549,7 +4555,7 @@ def add_restore(command: argparse.ArgumentParser) -> None:
 
 
 def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """A parser of settings for an argument: its message is shown, too."""
+    """`parse` for argparse, which would not show the message of a ValueError."""
 
     def parse_argument(text: str) -> T:
         try:
@@ -4560,18 +4566,18 @@ def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
     return parse_argument
 
 
-# Not what an unset variable of a shell script leaves.
+# An empty path is refused: it may be an unset variable of a script.
 PATH = argument(partial(parse_match, r"(?s).+", "a path"))
 
 
 def handle_signals(stopping: StopEvent) -> None:
-    """Makes SIGINT, SIGTERM and SIGHUP an orderly end within ten seconds: they raise Stopped
-    on the main thread.  What has not ended by then, or at a second signal, is cut off."""
+    """SIGINT, SIGTERM and SIGHUP raise Stopped on the main thread, which ends the program in
+    order.  A second signal, or 3 s more than STOP_LIMIT, ends the process at once."""
 
     def handle(number: int, _frame: object) -> None:
         if stopping.signal is not None:
             os._exit(128 + number)
-        # If nobody reads what is printed, whoever prints it waits for ever.
+        # A print waits for ever while nobody reads from a pipe.
         cut_off = threading.Timer(STOP_LIMIT + 3, os._exit, [128 + number])
         cut_off.daemon = True
         cut_off.start()
@@ -4579,15 +4585,15 @@ def handle_signals(stopping: StopEvent) -> None:
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
-        # Ignored by whoever has started us, nohup for example: so be it.
+        # A signal stays ignored if the program was started so, for example by nohup.
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handle)
 
 
 def tune_memory() -> None:
-    """Keeps parts in memory that is used again, and in no more than that: by default glibc
-    fetches 16 MiB from the system for each, whose page faults take a fifth of the CPU time,
-    or keeps a heap for each thread (mallopt(3)).  And what was imported is no garbage."""
+    """Makes glibc use the memory of parts again (mallopt(3)).  By default it gets 16 MiB from
+    the system for each part, whose page faults take a fifth of the CPU time, or keeps a heap
+    for each thread.  The garbage collector skips what was imported."""
     m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another libc
         libc = ctypes.CDLL(None)
@@ -4601,37 +4607,37 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit status; nothing is raised."""
     try:
         return start(argv)
-    except KeyboardInterrupt:  # before there is anything to end in order
+    except KeyboardInterrupt:  # before handle_signals
         return 128 + signal.SIGINT
     except SystemExit as end:  # argparse has printed help or a usage error
         return int(end.code or 0)
     finally:
         for stream in filter(None, (sys.stdout, sys.stderr)):
-            with contextlib.suppress(OSError):  # nobody reads it
+            with contextlib.suppress(OSError):  # closed by its reader
                 stream.flush()
 
 
 def start(argv: list[str] | None) -> int:
-    """Reads arguments and settings, and runs the command; its exit status."""
+    """Reads the arguments and settings, runs the command, and returns its exit status."""
     arguments = make_parser().parse_args(argv)
     bars = bool(sys.stderr and sys.stderr.isatty()) and arguments.level <= logging.INFO
     tune_memory()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is
-    beside = Path(__file__).resolve().parent / ".env"
-    env_file = arguments.env_file or (beside if beside.is_file() else None)
+    default = Path(__file__).resolve().parent / ".env"
+    env_file = arguments.env_file or (default if default.is_file() else None)
     try:
         config = load_config(env_file, os.environ)
         results = sys.stderr if shows_summary_as_json(arguments) else sys.stdout
         start_logging(config, arguments.level, bars, results)
     except Fatal as error:
-        missing = [] if env_file else [f"there is no {beside}: copy .env.example to it"]
+        missing = [] if env_file else [f"there is no {default}: copy .env.example to it"]
         for fault in (*missing, *str(error).splitlines()):
             print(f"error: {fault}", file=sys.stderr)
         return error.status
     for warning in config_warnings(config, env_file):
         log.warning("%s", warning)
-    # boto3 looks into the environment, where an empty variable counts as a value.
+    # boto3 reads the environment, where an empty variable counts as a value.
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         del os.environ[name]
     os.environ.update(config.aws_environ)
@@ -4652,26 +4658,13 @@ def execute(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
     try:
         handle_signals(stopping)
         tools = Tools(config, box, Bucket(config, retries), progress, summary)
-        commands: dict[str, Callable[[], int]] = {
-            "run": lambda: (
-                plan(tools, arguments.json, not arguments.json)
-                if arguments.dry_run
-                else run(tools, arguments.new_source, Report())
-            ),
-            "plan": lambda: plan(tools, arguments.json, arguments.list),
-            "ls": lambda: ls(tools, arguments),
-            "status": lambda: status(tools, arguments.json),
-            "verify": lambda: verify(tools, arguments.repair),
-            "restore": lambda: restore(tools, arguments),
-            "check": lambda: check(tools),
-        }
-        exit_status = commands[arguments.command]()
+        exit_status = arguments.function(tools, arguments)
     except Stopped:
         pass
     except ArchiveError as error:
         log.critical("%s", error)
         exit_status = error.status
-    except Exception as error:  # a defect of ours, in one line all the same
+    except Exception as error:  # a defect of this program, also shown as one line
         log.critical("unexpected %s: %s", type(error).__name__, error)
         log.debug("traceback", exc_info=True)
     finally:
@@ -4686,5 +4679,5 @@ def execute(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
 
 
 if __name__ == "__main__":
-    # Not sys.exit(): Python would wait for threads that wait for S3.
+    # sys.exit() would wait for threads that wait for S3.
     os._exit(main())
