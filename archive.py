@@ -2177,10 +2177,8 @@ class State:
         statements: list[Statement] = []
         for verdict, _, path, found, record in differences:
             if found is None:
-                tables = ("files", "objects")
-                statements += [
-                    (f"DELETE FROM {table} WHERE path = ?", path) for table in tables
-                ]
+                statements.append(("DELETE FROM files WHERE path = ?", path))
+                statements.append(("DELETE FROM objects WHERE path = ?", path))
             elif record is None or verdict in (WRONG_SIZE, WRONG_ETAG):
                 statements += row_statements(path, found.size, None, found)
             elif (record.etag, record.storage_class) != (found.etag, found.storage_class):
