@@ -466,7 +466,7 @@ def test_server_that_allows_few_open_handles_is_archived_in_full(archive_of):
 
 def test_large_folders_are_listed_whole_with_few_open_handles(archive_of):
     """Each is too large to be listed ahead of its turn."""
-    with FaultyBox(many_files(30, 600), max_handles=16) as box:
+    with FaultyBox(many_files(30, 600), max_handles=4) as box:
         result = archive_of(box)("plan", constants={"NAMES_AHEAD": 400})
         assert box.refused
         assert result.status == 0, result.stderr
