@@ -9,6 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import pytest
 from conftest import MIB, tree
 
 # Files of 1 MiB and more are large here, so that large ones are cheap.
@@ -18,6 +19,28 @@ SMALL, LARGE = 3_000, 6 * MIB + 1  # bytes; a large one has two parts
 # How much the tests that draw lots try: 1 in CI; 100 is a night.
 EFFORT = int(os.environ.get("TEST_EFFORT", "1"))
 SEED = int(os.environ.get("TEST_SEED", "0")) or random.SystemRandom().getrandbits(32)
+
+
+def strict_fixtures():
+    """The fixtures `box`, `s3` and `archive` of a module: a FaultyBox, and S3 with checksums as
+    S3 answers them, so that there is no HEAD but those of comparisons.
+
+        box, s3, archive = strict_fixtures()
+    """
+
+    @pytest.fixture
+    def box(faulty_box):
+        return faulty_box
+
+    @pytest.fixture
+    def s3(strict_s3):
+        return strict_s3
+
+    @pytest.fixture
+    def archive(archive_of, box, s3):
+        return archive_of(box, AWS_ENDPOINT_URL=s3.url)
+
+    return box, s3, archive
 
 
 def write(path, size, mtime=1_700_000_000):

@@ -20,6 +20,7 @@ from faults import (
     SMALL,
     assert_all_archived,
     assert_failed,
+    strict_fixtures,
     wait_for,
     write,
 )
@@ -35,20 +36,7 @@ WRITES = {"PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipart
 FOREIGN = {"small": SMALL, "folder/8 MiB": 8 * MIB, "17 MiB": 17 * MIB}
 
 
-@pytest.fixture
-def box(faulty_box):
-    return faulty_box
-
-
-@pytest.fixture
-def s3(strict_s3):
-    """As S3 answers: there is no HEAD but those of comparisons."""
-    return strict_s3
-
-
-@pytest.fixture
-def archive(archive_of, box, s3):
-    return archive_of(box, AWS_ENDPOINT_URL=s3.url)
+box, s3, archive = strict_fixtures()
 
 
 def forget_counts(box, s3):

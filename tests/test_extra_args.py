@@ -7,7 +7,7 @@ import re
 
 import pytest
 from conftest import MIB, OLD, fill
-from faults import SMALL
+from faults import SMALL, strict_fixtures
 from scripted_s3 import error
 
 LIMIT = 5 * MIB
@@ -17,14 +17,7 @@ OWNER = "123456789012"  # moto's own account
 KEY = "canary-customer-key-of-32-bytes!"
 
 
-@pytest.fixture
-def box(faulty_box):
-    return faulty_box
-
-
-@pytest.fixture
-def s3(strict_s3):
-    return strict_s3
+box, s3, archive = strict_fixtures()
 
 
 @pytest.fixture
@@ -38,11 +31,6 @@ def sent(s3):
 
     s3.always(None, keep)
     return requests
-
-
-@pytest.fixture
-def archive(archive_of, box, s3):
-    return archive_of(box, AWS_ENDPOINT_URL=s3.url)
 
 
 def values(sent, header):

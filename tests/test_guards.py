@@ -11,7 +11,7 @@ import time
 
 import pytest
 from conftest import MIB, OLD, fill
-from faults import SMALL, write
+from faults import SMALL, strict_fixtures, write
 from faulty_sftp import PERMISSION_DENIED, FaultyBox, many_files, status
 from scripted_s3 import error
 
@@ -23,20 +23,7 @@ LARGE = LIMIT + 1  # two parts
 TEN = {f"f{number}": 10 for number in range(10)}
 
 
-@pytest.fixture
-def box(faulty_box):
-    return faulty_box
-
-
-@pytest.fixture
-def s3(strict_s3):
-    """As S3 answers: the answer to Complete has the checksum."""
-    return strict_s3
-
-
-@pytest.fixture
-def archive(archive_of, box, s3):
-    return archive_of(box, AWS_ENDPOINT_URL=s3.url)
+box, s3, archive = strict_fixtures()
 
 
 def spent(archive):

@@ -18,6 +18,7 @@ from faults import (
     assert_all_archived,
     assert_rows_are_true,
     recorded,
+    strict_fixtures,
     wait_for,
     write,
 )
@@ -39,19 +40,7 @@ INSTANTS = [
 ]
 
 
-@pytest.fixture
-def box(faulty_box):
-    return faulty_box
-
-
-@pytest.fixture
-def s3(strict_s3):
-    return strict_s3
-
-
-@pytest.fixture
-def archive(archive_of, box, s3):
-    return archive_of(box, AWS_ENDPOINT_URL=s3.url)
+box, s3, archive = strict_fixtures()
 
 
 def kill_at(archive, s3, operation, fault, nth):

@@ -10,7 +10,7 @@ import time
 
 import pytest
 from conftest import MIB, OLD, earlier_database, fill, tree
-from faults import SMALL, write
+from faults import SMALL, strict_fixtures, write
 from faulty_sftp import (
     A_FOLDER,
     EOF,
@@ -41,20 +41,7 @@ OPERATIONS = {
 }
 
 
-@pytest.fixture
-def box(faulty_box):
-    return faulty_box
-
-
-@pytest.fixture
-def s3(strict_s3):
-    """As S3 answers: the answer to Complete has the checksum."""
-    return strict_s3
-
-
-@pytest.fixture
-def archive(archive_of, box, s3):
-    return archive_of(box, AWS_ENDPOINT_URL=s3.url)
+box, s3, archive = strict_fixtures()
 
 
 def planned(archive, status=0, **settings):

@@ -20,6 +20,7 @@ from faults import (
     assert_all_archived,
     assert_failed,
     assert_rows_are_true,
+    strict_fixtures,
     wait_for,
     write,
 )
@@ -35,19 +36,7 @@ BIG = (PARTS - 1) * PART + 1_000  # bytes
 IN_ORDER = {**SIZES, "PARTS_AT_ONCE": 1}
 
 
-@pytest.fixture
-def box(faulty_box):
-    return faulty_box
-
-
-@pytest.fixture
-def s3(strict_s3):
-    return strict_s3
-
-
-@pytest.fixture
-def archive(archive_of, box, s3):
-    return archive_of(box, AWS_ENDPOINT_URL=s3.url)
+box, s3, archive = strict_fixtures()
 
 
 def uploads(bucket, key=None):
