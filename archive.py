@@ -421,12 +421,17 @@ def relative_path(root: bytes, path: bytes) -> bytes:
     return path[len(join(root, b"")) :]
 
 
+def unchecked_key(prefix: str, relative: bytes) -> str:
+    """As object_key, for a path that S3 may not allow."""
+    return prefix + escape(relative, KEY_ESCAPES)
+
+
 def object_key(prefix: str, relative: bytes) -> str:
     """The S3 key of a path relative to REMOTE_PATH; FileError if S3 does not allow it.  The
     path can be read from its key: `unescape(key[len(prefix):])` is `relative`."""
     if {b"", b".", b".."} & set(relative.split(b"/")):
         raise FileError("a . or .. or empty segment cannot be part of a key")
-    key = prefix + escape(relative, KEY_ESCAPES)
+    key = unchecked_key(prefix, relative)
     size = len(key.encode())
     if size > MAX_KEY_BYTES:
         reason = f"its key has {size:,} bytes, S3 allows {MAX_KEY_BYTES:,}"
@@ -847,6 +852,8 @@ def setting_faults(settings: Mapping[str, str], environ: Mapping[str, str]) -> I
         is_aws = name.startswith("AWS_")
         if (name in SECRETS or is_aws) and re.search(r"[\0-\x1f\x7f]", value):
             yield f"{name}: contains a line break or another control character"
+        if name in SECRETS and re.search("[\udc80-\udcff]", value):
+            yield f"{name}: is not UTF-8"
         if name in SETTINGS or name.upper() in PROXIES:
             continue
         # An unknown AWS_ name is left to boto3, unless it looks like a typo of one of ours; in
@@ -860,10 +867,11 @@ def setting_faults(settings: Mapping[str, str], environ: Mapping[str, str]) -> I
 def add_secret(secrets: set[str], secret: str | None) -> None:
     """Adds a secret in each form in which the message of a library or a server may have it."""
     if secret and secret not in secrets:
-        quoted = {quote(secret), quote(secret, safe=""), quote_plus(secret)}
+        raw = secret.encode("utf-8", "surrogateescape")  # any bytes of the environment
+        quoted = {quote(raw), quote(raw, safe=""), quote_plus(raw)}
         quoted |= {re.sub("%..", lambda code: code[0].lower(), form) for form in quoted}
         escaped = {form(secret)[1:-1] for form in (repr, json.dumps)}
-        secrets |= {secret, base64.b64encode(secret.encode()).decode(), *quoted, *escaped}
+        secrets |= {secret, base64.b64encode(raw).decode(), *quoted, *escaped}
 
 
 def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
@@ -1925,6 +1933,11 @@ class Record(NamedTuple):
     crc32: int | None
     storage_class: str | None
 
+    @property
+    def has_content(self) -> bool:
+        """Whether the content is known without asking S3."""
+        return self.crc32 is not None and bool(self.etag)
+
 
 class PastRun(NamedTuple):
     """A run in the state.  The fields from `ended_at` on are None if it was killed."""
@@ -2501,7 +2514,7 @@ class Bucket:
                 )
                 self._credentials = session.get_credentials()
             parse_endpoint(self._client.meta.endpoint_url)  # it may be set in ~/.aws
-        except (ValueError, EOFError, RuntimeError) as error:  # EOFError: no MFA code
+        except (ValueError, RuntimeError) as error:
             raise Fatal(f"AWS_ENDPOINT_URL, or the AWS credentials: {error}") from None
         self.region: str | None = self._client.meta.region_name
         # "Expect: 100-continue" costs every PUT a round trip.
@@ -3179,8 +3192,7 @@ class Job(NamedTuple):
     @property
     def asks(self) -> int:
         """1 if S3 has to be asked for that: the state does not know first-hand."""
-        is_known = self.record and self.record.crc32 is not None and self.record.etag
-        return int(self.compares and not is_known)
+        return int(self.compares and not (self.record and self.record.has_content))
 
 
 class Archived(NamedTuple):
@@ -3419,6 +3431,8 @@ def plan(tools: Tools, options: argparse.Namespace) -> int:
         if mark == FAILING:
             log_failure(path, reason)
 
+    if options.list:
+        tools.progress = Progress(shown=False)  # a bar would be drawn between the lines
     with contextlib.closing(State(tools.config, copy=True)) as state:
         state.check_pins(pins_of(tools.config))
         if state.is_new:
@@ -3575,9 +3589,9 @@ class Run:
         """The object to compare the file with; None if it cannot be the same.  The row is
         enough if this program has read the content; else S3 gets a HEAD."""
         record = job.record
-        if record and record.crc32 is not None and record.etag:
+        if record and record.has_content:
             kind, stored_at = record.storage_class or "", record.uploaded_at or 0
-            return StoredObject(job.key, record.size, stored_at, kind, record.etag)
+            return StoredObject(job.key, record.size, stored_at, kind, record.etag or "")
         found = self._bucket.head(job.key)
         return found if found and found.size == job.file.size else None
 
@@ -3704,7 +3718,7 @@ def run(tools: Tools, options: argparse.Namespace) -> int:
             if stopping.signal is not None:
                 status = 128 + stopping.signal
                 report.ended_early = f"by {signal.Signals(stopping.signal).name}"
-        except Exception:
+        except Exception:  # whatever it is, the summary says so; it is passed on
             report.ended_early = "by an error"
             raise
         finally:
@@ -3749,11 +3763,6 @@ def wanted_paths(given: Iterable[str], root: bytes) -> list[bytes]:
     return sorted(path for path in inner if not path.startswith(folders))
 
 
-def unchecked_key(config: Config, relative: bytes) -> str:
-    """As object_key, for a path that S3 may not allow."""
-    return config.prefix + escape(relative, KEY_ESCAPES)
-
-
 def select_objects(
     config: Config, bucket: Bucket, paths: list[bytes], at: float | None
 ) -> Iterator[StoredObject]:
@@ -3763,7 +3772,7 @@ def select_objects(
         bucket.check_versions()
     for path in paths or [b""]:
         others = config.prefix + path.decode("utf-8", "replace")  # other programs' keys
-        starts, is_empty = sorted({unchecked_key(config, path), others}), True
+        starts, is_empty = sorted({unchecked_key(config.prefix, path), others}), True
         for start in starts:
             for found in bucket.objects(start, at):
                 if not path or found.key[len(start) :][:1] in ("", "/"):
@@ -4278,7 +4287,7 @@ class Restore:
                 if key.startswith(upper + "/") and upper not in self._other_names:
                     self._give_other_name(upper)
             above.append(key)
-            our_key = unchecked_key(self._config, self._name(key))
+            our_key = unchecked_key(self._config.prefix, self._name(key))
             if our_key != key and key not in self._left_out and self._is_archived(our_key):
                 message = "left out %s: %s stands for the same name"
                 log.warning(message, printable(key), our_key)
