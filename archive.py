@@ -200,7 +200,7 @@ FREE = {"GLACIER.bulk.gb": 0.0, "GLACIER.bulk.request": 0.0}
 PRICE_NAMES = REGION_PRICES.splitlines()[1].split()[1:]
 OTHER_CLASSES = ["GLACIER_IR", "STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING"]
 OTHER_CLASSES += ["REDUCED_REDUNDANCY"]
-OTHERS = [f"{kind}.{what}" for kind in OTHER_CLASSES for what in ("month", "put", "part")]
+OTHERS = [f"{name}.{what}" for name in OTHER_CLASSES for what in ("month", "put", "part")]
 ALL_PRICE_NAMES = (*PRICE_NAMES, *SAME_PRICES, *FREE, *OTHERS)  # those for PRICES
 
 COLD_CLASSES = ("DEEP_ARCHIVE", "GLACIER")  # must be restored before they can be read
@@ -233,46 +233,51 @@ class Prices:
         """`count` times the price of that name; 0 for none, even if the price is not known."""
         return count * self._usd.get(".".join(name), math.nan) if count else 0.0
 
-    def month(self, kind: str, files: int, size: int) -> float:
-        """A month's storage of `files` objects of class `kind` with `size` bytes in all."""
-        return self._cost(size / GIB, kind, "month") + self.month_of_index(kind, files)
+    def month(self, storage_class: str, files: int, size: int) -> float:
+        """A month's storage of `files` objects with `size` bytes in all."""
+        return self._cost(size / GIB, storage_class, "month") + self.month_of_index(
+            storage_class, files
+        )
 
-    def month_of_index(self, kind: str, files: int) -> float:
+    def month_of_index(self, storage_class: str, files: int) -> float:
         """The part of `month` that S3 charges for the 40 KB it adds to each cold object
         ("Amazon S3 pricing", note on metadata of archived objects)."""
-        if kind not in COLD_CLASSES:
+        if storage_class not in COLD_CLASSES:
             return 0.0
         standard = self._cost(files * INDEX_IN_STANDARD, "STANDARD", "month")
-        return (standard + self._cost(files * INDEX_IN_CLASS, kind, "month")) / GIB
+        return (standard + self._cost(files * INDEX_IN_CLASS, storage_class, "month")) / GIB
 
-    def upload(self, kind: str, requests: Mapping[str, int]) -> float:
+    def upload(self, storage_class: str, requests: Mapping[str, int]) -> float:
         """Requests of these kinds.  PUT and Complete have the price of a PUT into the class,
         Create that of a part, HEAD that of a GET (S3 user guide, "Multipart upload and
         pricing"), and listings that of a PUT into STANDARD."""
         puts = requests.get("put", 0) + requests.get("complete", 0)
         parts = requests.get("create", 0) + requests.get("part", 0)
-        cost = self._cost(puts, kind, "put") + self._cost(parts, kind, "part")
+        cost = self._cost(puts, storage_class, "put") + self._cost(parts, storage_class, "part")
         cost += self._cost(requests.get("list", 0), "STANDARD", "put")
         return (cost + self._cost(requests.get("head", 0), "get")) / 1000
 
     def requests(self, sent: Mapping[tuple[str, str], int]) -> float:
         """All of Bucket.requests, which other threads may be changing."""
-        return sum(self.upload(kind, {name: n}) for (kind, name), n in [*sent.items()])
+        return sum(
+            self.upload(storage_class, {name: n})
+            for (storage_class, name), n in [*sent.items()]
+        )
 
-    def early(self, kind: str, size: int, age_days: float) -> float:
+    def early(self, storage_class: str, size: int, age_days: float) -> float:
         """The charge for overwriting an object at this age: its storage for the rest of the
         class's minimum ("Amazon S3 pricing", early deletion, pro rata)."""
-        days = max(0.0, MINIMUM_DAYS.get(kind, 0) - max(0.0, age_days))
-        return self.month(kind, 1, size) * days / DAYS_PER_MONTH if days else 0.0
+        days = max(0.0, MINIMUM_DAYS.get(storage_class, 0) - max(0.0, age_days))
+        return self.month(storage_class, 1, size) * days / DAYS_PER_MONTH if days else 0.0
 
-    def restore(self, kind: str, tier: str, files: int, size: int, days: int) -> float:
+    def restore(self, storage_class: str, tier: str, files: int, size: int, days: int) -> float:
         """Requests and bytes at the tier's price, and copies in STANDARD for `days` (S3 user
         guide, "Restoring an archived object")."""
-        if kind not in COLD_CLASSES:
-            return 0.0 if kind == "STANDARD" or not files else math.nan
-        requests = self._cost(files / 1000, kind, tier, "request")
+        if storage_class not in COLD_CLASSES:
+            return 0.0 if storage_class == "STANDARD" or not files else math.nan
+        requests = self._cost(files / 1000, storage_class, tier, "request")
         copies = self._cost(size / GIB, "STANDARD", "month") * days / DAYS_PER_MONTH
-        return requests + self._cost(size / GIB, kind, tier, "gb") + copies
+        return requests + self._cost(size / GIB, storage_class, tier, "gb") + copies
 
     def download(self, files: int, size: int) -> float:
         """GETs, and the transfer out of AWS beyond the FREE_EGRESS of a month."""
@@ -311,7 +316,7 @@ VANISHED = "vanished"  # the file was deleted after it was listed; this is not a
 UNFINISHED = "unfinished"  # the run ended during the work on the file; the next one goes on
 LOST = "connection lost"  # at each attempt to read the file
 UNREACHABLE = "unreachable"  # S3 did not answer
-COLD = "InvalidObjectState"  # S3's code: the object has to be restored before it is read
+NOT_RESTORED = "InvalidObjectState"  # S3's code: it has to be restored before it is read
 
 
 class Stopped(BaseException):
@@ -2356,6 +2361,10 @@ def s3_errors() -> Iterator[None]:
         raise FileError(f"S3: {error}", type(error).__name__) from None
 
 
+# Whether S3 lets an object be read: one in a cold class has to be restored first.
+READABLE, COLD, RESTORING, RESTORED = "readable", "cold", "restoring", "restored"
+
+
 class StoredObject(NamedTuple):
     """What S3 says about an object.  A field is None if S3 did not send it."""
 
@@ -2366,7 +2375,7 @@ class StoredObject(NamedTuple):
     etag: str
     crc32: int | None = None  # of the whole object
     mtime: int | None = None  # from the metadata; rclone keeps it there, too
-    restored: bool | None = None  # a cold object's: True once it is, False while S3 does it
+    thaw_state: str = READABLE  # in a listing
     version_id: str | None = None  # None for the current version
 
 
@@ -2395,6 +2404,17 @@ def stored_object(key: str, answer: Mapping[str, Any]) -> StoredObject:
         crc32=crc32_of(answer),
         mtime=int(mtime[1]) if mtime else None,
     )
+
+
+def thaw_state_of(entry: Mapping[str, Any]) -> str:
+    """That of an object in a listing with RestoreStatus."""
+    if entry.get("StorageClass") not in COLD_CLASSES:
+        return READABLE
+    status = entry.get("RestoreStatus", {})
+    if status.get("IsRestoreInProgress"):
+        return RESTORING
+    expiry = status.get("RestoreExpiryDate")
+    return RESTORED if expiry and expiry.timestamp() > time.time() else COLD
 
 
 def versions_at(entries: Iterable[Any], at: float) -> Iterator[Any]:
@@ -2480,6 +2500,54 @@ class MultipartClient:
 
     def abort_multipart_upload(self, **_: Any) -> None:
         """Does nothing.  s3transfer calls it after an error."""
+
+
+class Download:
+    """An object that is being read.  `stored` is what S3 says about it."""
+
+    def __init__(self, ask: Callable[..., Any], found: StoredObject):
+        """Sends the GET by Bucket._ask; FileError."""
+        self._ask = partial(ask, "get_object", Key=found.key, VersionId=found.version_id)
+        answer = self._get(ChecksumMode="ENABLED")
+        self.stored, self._etag = stored_object(found.key, answer), answer["ETag"]
+        self._body = answer["Body"]  # the one to read next, None once it was read
+
+    def blocks(self) -> Iterator[bytes]:
+        """The object's bytes in blocks, from the start at each call.  A broken download is
+        continued.  FileError at the end if the size or CRC-32 is not what S3 has answered."""
+        stored = self.stored
+        at = crc32 = failures = 0
+        while at < stored.size:
+            body, self._body = self._body or self._get_from(at), None
+            reason = "it ended early"
+            try:
+                for block in body.iter_chunks(DOWNLOAD_BLOCK):
+                    at, crc32, failures = at + len(block), zlib.crc32(block, crc32), 0
+                    yield block
+            except (aws.BotoCoreError, urllib3.exceptions.HTTPError) as error:
+                reason = str(error)
+            failures += 1
+            if at < stored.size and failures >= S3_ATTEMPTS:
+                raise FileError(f"S3 broke off at {at:,} of {stored.size:,} bytes: {reason}")
+        if at != stored.size or stored.crc32 not in (None, crc32):
+            read = f"{at:,} bytes of CRC-32 {crc_text(crc32)}"
+            expected = f"{stored.size:,} of {crc_text(stored.crc32 or 0)}"
+            raise FileError(f"damaged on its way: {read}, not {expected}")
+
+    def _get_from(self, at: int) -> Any:
+        """The bytes from the offset `at` on, of the same version of the object."""
+        answer = self._get(IfMatch=self._etag, Range=f"bytes={at}-")
+        if not answer.get("ContentRange", "").startswith(f"bytes {at}-"):
+            raise FileError("S3 sent another part than was asked for")
+        return answer["Body"]
+
+    def _get(self, **more: str) -> Any:
+        try:
+            return self._ask(**more)
+        except Fatal as error:
+            if error.code == "AccessDenied":  # perhaps only to this object
+                raise FileError(str(error), error.code) from None
+            raise
 
 
 class Bucket:
@@ -2705,16 +2773,13 @@ class Bucket:
             key, size = entry["Key"], entry["Size"]
             if key.endswith("/") and not size:
                 continue
-            restoring = entry.get("RestoreStatus", {})
-            expiry = restoring.get("RestoreExpiryDate")
-            restored = True if expiry and expiry.timestamp() > time.time() else None
             yield StoredObject(
                 key=key,
                 size=size,
                 stored_at=math.floor(entry["LastModified"].timestamp()),
                 storage_class=entry.get("StorageClass", "STANDARD"),
                 etag=etag_of(entry),
-                restored=False if restoring.get("IsRestoreInProgress") else restored,
+                thaw_state=thaw_state_of(entry),
                 version_id=entry.get("VersionId"),
             )
 
@@ -2734,57 +2799,14 @@ class Bucket:
             if error.code == "RestoreAlreadyInProgress":
                 return False
             # The object is in a class that needs no restore, or was restored already.
-            if error.code in ("ObjectAlreadyInActiveTierError", COLD):
+            if error.code in ("ObjectAlreadyInActiveTierError", NOT_RESTORED):
                 return True
             raise
         return bool(answer["ResponseMetadata"]["HTTPStatusCode"] == 200)
 
-    def download(
-        self, found: StoredObject
-    ) -> tuple[StoredObject, Callable[[], Iterator[bytes]]]:
-        """The answer to a GET, and a function that returns the object's bytes in blocks, from
-        the start at each call.  A broken download is continued in the same version of the
-        object.  FileError at the end if the size or CRC-32 is not what S3 has answered."""
-
-        def get(**more: str) -> Any:
-            version = {"Key": found.key, "VersionId": found.version_id}
-            try:
-                return self._ask("get_object", **version, **more)
-            except Fatal as error:
-                if error.code == "AccessDenied":  # perhaps only to this object
-                    raise FileError(str(error), error.code) from None
-                raise
-
-        answer = get(ChecksumMode="ENABLED")
-        stored = stored_object(found.key, answer)
-        bodies = [answer["Body"]]  # the one to read next; empty once it was read
-
-        def blocks() -> Iterator[bytes]:
-            at = crc32 = failures = 0
-            while at < stored.size:
-                reason = "it ended early"
-                if not bodies:
-                    again = get(IfMatch=answer["ETag"], Range=f"bytes={at}-")
-                    if not again.get("ContentRange", "").startswith(f"bytes {at}-"):
-                        raise FileError("S3 sent another part than was asked for")
-                    bodies.append(again["Body"])
-                try:
-                    for block in bodies.pop().iter_chunks(DOWNLOAD_BLOCK):
-                        at, crc32, failures = at + len(block), zlib.crc32(block, crc32), 0
-                        yield block
-                except (aws.BotoCoreError, urllib3.exceptions.HTTPError) as error:
-                    reason = str(error)
-                failures += 1
-                if at < stored.size and failures >= S3_ATTEMPTS:
-                    raise FileError(
-                        f"S3 broke off at {at:,} of {stored.size:,} bytes: {reason}"
-                    )
-            if at != stored.size or stored.crc32 not in (None, crc32):
-                read = f"{at:,} bytes of CRC-32 {crc_text(crc32)}"
-                expected = f"{stored.size:,} of {crc_text(stored.crc32 or 0)}"
-                raise FileError(f"damaged on its way: {read}, not {expected}")
-
-        return stored, blocks
+    def download(self, found: StoredObject) -> Download:
+        """FileError, with the code NOT_RESTORED if the object has to be restored first."""
+        return Download(self._ask, found)
 
     # The bucket itself
 
@@ -2800,15 +2822,9 @@ class Bucket:
                 return True
         return False
 
-    def is_versioned(self) -> bool:
-        """Whether the bucket keeps earlier versions of its objects."""
-        return bool(self._ask("get_bucket_versioning").get("Status") == "Enabled")
-
-    def check_versions(self) -> None:
-        """Fatal if the bucket has never kept versions of its objects."""
-        if "Status" not in self._ask("get_bucket_versioning"):
-            reason = f"the bucket {self._name} is not versioned, and has no earlier versions"
-            raise Fatal(f"--at: {reason}")
+    def versioning(self) -> str:
+        """`Enabled`, `Suspended`, or empty if the bucket has never kept earlier versions."""
+        return str(self._ask("get_bucket_versioning").get("Status", ""))
 
     def permission_probes(self) -> Iterator[tuple[str, Callable[[], object]]]:
         """Each permission that is needed, and a call that raises without it.  Called in this
@@ -3240,18 +3256,19 @@ def add(counts: Counts, name: str, size: int, files: int = 1) -> None:
 def by_class(state: State, default: str) -> Counts:
     """The archived files by class; `default` is the class where none was recorded."""
     counts: Counts = {}
-    for kind, files, size in state.totals():
-        add(counts, kind or default, size, files)
+    for storage_class, files, size in state.totals():
+        add(counts, storage_class or default, size, files)
     return counts
 
 
 def month_cost(prices: Prices, counts: Counts) -> float:
-    return sum(prices.month(kind, c.files, c.bytes) for kind, c in counts.items())
+    return sum(prices.month(name, c.files, c.bytes) for name, c in counts.items())
 
 
 def restore_cost(prices: Prices, counts: Counts, tier: str, days: int = 7) -> float:
     """USD for restored copies of all objects that stay for `days`."""
-    return sum(prices.restore(k, tier, c.files, c.bytes, days) for k, c in counts.items())
+    amounts = (prices.restore(n, tier, c.files, c.bytes, days) for n, c in counts.items())
+    return sum(amounts)
 
 
 def job_cost(job: Job, config: Config, prices: Prices) -> tuple[float, float]:
@@ -3260,9 +3277,9 @@ def job_cost(job: Job, config: Config, prices: Prices) -> tuple[float, float]:
     size, record, early = job.file.size, job.record, 0.0
     requests = {"head": job.asks, "list": 2 * job.upload_begun, **job.plan.requests(size)}
     if record is not None:
-        age = (time.time() - (record.uploaded_at or 0)) / 86400
-        kind = record.storage_class or config.storage_class
-        early = prices.early(kind, record.size, age)
+        age_days = (time.time() - (record.uploaded_at or 0)) / 86400
+        storage_class = record.storage_class or config.storage_class
+        early = prices.early(storage_class, record.size, age_days)
     return prices.upload(config.class_of(size), requests), early
 
 
@@ -3281,8 +3298,8 @@ class Forecast(WalkReport):
         self._tools, self._config, self._state = tools, tools.config, state
         self._uploads, self._on_file, self.prices = state.uploads(), on_file, tools.prices
         self.afterwards = by_class(state, tools.config.storage_class)
-        kinds = ("new", "changed", "to_compare", "unchanged")
-        self.counts: Counts = {kind: Count() for kind in kinds}
+        names = ("new", "changed", "to_compare", "unchanged")
+        self.counts = {name: Count() for name in names}
         self.gone: Counts = {}  # by class: archived, but not on the box any more
         self.missing = set[str]()  # their paths, as in the path column
         self.tiny: Counts = {}  # of what is to be uploaded
@@ -3321,31 +3338,31 @@ class Forecast(WalkReport):
             except FileError as error:
                 self.add_failure(file.path, error)
                 continue
-            record, kind = job.record, self._config.class_of(file.size)
+            record, storage_class = job.record, self._config.class_of(file.size)
             if record and (record.size != file.size or record.mtime is not None):
                 self.altered += 1
             if record and job.compares:
                 self._on_file(COMPARED, file.path, "")
                 add(self.counts, "to_compare", file.size)
                 self.requests["head"] += job.asks
-                self.upload += self.prices.upload(kind, {"head": job.asks})
+                self.upload += self.prices.upload(storage_class, {"head": job.asks})
                 continue
             self._on_file(CHANGED if record else NEW, file.path, "")
             add(self.counts, "changed" if record else "new", file.size)
             if file.size < TINY_FILE:
-                add(self.tiny, kind, file.size)
+                add(self.tiny, storage_class, file.size)
             self.requests.update(job.plan.requests(file.size))
             cost, early = job_cost(job, self._config, self.prices)
             self.upload, self.early = self.upload + cost, self.early + early
-            add(self.afterwards, kind, file.size)
+            add(self.afterwards, storage_class, file.size)
             if record:
-                old_kind = record.storage_class or self._config.storage_class
-                add(self.afterwards, old_kind, -record.size, -1)
+                old_class = record.storage_class or self._config.storage_class
+                add(self.afterwards, old_class, -record.size, -1)
 
     def usd(self) -> dict[str, float]:
         """Amounts by their names in JSON."""
         prices, after, archived = self.prices, self.afterwards, total(self.afterwards)
-        index = sum(prices.month_of_index(kind, c.files) for kind, c in after.items())
+        index = sum(prices.month_of_index(name, c.files) for name, c in after.items())
         return {
             "upload": self.upload,
             "overwritten_early": self.early,
@@ -3360,7 +3377,7 @@ class Forecast(WalkReport):
         """USD saved of the upload and of a month, if files below TINY_FILE went into
         CLASS_FOR_TINY."""
         prices, tiny, other = self.prices, total(self.tiny), CLASS_FOR_TINY
-        uploads = (prices.upload(kind, {"put": c.files}) for kind, c in self.tiny.items())
+        uploads = (prices.upload(name, {"put": c.files}) for name, c in self.tiny.items())
         upload = sum(uploads) - prices.upload(other, {"put": tiny.files})
         month = month_cost(prices, self.tiny) - prices.month(other, tiny.files, tiny.bytes)
         return upload, month
@@ -3459,8 +3476,7 @@ class Report(WalkReport):
         super().__init__()
         self.started_at, self.began = int(time.time()), time.monotonic()
         self.uploaded = self.unchanged = self.compared = self.bytes_uploaded = 0
-        self.early = 0.0  # USD for objects that were overwritten early
-        self.spent = 0.0  # USD in total
+        self.spent = 0.0  # USD
         self.ended_early = ""  # the reason
 
     def rows(self) -> Rows:
@@ -3478,14 +3494,60 @@ class Report(WalkReport):
             yield "Ended early", self.ended_early
 
 
+class Spending:
+    """What a run spends by its own count, in USD, and what MAX_COST allows it to spend."""
+
+    def __init__(self, tools: Tools):
+        """Fatal if there is a MAX_COST, and the price of a class is not known."""
+        self._config, self._prices = tools.config, tools.prices
+        self._requests = tools.bucket.requests  # those that were sent
+        self._early = 0.0  # for objects that were overwritten early
+        self._reserved = 0.0  # for the jobs that have begun, and the requests before
+        for name in {self._config.storage_class, self._config.class_of(0)}:
+            cost = self._prices.upload(name, {"put": 1, "part": 1}) + self._prices.early(
+                name, 1, 0
+            )
+            if self._config.max_cost is not None and math.isnan(cost):
+                remedy = f"set {name}.put, {name}.part and {name}.month in PRICES"
+                raise Fatal(f"MAX_COST: what {name} costs is not known: {remedy}", status=2)
+
+    @property
+    def total(self) -> float:
+        return self._prices.requests(self._requests) + self._early
+
+    def begin(self) -> None:
+        """Called before the first job."""
+        self._reserved = self.total
+
+    def reserve(self, job: Job) -> bool:
+        """Reserves the job's cost.  Returns False after a warning if MAX_COST is too low."""
+        limit, cost = self._config.max_cost, sum(job_cost(job, self._config, self._prices))
+        self._reserved += cost
+        if limit is None or self._reserved <= limit:
+            return True
+        message = "MAX_COST is %s, and %s may cost %s: it and the rest are left to the next run"
+        path = printable(job.file.path)
+        log.warning(message, format_usd(limit), path, format_usd(cost))
+        return False
+
+    def settle(self, job: Job, is_upload: bool) -> None:
+        """Notes that the job's file was uploaded, or was only compared."""
+        requests, early = job_cost(job, self._config, self._prices)
+        if is_upload:
+            self._early += early
+        else:
+            asked = self._prices.upload("", {"head": job.asks})
+            self._reserved -= requests + early - asked
+
+
 class Run:
     """One pass over the box: walk, decide, transfer, settle.  Other threads only read and
     send files; the walk's decisions and the state belong to the main thread."""
 
-    def __init__(self, tools: Tools, state: State, report: Report):
+    def __init__(self, tools: Tools, state: State, report: Report, spending: Spending):
         self._state, self._report, self._progress = state, report, tools.progress
         self._config, self._box, self._bucket = tools.config, tools.box, tools.bucket
-        self._prices, self._planned = tools.prices, tools.prices.requests(tools.bucket.requests)
+        self._spending = spending
         self._uploads = state.uploads()
         self._seen: set[str] = set()  # keys of these uploads that have a job in this run
         # At most TRANSFERS files are sent to S3 at once.  Meanwhile nearly as many small files
@@ -3498,6 +3560,7 @@ class Run:
         committed."""
         threads, limit = 2 * self._config.transfers - 1, self._config.memory_limit
         work = Parallel(self._transfer, self._box, threads, lambda j: j.plan.memory, limit)
+        self._spending.begin()
         with contextlib.closing(work.outcomes(self._jobs())) as outcomes:
             for finished in outcomes:
                 with self._box.stopping.deferred():
@@ -3520,18 +3583,6 @@ class Run:
             log.warning("MAX_RUNTIME is over: the rest is left to the next run")
         return True
 
-    def _is_affordable(self, job: Job) -> bool:
-        """Adds the job's cost to what was planned.  Returns whether MAX_COST allows that."""
-        limit, cost = self._config.max_cost, sum(job_cost(job, self._config, self._prices))
-        self._planned += cost
-        if limit is None or self._planned <= limit:
-            return True
-        self._report.ended_early = f"MAX_COST is {format_usd(limit)}"
-        message = "MAX_COST is %s, and %s may cost %s: it and the rest are left to the next run"
-        path = printable(job.file.path)
-        log.warning(message, format_usd(limit), path, format_usd(cost))
-        return False
-
     def _jobs(self) -> Iterator[Job | None]:
         """The files that may have to be uploaded.  A None after each page lets finished files
         be committed although the walk finds no new ones."""
@@ -3550,7 +3601,9 @@ class Run:
             self._state.begin(jobs)
             self._progress.expect(sum(job.file.size for job in jobs))
             for job in (*jobs, None):
-                if self._is_out_of_time() or (job and not self._is_affordable(job)):
+                if job and not self._spending.reserve(job):
+                    self._report.ended_early = "MAX_COST was reached"
+                if self._is_out_of_time() or self._report.ended_early:
                     return
                 yield job
 
@@ -3632,16 +3685,14 @@ class Run:
         self._state.record(archived for _, archived, _ in outcomes if archived)
         for job, archived, error in outcomes:
             path = printable(job.file.path)
+            if archived:
+                self._spending.settle(job, archived.is_upload)
             if archived and archived.is_upload:
                 report.uploaded += 1
-                if job.record is not None:
-                    report.early += job_cost(job, self._config, self._prices)[1]
                 report.bytes_uploaded += archived.file.size
                 files_log.info("archived %s (%s bytes)", path, f"{archived.file.size:,}")
             elif archived:
                 report.compared += 1
-                asked = self._prices.upload("", {"head": job.asks})
-                self._planned -= sum(job_cost(job, self._config, self._prices)) - asked
                 log.debug("compared %s", path)
             elif error and error.code == VANISHED:
                 report.skipped["Vanished"] += 1
@@ -3687,12 +3738,7 @@ def run(tools: Tools, options: argparse.Namespace) -> int:
     if options.dry_run:
         return plan(tools, options)
     config, stopping, report, status = tools.config, tools.box.stopping, Report(), 1
-    for kind in {config.storage_class, config.class_of(0)}:
-        cost = tools.prices.upload(kind, {"put": 1, "part": 1})
-        cost += tools.prices.early(kind, 1, 0)
-        if config.max_cost is not None and math.isnan(cost):
-            remedy = f"set {kind}.put, {kind}.part and {kind}.month in PRICES"
-            raise Fatal(f"MAX_COST: what {kind} costs is not known: {remedy}", status=2)
+    spending = Spending(tools)
     # Work that still runs then is cut off.
     out_of_time = threading.Timer((config.max_runtime or 0) + RUNTIME_GRACE, tools.box.close)
     out_of_time.daemon = True
@@ -3711,7 +3757,7 @@ def run(tools: Tools, options: argparse.Namespace) -> int:
                 take_over(config, tools.bucket, state)
             tools.box.session()
             check_changes(tools, state)
-            Run(tools, state, report).archive()
+            Run(tools, state, report, spending).archive()
             status = 3 if report.failed or report.ended_early else 0
         except Stopped:
             status, report.ended_early = 3, "MAX_RUNTIME was over"
@@ -3725,7 +3771,7 @@ def run(tools: Tools, options: argparse.Namespace) -> int:
             out_of_time.cancel()
             with stopping.deferred():
                 counts = (report.uploaded, report.unchanged, report.failed)
-                report.spent = tools.prices.requests(tools.bucket.requests) + report.early
+                report.spent = spending.total
                 ended = (int(time.time()), status, *counts, report.bytes_uploaded)
                 state.record_run(PastRun(report.started_at, *ended, report.spent))
                 tools.show_summary("SUMMARY", report.rows())
@@ -3763,44 +3809,43 @@ def wanted_paths(given: Iterable[str], root: bytes) -> list[bytes]:
     return sorted(path for path in inner if not path.startswith(folders))
 
 
+Selected = tuple[bytes, "StoredObject | None"]  # the path of its key, and the object
+
+
 def select_objects(
     config: Config, bucket: Bucket, paths: list[bytes], at: float | None
-) -> Iterator[StoredObject]:
+) -> Iterator[Selected]:
     """The objects at and below these paths, or all if there are no paths, now or at the time
-    `at`.  A path without objects gives one of size -1.  Fatal if nothing is archived."""
-    if at is not None:
-        bucket.check_versions()
+    `at`.  A path without objects comes with None.  Fatal if nothing is archived."""
     for path in paths or [b""]:
         others = config.prefix + path.decode("utf-8", "replace")  # other programs' keys
-        starts, is_empty = sorted({unchecked_key(config.prefix, path), others}), True
-        for start in starts:
+        is_empty = True
+        for start in sorted({unchecked_key(config.prefix, path), others}):
             for found in bucket.objects(start, at):
                 if not path or found.key[len(start) :][:1] in ("", "/"):
                     is_empty = False
-                    yield found
+                    yield unescape(found.key[len(config.prefix) :]), found
         if is_empty and not path:
             when = f" at {format_time(at)}" if at is not None else ""
             reason = "correct S3_BUCKET or S3_PREFIX" if at is None else "correct --at"
             raise Fatal(f"nothing is archived in {config.url}{when}: {reason}")
         if is_empty:
-            yield StoredObject(starts[0], -1, 0, "", "")
+            yield path, None
 
 
-def thaw_state(found: StoredObject) -> str:
-    """Whether the object can be read: `readable`, `cold`, `restoring` or `restored`."""
-    if found.storage_class not in COLD_CLASSES:
-        return "readable"
-    return {None: "cold", False: "restoring", True: "restored"}[found.restored]
+def check_versions(bucket: Bucket, at: float | None) -> None:
+    """Fatal if `at` is a time, and the bucket has never kept versions of its objects."""
+    if at is not None and not bucket.versioning():
+        raise Fatal("--at: the bucket is not versioned, and has no earlier versions")
 
 
 def ls(tools: Tools, options: argparse.Namespace) -> int:
     """Lists the archived objects, one per line; 0, or 3 if a path has none."""
     config, listed, status = tools.config, Count(), 0
-    for found in select_objects(
-        config, tools.bucket, wanted_paths(options.path, config.remote_path), options.at
-    ):
-        name, state = unescape(found.key[len(config.prefix) :]), thaw_state(found)
-        if found.size < 0:
+    paths = wanted_paths(options.path, config.remote_path)
+    check_versions(tools.bucket, options.at)
+    for name, found in select_objects(config, tools.bucket, paths, options.at):
+        if found is None:
             log_failure(name, "nothing is archived under this path")
             status = 3
             continue
@@ -3812,7 +3857,7 @@ def ls(tools: Tools, options: argparse.Namespace) -> int:
                 "size": found.size,
                 "uploaded_at": f"{utc:%Y-%m-%dT%H:%M:%SZ}",
                 "storage_class": found.storage_class,
-                "state": state,
+                "state": found.thaw_state,
                 "key": found.key,
                 "etag": found.etag,
                 "version_id": found.version_id,
@@ -3820,9 +3865,9 @@ def ls(tools: Tools, options: argparse.Namespace) -> int:
             show_json(line, indent=None)
         else:
             uploaded = f"{datetime.fromtimestamp(found.stored_at):%Y-%m-%d %H:%M}"
-            thaw = state if state in ("restoring", "restored") else ""
-            kind = f"{found.storage_class:<12} {thaw:<9}"
-            print_line(f"{format_size(found.size):>11}  {uploaded}  {kind}  {printable(name)}")
+            state = found.thaw_state if found.thaw_state in (RESTORING, RESTORED) else ""
+            columns = f"{format_size(found.size):>11}  {uploaded}  {found.storage_class:<12}"
+            print_line(f"{columns} {state:<9}  {printable(name)}")
     if not options.json:
         print_line(f"{listed.files:,} files, {format_size(listed.bytes)}")
     return status
@@ -3843,10 +3888,10 @@ def status(tools: Tools, options: argparse.Namespace) -> int:
     usd = month_cost(prices, counts)
     space, no_space = try_or_none(tools.box.space)
     unfinished, no_count = try_or_none(bucket.count_unfinished)
-    rule, no_rule, versioned, no_versions = None, no_count, None, no_count
+    rule, no_rule, versioning, no_versions = None, no_count, None, no_count
     if no_count != NOT_KNOWN:  # else each request would wait for a timeout
         rule, no_rule = try_or_none(bucket.has_abort_rule)
-        versioned, no_versions = try_or_none(bucket.is_versioned)
+        versioning, no_versions = try_or_none(bucket.versioning)
     if options.json:
         answers = {
             "archived": counts if known else None,
@@ -3857,7 +3902,7 @@ def status(tools: Tools, options: argparse.Namespace) -> int:
             "box": {"used": space[0], "free": space[1]} if space else None,
             "unfinished_uploads": unfinished,
             "lifecycle_rule": rule,
-            "versioning": versioned,
+            "versioning": None if no_versions else versioning == "Enabled",
         }
         show_json(answers)
         return 0
@@ -3874,7 +3919,7 @@ def status(tools: Tools, options: argparse.Namespace) -> int:
         ("Box", no_space or box),
         ("Unfinished uploads", no_count or unfinished),
         ("Lifecycle rule", no_rule or rule_text),
-        ("Versioning", no_versions or ("on" if versioned else "off")),
+        ("Versioning", no_versions or ("on" if versioning == "Enabled" else "off")),
     ]
     show_table("STATUS", rows)
     show(f"({prices.note})")
@@ -3976,7 +4021,7 @@ def check(tools: Tools, _options: argparse.Namespace) -> int:
         no_rule = "none: see the README, The bucket"
         advise("lifecycle rule for unfinished uploads", bucket.has_abort_rule, no_rule)
         off = "no: what changes on the box replaces its object"
-        advise("versioning", bucket.is_versioned, off)
+        advise("versioning", lambda: bucket.versioning() == "Enabled", off)
     return 1 if wrong else 0
 
 
@@ -4182,7 +4227,7 @@ def write_file(
 
 
 # What happens to an object: labels of the table, except READY.
-THERE, RESTORED, FAILED = "Already there", "Restored files", "Failed files"
+THERE, DONE, FAILED = "Already there", "Restored files", "Failed files"
 ASKED, BUSY, NOT_ASKED = "Asked of S3", "Under way at S3", "Not asked for"
 READY = "Ready"  # can be downloaded
 
@@ -4195,12 +4240,13 @@ class Restore:
         self._tools, self._options, self.asked_at = tools, options, asked_at
         self._config, self._bucket = tools.config, tools.bucket
         self._paths = wanted_paths(options.path, tools.config.remote_path)
+        check_versions(tools.bucket, options.at)
         to, to_box = options.to, options.to_box
         self.target: LocalFolder | BoxFolder
         self.target = BoxFolder(tools.box, os.fsencode(to_box)) if to_box else LocalFolder(to)
         self.allowed_requests = threading.Semaphore(0)  # one for each object to ask S3 for
         self.manifest: TextIO | None = None  # gets a line of CSV for each cold object
-        self.counts = dict.fromkeys((THERE, RESTORED, ASKED, BUSY, NOT_ASKED, FAILED), 0)
+        self.counts = dict.fromkeys((THERE, DONE, ASKED, BUSY, NOT_ASKED, FAILED), 0)
         self.bytes = 0  # restored
         self._left_out: set[str] = set()  # keys
         self._other_names: dict[str, bytes] = {}  # by key, of files whose path is a folder now
@@ -4210,23 +4256,23 @@ class Restore:
         cold: Counts = {}
         sizes, known = Counter[str](), len(self._other_names)
         with self._tools.progress.counting("looking") as bar:
-            for found, label, _ in self._outcomes(self._label):
+            for (_, found), label, _ in self._outcomes(self._label):
                 bar.update(1)
-                sizes[label or FAILED] += found.size
                 if label == NOT_ASKED:
                     add(cold, found.storage_class, found.size)
+                elif label is not None:
+                    sizes[label] += found.size
         if len(self._other_names) > known:  # their labels were those of another name
             return self.survey()
         return sizes[READY], sizes[BUSY], cold
 
     def restore_all(self) -> None:
         """Downloads what can be read, asks S3 for the rest, counts it, and logs failures."""
-        for found, label, error in self._outcomes(self._restore_one):
+        for (name, found), label, error in self._outcomes(self._restore_one):
             self.counts[label or FAILED] += 1
-            name = self._name(found.key)
             if error:
                 log_failure(name, error)
-            elif label == RESTORED:
+            elif label == DONE:
                 self.bytes += found.size
                 files_log.info("restored %s (%s bytes)", printable(name), f"{found.size:,}")
             elif label == ASKED:
@@ -4243,63 +4289,58 @@ class Restore:
             yield "Asked at", format_time(self.asked_at)
             yield "Promised by", format_time(self.asked_at + hours * 3600)
 
-    def _outcomes(self, work: Callable[[StoredObject], str]) -> Iterator[Outcome]:
+    def _outcomes(self, work: Callable[[bytes, StoredObject], str]) -> Iterator[Outcome]:
         """Each wanted object with the label that `work` returns, or with a FileError."""
-        pool = Parallel(work, self._tools.box, self._config.transfers)
+
+        def attempt(selected: Selected) -> str:
+            name, found = selected
+            if found is None:
+                raise FileError(
+                    "nothing is archived under this path: the exact one, no pattern"
+                )
+            return work(name, found)
+
+        pool = Parallel(attempt, self._tools.box, self._config.transfers)
         with contextlib.closing(pool.outcomes(self._wanted())) as outcomes:
             for finished in outcomes:
                 yield from finished
 
-    def _name(self, key: str) -> bytes:
-        """The path to restore to: the path relative to REMOTE_PATH, unless it is a folder."""
-        return self._other_names.get(key) or unescape(key[len(self._config.prefix) :])
+    def _select(self, paths: list[bytes]) -> Iterator[Selected]:
+        return select_objects(self._config, self._bucket, paths, self._options.at)
 
-    def _is_archived(self, key: str) -> bool:
-        """Whether there is such an object, or was at the time of `--at`."""
-        if self._options.at is None:
-            return self._bucket.head(key) is not None
-        found = next(self._bucket.objects(key, self._options.at), None)
-        return found is not None and found.key == key
-
-    def _give_other_name(self, key: str) -> None:
-        """For an object `x` if there is also `x/y`: `x` is restored beside that folder."""
-        name = self._name(key)
-        other = name + b".file"
-        while other in self._other_names.values() or self._is_taken(other):
-            other += b".file"
-        self._other_names[key] = other
-        message = "%s is a folder as well: the file of that name is restored as %s"
-        log.warning(message, printable(name), printable(other))
-
-    def _is_taken(self, name: bytes) -> bool:
-        """Whether there is an object at this name, or below it."""
-        found = select_objects(self._config, self._bucket, [name], self._options.at)
-        return any(stored.size >= 0 for stored in found)
-
-    def _wanted(self) -> Iterator[StoredObject]:
-        """The selected objects; of two that have the same path, the one with our key."""
-        above: list[str] = []  # earlier keys that the next key begins with
-        for found in select_objects(self._config, self._bucket, self._paths, self._options.at):
-            key = found.key
-            while above and not key.startswith(above[-1]):
+    def _wanted(self) -> Iterator[Selected]:
+        """The selected objects and the names to restore them as: those of their paths, unless
+        that is a folder.  Of two objects with the same path, it is the one with our key."""
+        above: list[tuple[str, bytes]] = []  # earlier keys that the next key begins with
+        for path, found in self._select(self._paths):
+            key = found.key if found else ""
+            while above and not key.startswith(above[-1][0]):
                 above.pop()
-            for upper in above:
+            for upper, upper_path in above:
                 if key.startswith(upper + "/") and upper not in self._other_names:
-                    self._give_other_name(upper)
-            above.append(key)
-            our_key = unchecked_key(self._config.prefix, self._name(key))
-            if our_key != key and key not in self._left_out and self._is_archived(our_key):
-                message = "left out %s: %s stands for the same name"
-                log.warning(message, printable(key), our_key)
-                self._left_out.add(key)
+                    self._other_names[upper] = self._name_beside(upper_path)
+            above.append((key, path))
+            our_key = unchecked_key(self._config.prefix, path)
+            if found and our_key != key and key not in self._left_out:
+                same_path = (other.key for _, other in self._select([path]) if other)
+                if our_key in same_path:
+                    message = "left out %s: %s stands for the same name"
+                    log.warning(message, printable(key), our_key)
+                    self._left_out.add(key)
             if key not in self._left_out:
-                yield found
+                yield self._other_names.get(key, path), found
 
-    def _label(self, found: StoredObject) -> str:
+    def _name_beside(self, path: bytes) -> bytes:
+        """A name for an object `x` if there is also `x/y`: one beside that folder."""
+        other = path + b".file"
+        while other in self._other_names.values() or next(self._select([other]))[1]:
+            other += b".file"
+        message = "%s is a folder as well: the file of that name is restored as %s"
+        log.warning(message, printable(path), printable(other))
+        return other
+
+    def _label(self, name: bytes, found: StoredObject) -> str:
         """THERE, READY, BUSY or NOT_ASKED; FileError."""
-        name = self._name(found.key)
-        if found.size < 0:
-            raise FileError("nothing is archived under this path: the exact one, no pattern")
         is_windows_name = os.name == "nt" and (b"\\" in name or b":" in name)
         if {b"", b".", b".."} & set(name.split(b"/")) or b"\0" in name or is_windows_name:
             raise FileError("no file can have this name")
@@ -4317,11 +4358,12 @@ class Restore:
                     f"another file is there, of {existing.size} bytes and mtime "
                     f"{existing.mtime}, not {found.size} and {mtime}: --overwrite replaces it"
                 )
-        return {"cold": NOT_ASKED, "restoring": BUSY}.get(thaw_state(found), READY)
+        return {COLD: NOT_ASKED, RESTORING: BUSY}.get(found.thaw_state, READY)
 
-    def _restore_one(self, found: StoredObject) -> str:
+    def _restore_one(self, name: bytes, found: StoredObject) -> str:
         """Downloads the object or asks S3 for it, and returns its label then; FileError."""
-        label, options, stopping = self._label(found), self._options, self._tools.box.stopping
+        options, stopping = self._options, self._tools.box.stopping
+        label = self._label(name, found)
         # The user has agreed to a number of requests; more objects may be cold by now.
         if label == NOT_ASKED and self.allowed_requests.acquire(blocking=False):
             stopping.check()
@@ -4330,24 +4372,24 @@ class Restore:
         if label != READY:
             return label
         try:
-            stored, blocks = self._bucket.download(found)
+            download = self._bucket.download(found)
 
             def counted_blocks() -> Iterator[bytes]:
-                for block in blocks():
+                for block in download.blocks():
                     stopping.check()
                     self._tools.progress.moved(len(block))
                     yield block
 
-            name, mtime = self._name(found.key), mtime_of(stored)
+            mtime = mtime_of(download.stored)
             self.target.store(name, mtime, counted_blocks, options.overwrite)
         except FileError as error:
-            if error.code != COLD:
+            if error.code != NOT_RESTORED:
                 raise
             if found.storage_class not in COLD_CLASSES:
                 reason = f"is in an archive tier of {found.storage_class}: restore it there"
                 raise FileError(reason) from None
             return NOT_ASKED  # S3's copy has expired meanwhile; the next pass asks again
-        return RESTORED
+        return DONE
 
 
 def mtime_of(stored: StoredObject) -> int:
