@@ -12,7 +12,7 @@
 
 A generator walks the box over SFTP.  A SQLite table of (path, size, mtime) says which files
 are archived already.  Every other file is streamed to S3 with boto3, one object per file,
-without a copy on local disk.  It is committed to the table once S3 has acknowledged it.
+without a copy on local disk.  Its row is committed once S3 has acknowledged the object.
 
 The bucket is the record, and the state database is a cache of it, which can be made again
 from the bucket.  All code below upholds one invariant:
@@ -20,14 +20,16 @@ from the bucket.  All code below upholds one invariant:
     A row with an mtime exists only if S3 holds an object of exactly the bytes that
     the box serves for that path at this size and mtime.
 
-A row without an mtime says that S3 holds an object of this size.  The file is compared
-with it before the row is believed.  Anything may fail, be killed or be retried.  Only
-what S3 is not known to hold is uploaded.  No object is ever deleted from the bucket, and
-only `restore --to-box` changes anything on the box.
+A row without an mtime says that S3 may hold such an object.  The file is compared with it
+before the row is believed.  Anything may fail, be killed or be retried.  Only what S3 is
+not known to hold is uploaded.  No object is ever deleted from the bucket, and only
+`restore --to-box` changes anything on the box.
 
-Sections, each using only those above it: Limits, Prices, Errors, Names, Settings, SFTP,
-Login, Storage Box, State, Bucket, Output, Parallel work, Forecast (with `plan`), Run,
-Ls status verify and check, Restore, Command line (with the exit statuses).
+Sections, each calling only those above it: Limits, Prices, Errors, Names, Uploads and
+checksums, Settings, SFTP, Login, Storage Box, State, Bucket, Output, Parallel work,
+Forecast (with `plan`), Run, Inspection (ls, status, verify, check), Restore, Command line.
+
+Docstrings end with the errors that are raised, as in "; FileError".
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, NoReturn, TextIO, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, TextIO, TypeVar
 from urllib.parse import quote, quote_plus, urlsplit
 
 try:
@@ -111,64 +113,66 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 # the S3 user guide.
 MAX_PARTS = 10_000
 MAX_KEY_BYTES = 1024
-# Part sizes of this and of other programs, from S3's minimum of 5 MiB to its maximum of
-# 5 GiB: 5 MiB (rclone), 6, 7 and 8 MiB (boto3, AWS CLI), and their doubles.  The ETag of an
-# upload in parts can be compared with a file only if the part size is known.
-PART_SIZES = [size * MIB << n for n in range(10) for size in (5, 6, 7, 8)] + [5 * GIB]
+# Part sizes of this and of other programs, ascending from S3's minimum of 5 MiB to its
+# maximum of 5 GiB: 5 MiB (rclone), 6, 7 and 8 MiB (boto3, AWS CLI), and their doubles.  The
+# ETag of an upload in parts can be compared with a file only if the part size is known.
+PART_SIZES = [(size << n) * MIB for n in range(10) for size in (5, 6, 7, 8)] + [5 * GIB]
 
 # A file below SMALL_FILE is read whole and sent with one PUT.  A larger one goes up in parts.
 # Larger parts need fewer requests (16 MiB: about $0.33 a TiB), smaller ones less memory.
 SMALL_FILE = 16 * MIB
-PART_SIZE = 16 * MIB
+PART_SIZE = 16 * MIB  # larger if MAX_PARTS requires it, smaller if MEMORY_LIMIT does
 PARTS_AT_ONCE = 4
-MIN_MEMORY = 32 * MIB
-GROWTH = 64 * KIB  # the most that a file may grow between its listing and its OPEN
-BLOCK = MIB  # bytes per read of a file that is only compared
+MIN_MEMORY = 32 * MIB  # the least MEMORY_LIMIT: READ_WINDOW, and two parts of 8 MiB
+MAX_GROWTH = 64 * KIB  # of a file between its listing and its OPEN
+COMPARE_BLOCK, DOWNLOAD_BLOCK = MIB, 256 * KIB  # bytes per read
 
-# OpenSSH answers a READ with at most 261,120 bytes.  READ_WINDOW divided by the round trip
-# bounds the rate: 16 MiB at 20 ms are 800 MB/s.  SSH's own window is wider, so that a large
-# file does not hold up listings and small files.
-READ_SIZE, LEAST_READ_SIZE, READS_PER_BATCH = 252 * KIB, 32 * KIB, 8
+# OpenSSH answers a READ with at most 261,120 bytes (limits@openssh.com).  READ_WINDOW divided
+# by the round trip bounds the rate: 16 MiB at 20 ms are 800 MB/s.  SSH's own window is wider,
+# so that a large file does not hold up listings and small files.
+READ_SIZE, MIN_READ_SIZE, READS_PER_BATCH = 252 * KIB, 32 * KIB, 8
 READ_WINDOW = 16 * MIB
 SSH_WINDOW, SSH_PACKET = 32 * MIB, 256 * KIB
 MAX_PACKET = MIB  # OpenSSH sends at most 256 KiB
-MAX_PATH_BYTES = 8192  # no system opens longer paths; stops at folders nested without end
+MAX_PATH_BYTES = 8192  # no system opens longer paths; ends the walk of endless nesting
 WRITE_SIZE = 32 * KIB  # the most that every server has to accept in one WRITE (SFTP's draft)
 WRITES_AHEAD = 64  # WRITE requests that wait for a reply
 
 LISTINGS_AT_ONCE = 64  # folders
-NAMES_AHEAD = 1_200  # entries; a larger folder is listed again when its turn comes
+NAMES_AHEAD = 1_200  # per folder; a larger one is listed again when its turn comes
 READDIRS_PER_BATCH = 4
-PAGE = 2_000  # files per query of the state
+PAGE = 2_000  # files per query or commit of the state
 
-# Every wait has a limit, in seconds.
+# Limits of all waits, and pauses, in seconds.
 CONNECT_LIMIT = 30  # for TCP, and again from SSH's banner to the SFTP session
 SILENCE_LIMIT = 60  # for any byte from the box while it owes a reply
 REPLY_LIMIT = 900  # for one reply while others arrive
 RECONNECT_PAUSES = (0, 1, 2, 4, 8, 15)  # before each attempt to connect to the box
-HANDLE_PAUSE = 0.1  # before a refused file is opened again: too many may be open
+FAILURE_PAUSE = 0.1  # after the answer FAILURE: too many files may have been open
 KEEPALIVE = 60  # the box closes idle sessions, and a part may take minutes to upload
 S3_CONNECT_LIMIT, S3_READ_LIMIT = 20, 60  # per attempt
 LOCKED_LIMIT = 10  # for another program's lock when the state database is opened
 COMMIT_LIMIT = 60  # for such a lock later: `plan` may be copying the database
-COMMIT_PAUSE = 1  # until finished files are committed, if the walk finds no further one
-STOP_LIMIT = 5  # for work under way after a signal; the process ends 3 s later at the latest
+COMMIT_PAUSE = 1  # between commits of finished files while the walk finds no new one
+STOP_LIMIT = 5  # for work under way after a signal
+EXIT_GRACE = 3  # until the process is ended after STOP_LIMIT
 RUNTIME_GRACE = 40  # for parts under way after MAX_RUNTIME
 
-TRIES = 5  # of one operation on the box, until its file is reported as failed
-SHARED_TRIES = 2  # of these; during the later ones no other operation begins
-S3_ATTEMPTS = 5
-SAME_FAILURES = 20  # in a row end the run: their cause is not in the files
-DOWNLOAD_BLOCK = 256 * KIB
+TRIES = 5  # of an operation on the box, before its file is reported as failed
+SHARED_TRIES = 2  # after these it is tried alone: no other operation may begin
+S3_ATTEMPTS = 5  # of a request
+SAME_FAILURES = 20  # in a row, after which the run ends: the files are not the cause
 
 # Seconds.  A file that was modified so shortly before it was read could be modified again
 # and keep its size and mtime.  An object that another program stored needs a longer time,
 # because the clock of that program's machine may be wrong.
 RECENT, RECENTLY_STORED = 2, 60
 
-TIERS = {"bulk": 48, "standard": 12}  # hours that S3 takes to restore, at most
+# The hours that S3 takes at most (S3 user guide, "Archive retrieval options").
+TIERS = {"bulk": 48, "standard": 12}
+DAYS_RESTORED = 7  # for which S3 keeps restored copies, by default
 WAIT_PAUSE = 15 * 60  # s between the passes of `restore --wait`
-# For a smaller file, the 40 KB that S3 adds to a cold object cost more than STANDARD does.
+# Below TINY_FILE, STANDARD costs less than the 40 KB that S3 adds to a cold object.
 TINY_FILE, CLASS_FOR_TINY = 8 * KIB, "STANDARD"
 
 # ---------------------------------------------------------------------- Prices
@@ -195,20 +199,20 @@ us-east-1 .00099 .05 .005 .023 .005 .0004 .0036 .03 .0025 .025 .02 .1 .01 .05 .0
 us-east-2 .00099 .05 .005 .023 .005 .0004 .0036 .03 .0025 .025 .02 .1 .01 .05 .09
 us-west-2 .00099 .05 .005 .023 .005 .0004 .0036 .03 .0025 .025 .02 .1 .01 .05 .09
 """
-SAME_PRICES = {"GLACIER.part": "DEEP_ARCHIVE.part", "STANDARD.part": "STANDARD.put"}
+PRICED_ALIKE = {"GLACIER.part": "DEEP_ARCHIVE.part", "STANDARD.part": "STANDARD.put"}
 FREE = {"GLACIER.bulk.gb": 0.0, "GLACIER.bulk.request": 0.0}
 PRICE_NAMES = REGION_PRICES.splitlines()[1].split()[1:]
 OTHER_CLASSES = ["GLACIER_IR", "STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING"]
 OTHER_CLASSES += ["REDUCED_REDUNDANCY"]
 OTHERS = [f"{name}.{what}" for name in OTHER_CLASSES for what in ("month", "put", "part")]
-ALL_PRICE_NAMES = (*PRICE_NAMES, *SAME_PRICES, *FREE, *OTHERS)  # those for PRICES
+ALL_PRICE_NAMES = (*PRICE_NAMES, *PRICED_ALIKE, *FREE, *OTHERS)  # which PRICES may set
 
 COLD_CLASSES = ("DEEP_ARCHIVE", "GLACIER")  # must be restored before they can be read
 # S3 adds to each cold object: 8 KB at STANDARD's price, and 32 KB at the class's own.
-INDEX_IN_STANDARD, INDEX_IN_CLASS = 8 * KIB, 32 * KIB
-MINIMUM_DAYS = {"DEEP_ARCHIVE": 180, "GLACIER": 90, "GLACIER_IR": 90}
+OVERHEAD_IN_STANDARD, OVERHEAD_IN_CLASS = 8 * KIB, 32 * KIB
+MINIMUM_DAYS = {"DEEP_ARCHIVE": 180, "GLACIER": 90, "GLACIER_IR": 90}  # that are charged
 MINIMUM_DAYS |= {"STANDARD_IA": 30, "ONEZONE_IA": 30}
-DAYS_PER_MONTH = 30
+DAY, DAYS_PER_MONTH = 86_400, 30
 FREE_EGRESS = 100  # GB a month
 
 
@@ -221,7 +225,7 @@ class Prices:
         table = {name: dict(zip(PRICE_NAMES, map(float, usd))) for name, *usd in rows}
         self.region = region if region in table else "us-east-1"
         usd = table[self.region] | FREE
-        usd |= {name: usd[same] for name, same in SAME_PRICES.items()}
+        usd |= {name: usd[same] for name, same in PRICED_ALIKE.items()}
         self._usd = usd | dict(overrides)
         self.note = f"estimates, prices of {PRICES_OF} for {self.region}"
         if self.region != region:
@@ -235,17 +239,17 @@ class Prices:
 
     def month(self, storage_class: str, files: int, size: int) -> float:
         """A month's storage of `files` objects with `size` bytes in all."""
-        return self._cost(size / GIB, storage_class, "month") + self.month_of_index(
+        return self._cost(size / GIB, storage_class, "month") + self.month_of_overhead(
             storage_class, files
         )
 
-    def month_of_index(self, storage_class: str, files: int) -> float:
+    def month_of_overhead(self, storage_class: str, files: int) -> float:
         """The part of `month` that S3 charges for the 40 KB it adds to each cold object
         ("Amazon S3 pricing", note on metadata of archived objects)."""
         if storage_class not in COLD_CLASSES:
             return 0.0
-        standard = self._cost(files * INDEX_IN_STANDARD, "STANDARD", "month")
-        return (standard + self._cost(files * INDEX_IN_CLASS, storage_class, "month")) / GIB
+        standard = self._cost(files * OVERHEAD_IN_STANDARD, "STANDARD", "month")
+        return (standard + self._cost(files * OVERHEAD_IN_CLASS, storage_class, "month")) / GIB
 
     def upload(self, storage_class: str, requests: Mapping[str, int]) -> float:
         """Requests of these kinds.  PUT and Complete have the price of a PUT into the class,
@@ -271,8 +275,9 @@ class Prices:
         return self.month(storage_class, 1, size) * days / DAYS_PER_MONTH if days else 0.0
 
     def restore(self, storage_class: str, tier: str, files: int, size: int, days: int) -> float:
-        """Requests and bytes at the tier's price, and copies in STANDARD for `days` (S3 user
-        guide, "Restoring an archived object")."""
+        """Restoring: requests and bytes at the tier's price, and copies in STANDARD for
+        `days` (S3 user guide, "Restoring an archived object").  NaN for a class whose price
+        of reading is not in the table."""
         if storage_class not in COLD_CLASSES:
             return 0.0 if storage_class == "STANDARD" or not files else math.nan
         requests = self._cost(files / 1000, storage_class, tier, "request")
@@ -295,11 +300,15 @@ def format_usd(usd: float) -> str:
 # ---------------------------------------------------------------------- Errors
 
 
+FATAL, USAGE, INCOMPLETE, LOCKED, THAWING = 1, 2, 3, 11, 75  # exit statuses, see STATUSES
+
+
 class ArchiveError(Exception):
     """An error that the user sees as one line, without a traceback.  `code` is S3's error
-    code, one of those below, or empty, and `status` the exit status if it ends the program."""
+    code, one of those below, the name of a library's error, or empty.  `status` is the exit
+    status if the error ends the program."""
 
-    def __init__(self, message: str, code: str = "", status: int = 1):
+    def __init__(self, message: str, code: str = "", status: int = FATAL):
         super().__init__(message)
         self.code, self.status = code, status
 
@@ -314,9 +323,10 @@ class FileError(ArchiveError):
 
 VANISHED = "vanished"  # the file was deleted after it was listed; this is not a failure
 UNFINISHED = "unfinished"  # the run ended during the work on the file; the next one goes on
-LOST = "connection lost"  # at each attempt to read the file
-UNREACHABLE = "unreachable"  # S3 did not answer
-NOT_RESTORED = "InvalidObjectState"  # S3's code: it has to be restored before it is read
+LOST = "connection lost"  # at each try of an operation on the box
+UNAVAILABLE = "unavailable"  # S3 did not answer, or could not do its work
+DENIED = "AccessDenied"  # S3's code
+INVALID_STATE = "InvalidObjectState"  # S3's: a GET of a cold object, a restore of another
 
 
 class Stopped(BaseException):
@@ -325,7 +335,7 @@ class Stopped(BaseException):
 
 class StopEvent(threading.Event):
     """Set when the program has to end: no new work begins then.  If a signal is the cause,
-    `signal` is its number, and Stopped is raised on the main thread."""
+    `signal` is its number, and Stopped is raised on the main thread, which sets the event."""
 
     signal: int | None = None
     _is_deferred = False
@@ -357,14 +367,12 @@ class StopEvent(threading.Event):
 # File names are bytes, as in SFTP.  They become text in three places: in the state's path
 # column, in the S3 key, and in what is printed.
 
-# ESCAPE and two hex digits stand for a byte that text cannot hold.  rclone writes invalid
-# UTF-8 in the same way, so it restores such names correctly.
+# ESCAPE and two hex digits stand for a byte that text cannot hold (which Python decodes to
+# one of \udc80-\udcff).  rclone writes invalid UTF-8 in the same way, and can restore it.
 ESCAPE = "\u201b"
 TEXT_ESCAPES = re.compile(f"[\udc80-\udcff]|{ESCAPE}(?=[0-9A-F]{{2}})")
 KEY_ESCAPES = re.compile(f"[\0-\x1f\x7f\ufffe\uffff]|{TEXT_ESCAPES.pattern}")
-ESCAPED = re.compile(ESCAPE.encode() + b"([0-9A-F]{2})")
-
-PROBE = ".archive-check/"  # a key that no file can have, to try permissions with
+ESCAPE_SEQUENCE = re.compile(ESCAPE.encode() + b"([0-9A-F]{2})")
 
 
 def escape(name: bytes, pattern: re.Pattern[str]) -> str:
@@ -382,7 +390,7 @@ def escape(name: bytes, pattern: re.Pattern[str]) -> str:
 
 
 def unescape(text: str) -> bytes:
-    return ESCAPED.sub(lambda match: bytes([int(match[1], 16)]), text.encode())
+    return ESCAPE_SEQUENCE.sub(lambda match: bytes([int(match[1], 16)]), text.encode())
 
 
 def path_text(path: bytes) -> str:
@@ -435,7 +443,7 @@ def object_key(prefix: str, relative: bytes) -> str:
     """The S3 key of a path relative to REMOTE_PATH; FileError if S3 does not allow it.  The
     path can be read from its key: `unescape(key[len(prefix):])` is `relative`."""
     if {b"", b".", b".."} & set(relative.split(b"/")):
-        raise FileError("a . or .. or empty segment cannot be part of a key")
+        raise FileError("its path has a . or .. or empty segment: rename it, or exclude it")
     key = unchecked_key(prefix, relative)
     size = len(key.encode())
     if size > MAX_KEY_BYTES:
@@ -444,56 +452,7 @@ def object_key(prefix: str, relative: bytes) -> str:
     return key
 
 
-class PathFilter:
-    """Which entries the walk skips: hidden ones and those of EXCLUDE_PATHS.
-
-    An item of EXCLUDE_PATHS excludes an entry and everything below it.  It is a path,
-    absolute or relative to REMOTE_PATH, or a glob whose `*` also matches slashes.  If a path
-    with the characters of a glob `exists` on the box, it is that path.  Paths are compared
-    in Unicode's NFC form.
-    """
-
-    def __init__(
-        self, root: bytes, exclude: Iterable[str], include_hidden: bool,
-        exists: Callable[[bytes], bool],
-    ):  # fmt: skip
-        self._root, self._include_hidden, self._asks = root, include_hidden, exists
-        self._paths: dict[str, str] = {}  # and the item that each comes from
-        self._globs: list[tuple[re.Pattern[str], str]] = []
-        self._unmatched = set(exclude)  # items that have matched nothing yet
-        start = join(root, b"").decode("utf-8", "surrogateescape")
-        for item in exclude:
-            whole = nfc(item.rstrip("/").removeprefix(start).removeprefix("./").lstrip("/"))
-            for path in {whole, whole.removeprefix("**/")}:  # **/ is the top, too
-                self._paths[path] = item
-                if set("*?[") & set(path) and not self._exists(path):
-                    self._globs.append((re.compile(fnmatch.translate(path)), item))
-
-    def is_excluded(self, path: bytes) -> bool:
-        if not self._paths:
-            return False
-        text = nfc(relative_path(self._root, path).decode("utf-8", "surrogateescape"))
-        items = (item for glob, item in self._globs if glob.match(text))
-        item = self._paths.get(text) or next(items, None)
-        self._unmatched.discard(item or "")
-        return item is not None
-
-    def _exists(self, path: str) -> bool:
-        forms = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
-        names = (form.encode("utf-8", "surrogateescape") for form in forms)
-        return any(self._asks(join(self._root, name)) for name in names)
-
-    def unmatched(self) -> set[str]:
-        """Items that have matched nothing, and do not exist: perhaps below what is hidden."""
-        items = ((path, item) for path, item in self._paths.items() if item in self._unmatched)
-        return self._unmatched - {item for path, item in items if self._exists(path)}
-
-    def is_hidden(self, name: bytes) -> bool:
-        return name.startswith(b".") and not self._include_hidden
-
-
-def nfc(text: str) -> str:
-    return text if text.isascii() else unicodedata.normalize("NFC", text)
+# ------------------------------------------------------- Uploads and checksums
 
 
 class UploadPlan(NamedTuple):
@@ -504,9 +463,13 @@ class UploadPlan(NamedTuple):
     parts_at_once: int
     memory: int
 
+    @property
+    def is_multipart(self) -> bool:
+        return self.parts_at_once > 0
+
     def requests(self, size: int) -> dict[str, int]:
         """The number of requests for `size` bytes, by kind."""
-        if not self.parts_at_once:
+        if not self.is_multipart:
             return {"put": 1}
         return {"create": 1, "part": -(-size // self.part_size), "complete": 1}
 
@@ -519,7 +482,8 @@ def plan_upload(size: int, memory_limit: int) -> UploadPlan:
         return UploadPlan(size, 0, 2 * size)
     possible = [part for part in PART_SIZES if part * MAX_PARTS >= size]
     if not possible:
-        raise FileError(f"{size:,} bytes are more than an S3 object can have")
+        most = PART_SIZES[-1] * MAX_PARTS
+        raise FileError(f"has {size:,} bytes, an S3 object at most {most:,}: exclude it")
     for_parts = memory_limit - READ_WINDOW
     fitting = [part for part in possible if part <= PART_SIZE and 2 * part <= for_parts]
     part_size = max(fitting, default=possible[0])
@@ -532,10 +496,24 @@ def plan_upload(size: int, memory_limit: int) -> UploadPlan:
     return UploadPlan(part_size, at_once, memory)
 
 
-def crc32_of_both(first: int, second: int, length: int) -> int:
-    """The CRC-32 of two byte strings joined, of which the second has `length` bytes.  A CRC
-    is a polynomial modulo another one, and each byte that is appended multiplies it by x**8
-    (crc32_combine in zlib).  A second pass over all bytes would take 7 % of the CPU time."""
+# A CRC is a polynomial modulo another one.  The highest bit is the coefficient of x**0.
+CRC32_POLYNOMIAL = 0xEDB88320
+X_0, X_8 = 1 << 31, 1 << 23  # x**0 and x**8
+
+
+def multiply(first: int, second: int) -> int:
+    """The product of two polynomials modulo that of CRC-32."""
+    product = 0
+    for bit in range(31, -1, -1):
+        product ^= second if first >> bit & 1 else 0
+        second = second >> 1 ^ (CRC32_POLYNOMIAL if second & 1 else 0)
+    return product
+
+
+def crc32_combine(first: int, second: int, length: int) -> int:
+    """The CRC-32 of two byte strings joined, of which the second has `length` bytes.  Each
+    byte that is appended multiplies the first one's by x**8 (crc32_combine in zlib).  A
+    second pass over all bytes would take 7 % of the CPU time."""
     power, square = X_0, X_8
     while length:
         if length & 1:
@@ -544,24 +522,12 @@ def crc32_of_both(first: int, second: int, length: int) -> int:
     return multiply(first, power) ^ second
 
 
-X_0, X_8 = 1 << 31, 1 << 23  # the highest bit stands for the lowest power of x
-
-
-def multiply(first: int, second: int) -> int:
-    """The product of two polynomials modulo that of CRC-32."""
-    product = 0
-    for bit in range(31, -1, -1):
-        product ^= second if first >> bit & 1 else 0
-        second = second >> 1 ^ (0xEDB88320 if second & 1 else 0)
-    return product
-
-
 def crc_text(crc32: int) -> str:
     """A CRC-32 as S3 writes it: big-endian, in base64."""
     return base64.b64encode(crc32.to_bytes(4, "big")).decode()
 
 
-MD5 = partial(hashlib.md5, usedforsecurity=False)  # FIPS mode forbids it for security
+md5 = partial(hashlib.md5, usedforsecurity=False)  # FIPS mode forbids it for security
 
 
 class ETagComparison:
@@ -574,17 +540,17 @@ class ETagComparison:
     """
 
     def __init__(self, etag: str, size: int):
-        _, is_multipart, count = etag.partition("-")
+        _, dash, count = etag.partition("-")
         part_sizes = {max(1, size)}
-        if is_multipart:
-            rclone_large = -(-size // (MAX_PARTS * MIB)) * MIB  # rclone's for the largest files
-            part_sizes = {max(1, min(size, part)) for part in (*PART_SIZES, rclone_large)}
+        if dash:
+            rclone_part = -(-size // (MAX_PARTS * MIB)) * MIB  # of the largest files
+            part_sizes = {max(1, min(size, part)) for part in (*PART_SIZES, rclone_part)}
             part_sizes = {p for p in part_sizes if str(max(1, -(-size // p))) == count}
         self._etag, self._offset = etag, 0
-        self._sums = {part_size: [MD5()] for part_size in part_sizes}  # one MD5 per part
+        self._sums = {part_size: [md5()] for part_size in part_sizes}  # one MD5 per part
 
     @property
-    def is_possible(self) -> bool:
+    def can_match(self) -> bool:
         """Whether any file could match."""
         return bool(self._sums)
 
@@ -593,9 +559,9 @@ class ETagComparison:
         for part_size, sums in self._sums.items():
             offset, rest = self._offset, memoryview(data)
             while rest:
-                of_this_part = rest[: part_size - offset % part_size]
                 if offset and offset % part_size == 0:
-                    sums.append(MD5())
+                    sums.append(md5())
+                of_this_part = rest[: part_size - offset % part_size]
                 sums[-1].update(of_this_part)
                 offset, rest = offset + len(of_this_part), rest[len(of_this_part) :]
         self._offset += len(data)
@@ -603,7 +569,7 @@ class ETagComparison:
     def matches(self) -> bool:
         """Whether the bytes that were added have this ETag."""
         for sums in self._sums.values():
-            whole = MD5(b"".join(part.digest() for part in sums)).hexdigest()
+            whole = md5(b"".join(part.digest() for part in sums)).hexdigest()
             if self._etag in (sums[0].hexdigest(), f"{whole}-{len(sums)}"):
                 return True
         return False
@@ -611,7 +577,8 @@ class ETagComparison:
 
 # -------------------------------------------------------------------- Settings
 #
-# A parser gets a setting's text.  Its ValueError says what it expected.
+# The parse_ functions turn the text of a setting into its value.  Their ValueError says what
+# was expected.
 
 
 def parse_size(text: str, minimum: int = 1) -> int:
@@ -711,7 +678,7 @@ EXTRA_ARGS = [
 
 def parse_extra_args(text: str) -> dict[str, str]:
     """Values by name, of `ServerSideEncryption=aws:kms, Tagging=kind=backup`, or of a JSON
-    object, which can have values with commas.  No message has text that may be a key's."""
+    object, whose values may have commas.  A message never has text that may be a key's."""
     pairs: dict[Any, Any] = {}
     if text.lstrip().startswith("{"):
         with contextlib.suppress(ValueError):
@@ -721,6 +688,7 @@ def parse_extra_args(text: str) -> dict[str, str]:
         pairs = {name.strip(): value.strip() for name, _, value in items}
     for number, (name, value) in enumerate(pairs.items(), 1):
         if name not in EXTRA_ARGS:
+            # What has no = may be an encryption key.
             shown = name if value and "SSECustomerKey" not in text else f"item {number}"
             raise ValueError(f"{shown} is none of {', '.join(EXTRA_ARGS)}")
         if not (isinstance(value, str) and value and value.isascii() and value.isprintable()):
@@ -731,8 +699,8 @@ def parse_extra_args(text: str) -> dict[str, str]:
 
 
 def parse_time(text: str) -> float:
-    """Seconds since the epoch, of a date (its beginning), of a time (in the user's time zone
-    unless it has one), or of an age like `30d`; ValueError if that is in the future."""
+    """Seconds since the epoch of a date, a time or an age like `30d`.  A date means its
+    beginning.  A time without an offset is in the user's time zone."""
     text, seconds = text.strip(), math.inf
     with contextlib.suppress(ValueError, OverflowError, OSError):
         if text[-1:].lower() in ("s", "m", "h", "d"):
@@ -746,15 +714,16 @@ def parse_time(text: str) -> float:
 
 
 def parse_path(text: str) -> Path:
-    text = os.fsdecode(text.encode("utf-8", "surrogateescape"))  # byte for byte
+    text = os.fsdecode(text.encode("utf-8", "surrogateescape"))  # names need not be UTF-8
     with contextlib.suppress(RuntimeError):
         return Path(text).expanduser()
     return Path(text.removeprefix("~/"))  # a container or system user without a home
 
 
 CLASSES = (*COLD_CLASSES, "STANDARD", *OTHER_CLASSES)
-STORAGE_CLASS = partial(parse_match, "|".join(CLASSES), "one of " + ", ".join(CLASSES))
-HOST = partial(parse_match, r"[^/\s@]+", "a bare host name, like u12345.your-storagebox.de")
+parse_class = partial(parse_match, "|".join(CLASSES), "one of " + ", ".join(CLASSES))
+host_example = "a bare host name, like u12345.your-storagebox.de"
+parse_host = partial(parse_match, r"[^/\s@]+", host_example)
 REQUIRED = object()
 SECRETS = ["HETZNER_PASSWORD", "HETZNER_KEY_PASSPHRASE", "AWS_SECRET_ACCESS_KEY"]
 SECRETS += ["AWS_SESSION_TOKEN", "AWS_CONTAINER_AUTHORIZATION_TOKEN"]
@@ -771,7 +740,7 @@ def setting(name: str, parse: Callable[[str], Any] = str, default: object = None
 class Config:
     """All settings, checked, in bytes, bytes per second, seconds and USD; None if off."""
 
-    host: str = setting("HETZNER_HOST", HOST, REQUIRED)
+    host: str = setting("HETZNER_HOST", parse_host, REQUIRED)
     user: str = setting("HETZNER_USER", str, REQUIRED)
     port: int = setting("HETZNER_PORT", partial(parse_int, 1, 65535), "23")
     password: str | None = setting("HETZNER_PASSWORD")
@@ -783,9 +752,9 @@ class Config:
     prefix: str = setting("S3_PREFIX", parse_prefix, "")
     region: str | None = setting("AWS_REGION")
     endpoint_url: str | None = setting("AWS_ENDPOINT_URL", parse_endpoint)
-    storage_class: str = setting("STORAGE_CLASS", STORAGE_CLASS, "DEEP_ARCHIVE")
+    storage_class: str = setting("STORAGE_CLASS", parse_class, "DEEP_ARCHIVE")
     small_files_below: int | None = setting("SMALL_FILES_BELOW", parse_size)
-    small_files_class: str | None = setting("SMALL_FILES_CLASS", STORAGE_CLASS)
+    small_files_class: str | None = setting("SMALL_FILES_CLASS", parse_class)
     extra_args: dict[str, str] = setting("S3_EXTRA_ARGS", parse_extra_args, "")
     state_db: Path = setting("STATE_DB", parse_path, "archive_state.db")
     log_file: Path | None = setting("LOG_FILE", parse_path, "archive.log")
@@ -799,7 +768,7 @@ class Config:
     max_changed: int | None = setting("MAX_CHANGED", partial(parse_int, 0, 100))
     prices: dict[str, float] = setting("PRICES", parse_prices, "")
     aws_environ: Mapping[str, str] = field(repr=False, kw_only=True)  # for boto3
-    secrets: set[str] = field(repr=False, kw_only=True)  # in every form; never shown
+    secrets: set[str] = field(repr=False, kw_only=True)  # in every form that a message may have
 
     @property
     def url(self) -> str:
@@ -819,7 +788,8 @@ AWS_FILES = ["AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"]
 AWS_FILES += ["AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"]
 SETTINGS = (
     *(f.metadata["name"] for f in dataclasses.fields(Config) if f.metadata),
-    *("EXCLUDE_DIRS", "AWS_PROFILE", "AWS_ACCESS_KEY_ID", *SECRETS, *AWS_FILES),
+    "EXCLUDE_DIRS",  # the earlier script's name of EXCLUDE_PATHS
+    *("AWS_PROFILE", "AWS_ACCESS_KEY_ID", *SECRETS, *AWS_FILES),
 )
 
 
@@ -831,19 +801,19 @@ def read_settings(env_file: Path | None, environ: Mapping[str, str]) -> dict[str
         try:
             text = env_file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise Fatal(f"cannot read the env file {env_file}: {error}", status=2) from None
+            raise Fatal(f"cannot read the env file {env_file}: {error}", status=USAGE) from None
         # load_dotenv() would expand ${...}, which may be part of a password, and skip a
         # line that it cannot read.
-        for found in dotenv.parser.parse_stream(io.StringIO(text)):
-            if found.error or (found.key is not None and found.value is None):
-                source, line = found.original  # with the empty lines before it
+        for binding in dotenv.parser.parse_stream(io.StringIO(text)):
+            if binding.error or (binding.key is not None and binding.value is None):
+                source, line = binding.original  # with the empty lines before it
                 line += source[: -len(source.lstrip())].count("\n")
-                raise Fatal(f"{env_file}, line {line}: expected NAME=value", status=2)
-            if found.key is not None:
-                value = found.value or ""
-                if found.key in AWS_FILES and value:
+                raise Fatal(f"{env_file}, line {line}: expected NAME=value", status=USAGE)
+            if binding.key is not None:
+                value = binding.value or ""
+                if binding.key in AWS_FILES and value:
                     value = str(env_file.absolute().parent / parse_path(value))
-                settings[found.key] = value
+                settings[binding.key] = value
     ours = (n for n in environ if n in SETTINGS or n.startswith(("HETZNER_", "AWS_")))
     # Python decodes the environment by the locale, which may not be UTF-8.
     raw = {name: os.fsencode(environ[name]) for name in ours}
@@ -851,8 +821,8 @@ def read_settings(env_file: Path | None, environ: Mapping[str, str]) -> dict[str
 
 
 def setting_faults(settings: Mapping[str, str], environ: Mapping[str, str]) -> Iterator[str]:
-    """A message for each name that nothing reads, and for each credential with characters
-    that no server accepts.  A message never contains the value."""
+    """A message for each unknown setting, for each credential with characters that no server
+    accepts, and for settings that need another one.  A message never contains the value."""
     for name, value in settings.items():
         is_aws = name.startswith("AWS_")
         if (name in SECRETS or is_aws) and re.search(r"[\0-\x1f\x7f]", value):
@@ -867,10 +837,17 @@ def setting_faults(settings: Mapping[str, str], environ: Mapping[str, str]) -> I
         near = difflib.get_close_matches(name.upper(), SETTINGS, 1, cutoff)
         if not is_aws or (near and not name.startswith("AWS_ENDPOINT_URL_")):
             yield f"{name}: unknown setting" + (f"; did you mean {near[0]}?" if near else "")
+    if bool(settings.get("SMALL_FILES_BELOW")) != bool(settings.get("SMALL_FILES_CLASS")):
+        yield "SMALL_FILES_BELOW and SMALL_FILES_CLASS: set both, or none"
+    # On Windows no variable shows whether there is an agent.
+    has_agent = environ.get("SSH_AUTH_SOCK") or sys.platform == "win32"
+    has_login = settings.get("HETZNER_PASSWORD") or settings.get("HETZNER_KEY_FILE")
+    if not has_login and not has_agent:
+        yield "HETZNER_PASSWORD or HETZNER_KEY_FILE: set one, or start an SSH agent"
 
 
 def add_secret(secrets: set[str], secret: str | None) -> None:
-    """Adds a secret in each form in which the message of a library or a server may have it."""
+    """Adds a secret in every form that the message of a library or a server may contain."""
     if secret and secret not in secrets:
         raw = secret.encode("utf-8", "surrogateescape")  # any bytes of the environment
         quoted = {quote(raw), quote(raw, safe=""), quote_plus(raw)}
@@ -887,7 +864,7 @@ def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
     # A link is not resolved here: an env file may be mounted as a link (a secret of a
     # container), whose target is in a folder that does not persist.
     folder = env_file.absolute().parent if env_file else Path(__file__).resolve().parent
-    exclude = settings.get("EXCLUDE_PATHS", ""), settings.get("EXCLUDE_DIRS", "")
+    exclude = (settings.get(name, "") for name in ("EXCLUDE_PATHS", "EXCLUDE_DIRS"))
     settings["EXCLUDE_PATHS"] = ",".join(exclude)
     secrets: set[str] = set()
     for name in SECRETS:
@@ -897,7 +874,7 @@ def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
         name, parse, default = (option.metadata[key] for key in ("name", "parse", "default"))
         text = settings.get(name) or default
         if name == "LOG_FILE" and settings.get(name) == "":
-            text = None
+            text = None  # no log file
         values[option.name] = None
         if text is REQUIRED:
             faults.append(f"{name}: is required, in {env_file or 'the environment'}")
@@ -905,21 +882,15 @@ def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
             try:
                 value = parse(text)
                 value = folder / value if isinstance(value, Path) else value
-                # A database has one lock and one journal, even if it is opened by a link.
+                # A database has one lock and one journal, even if it is opened through a link.
                 values[option.name] = value.resolve() if name == "STATE_DB" else value
             except (ValueError, OSError, RuntimeError) as error:
                 is_secret = "@" in text or any(secret in text for secret in secrets)
                 is_secret |= name == "S3_EXTRA_ARGS"  # it may contain an encryption key
                 faults.append(f"{name}: {error}" + ("" if is_secret else f", not {text!r}"))
-    if bool(settings.get("SMALL_FILES_BELOW")) != bool(settings.get("SMALL_FILES_CLASS")):
-        faults.append("SMALL_FILES_BELOW and SMALL_FILES_CLASS: set both, or none")
-    add_secret(secrets, (values["extra_args"] or {}).get("SSECustomerKey"))
-    # On Windows no variable shows whether there is an agent.
-    has_agent = environ.get("SSH_AUTH_SOCK") or sys.platform == "win32"
-    if not (values["password"] or values["key_file"] or has_agent):
-        faults.append("HETZNER_PASSWORD or HETZNER_KEY_FILE: set one, or start an SSH agent")
     if faults:
-        raise Fatal("\n".join(faults), status=2)
+        raise Fatal("\n".join(faults), status=USAGE)
+    add_secret(secrets, values["extra_args"].get("SSECustomerKey"))
     for_boto3 = (n for n in settings if n.startswith("AWS_") or n.upper() in PROXIES)
     aws_environ = {name: settings[name] for name in for_boto3 if settings[name]}
     return Config(**values, aws_environ=aws_environ, secrets=secrets)
@@ -953,10 +924,11 @@ ATTR_ALL = ATTR_SIZE | ATTR_UIDGID | ATTR_PERMISSIONS | ATTR_ACMODTIME
 U32, U64 = struct.Struct(">I"), struct.Struct(">Q")
 HEADER = struct.Struct(">IBI")  # length of what follows, type, request id
 ALL_ATTRS = struct.Struct(">QIIIII")  # size, uid, gid, permissions, atime, mtime
+NO_ATTRIBUTES = U32.pack(0)
 
 
 class ConnectionLost(Exception):
-    """The connection is closed, frozen or out of step; it has to be made anew."""
+    """The connection is closed, frozen or out of step; a new one is needed."""
 
 
 class SFTPError(Exception):
@@ -983,8 +955,8 @@ class RemoteFile(NamedTuple):
     mtime: int
 
 
-Request = tuple[int, bytes]  # type, and what follows the request id
-Entry = tuple[bytes, Attributes]  # of a folder: its name and what is known about it
+Request = tuple[int, bytes]  # packet type, and the bytes after the request id
+Entry = tuple[bytes, Attributes]  # of a folder: a name and its attributes
 
 
 def encode_string(data: bytes) -> bytes:
@@ -992,13 +964,13 @@ def encode_string(data: bytes) -> bytes:
     return U32.pack(len(data)) + data
 
 
-def simple_request(kind: int, *names: bytes) -> Request:
+def simple_request(packet_type: int, *names: bytes) -> Request:
     """A request whose arguments are only paths or a handle."""
-    return kind, b"".join(map(encode_string, names))
+    return packet_type, b"".join(map(encode_string, names))
 
 
 def open_request(path: bytes, flags: int) -> Request:
-    return FXP_OPEN, encode_string(path) + U32.pack(flags) + U32.pack(0)
+    return FXP_OPEN, encode_string(path) + U32.pack(flags) + NO_ATTRIBUTES
 
 
 def read_request(handle: bytes, offset: int, size: int) -> Request:
@@ -1006,7 +978,7 @@ def read_request(handle: bytes, offset: int, size: int) -> Request:
 
 
 def decode_string(body: memoryview) -> memoryview:
-    """The content of the SSH string that `body` begins with."""
+    """The content of the SSH string that `body` begins with; ConnectionLost."""
     (size,) = U32.unpack_from(body)
     if size > len(body) - 4:
         raise ConnectionLost("the box sent a string that is cut short")
@@ -1037,7 +1009,7 @@ def decode_attributes(body: bytes | memoryview, at: int) -> tuple[Attributes, in
 
 
 def decode_names(body: memoryview) -> list[Entry]:
-    """The entries of a folder.  The walk's inner loop."""
+    """The entries of a folder.  This is the walk's inner loop."""
     data = bytes(body)  # slices of bytes are cheaper than those of a memoryview
     entries = []
     (count,), at = U32.unpack_from(data), 4
@@ -1063,18 +1035,18 @@ REPLIES: dict[int, tuple[int, Callable[[memoryview], Any]]] = {
 }
 
 
-def decode_reply(request: int, packet: memoryview) -> Any:
-    """The content of a reply to a request of type `request`: a handle, data, attributes,
-    entries, an extension's bytes, or None for success.  A refusal is returned as SFTPError,
-    not raised: the other replies of its batch may be useful.  ConnectionLost if the reply is
-    of another type."""
-    kind, body = packet[0], packet[5:]
-    expected, decode = REPLIES.get(request, (FXP_STATUS, None))
-    if kind == FXP_STATUS and (code := U32.unpack_from(body)[0]) != FX_OK:
+def decode_reply(request_type: int, packet: memoryview) -> Any:
+    """The content of a reply to a request of this type: a handle, data, attributes, entries,
+    an extension's bytes, or None for success.  A refusal is returned as SFTPError, not
+    raised: the other replies of its batch may be useful.  ConnectionLost if the reply is of
+    another type."""
+    packet_type, body = packet[0], packet[5:]
+    expected, decode = REPLIES.get(request_type, (FXP_STATUS, None))
+    if packet_type == FXP_STATUS and (code := U32.unpack_from(body)[0]) != FX_OK:
         message = bytes(decode_string(body[4:])) if len(body) >= 8 else b""
         return SFTPError(code, message[:500].decode("utf-8", "replace"))
-    if kind != expected:
-        raise ConnectionLost(f"the box sent a reply of type {kind}, not {expected}")
+    if packet_type != expected:
+        raise ConnectionLost(f"the box sent a reply of type {packet_type}, not {expected}")
     return decode(body) if decode else None
 
 
@@ -1090,16 +1062,17 @@ class Batch:
 
     def __init__(self, requests: tuple[Request, ...]):
         self.sent_at = time.monotonic()
-        self._types = [kind for kind, _ in requests]
-        self._packets: list[Any] = [None] * len(requests)
+        self._types = [packet_type for packet_type, _ in requests]
+        self._replies = [memoryview(b"")] * len(requests)
         self._missing = len(requests)
         self._lost: str | None = None  # the reason, once the session has ended
         # Held until the last reply has arrived: much faster than an Event or a Future.
         self._ended = threading.Lock()
-        self._ended.acquire()
+        if requests:
+            self._ended.acquire()
 
     def deliver(self, index: int, packet: memoryview) -> None:
-        self._packets[index] = packet
+        self._replies[index] = packet
         self._missing -= 1
         if not self._missing:
             self._ended.release()
@@ -1110,12 +1083,12 @@ class Batch:
 
     def results(self) -> list[Any]:
         """The replies as from decode_reply, in the order of the requests.  Waits for all of
-        them; the session ends a wait that is too long."""
+        them; the session ends a wait that is too long, with ConnectionLost."""
         with self._ended:
             if self._lost is not None:
                 raise ConnectionLost(self._lost)
         try:
-            return list(map(decode_reply, self._types, self._packets))
+            return list(map(decode_reply, self._types, self._replies))
         except (struct.error, IndexError) as error:
             raise ConnectionLost(f"the box sent a malformed reply: {error}") from None
 
@@ -1147,13 +1120,14 @@ class Session:
         """Exchanges versions; ConnectionLost if the box does not answer in SFTP."""
         self._transport, self._channel = transport, channel
         self._sending = threading.Lock()
-        self._lock = threading.Lock()  # never held while waiting for the box
+        # Guards `_owed` and `lost`, and is never held while waiting for the box.
+        self._lock = threading.Lock()
         self._ids = itertools.count(1)
         self._owed: dict[int, tuple[Batch, int]] = {}  # by request id, oldest first
         self.lost: str | None = None  # the reason, once the session has ended
         channel.in_buffer = Pipe()
         channel.settimeout(SILENCE_LIMIT)
-        channel.sendall(HEADER.pack(5, FXP_INIT, 3))
+        channel.sendall(HEADER.pack(5, FXP_INIT, 3))  # INIT has the version as its id
         packets = self._packets()
         if next(packets)[0] != FXP_VERSION:
             raise ConnectionLost("the box did not answer in SFTP")
@@ -1166,10 +1140,10 @@ class Session:
             if self.lost is not None:
                 batch.lose(self.lost)
                 return batch
-            for index, (kind, payload) in enumerate(requests):
+            for index, (packet_type, payload) in enumerate(requests):
                 request_id = next(self._ids) & 0xFFFFFFFF
                 self._owed[request_id] = batch, index
-                packets += HEADER.pack(len(payload) + 5, kind, request_id) + payload
+                packets += HEADER.pack(len(payload) + 5, packet_type, request_id) + payload
         try:
             with self._sending:
                 self._channel.sendall(packets)
@@ -1216,8 +1190,8 @@ class Session:
                 unread = memoryview(bytes(unread) + self._receive_bytes())
             missing = 4 + U32.unpack_from(unread)[0]
             if not 9 <= missing <= MAX_PACKET:
-                begin = printable(bytes(unread[:4]))
-                raise ConnectionLost(f"the box sent what is not SFTP, and begins {begin!r}")
+                begin = bytes(unread[:4])
+                raise ConnectionLost(f"the box sent {begin!r}, which does not begin a reply")
             pieces = []  # of a large packet; joining them one by one would be slow
             while missing > len(unread):
                 pieces.append(unread)
@@ -1230,15 +1204,15 @@ class Session:
     def _receive_bytes(self) -> bytes:
         """The next bytes from the box; ConnectionLost at the end, or if a reply is overdue."""
         while True:
-            data, limit = b"", REPLY_LIMIT
             try:
-                data = self._channel.recv(SSH_PACKET)
+                data: bytes = self._channel.recv(SSH_PACKET)
                 if not data:
                     raise ConnectionLost("the box closed the connection")
             except TimeoutError:
-                limit = SILENCE_LIMIT
+                data = b""
             with self._lock:
                 oldest, _ = next(iter(self._owed.values()), (None, 0))
+            limit = REPLY_LIMIT if data else SILENCE_LIMIT
             if oldest is not None and time.monotonic() - oldest.sent_at >= limit:
                 raise ConnectionLost(f"the box did not reply for {limit} s")
             if data:
@@ -1290,14 +1264,16 @@ def connect(config: Config) -> Session:
     except Exception as error:  # paramiko raises whatever its thread met
         transport.close()
         if isinstance(error, Fatal) and watchdog.is_alive():
-            raise
+            raise  # else it was the watchdog that hung up, and another attempt may help
         reason = str(error) or "the connection was closed"
         if "banner" in reason or "protocol version" in reason:  # not an SSH server
             reason += f"; {CONNECT_REMEDY}"
         if "open channel" in reason:
             reason += "; a Storage Box allows 10 connections: end others"
-        kind = Fatal if isinstance(error, paramiko.IncompatiblePeer) else ConnectionLost
-        raise kind(f"no SFTP session with {address}: {reason}") from None
+        reason = f"no SFTP session with {address}: {reason}"
+        if isinstance(error, paramiko.IncompatiblePeer):
+            raise Fatal(reason) from None
+        raise ConnectionLost(reason) from None
     finally:
         watchdog.cancel()
 
@@ -1310,11 +1286,11 @@ def known_host_name(config: Config) -> str:
 def known_host_keys(config: Config) -> tuple[Keys, Keys]:
     """The keys that known_hosts has for the box, and all keys that it revokes.  A line that
     paramiko does not know is skipped; Fatal if the file cannot be read."""
-    known, revoked, entries, text = [], [], [], ""
+    known, revoked, entries = [], [], []
     try:
         text = config.known_hosts.read_text("utf-8", "replace")
     except FileNotFoundError:
-        pass
+        text = ""
     except OSError as error:
         raise Fatal(f"HETZNER_KNOWN_HOSTS {config.known_hosts}: {error}") from None
     for line in (" ".join(line.split()) for line in text.splitlines()):
@@ -1325,7 +1301,7 @@ def known_host_keys(config: Config) -> tuple[Keys, Keys]:
                 revoked.append(entry.key)
             elif line[0] not in "#@":
                 entries.append((entry.hostnames, entry.key))
-    # The line without a port counts only if there is none with it.
+    # A line for the bare host counts only if no line names this port.
     for name in (known_host_name(config), config.host):
         known = [key for patterns, key in entries if matches_host(patterns, name.lower())]
         if known:
@@ -1429,13 +1405,16 @@ def read_private_key(path: Path, passphrase: bytes | None) -> paramiko.PKey:
     certificate beside the key, which may have expired."""
     text = path.read_bytes()
     is_openssh = b"BEGIN OPENSSH" in text
-    load = serialization.load_ssh_private_key if is_openssh else None
-    secret = (load or serialization.load_pem_private_key)(text, passphrase)
-    forms = serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH
-    pem = secret.private_bytes(*forms, serialization.NoEncryption()).decode()
-    for kind in (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey):
+    key = (
+        serialization.load_ssh_private_key(text, passphrase)
+        if is_openssh
+        else serialization.load_pem_private_key(text, passphrase)
+    )
+    form = serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH
+    pem = key.private_bytes(*form, serialization.NoEncryption()).decode()
+    for key_class in (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey):
         with contextlib.suppress(paramiko.SSHException):
-            return kind.from_private_key(io.StringIO(pem))
+            return key_class.from_private_key(io.StringIO(pem))
     raise UnsupportedAlgorithm("no SSH key")
 
 
@@ -1462,12 +1441,12 @@ def load_private_key(path: Path, passphrase: str | None) -> paramiko.PKey:
 class StorageBox:
     """The box.  All threads share one session, which is replaced when it is lost."""
 
-    def __init__(self, config: Config, stopping: StopEvent, reconnects: bool = True):
+    def __init__(self, config: Config, stopping: StopEvent, retries: bool = True):
         self._config, self.stopping = config, stopping
-        self._pauses = RECONNECT_PAUSES if reconnects else (0,)
-        self._connecting = threading.Lock()
-        self._beginning = threading.RLock()  # held to keep other operations from beginning
-        self._pacing, self._next_read = threading.Lock(), 0.0  # a monotonic time
+        self._pauses = RECONNECT_PAUSES if retries else (0,)
+        self._connect_lock = threading.Lock()
+        self._start_lock = threading.RLock()  # held while no other operation may begin
+        self._pace_lock, self._next_read = threading.Lock(), 0.0  # a monotonic time
         self._session: Session | None = None
         self._given_up: Fatal | None = None
 
@@ -1479,8 +1458,8 @@ class StorageBox:
 
     def session(self) -> Session:
         """The session, a new one if it was lost.  One thread connects while the others wait.
-        Fatal once connecting has failed RECONNECT_PAUSES times, Stopped."""
-        with self._connecting:
+        Fatal once connecting has failed after each of RECONNECT_PAUSES, Stopped."""
+        with self._connect_lock:
             self.stopping.check()
             if self._given_up is not None:
                 raise self._given_up
@@ -1494,7 +1473,7 @@ class StorageBox:
     def pace(self, size: int) -> None:
         """Waits until `size` more bytes may be read, within BANDWIDTH_LIMIT."""
         if self._config.bandwidth_limit is not None:
-            with self._pacing:
+            with self._pace_lock:
                 now = time.monotonic()
                 earliest = max(self._next_read, now)
                 self._next_read = earliest + size / self._config.bandwidth_limit
@@ -1503,7 +1482,7 @@ class StorageBox:
 
     def _connect(self) -> Session:
         """A new session; makes an attempt for each of RECONNECT_PAUSES.  Fatal, Stopped."""
-        reason: object = self._session and self._session.lost
+        reason: object = self._session.lost if self._session else None
         for pause in self._pauses:
             if reason:
                 log.warning("%s; connecting again in %s s", reason, pause)
@@ -1523,17 +1502,17 @@ class StorageBox:
         """The result of operation(session).  It is tried again from its start if the session
         is lost, or if the server answers FAILURE: it may have too many files open.
 
-        After SHARED_TRIES it runs alone: no other operation begins meanwhile, so that a file
-        which breaks the connection every time does not make others fail.  An operation that
-        continues with a `session` of its own has begun already, and does not wait.
-        FileError (LOST) after TRIES, SFTPError, Fatal, Stopped.
+        After SHARED_TRIES no other operation may begin, so that a file which breaks each
+        connection does not make others fail.  An operation that is given a `session` has
+        begun already, and does not wait.  FileError (LOST) after TRIES, SFTPError, Fatal,
+        Stopped.
         """
         with contextlib.ExitStack() as stack:
             for attempt in range(1, TRIES + 1):
                 if attempt > SHARED_TRIES:
-                    stack.enter_context(self._beginning)
+                    stack.enter_context(self._start_lock)
                 if session is None or session.lost is not None:
-                    with self._beginning:
+                    with self._start_lock:
                         session = self.session()
                 try:
                     return operation(session)
@@ -1543,8 +1522,8 @@ class StorageBox:
                 except SFTPError as error:
                     if error.code != FX_FAILURE or attempt == TRIES:
                         raise
-                    self.stopping.wait(HANDLE_PAUSE)
-                    session = None
+                    self.stopping.wait(FAILURE_PAUSE)
+                    session = None  # the next try waits until it may begin
         raise FileError(f"lost the connection {TRIES} times, last: {reason}", LOST)
 
     def retry_reading(
@@ -1552,7 +1531,7 @@ class StorageBox:
     ) -> T:
         """`retry` for an operation that opens `path`.  A refusal is a FileError, with the
         code VANISHED if the file is gone.  LSTAT confirms that: OpenSSH answers "no such
-        file" for other reasons, too, and the file would count as vanished every night."""
+        file" also for files that cannot be read, which must not count as vanished."""
         try:
             return self.retry(operation, session)
         except SFTPError as error:
@@ -1580,7 +1559,8 @@ class StorageBox:
         return False
 
     def list_folder(self, path: bytes, limit: float = math.inf) -> list[Entry] | None:
-        """The entries of a folder, sorted by name, None if more than `limit`; FileError."""
+        """The entries of a folder, sorted by name; None if there are more than `limit` or as
+        many; FileError."""
         return self.retry_reading(path, lambda session: read_folder(session, path, limit))
 
     def space(self) -> tuple[int, int] | None:
@@ -1590,13 +1570,13 @@ class StorageBox:
         (reply,) = self.retry(lambda session: session.ask(request))
         if isinstance(reply, SFTPError):
             return None
-        _, unit, blocks, free, available, *_ = struct.unpack_from(">11Q", reply)
-        return (blocks - free) * unit, available * unit
+        _, block_size, blocks, free, available, *_ = struct.unpack_from(">11Q", reply)
+        return (blocks - free) * block_size, available * block_size
 
 
 def is_recent(file: RemoteFile, began: float) -> bool:
-    """Whether the file was modified since RECENT seconds before its reading `began`: a second
-    change could have kept its size and mtime."""
+    """Whether the file was modified within RECENT seconds of being read, which `began` then,
+    so that a second change could have kept its size and mtime."""
     return began - RECENT <= file.mtime <= time.time() + RECENT
 
 
@@ -1607,16 +1587,16 @@ class FileReader:
     every byte has arrived.  It reads READ_WINDOW ahead, repeats a request after a short
     reply, and continues at its offset if the session is lost.  `read` returns the last bytes
     only if the file still has its first size and mtime.  FSTAT shows whether it was changed,
-    LSTAT whether another file was renamed over it.  Everything else is a FileError.
+    LSTAT whether another file was renamed over it.  Anything else is a FileError.
 
     A small file takes two round trips: OPEN; then FSTAT, READs, FSTAT, LSTAT and CLOSE.
     """
 
     def __init__(self, box: StorageBox, listed: RemoteFile, offset: int = 0):
-        """Opens the file; FileError, also if it has grown by more than GROWTH since it was
-        listed, because no memory is reserved for that."""
+        """Opens the file; FileError, also if it has grown by more than MAX_GROWTH since it
+        was listed, because no memory is reserved for that."""
         self._box, self._began = box, time.time()
-        self.file = listed  # once it `is_open`, what the first FSTAT has said
+        self.file = listed  # the first FSTAT replaces it
         self.is_recent = False  # set at the end of the file
         self.is_verified = False  # whether it was read to its end and had not changed
         self._is_open = False
@@ -1624,7 +1604,7 @@ class FileReader:
         self._arrived: deque[memoryview] = deque()
         self._batches: deque[tuple[Batch, list[tuple[int, int]]]] = deque()
         self._read_size = READ_SIZE
-        self._empty_at = -1  # the offset for which the box has sent no byte
+        self._empty_offset = -1  # at which the box has sent no byte
         self._session: Session | None = None
         self._handle = b""  # empty once its CLOSE has been sent
         try:
@@ -1638,7 +1618,7 @@ class FileReader:
         """The next `amount` bytes, fewer only at the end; all if negative; FileError."""
         left = self.file.size - self._delivered
         missing = amount = left if amount < 0 else min(amount, left)
-        data = io.BytesIO(bytes(amount))  # getvalue() does not copy, as join() would
+        data = io.BytesIO(bytes(amount))  # getvalue() copies nothing, join() would
         while missing or (amount == left and not self.is_verified):
             if not missing or not self._arrived:
                 self._advance()
@@ -1657,19 +1637,20 @@ class FileReader:
         self._handle = b""
 
     def _advance(self) -> None:
-        """Fills the window with requests, and waits for the replies of the oldest batch."""
+        """Fills the window with requests, and takes the replies to the oldest batch."""
+        self._box.retry_reading(self.file.path, self._exchange, self._session)
 
-        def advance(session: Session) -> None:
-            if session is not self._session or not (self._handle or self._batches):
-                self._handle = b""  # it may be another file's handle in the new session
-                self._handle = session.ask_one(open_request(self.file.path, FOR_READING))
-                self._session = session
-                self._drop_requests()
-            while self._handle and self._requested < self._received + READ_WINDOW:
-                self._request(session)
-            self._take_batch()
-
-        self._box.retry_reading(self.file.path, advance, self._session)
+    def _exchange(self, session: Session) -> None:
+        # In a new session, or if replies were dropped after CLOSE was sent, it is opened again.
+        if session is not self._session or not (self._handle or self._batches):
+            self._handle = b""  # it may be another file's handle in the new session
+            self._handle = session.ask_one(open_request(self.file.path, FOR_READING))
+            self._session = session
+            self._drop_requests()
+        while self._handle and self._requested < self._received + READ_WINDOW:
+            self._request(session)
+        if not self._take_batch():
+            self._drop_requests()
 
     def _drop_requests(self) -> None:
         """Ignores the replies under way; the next request continues after what was received."""
@@ -1693,28 +1674,29 @@ class FileReader:
         self._batches.append((session.send(*requests), spans))
         self._requested = end
 
-    def _take_batch(self) -> None:
+    def _take_batch(self) -> bool:
+        """Takes the replies to the oldest batch; whether those after them are useful."""
         batch, spans = self._batches.popleft()
-        before, *results = batch.results()
-        listed = self.file
-        self._check_unchanged(before)
-        if self.file.size != listed.size:  # the spans were made for the listed size
-            return self._drop_requests()
-        for span, data in zip(spans, results):
-            if not self._take(*span, data):
-                return self._drop_requests()
+        fstat, *results = batch.results()
+        listed_size = self.file.size
+        self._check_attributes(fstat)
+        if self.file.size != listed_size:  # the spans were made for the listed size
+            return False
+        if not all(self._take(*span, data) for span, data in zip(spans, results)):
+            return False
         if len(results) > len(spans):
             beyond, *checks, _ = results[len(spans) :]
-            for after in checks:
-                self._check_unchanged(after)
+            for reply in checks:
+                self._check_attributes(reply)
             if isinstance(beyond, memoryview) and beyond:
                 raise FileError(f"has more than {self.file.size:,} bytes, its size on the box")
             self.is_verified, self.is_recent = True, is_recent(self.file, self._began)
+        return True
 
-    def _take(self, at: int, size: int, data: Any) -> bool:
-        """Takes the reply to a READ of `size` bytes at the offset `at`; whether it has all of
-        them.  After two replies without a byte, the file is shorter than its size: the FSTAT
-        between them would have shown a change."""
+    def _take(self, offset: int, size: int, data: Any) -> bool:
+        """Takes the reply to a READ of `size` bytes; whether it has all of them.  If a second
+        reply for an offset is empty, the file ends there: the FSTAT that was sent with it has
+        shown no change."""
         if isinstance(data, SFTPError):
             if data.code != FX_EOF:
                 raise FileError(f"reading failed: {data}")
@@ -1724,27 +1706,28 @@ class FileReader:
         if data:
             self._arrived.append(data)
             self._received += len(data)
-        elif self._empty_at == at:
-            raise FileError(f"ended at {at:,} of {self.file.size:,} bytes")
+        elif self._empty_offset == offset:
+            raise FileError(f"ended at {offset:,} of {self.file.size:,} bytes")
         else:
-            self._empty_at = at
+            self._empty_offset = offset
         if len(data) < size:  # the server may never send more
-            self._read_size = max(len(data), LEAST_READ_SIZE)
+            self._read_size = max(len(data), MIN_READ_SIZE)
         return len(data) == size
 
-    def _check_unchanged(self, found: Attributes | SFTPError) -> None:
-        """FileError if the file has another size, mtime or type than when it was opened."""
-        if isinstance(found, SFTPError):
-            if found.code == FX_NO_SUCH_FILE:
+    def _check_attributes(self, reply: Attributes | SFTPError) -> None:
+        """The first call opens the reader: it notes the size and mtime.  FileError if a later
+        reply differs, or if it is not a file any more."""
+        if isinstance(reply, SFTPError):
+            if reply.code == FX_NO_SUCH_FILE:
                 raise FileError("vanished while it was read", VANISHED)
-            raise FileError(f"the box does not tell its size: {found}")
-        size, mtime, mode = found
+            raise FileError(f"the box does not tell its size: {reply}")
+        size, mtime, mode = reply
         if size is None or mtime is None:
             raise FileError("the box does not tell its size and time")
         before, after = self.file, RemoteFile(self.file.path, size, mtime)
         is_regular = stat.S_ISREG(mode or stat.S_IFREG)
         if not self._is_open and is_regular:
-            if size > before.size + GROWTH:
+            if size > before.size + MAX_GROWTH:
                 raise FileError(
                     f"changed: {before.size:,} bytes when it was listed, now {size:,}"
                 )
@@ -1764,7 +1747,7 @@ def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | No
     ended, count = False, READDIRS_PER_BATCH
     try:
         while not ended:
-            known = len(names)
+            before = len(names)
             for result in session.ask(*[simple_request(FXP_READDIR, handle)] * count):
                 if not isinstance(result, SFTPError):
                     names.update(result)
@@ -1772,7 +1755,7 @@ def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | No
                     ended = True
                 else:
                     raise result
-            if len(names) == known and not ended:  # only names that it has sent before
+            if len(names) == before and not ended:  # only names that it has sent before
                 raise FileError("the box sent a listing that does not end")
             if len(names) >= limit and not ended:
                 return None
@@ -1782,11 +1765,64 @@ def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | No
     return sorted(entry for entry in names.items() if entry[0] not in (b".", b".."))
 
 
+class PathFilter:
+    """Which entries the walk skips: hidden ones and those of EXCLUDE_PATHS.
+
+    An item of EXCLUDE_PATHS excludes an entry and everything below it.  It is a path,
+    absolute or relative to REMOTE_PATH, or a glob whose `*` also matches slashes.  An item
+    that exists on the box is a path even if it looks like a glob.  Paths are compared in
+    Unicode's NFC form.
+    """
+
+    def __init__(self, config: Config, box: StorageBox):
+        self._root, self._include_hidden = config.remote_path, config.include_hidden
+        self._box = box
+        self._items: dict[str, str] = {}  # by path or glob
+        self._globs: list[tuple[re.Pattern[str], str]] = []  # and the item that each is of
+        self._unmatched = set(config.exclude)  # items that have matched nothing yet
+        start = join(self._root, b"").decode("utf-8", "surrogateescape")
+        for item in config.exclude:
+            whole = nfc(item.rstrip("/").removeprefix(start).removeprefix("./").lstrip("/"))
+            for path in {whole, whole.removeprefix("**/")}:  # **/ is the top, too
+                self._items[path] = item
+                if set("*?[") & set(path) and not self._exists(path):
+                    self._globs.append((re.compile(fnmatch.translate(path)), item))
+
+    def is_excluded(self, path: bytes) -> bool:
+        """Whether an item excludes the path; notes that item for `unmatched`."""
+        if not self._items:
+            return False
+        text = nfc(relative_path(self._root, path).decode("utf-8", "surrogateescape"))
+        matching = (item for glob, item in self._globs if glob.match(text))
+        item = self._items.get(text) or next(matching, None)
+        if item is not None:
+            self._unmatched.discard(item)
+        return item is not None
+
+    def _exists(self, path: str) -> bool:
+        forms = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
+        names = (form.encode("utf-8", "surrogateescape") for form in forms)
+        return any(self._box.exists(join(self._root, name)) for name in names)
+
+    def unmatched(self) -> set[str]:
+        """Items that matched nothing and do not exist.  One that exists may be in a hidden
+        folder."""
+        items = ((path, item) for path, item in self._items.items() if item in self._unmatched)
+        return self._unmatched - {item for path, item in items if path and self._exists(path)}
+
+    def is_hidden(self, name: bytes) -> bool:
+        return name.startswith(b".") and not self._include_hidden
+
+
+def nfc(text: str) -> str:
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
 class WalkReport:
-    """What a walk has met other than files to archive."""
+    """What a walk has left out, and what has failed."""
 
     def __init__(self) -> None:
-        self.skipped: Counter[str] = Counter()  # entries, by label
+        self.left_out: Counter[str] = Counter()  # entries, by label
         self.failed = 0
         self.unlisted: set[bytes] = set()  # folders that could not be listed
         self.unmatched: set[str] = set()  # items of EXCLUDE_PATHS that have matched nothing
@@ -1799,11 +1835,11 @@ class WalkReport:
         for item in sorted(self.unmatched):
             log.warning("EXCLUDE_PATHS: %s has matched nothing", printable(item))
 
-    def skipped_rows(self) -> Iterator[tuple[str, object]]:
+    def left_out_rows(self) -> Iterator[tuple[str, object]]:
         """Rows of a table, for the labels that were met."""
         for label in ("Hidden entries", "Excluded", "Links", "Special files", "Vanished"):
-            if self.skipped[label]:
-                yield label, self.skipped[label]
+            if self.left_out[label]:
+                yield label, self.left_out[label]
 
 
 def log_failure(name: bytes | str, reason: object) -> None:
@@ -1817,8 +1853,7 @@ class Walk:
 
     def __init__(self, box: StorageBox, config: Config, report: WalkReport):
         self._box, self._root, self._report = box, config.remote_path, report
-        hidden = config.include_hidden
-        self._filter = PathFilter(config.remote_path, config.exclude, hidden, box.exists)
+        self._filter = PathFilter(config, box)
 
     def __iter__(self) -> Iterator[list[RemoteFile]]:
         """Lists of at most PAGE files, and an empty list after each COMMIT_PAUSE without a
@@ -1842,7 +1877,7 @@ class Walk:
                 folders: list[bytes] = []
                 for start in range(0, len(entries), PAGE):
                     page = entries[start : start + PAGE]
-                    files = (self._file_of(path, *entry, folders) for entry in page)
+                    files = [self._file_of(path, *entry, folders) for entry in page]
                     yield [file for file in files if file is not None]
                 waiting += reversed(folders)
             self._report.unmatched = self._filter.unmatched()
@@ -1853,16 +1888,17 @@ class Walk:
         """Whether the walk does not reach this path, because it or a folder above it is
         hidden or excluded, or could not be listed."""
         root = join(self._root, b"")
-        parts = path.removeprefix(root).split(b"/")
-        above = list(itertools.accumulate(parts, join, initial=root))[1:]
+        names = path.removeprefix(root).split(b"/")
+        paths = list(itertools.accumulate(names, join, initial=root))[1:]
         return (
-            any(map(self._filter.is_hidden, parts))
-            or any(map(self._filter.is_excluded, above))
-            or bool(self._report.unlisted.intersection(above))
+            any(map(self._filter.is_hidden, names))
+            or any(map(self._filter.is_excluded, paths))
+            or bool(self._report.unlisted.intersection(paths))
         )
 
     def _entries(self, path: bytes, listing: Future[list[Entry] | None]) -> list[Entry] | None:
-        """The result of the listing.  A failure is reported, and gives no entries."""
+        """The result of the listing.  A failure is reported, and gives no entries; Fatal if it
+        is that of REMOTE_PATH."""
         try:
             return listing.result()
         except FileError as error:
@@ -1872,7 +1908,7 @@ class Walk:
                 message = f"REMOTE_PATH {printable(path)} cannot be listed: {reason}"
                 raise Fatal(message) from None
             if error.code == VANISHED:
-                self._report.skipped["Vanished"] += 1
+                self._report.left_out["Vanished"] += 1
             else:
                 self._report.unlisted.add(path)
                 self._report.add_failure(path, f"this folder cannot be listed: {error}")
@@ -1883,22 +1919,23 @@ class Walk:
     ) -> RemoteFile | None:
         """The file to archive, if the entry is one.  A folder is added to `folders`."""
         path, (size, mtime, mode) = join(folder, name), attributes
-        kind = stat.S_IFMT(mode or 0)
+        file_type = stat.S_IFMT(mode or 0)
         if not name or b"/" in name or len(path) > MAX_PATH_BYTES:
             self._report.add_failure(path[:MAX_PATH_BYTES], "no file can have this name")
         elif self._filter.is_excluded(path):
-            self._report.skipped["Excluded"] += 1
+            self._report.left_out["Excluded"] += 1
         elif self._filter.is_hidden(name):
-            self._report.skipped["Hidden entries"] += 1
-        elif kind == stat.S_IFDIR:
+            self._report.left_out["Hidden entries"] += 1
+        elif file_type == stat.S_IFDIR:
             folders.append(path)
-        elif kind == stat.S_IFREG and size is not None and mtime is not None:
+        elif file_type == stat.S_IFREG and size is not None and mtime is not None:
             return RemoteFile(path, size, mtime)
-        elif kind in (stat.S_IFREG, 0):
+        elif file_type in (stat.S_IFREG, 0):
             self._report.unlisted.add(path)
             self._report.add_failure(path, "the box does not tell its type, size and time")
         else:
-            self._report.skipped["Links" if kind == stat.S_IFLNK else "Special files"] += 1
+            is_link = file_type == stat.S_IFLNK
+            self._report.left_out["Links" if is_link else "Special files"] += 1
         return None
 
 
@@ -1917,7 +1954,7 @@ CREATE TABLE runs (started_at INTEGER PRIMARY KEY, ended_at INTEGER, status INTE
     uploaded INTEGER, skipped INTEGER, failed INTEGER, bytes INTEGER, spent REAL);
 """
 GONE_TABLE = "CREATE TABLE gone (path TEXT PRIMARY KEY) WITHOUT ROWID"
-RECORDS = (
+SELECT_RECORDS = (
     "SELECT path, size, mtime, uploaded_at, key, etag, crc32, storage_class"
     " FROM files JOIN objects USING (path)"
 )
@@ -1926,8 +1963,8 @@ SOURCE_PINS = ("HETZNER_USER", "REMOTE_PATH")
 
 class Record(NamedTuple):
     """A row: what the state knows about a file and its object.  If `mtime` is None, the file
-    has to be compared.  `crc32` is None unless this program has read the content, `etag` if
-    nothing is known about the content."""
+    has to be compared.  `etag` is None if nothing is known about the content, and `crc32` is
+    None unless this program has read it."""
 
     path: str  # as in the path column
     size: int
@@ -1939,7 +1976,7 @@ class Record(NamedTuple):
     storage_class: str | None
 
     @property
-    def has_content(self) -> bool:
+    def knows_content(self) -> bool:
         """Whether the content is known without asking S3."""
         return self.crc32 is not None and bool(self.etag)
 
@@ -1958,7 +1995,8 @@ class PastRun(NamedTuple):
 
 
 def pins_of(config: Config) -> dict[str, str]:
-    """The settings that a state belongs to, by name."""
+    """The settings that a state is pinned to, by name: with others, files would count as
+    archived that are not."""
     return {
         "S3_BUCKET": config.bucket,
         "S3_PREFIX": config.prefix,
@@ -1982,6 +2020,28 @@ def state_errors(path: Path) -> Iterator[None]:
 
 Statement = str | tuple[Any, ...]  # SQL, or SQL and its values
 
+# How the listing and the state agree about a key: labels of `verify`'s table.
+AGREE, NO_OBJECT, WRONG_SIZE = "Agree", "Missing", "Wrong size"
+WRONG_ETAG, NOT_RECORDED, TO_COMPARE = "Wrong checksum", "Not recorded", "To compare"
+
+
+class Comparison(NamedTuple):
+    """A key in the listing, in the state, or in both."""
+
+    verdict: str  # one of these labels
+    reason: str  # what is wrong; empty if nothing is
+    path: str  # as in the state's path column
+    found: StoredObject | None
+    record: Record | None
+
+
+class BegunUpload(NamedTuple):
+    """An upload in parts that was begun and not completed."""
+
+    size: int
+    mtime: int | None  # the file's; None if the upload must not be continued
+    part_size: int
+
 
 class State:
     """The state database, for one thread.  Methods raise Fatal, and commit what they write."""
@@ -1993,29 +2053,32 @@ class State:
         with state_errors(path):
             if not copy:
                 create_private(path)
-            self._db = sqlite3.connect(
-                "" if copy else path, timeout=LOCKED_LIMIT, isolation_level=None
-            )
+            name = "" if copy else path
+            self._db = sqlite3.connect(name, timeout=LOCKED_LIMIT, isolation_level=None)
             if copy and path.exists():
                 with contextlib.closing(sqlite3.connect(path, timeout=LOCKED_LIMIT)) as source:
                     source.backup(self._db)
-            (verdict,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
-            if verdict != "ok":
-                raise sqlite3.DatabaseError(verdict)
+            (fault,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+            if fault != "ok":
+                raise sqlite3.DatabaseError(fault)
             self._db.execute("PRAGMA journal_mode = DELETE")
             self._db.execute("PRAGMA synchronous = FULL")
-            version = self._rows("PRAGMA user_version")
-            if version == [(2,)]:
-                spent = "ALTER TABLE runs ADD COLUMN spent REAL"
-                self._commit(spent, GONE_TABLE, f"PRAGMA user_version = {STATE_VERSION}")
-            elif version != [(STATE_VERSION,)]:
+            (version,) = self._db.execute("PRAGMA user_version").fetchone()
+            if version > STATE_VERSION:
+                raise Fatal(f"the state database {path} is of a newer archive.py: use that one")
+            if version == 2:
+                add_spent = "ALTER TABLE runs ADD COLUMN spent REAL"
+                self._commit(add_spent, GONE_TABLE, f"PRAGMA user_version = {STATE_VERSION}")
+            elif version < STATE_VERSION:
                 self._upgrade(config)
+            self._db.execute("CREATE TEMP TABLE seen (path TEXT PRIMARY KEY) WITHOUT ROWID")
             self._db.execute(f"PRAGMA busy_timeout = {COMMIT_LIMIT * 1000}")
 
     def _upgrade(self, config: Config) -> None:
         """Makes the tables.  Of an earlier script's database it keeps the rows of `files`
-        whose paths are possible with these settings.  All rows of the first edition, which
-        has a table `meta`, have to be compared: it notes in other tables what is uncertain."""
+        whose paths are possible with these settings.  If there is a table `meta`, it is this
+        program's first edition.  That has noted in other tables which rows are uncertain, so
+        all of them have to be compared."""
 
         def key_of(path: str) -> str | None:
             raw = unescape(path)
@@ -2027,7 +2090,7 @@ class State:
         self._db.create_function("key_of", 1, key_of, deterministic=True)
         tables = {name for (name,) in self._rows("SELECT name FROM sqlite_master")}
         old = tables & {"objects", "recheck", "replacing", "uploads", "meta", "runs", "gone"}
-        unsure = "typeof(mtime) != 'integer'" if "meta" not in tables else "true"
+        unsure = "true" if "meta" in tables else "typeof(mtime) != 'integer'"
         self._commit(
             *(f"DROP TABLE {name}" for name in old),
             *SCHEMA.split(";"),
@@ -2065,8 +2128,7 @@ class State:
         return not self._rows("SELECT 1 FROM meta WHERE name = 'S3_BUCKET'")
 
     def check_pins(self, pins: Mapping[str, str]) -> None:
-        """Fatal if the state belongs to another source or destination than `pins`: files
-        would count as archived that are not."""
+        """Fatal if the state belongs to another source or destination than `pins`."""
         known = dict(self._rows("SELECT name, value FROM meta"))
         for name, value in pins.items():
             if known.get(name, value) != value:
@@ -2102,18 +2164,18 @@ class State:
         ]
 
     def find(self, path: bytes) -> Record | None:
-        rows = self._rows(f"{RECORDS} WHERE path = ?", path_text(path))
+        rows = self._rows(f"{SELECT_RECORDS} WHERE path = ?", path_text(path))
         return Record(*rows[0]) if rows else None
 
-    def begin(self, jobs: Iterable[Job]) -> None:
-        """Notes which files are about to be read and sent.
+    def note_begun(self, jobs: Iterable[Job]) -> None:
+        """Notes which files may be read and sent from now on.
 
         S3 may store a new version although its answer gets lost.  So until S3 has acknowledged
         the upload, the row says nothing about the object's content.
 
-        The next run may continue an upload in parts only if it knows of which version of the
-        file the parts are.  No version is noted if the file is compared first, or was
-        modified so recently that its parts could be of different versions.
+        The next run may continue an upload in parts only if it knows which version of the
+        file the parts belong to.  None is noted if the file is compared first, or was modified
+        so recently that its parts could be of different versions.
         """
         statements: list[Statement] = []
         for job in jobs:
@@ -2123,15 +2185,15 @@ class State:
                     ("UPDATE files SET mtime = NULL WHERE path = ?", path),
                     ("UPDATE objects SET etag = NULL, crc32 = NULL WHERE path = ?", path),
                 ]
-            if job.plan.parts_at_once and not job.resumes:
+            if job.plan.is_multipart and not job.resumes:
                 is_unsure = job.compares or is_recent(job.file, time.time())
                 mtime = None if is_unsure else job.file.mtime
                 statements.append(self._upload_statement(job, mtime))
         self._commit(*statements)
 
     def note_upload(self, job: Job) -> None:
-        """For a large file whose comparison was cut off.  The next run uploads it instead: an
-        upload can be continued, a comparison would begin again every night."""
+        """Notes an upload for a large file whose comparison was cut off: the next run begins
+        it.  An upload can be continued, but a comparison would begin again every night."""
         self._commit(self._upload_statement(job, job.file.mtime))
 
     def _upload_statement(self, job: Job, mtime: int | None) -> tuple[Any, ...]:
@@ -2150,20 +2212,19 @@ class State:
 
     # Unfinished uploads
 
-    def uploads(self) -> dict[str, tuple[int, int | None, int]]:
-        """Uploads that were begun and not completed, by key: size and mtime of the file, and
-        the part size.  The mtime is None if the upload must not be continued."""
+    def uploads(self) -> dict[str, BegunUpload]:
+        """Uploads that were begun and not completed, by key."""
         rows = self._rows("SELECT key, size, mtime, part_size FROM uploads")
-        return {key: (size, mtime, part_size) for key, size, mtime, part_size in rows}
+        return {key: BegunUpload(*values) for key, *values in rows}
 
-    def end_upload(self, key: str) -> None:
+    def forget_upload(self, key: str) -> None:
         self._commit(("DELETE FROM uploads WHERE key = ?", key))
 
     # All rows
 
     def records(self, condition: str = "true") -> Iterator[Record]:
-        """Rows sorted by key, as S3's listings are.  Those already returned may be changed."""
-        query = f"{RECORDS} WHERE {condition} AND key > ? ORDER BY key LIMIT {PAGE}"
+        """Rows sorted by key, as S3's listings are.  The caller may change those it has got."""
+        query = f"{SELECT_RECORDS} WHERE {condition} AND key > ? ORDER BY key LIMIT {PAGE}"
         last = ""
         while rows := [Record(*row) for row in self._rows(query, last)]:
             yield from rows
@@ -2171,37 +2232,35 @@ class State:
 
     def note_seen(self, files: Iterable[RemoteFile]) -> None:
         """Notes that these files are on the box, until the database is closed."""
-        table = "CREATE TEMP TABLE IF NOT EXISTS seen (path TEXT PRIMARY KEY) WITHOUT ROWID"
         insert = "INSERT OR IGNORE INTO temp.seen VALUES (?)"
-        self._commit(table, *((insert, path_text(file.path)) for file in files))
+        self._commit(*((insert, path_text(file.path)) for file in files))
 
     def unseen(self) -> Iterator[Record]:
         """The rows of files that were not noted as seen."""
-        self.note_seen([])
         return self.records("path NOT IN (SELECT path FROM temp.seen)")
 
     def known_gone(self) -> set[str]:
-        """Paths of the files that were gone already when MAX_CHANGED last let a run go on."""
+        """Paths of the files that were gone when MAX_CHANGED last let a run go on."""
         return {path for (path,) in self._rows("SELECT path FROM gone")}
 
     def note_gone(self, paths: Iterable[str]) -> None:
-        """Adds to them, and drops those that were noted as seen."""
+        """Adds paths to `known_gone`, and drops those of files that were noted as seen."""
         drop = "DELETE FROM gone WHERE path IN (SELECT path FROM temp.seen)"
         insert = "INSERT OR IGNORE INTO gone VALUES (?)"
         self._commit(drop, *((insert, path) for path in paths))
 
-    def apply(self, differences: Iterable[Difference]) -> None:
+    def apply(self, comparisons: Iterable[Comparison]) -> None:
         """Brings rows in line with the bucket's listing."""
         statements: list[Statement] = []
-        for verdict, _, path, found, record in differences:
+        for verdict, _, path, found, record in comparisons:
             if found is None:
                 statements.append(("DELETE FROM files WHERE path = ?", path))
                 statements.append(("DELETE FROM objects WHERE path = ?", path))
             elif record is None or verdict in (WRONG_SIZE, WRONG_ETAG):
                 statements += row_statements(path, found.size, None, found)
             elif (record.etag, record.storage_class) != (found.etag, found.storage_class):
-                known = found._replace(crc32=record.crc32)
-                statements += row_statements(path, record.size, record.mtime, known)
+                updated = found._replace(crc32=record.crc32)
+                statements += row_statements(path, record.size, record.mtime, updated)
         self._commit(*statements)
 
     def totals(self) -> list[tuple[str | None, int, int]]:
@@ -2230,7 +2289,7 @@ def row_statements(
     path: str, size: int, mtime: int | None, found: StoredObject
 ) -> list[Statement]:
     """Statements that write the rows of a file and its object."""
-    file_row = (path, size, mtime, found.stored_at)
+    file_row = (path, size, mtime, found.uploaded_at)
     object_row = (path, found.key, found.etag, found.crc32, found.storage_class or None)
     return [
         ("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", *file_row),
@@ -2244,8 +2303,8 @@ def create_private(path: Path) -> None:
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
 
 
-def can_lock(path: Path) -> bool:
-    """Whether the file system of `path`, where there is no file, has locks at all."""
+def has_locks(path: Path) -> bool:
+    """Whether the file system has locks, tried on a new file `path`, which is deleted."""
     try:
         with contextlib.closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as db:
             db.execute("BEGIN EXCLUSIVE")
@@ -2254,6 +2313,14 @@ def can_lock(path: Path) -> bool:
         return False
     finally:
         path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def copied_state(config: Config) -> Iterator[State]:
+    """A copy of the state, which belongs to these settings.  Changes are lost.  Fatal."""
+    with contextlib.closing(State(config, copy=True)) as state:
+        state.check_pins(pins_of(config))
+        yield state
 
 
 @contextlib.contextmanager
@@ -2268,8 +2335,8 @@ def locked(config: Config, suffix: str = ".lock") -> Iterator[None]:
         db.execute("BEGIN EXCLUSIVE")
     except sqlite3.Error as error:
         reason, remedy = str(error), "check its permissions, and those of its folder"
-        if "locked" in reason and can_lock(path.with_name(f"{path.name}.{os.getpid()}")):
-            raise Fatal(f"another run is at work: it holds {path}", status=11) from None
+        if "locked" in reason and has_locks(path.with_name(f"{path.name}.{os.getpid()}")):
+            raise Fatal(f"another run is at work: it holds {path}", status=LOCKED) from None
         if "open" not in reason and "readonly" not in reason:
             remedy = "perhaps its file system has no locks, as some network shares: put "
             remedy += "STATE_DB on a local disk"
@@ -2280,10 +2347,10 @@ def locked(config: Config, suffix: str = ".lock") -> Iterator[None]:
 
 # ---------------------------------------------------------------------- Bucket
 
-REMEDIES = {  # of refusals that every request would meet
-    "AccessDenied": "the credentials may not do this: see the README's IAM policy",
+REMEDIES = {  # by error code, for refusals that every request would meet
+    DENIED: "the credentials may not do this: see the README's IAM policy",
     "NoSuchBucket": "create the bucket, or correct S3_BUCKET",
-    "PermanentRedirect": "the bucket is in another region: set AWS_REGION to it",
+    "PermanentRedirect": "set AWS_REGION to the bucket's region",
     "AuthorizationHeaderMalformed": "correct AWS_REGION (the bucket's) or AWS_ACCESS_KEY_ID",
     "IllegalLocationConstraintException": "set AWS_REGION to the bucket's region",
     "RequestTimeTooSkewed": "set this machine's clock",
@@ -2293,23 +2360,24 @@ REMEDIES = {  # of refusals that every request would meet
     "SignatureDoesNotMatch": "correct AWS_SECRET_ACCESS_KEY",
     "AllAccessDisabled": "the account is disabled: ask AWS",
     "AccountProblem": "the account has a problem: ask AWS",
-    "NotSignedUp": "the account is not signed up for S3",
+    "NotSignedUp": "sign the account up for S3",
 }
 # The answer to a HEAD has no body.  Its error code is the HTTP status.
-HEAD_CODES = {"403": "AccessDenied", "301": "PermanentRedirect"}
-MISSING = ("404", "NoSuchKey", "NoSuchUpload")
+HEAD_CODES = {"403": DENIED, "301": "PermanentRedirect"}
+NOT_FOUND = ("404", "NoSuchKey", "NoSuchUpload")
 # Errors that are worth a retry: a body that was cut off or damaged on its way, a conflict
 # with another request, and an overload or defect of a server or proxy.
-PASSING_CODES = ("IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "OperationAborted")
-PASSING_STATUSES = (408, 425, 429, 500, 502, 503, 504, *range(520, 528))
-NO_CREDENTIALS = (
+TRANSIENT_CODES = ["IncompleteBody", "BadDigest", "OperationAborted"]
+TRANSIENT_CODES += ["XAmzContentSHA256Mismatch"]
+TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504, *range(520, 528))
+CREDENTIAL_ERRORS = (
     *(aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError),
     *(aws.ProfileNotFound, aws.TokenRetrievalError, aws.SSOError),
     *(aws.RefreshWithMFAUnsupportedError, aws.UnauthorizedSSOTokenError),
     *(OSError, EOFError),  # no such file or program; nobody is there to be asked for a code
 )
 
-# The requests that cost money, with their kinds in Prices.upload.
+# The requests of a run that cost money, with their kinds in Prices.upload.
 COUNTED = {"PutObject": "put", "CreateMultipartUpload": "create", "UploadPart": "part"}
 COUNTED |= {"CompleteMultipartUpload": "complete", "HeadObject": "head"}
 COUNTED |= {"ListObjectsV2": "list", "ListMultipartUploads": "list", "ListParts": "list"}
@@ -2323,13 +2391,13 @@ def retry_pause(
     """For botocore's needs-retry event: the seconds to wait before the request is sent
     again, or None to leave that to boto3.  boto3 retries for fewer reasons, waits less than
     a second, and has a small number of retries for all requests together."""
-    may_pass = isinstance(caught_exception, (aws.ConnectionError, aws.HTTPClientError))
+    is_transient = isinstance(caught_exception, (aws.ConnectionError, aws.HTTPClientError))
     if response is not None:
         code, status = response[1].get("Error", {}).get("Code"), response[0].status_code
-        may_pass = code in PASSING_CODES or status in PASSING_STATUSES
+        is_transient = code in TRANSIENT_CODES or status in TRANSIENT_STATUSES
         if code == "BadDigest" and operation.name == "CompleteMultipartUpload":
-            may_pass = False  # the stored parts are other bytes than were read
-    if not may_pass or attempts >= S3_ATTEMPTS:
+            is_transient = False  # the stored parts are other bytes than were read
+    if not is_transient or attempts >= S3_ATTEMPTS:
         return None
     return random.uniform(0.5, 1.5) * (1 << attempts - 1)  # not all at once
 
@@ -2341,18 +2409,21 @@ def s3_errors() -> Iterator[None]:
         yield
     except aws.ClientError as error:
         details = error.response.get("Error", {})
-        code = HEAD_CODES.get(str(details.get("Code")), str(details.get("Code")))
+        code = str(details.get("Code"))
+        code = HEAD_CODES.get(code, code)
         bucket = f" {details['BucketName']}:" if "BucketName" in details else ""
         refusal = f"{error.operation_name}: {code}{bucket} {details.get('Message', '')}"
         if code in REMEDIES:
             raise Fatal(f"S3 refused {refusal}; {REMEDIES[code]}", code) from None
         if error.operation_name.startswith(("Assume", "GetSession", "GetRole", "CreateToken")):
             raise Fatal(f"no AWS credentials: {refusal}", code) from None
+        if error.response["ResponseMetadata"].get("HTTPStatusCode") in TRANSIENT_STATUSES:
+            raise FileError(f"S3 refused {refusal}", UNAVAILABLE) from None
         hint = "; perhaps the credentials have expired" if code == "400" else ""  # of a HEAD
         raise FileError(f"S3 refused {refusal}{hint}", code) from None
     except (aws.ConnectionError, aws.HTTPClientError) as error:
-        raise FileError(f"S3 does not answer: {error}", UNREACHABLE) from None
-    except NO_CREDENTIALS as error:
+        raise FileError(f"S3 does not answer: {error}", UNAVAILABLE) from None
+    except CREDENTIAL_ERRORS as error:
         if isinstance(error, EOFError):  # nobody answers the prompt for a code
             print(file=sys.stderr)  # which has not ended its line
         keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
@@ -2366,16 +2437,16 @@ READABLE, COLD, RESTORING, RESTORED = "readable", "cold", "restoring", "restored
 
 
 class StoredObject(NamedTuple):
-    """What S3 says about an object.  A field is None if S3 did not send it."""
+    """What S3 says about an object.  A field is None if S3 has not said it."""
 
     key: str
     size: int
-    stored_at: int  # seconds since the epoch; of an upload in parts, when it began
+    uploaded_at: int  # seconds since the epoch; S3 dates an upload in parts by its beginning
     storage_class: str
     etag: str
     crc32: int | None = None  # of the whole object
     mtime: int | None = None  # from the metadata; rclone keeps it there, too
-    thaw_state: str = READABLE  # in a listing
+    thaw_state: str = READABLE  # known only from a listing
     version_id: str | None = None  # None for the current version
 
 
@@ -2390,15 +2461,15 @@ def crc32_of(answer: Mapping[str, Any]) -> int | None:
 
 
 def stored_object(key: str, answer: Mapping[str, Any]) -> StoredObject:
-    """The answer to a HEAD or GET."""
+    """The object that the answer to a HEAD or GET describes."""
     # Some servers change the case of header names.
     metadata = {name.lower(): value for name, value in answer["Metadata"].items()}
     mtime = re.fullmatch(r"(-?\d{1,12})(\.\d*)?", metadata.get("mtime", ""))
-    stored_at = answer["LastModified"].timestamp() if "LastModified" in answer else 0
+    uploaded_at = answer["LastModified"].timestamp() if "LastModified" in answer else 0
     return StoredObject(
         key=key,
         size=answer["ContentLength"],
-        stored_at=math.floor(stored_at),
+        uploaded_at=math.floor(uploaded_at),
         storage_class=answer.get("StorageClass", "STANDARD"),
         etag=etag_of(answer),
         crc32=crc32_of(answer),
@@ -2407,7 +2478,7 @@ def stored_object(key: str, answer: Mapping[str, Any]) -> StoredObject:
 
 
 def thaw_state_of(entry: Mapping[str, Any]) -> str:
-    """That of an object in a listing with RestoreStatus."""
+    """The thaw state of an object in a listing with RestoreStatus."""
     if entry.get("StorageClass") not in COLD_CLASSES:
         return READABLE
     status = entry.get("RestoreStatus", {})
@@ -2417,7 +2488,7 @@ def thaw_state_of(entry: Mapping[str, Any]) -> str:
     return RESTORED if expiry and expiry.timestamp() > time.time() else COLD
 
 
-def versions_at(entries: Iterable[Any], at: float) -> Iterator[Any]:
+def versions_at(entries: Iterable[Mapping[str, Any]], at: float) -> Iterator[Mapping[str, Any]]:
     """The versions that were current at the time `at`.  `entries` is a listing of versions
     and delete markers, sorted by key, each key's latest version first.
 
@@ -2438,25 +2509,29 @@ def versions_at(entries: Iterable[Any], at: float) -> Iterator[Any]:
             yield current
 
 
-# An unfinished upload that can be continued: its id, and its parts from the first one on
-# without a gap, as CompleteMultipartUpload takes them.
-StoredParts = tuple[str, list[dict[str, Any]]]
+class UnfinishedUpload(NamedTuple):
+    """An upload that can be continued: it has parts from the first one on without a gap."""
+
+    upload_id: str
+    parts: list[dict[str, Any]]  # as CompleteMultipartUpload takes them
 
 
 class MultipartClient:
-    """boto3's client for upload_fileobj, for one large file.  It continues an upload after
-    the parts that an earlier run has stored.  It sends the CRC-32 of each part, and at the
-    end that of the file, so that S3 refuses to complete an upload of other bytes.  It never
-    aborts an upload: the next run continues it."""
+    """Stands in for boto3's client in upload_fileobj, for one large file.  It continues an
+    upload after the parts that an earlier run has stored.  It sends the CRC-32 of each part,
+    and at the end that of the file, so that S3 refuses to complete an upload of other bytes.
+    It never aborts an upload: the next run continues it."""
 
-    def __init__(self, client: Any, read: Read, stored: StoredParts | None, part_size: int):
+    def __init__(
+        self, client: Any, read: Read, unfinished: UnfinishedUpload | None, part_size: int
+    ):
         self._client, self._read = client, read
-        self._upload_id, self._stored = stored or ("", [])
+        self._upload_id, self._stored = unfinished or ("", [])
         self._part_crcs: list[int] = []  # of the parts that this run sends
         self._error: Exception | None = None  # of a part
         self.crc32 = 0  # of all parts that are stored or were read
         for part in self._stored:
-            self.crc32 = crc32_of_both(self.crc32, crc32_of(part) or 0, part_size)
+            self.crc32 = crc32_combine(self.crc32, crc32_of(part) or 0, part_size)
         self.is_completing = False
         self.may_leave_another = False  # an upload whose id got lost with S3's answer
         self.answer: Mapping[str, Any] = {}  # to CompleteMultipartUpload
@@ -2471,7 +2546,7 @@ class MultipartClient:
         data = self._read(amount)
         if data:
             self._part_crcs.append(zlib.crc32(data))
-            self.crc32 = crc32_of_both(self.crc32, self._part_crcs[-1], len(data))
+            self.crc32 = crc32_combine(self.crc32, self._part_crcs[-1], len(data))
         return data
 
     def create_multipart_upload(self, **request: Any) -> Any:
@@ -2491,8 +2566,8 @@ class MultipartClient:
             raise
 
     def complete_multipart_upload(self, MultipartUpload: Any, **request: Any) -> Any:
-        self.is_completing, stored = True, len(self._stored)
-        sent = [p | {"PartNumber": p["PartNumber"] + stored} for p in MultipartUpload["Parts"]]
+        self.is_completing, before = True, len(self._stored)
+        sent = [p | {"PartNumber": p["PartNumber"] + before} for p in MultipartUpload["Parts"]]
         request["MultipartUpload"] = {"Parts": self._stored + sent}
         request["ChecksumCRC32"] = crc_text(self.crc32)
         self.answer = self._client.complete_multipart_upload(**request)
@@ -2505,9 +2580,10 @@ class MultipartClient:
 class Download:
     """An object that is being read.  `stored` is what S3 says about it."""
 
-    def __init__(self, ask: Callable[..., Any], found: StoredObject):
-        """Sends the GET by Bucket._ask; FileError."""
-        self._ask = partial(ask, "get_object", Key=found.key, VersionId=found.version_id)
+    def __init__(self, request: Callable[..., Any], found: StoredObject):
+        """Sends the GET, with Bucket._request; FileError."""
+        parameters = {"Key": found.key, "VersionId": found.version_id}
+        self._request = partial(request, "get_object", **parameters)
         answer = self._get(ChecksumMode="ENABLED")
         self.stored, self._etag = stored_object(found.key, answer), answer["ETag"]
         self._body = answer["Body"]  # the one to read next, None once it was read
@@ -2516,38 +2592,44 @@ class Download:
         """The object's bytes in blocks, from the start at each call.  A broken download is
         continued.  FileError at the end if the size or CRC-32 is not what S3 has answered."""
         stored = self.stored
-        at = crc32 = failures = 0
-        while at < stored.size:
-            body, self._body = self._body or self._get_from(at), None
+        offset = crc32 = failures = 0
+        while offset < stored.size:
+            body, self._body = self._body or self._get_from(offset), None
             reason = "it ended early"
             try:
                 for block in body.iter_chunks(DOWNLOAD_BLOCK):
-                    at, crc32, failures = at + len(block), zlib.crc32(block, crc32), 0
+                    offset, crc32, failures = offset + len(block), zlib.crc32(block, crc32), 0
                     yield block
             except (aws.BotoCoreError, urllib3.exceptions.HTTPError) as error:
                 reason = str(error)
-            failures += 1
-            if at < stored.size and failures >= S3_ATTEMPTS:
-                raise FileError(f"S3 broke off at {at:,} of {stored.size:,} bytes: {reason}")
-        if at != stored.size or stored.crc32 not in (None, crc32):
-            read = f"{at:,} bytes of CRC-32 {crc_text(crc32)}"
-            expected = f"{stored.size:,} of {crc_text(stored.crc32 or 0)}"
-            raise FileError(f"damaged on its way: {read}, not {expected}")
+            failures += 1  # since the last block
+            if offset < stored.size and failures >= S3_ATTEMPTS:
+                at = f"{offset:,} of {stored.size:,} bytes"
+                raise FileError(f"S3 broke off at {at}: {reason}")
+        if offset != stored.size:
+            raise FileError(f"S3 sent {offset:,} bytes, not {stored.size:,}")
+        if stored.crc32 not in (None, crc32):
+            both = f"{crc_text(crc32)}, not {crc_text(stored.crc32)}"
+            raise FileError(f"damaged on its way: its CRC-32 is {both}")
 
-    def _get_from(self, at: int) -> Any:
-        """The bytes from the offset `at` on, of the same version of the object."""
-        answer = self._get(IfMatch=self._etag, Range=f"bytes={at}-")
-        if not answer.get("ContentRange", "").startswith(f"bytes {at}-"):
-            raise FileError("S3 sent another part than was asked for")
+    def _get_from(self, offset: int) -> Any:
+        """The bytes from `offset` on, of the same version of the object."""
+        answer = self._get(IfMatch=self._etag, Range=f"bytes={offset}-")
+        span = answer.get("ContentRange", "everything")
+        if not span.startswith(f"bytes {offset}-"):
+            raise FileError(f"S3 sent {span}, not the bytes from {offset:,} on")
         return answer["Body"]
 
     def _get(self, **more: str) -> Any:
         try:
-            return self._ask(**more)
+            return self._request(**more)
         except Fatal as error:
-            if error.code == "AccessDenied":  # perhaps only to this object
+            if error.code == DENIED:  # perhaps only to this object
                 raise FileError(str(error), error.code) from None
             raise
+
+
+PROBE = ".archive-check/"  # to try permissions with: no file has it, as it ends in a slash
 
 
 class Bucket:
@@ -2556,7 +2638,7 @@ class Bucket:
 
     def __init__(self, config: Config, retries: bool = True):
         self._config, self._name, self.prefix = config, config.bucket, config.prefix
-        self._has_warned = False
+        self._has_warned = False  # that this server gives no CRC-32
         # The number of requests that were sent, by storage class and kind (see COUNTED).
         self.requests: Counter[tuple[str, str]] = Counter()
         self._counting = threading.Lock()
@@ -2594,37 +2676,37 @@ class Bucket:
         events.register("before-send.s3", self._count)
 
     def _note_secrets(self, **_: Any) -> None:
-        """Those of a role, for example, are only there when a request is signed with them."""
+        """Hides the credentials.  Those of a role exist only once a request is signed."""
         held = vars(self._credentials)  # as they are now: asking could renew them
         for secret in map(held.get, ("secret_key", "_secret_key", "token", "_token")):
             add_secret(self._config.secrets, secret)
 
     def _count(self, event_name: str, request: Any, **_: Any) -> None:
-        name = COUNTED.get(event_name.rpartition(".")[2])
-        if name is not None:
-            kind = request.headers.get("x-amz-storage-class") or self._config.storage_class
+        kind = COUNTED.get(event_name.rpartition(".")[2])
+        if kind is not None:
+            name = request.headers.get("x-amz-storage-class") or self._config.storage_class
             with self._counting:
-                self.requests[kind.decode() if isinstance(kind, bytes) else kind, name] += 1
+                self.requests[name.decode() if isinstance(name, bytes) else name, kind] += 1
 
     def _arguments(self, operation: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a request: the bucket, those of S3_EXTRA_ARGS that this operation
         has, and those `parameters` that are not None."""
         meta, extra = self._client.meta, self._config.extra_args
         if extra:
-            name = meta.method_to_api_mapping[operation]
-            known = meta.service_model.operation_model(name).input_shape.members
-            extra = {name: value for name, value in extra.items() if name in known}
+            model = meta.service_model.operation_model(meta.method_to_api_mapping[operation])
+            members = model.input_shape.members
+            extra = {name: value for name, value in extra.items() if name in members}
         given = {name: value for name, value in parameters.items() if value is not None}
         return {"Bucket": self._name, **extra, **given}
 
-    def _ask(self, operation: str, *missing: str, **parameters: Any) -> Any:
-        """S3's answer, None if it refuses with one of the codes `missing`."""
+    def _request(self, operation: str, *allowed: str, **parameters: Any) -> Any:
+        """S3's answer; None if it refuses with one of the codes `allowed`."""
         arguments = self._arguments(operation, parameters)
         try:
             with s3_errors():
                 return getattr(self._client, operation)(**arguments)
         except FileError as error:
-            if error.code not in missing:
+            if error.code not in allowed:
                 raise
             return None
 
@@ -2633,8 +2715,8 @@ class Bucket:
         paginator = self._client.get_paginator(operation)
         with s3_errors():
             for page in paginator.paginate(**self._arguments(operation, parameters)):
-                kinds = (page.get(kind, ()) for kind in entries)
-                yield from heapq.merge(*kinds, key=lambda entry: entry.get("Key", ""))
+                lists = (page.get(name, ()) for name in entries)
+                yield from heapq.merge(*lists, key=lambda entry: entry.get("Key", ""))
                 if page.get("IsTruncated") and not any(n.startswith("Next") for n in page):
                     raise FileError("S3's listing breaks off, and does not say how it goes on")
 
@@ -2645,17 +2727,17 @@ class Bucket:
         crc32 = zlib.crc32(data)
         arguments = self._upload_arguments(len(data), mtime)
         arguments["ChecksumCRC32"] = crc_text(crc32)
-        answer = self._ask("put_object", Key=key, Body=data, **arguments)
+        answer = self._request("put_object", Key=key, Body=data, **arguments)
         return self._confirm(key, answer, len(data), crc32)
 
     def upload(
         self, key: str, read: Read, file: RemoteFile, plan: UploadPlan,
-        stored: StoredParts | None, progress: Callable[[int], None],
+        unfinished: UnfinishedUpload | None, progress: Callable[[int], None],
     ) -> StoredObject:  # fmt: skip
-        """Uploads a large file in parts, after those that are stored; `read` returns the rest
-        of its bytes.  If the upload fails, its parts stay for the next run, unless S3 has
-        refused to complete it."""
-        rest = file.size - (len(stored[1]) * plan.part_size if stored else 0)
+        """Uploads a large file in parts, after those of the unfinished upload; `read` returns
+        the rest of its bytes.  If the upload fails, its parts stay for the next run, unless
+        S3 has refused to complete it."""
+        rest = file.size - (len(unfinished.parts) * plan.part_size if unfinished else 0)
         config = TransferConfig(
             multipart_threshold=min(rest, plan.part_size),  # the size of the first read
             multipart_chunksize=plan.part_size,
@@ -2665,13 +2747,13 @@ class Bucket:
         config.max_in_memory_upload_chunks = plan.parts_at_once  # not in the constructor
         arguments = self._config.extra_args | self._upload_arguments(file.size, file.mtime)
         arguments |= {"ChecksumType": "FULL_OBJECT", "MpuObjectSize": file.size}
-        client = MultipartClient(self._client, read, stored, plan.part_size)
+        client = MultipartClient(self._client, read, unfinished, plan.part_size)
         source = SimpleNamespace(read=client.read)  # which s3transfer reads as a stream
         try:
             with s3_errors():
                 upload_fileobj(client, source, self._name, key, arguments, progress, config)
         except FileError as error:
-            if not client.is_completing or error.code == UNREACHABLE:
+            if not client.is_completing or error.code == UNAVAILABLE:
                 raise
             # If S3's answer to Complete got lost, a retry gets NoSuchUpload.
             found = self.head(key) if error.code == "NoSuchUpload" else None
@@ -2714,23 +2796,24 @@ class Bucket:
         uploads = self._list("list_multipart_uploads", "Uploads", Prefix=key)
         return [upload["UploadId"] for upload in uploads if upload["Key"] == key]
 
-    def stored_parts(self, key: str, part_size: int | None) -> StoredParts | None:
+    def unfinished_upload(self, key: str, part_size: int) -> UnfinishedUpload | None:
         """The unfinished upload of `key` with the most parts of `part_size` to continue; None
         if there is none.  All other uploads of `key` are aborted."""
-        found: list[StoredParts] = []
+        uploads: list[UnfinishedUpload] = []
         try:
             for upload_id in self._uploads_of(key):
-                found.append((upload_id, self._parts_of(key, upload_id, part_size)))
+                parts = self._parts_of(key, upload_id, part_size)
+                uploads.append(UnfinishedUpload(upload_id, parts))
         except Fatal as error:
-            if error.code != "AccessDenied":
+            if error.code != DENIED:
                 raise
             log.warning("the unfinished upload of %s cannot be used: %s", printable(key), error)
-        found.sort(key=lambda upload: len(upload[1]))
-        best = found.pop() if found and found[-1][1] else None
-        self.abort_uploads(key, [upload_id for upload_id, _ in found])
+        uploads.sort(key=lambda upload: len(upload.parts))
+        best = uploads.pop() if uploads and uploads[-1].parts else None
+        self.abort_uploads(key, [upload.upload_id for upload in uploads])
         return best
 
-    def _parts_of(self, key: str, upload_id: str, size: int | None) -> list[dict[str, Any]]:
+    def _parts_of(self, key: str, upload_id: str, size: int) -> list[dict[str, Any]]:
         """The stored parts before the first that is missing, of another size or without CRC."""
         parts: list[dict[str, Any]] = []
         for part in self._list("list_parts", "Parts", Key=key, UploadId=upload_id):
@@ -2743,15 +2826,15 @@ class Bucket:
     def abort_uploads(self, key: str, upload_ids: list[str] | None = None) -> bool:
         """Aborts these unfinished uploads of `key`, or all of them: their parts cost money.
         Returns False after a warning if S3 refuses."""
-        name = "of unknown id"
+        upload_id = "of unknown id"
         try:
-            for name in self._uploads_of(key) if upload_ids is None else upload_ids:
-                self._ask("abort_multipart_upload", *MISSING, Key=key, UploadId=name)
+            for upload_id in self._uploads_of(key) if upload_ids is None else upload_ids:
+                self._request("abort_multipart_upload", *NOT_FOUND, Key=key, UploadId=upload_id)
             return True
         except ArchiveError as error:
             message = "the upload %s of %s could not be aborted, its parts cost money: %s; a "
             message += "lifecycle rule is the safety net"
-            log.warning(message, name, printable(key), error)
+            log.warning(message, upload_id, printable(key), error)
             return False
 
     def count_unfinished(self) -> int:
@@ -2776,7 +2859,7 @@ class Bucket:
             yield StoredObject(
                 key=key,
                 size=size,
-                stored_at=math.floor(entry["LastModified"].timestamp()),
+                uploaded_at=math.floor(entry["LastModified"].timestamp()),
                 storage_class=entry.get("StorageClass", "STANDARD"),
                 etag=etag_of(entry),
                 thaw_state=thaw_state_of(entry),
@@ -2786,7 +2869,7 @@ class Bucket:
     def head(self, key: str, version_id: str | None = None) -> StoredObject | None:
         """The object, which may be cold; None if there is none."""
         version = {"Key": key, "VersionId": version_id}
-        answer = self._ask("head_object", "404", ChecksumMode="ENABLED", **version)
+        answer = self._request("head_object", "404", ChecksumMode="ENABLED", **version)
         return None if answer is None else stored_object(key, answer)
 
     def request_restore(self, found: StoredObject, tier: str, days: int) -> bool:
@@ -2794,29 +2877,30 @@ class Bucket:
         request = {"Days": days, "GlacierJobParameters": {"Tier": tier.capitalize()}}
         version = {"Key": found.key, "VersionId": found.version_id}
         try:
-            answer = self._ask("restore_object", RestoreRequest=request, **version)
+            answer = self._request("restore_object", RestoreRequest=request, **version)
         except FileError as error:
             if error.code == "RestoreAlreadyInProgress":
                 return False
-            # The object is in a class that needs no restore, or was restored already.
-            if error.code in ("ObjectAlreadyInActiveTierError", NOT_RESTORED):
+            # Both say that the object needs no restore, or was restored already.
+            if error.code in ("ObjectAlreadyInActiveTierError", INVALID_STATE):
                 return True
             raise
         return bool(answer["ResponseMetadata"]["HTTPStatusCode"] == 200)
 
     def download(self, found: StoredObject) -> Download:
-        """FileError, with the code NOT_RESTORED if the object has to be restored first."""
-        return Download(self._ask, found)
+        """Begins a download; FileError (INVALID_STATE) if the object is cold."""
+        return Download(self._request, found)
 
     # The bucket itself
 
     def has_abort_rule(self) -> bool:
         """Whether a lifecycle rule aborts unfinished uploads below the prefix."""
         missing = "NoSuchLifecycleConfiguration"
-        answer = self._ask("get_bucket_lifecycle_configuration", missing) or {}
+        answer = self._request("get_bucket_lifecycle_configuration", missing) or {}
         for rule in answer.get("Rules", ()):
             scope = rule.get("Filter", rule)  # older rules have the prefix directly
-            applies = self.prefix.startswith(scope.get("And", scope).get("Prefix", ""))
+            scope = scope.get("And", scope)
+            applies = self.prefix.startswith(scope.get("Prefix", ""))
             aborts = "AbortIncompleteMultipartUpload" in rule
             if rule["Status"] == "Enabled" and aborts and applies:
                 return True
@@ -2824,49 +2908,37 @@ class Bucket:
 
     def versioning(self) -> str:
         """`Enabled`, `Suspended`, or empty if the bucket has never kept earlier versions."""
-        return str(self._ask("get_bucket_versioning").get("Status", ""))
+        return str(self._request("get_bucket_versioning").get("Status", ""))
 
     def permission_probes(self) -> Iterator[tuple[str, Callable[[], object]]]:
         """Each permission that is needed, and a call that raises without it.  Called in this
-        order, they leave nothing behind.  Only `restore` needs s3:RestoreObject."""
-        key, prefix, ask = self.prefix + PROBE, self.prefix, self._ask
+        order, they leave nothing behind: s3:PutObject aborts the upload that it begins.  Only
+        `restore` needs s3:RestoreObject."""
+        key, prefix, ask = self.prefix + PROBE, self.prefix, self._request
         nothing = {"Key": key, "UploadId": "none"}
 
         def upload() -> None:
             arguments = self._upload_arguments(SMALL_FILE, 0)  # the class may be refused
             upload_id = ask("create_multipart_upload", Key=key, **arguments)["UploadId"]
-            ask("abort_multipart_upload", *MISSING, Key=key, UploadId=upload_id)
+            ask("abort_multipart_upload", *NOT_FOUND, Key=key, UploadId=upload_id)
 
         yield "s3:ListBucket", partial(ask, "list_objects_v2", Prefix=prefix, MaxKeys=1)
-        yield "s3:GetObject", partial(ask, "head_object", *MISSING, Key=key)
+        yield "s3:GetObject", partial(ask, "head_object", *NOT_FOUND, Key=key)
         uploads = partial(ask, "list_multipart_uploads", Prefix=prefix, MaxUploads=1)
         yield "s3:ListBucketMultipartUploads", uploads
-        yield "s3:ListMultipartUploadParts", partial(ask, "list_parts", *MISSING, **nothing)
-        abort = partial(ask, "abort_multipart_upload", *MISSING, **nothing)
+        yield "s3:ListMultipartUploadParts", partial(ask, "list_parts", *NOT_FOUND, **nothing)
+        abort = partial(ask, "abort_multipart_upload", *NOT_FOUND, **nothing)
         yield "s3:AbortMultipartUpload", abort
         yield "s3:PutObject", upload
         request = {"Days": 1, "GlacierJobParameters": {"Tier": "Bulk"}}
-        restore = partial(ask, "restore_object", *MISSING, Key=key, RestoreRequest=request)
+        restore = partial(ask, "restore_object", *NOT_FOUND, Key=key, RestoreRequest=request)
         yield "s3:RestoreObject", restore
 
 
 # Comparing the state with the bucket
 
-AGREE, NO_OBJECT, WRONG_SIZE = "Agree", "Missing", "Wrong size"
-WRONG_ETAG, NOT_RECORDED, TO_COMPARE = "Wrong checksum", "Not recorded", "To compare"
 
-
-class Difference(NamedTuple):
-    """A key in the listing, in the state, or in both."""
-
-    verdict: str  # a label of `verify`'s table
-    reason: str  # what is wrong; empty if nothing is
-    path: str  # as in the state's path column
-    found: StoredObject | None
-    record: Record | None
-
-
-def compare_listing(config: Config, bucket: Bucket, state: State) -> Iterator[Difference]:
+def compare_listing(config: Config, bucket: Bucket, state: State) -> Iterator[Comparison]:
     """Compares the bucket's listing with the state, both of which are sorted by key.  Objects
     whose key no path can have are not ours, and skipped."""
     objects, records = bucket.objects(config.prefix), state.records()
@@ -2876,7 +2948,6 @@ def compare_listing(config: Config, bucket: Bucket, state: State) -> Iterator[Di
         found = next_object if next_object and next_object.key == key else None
         record = next_record if next_record and next_record.key == key else None
         relative, reason = unescape(key[len(config.prefix) :]), ""
-        verdict = AGREE if record and record.mtime is not None else TO_COMPARE
         if record is None:
             verdict, reason = NOT_RECORDED, "in the bucket, but not recorded"
         elif found is None:
@@ -2887,18 +2958,20 @@ def compare_listing(config: Config, bucket: Bucket, state: State) -> Iterator[Di
         elif record.etag not in (None, found.etag):
             verdict = WRONG_ETAG
             reason = f"S3 holds ETag {found.etag}, recorded is {record.etag}"
+        else:
+            verdict = TO_COMPARE if record.mtime is None else AGREE
         with contextlib.suppress(FileError):
             if object_key(config.prefix, relative) == key:
                 path = path_text(join(config.remote_path, relative))
-                yield Difference(verdict, reason, path, found, record)
+                yield Comparison(verdict, reason, path, found, record)
         next_object = next(objects, None) if found else next_object
         next_record = next(records, None) if record else next_record
 
 
-def reconcile(config: Config, bucket: Bucket, state: State) -> Iterator[Difference]:
-    """Brings the state in line with the bucket's listing, and yields the differences."""
-    differences = compare_listing(config, bucket, state)
-    while page := list(itertools.islice(differences, PAGE)):
+def reconcile(config: Config, bucket: Bucket, state: State) -> Iterator[Comparison]:
+    """Brings the state in line with the bucket's listing, and yields the comparisons."""
+    comparisons = compare_listing(config, bucket, state)
+    while page := list(itertools.islice(comparisons, PAGE)):
         state.apply(page)
         yield from page
 
@@ -2906,7 +2979,7 @@ def reconcile(config: Config, bucket: Bucket, state: State) -> Iterator[Differen
 def take_over(config: Config, bucket: Bucket, state: State) -> None:
     """Makes a new state, or one of an earlier script, agree with the bucket, and pins it to
     these settings.  If this is interrupted, the next run begins it again."""
-    counts = Counter(difference.verdict for difference in reconcile(config, bucket, state))
+    counts = Counter(one.verdict for one in reconcile(config, bucket, state))
     gone = counts.pop(NO_OBJECT, 0)
     if counts or gone:
         message = "%s is new, or of an earlier script: took over %s objects of %s"
@@ -2945,7 +3018,7 @@ class Console(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 class LogFile(logging.handlers.RotatingFileHandler):
-    """Each new file is private."""
+    """A log that is rotated, and that only its owner can read."""
 
     def _open(self) -> io.TextIOWrapper:
         create_private(Path(self.baseFilename))
@@ -2967,7 +3040,7 @@ def start_logging(config: Config, level: int, bars: bool, results: TextIO) -> No
         try:
             file = LogFile(config.log_file, maxBytes=10 * MIB, backupCount=5, encoding="utf-8")
         except OSError as error:
-            raise Fatal(f"LOG_FILE cannot be written: {error}", status=2) from None
+            raise Fatal(f"LOG_FILE cannot be written: {error}", status=USAGE) from None
         handlers.append((file, "%(asctime)s %(levelname)-8s %(message)s"))
         log.addHandler(file)
     for handler, form in handlers:
@@ -3029,8 +3102,7 @@ class Progress:
 
     def __init__(self, shown: bool):
         self._shown = shown
-        self._total = tqdm(disable=True)  # until `expect` is called
-        self.moved = self._total.update  # to be called with each number of bytes
+        self._bar = tqdm(disable=True)  # until `expect` is called
 
     def counting(self, doing: str) -> Any:
         """A bar to be updated with each number of files."""
@@ -3038,24 +3110,27 @@ class Progress:
 
     def expect(self, size: int) -> None:
         """Adds bytes to the number of those that will be moved."""
-        if self._shown and self._total.disable:
+        if self._shown and self._bar.disable:
             unit = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
-            self._total = tqdm(desc="all files", total=0, **unit, **BAR)
-            self.moved = self._total.update
+            self._bar = tqdm(desc="all files", total=0, **unit, **BAR)
         if self._shown and size:
-            self._total.total += size
-            self._total.refresh()
+            self._bar.total += size
+            self._bar.refresh()
+
+    def moved(self, size: int) -> None:
+        """Adds bytes to those that have been moved."""
+        self._bar.update(size)
 
     def close(self) -> None:
-        self._total.close()
+        self._bar.close()
 
 
 # --------------------------------------------------------------- Parallel work
 
 
 @dataclass
-class Tools:
-    """What every command needs."""
+class Context:
+    """The settings, the box, the bucket and the progress bars, for every command."""
 
     config: Config
     box: StorageBox
@@ -3073,33 +3148,39 @@ class Tools:
         show_table(title, rows)
 
 
-Outcome = tuple[Any, Any, "ArchiveError | None"]  # an item, its result, or else its error
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+# An item with its result, or with None and the error.
+Outcome = tuple[Item, "Result | None", "ArchiveError | None"]
 
 
 @dataclass
-class Parallel:
-    """Calls work(item) on threads: at most `threads` at once, and more than one only if the
-    items' `memory` is at most `limit` together.
+class Parallel(Generic[Item, Result]):
+    """Calls work(item) on threads: at most `threads` at once, and no more than fit into
+    `limit` bytes of `memory`, of which a single item may need more.
 
-    A FileError is an outcome.  After any other error, after Stopped, or after SAME_FAILURES
-    with one code in a row, the box is closed, and the work under way is yielded before the
-    error is raised.  After Stopped, only work that ends within STOP_LIMIT is."""
+    A FileError of `work` is an outcome.  Fatal, Stopped, and SAME_FAILURES with one code in a
+    row close the box.  These errors, and a FileError of the items, are raised once the work
+    under way was yielded.  After Stopped, only work that ends within STOP_LIMIT is."""
 
-    work: Callable[[Any], object]
+    work: Callable[[Item], Result]
     box: StorageBox
     threads: int
-    memory: Callable[[Any], int] = field(default=lambda _: 0)
+    memory: Callable[[Item], int] = field(default=lambda _: 0)
     limit: int = 0
 
     def __post_init__(self) -> None:
-        self._finished: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        self._ready: list[Outcome] = []  # collected, and not yet yielded
+        self._finished: queue.SimpleQueue[Outcome[Item, Result]] = queue.SimpleQueue()
+        self._ready: list[Outcome[Item, Result]] = []  # collected, and not yet yielded
         self._under_way = self._memory_in_use = 0
         self._codes: deque[str] = deque(maxlen=SAME_FAILURES)  # of the latest outcomes
         self._failure: BaseException | None = None
 
-    def outcomes(self, items: Iterable[Any]) -> Generator[list[Outcome], None, None]:
-        """Finished work, in lists.  An item of None only makes finished work be yielded."""
+    def outcomes(
+        self, items: Iterable[Item | None]
+    ) -> Generator[list[Outcome[Item, Result]], None, None]:
+        """Finished work, in lists.  An item of None starts nothing, but lets finished work be
+        yielded."""
         pool = ThreadPoolExecutor(self.threads)
         try:
             for item in items:
@@ -3113,41 +3194,42 @@ class Parallel:
             while self._under_way:
                 yield self._collect()
                 self._check()
-        except (Fatal, Stopped) as error:  # from `items`, from _check, or by a signal
+        except (ArchiveError, Stopped) as error:  # of `items`, of _check, or by a signal
             self._failure = self._failure or error
-            self.box.close()
+            if not isinstance(self._failure, FileError):
+                self.box.close()
             end = time.monotonic() + STOP_LIMIT
             while self._under_way:
                 if isinstance(self._failure, Stopped) and time.monotonic() > end:
                     break
                 yield self._collect()
-            yield self._ready
+            yield self._ready  # which a signal may have left in _collect
             raise self._failure from None
         finally:
             if self._under_way:
                 self.box.close()
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _attempt(self, item: Any) -> None:
-        result: object = None
+    def _attempt(self, item: Item) -> None:
+        result: Result | None = None
         error: ArchiveError | None = None
         try:
             result = self.work(item)
         except Stopped:
             error = FileError("the run ended before it was done", UNFINISHED)
-        except ArchiveError as known:
-            error = known
-        except Exception as unknown:  # a library's, from a server that it did not expect
+        except ArchiveError as expected:
+            error = expected
+        except Exception as other:  # a library's, from a server that it did not expect
             log.debug("traceback", exc_info=True)
-            kind = type(unknown).__name__
-            error = FileError(f"unexpected {kind}: {unknown}", kind)
+            code = type(other).__name__
+            error = FileError(f"unexpected {code}: {other}", code)
         if isinstance(error, Fatal):
             self.box.close()  # at once, so that the other threads begin no new work
         if error is not None:  # a traceback would keep the file's bytes in memory
             error.__traceback__ = error.__context__ = None
         self._finished.put((item, result, error))
 
-    def _must_wait(self, item: Any) -> bool:
+    def _must_wait(self, item: Item | None) -> bool:
         """Whether finished work has to be collected before `item` is begun."""
         if not self._finished.empty():
             return True
@@ -3156,7 +3238,7 @@ class Parallel:
         is_full = self._memory_in_use + self.memory(item) > self.limit
         return is_full or self._under_way == self.threads
 
-    def _collect(self) -> list[Outcome]:
+    def _collect(self) -> list[Outcome[Item, Result]]:
         """The outcomes of finished work; waits at most COMMIT_PAUSE for the first one."""
         with contextlib.suppress(queue.Empty):
             outcome = self._finished.get(timeout=COMMIT_PAUSE)
@@ -3166,7 +3248,7 @@ class Parallel:
         outcomes, self._ready = self._ready, []
         return outcomes
 
-    def _take(self, item: Any, result: Any, error: ArchiveError | None) -> None:
+    def _take(self, item: Item, result: Result | None, error: ArchiveError | None) -> None:
         self._under_way -= 1
         self._memory_in_use -= self.memory(item)
         if isinstance(error, Fatal):  # which has closed the box: others got Stopped by that
@@ -3197,7 +3279,7 @@ class Job(NamedTuple):
     plan: UploadPlan
     record: Record | None  # its row
     upload_begun: bool  # an earlier run has begun an upload in parts and not completed it
-    resumes: bool  # that was the same version of the file, with the same part size
+    resumes: bool  # and its parts are of this version of the file, and of this part size
 
     @property
     def compares(self) -> bool:
@@ -3206,9 +3288,9 @@ class Job(NamedTuple):
         return has_row and not self.resumes
 
     @property
-    def asks(self) -> int:
-        """1 if S3 has to be asked for that: the state does not know first-hand."""
-        return int(self.compares and not (self.record and self.record.has_content))
+    def heads(self) -> int:
+        """The number of HEADs that this takes: 0 if the state knows the content."""
+        return int(self.compares and not (self.record and self.record.knows_content))
 
 
 class Archived(NamedTuple):
@@ -3220,15 +3302,14 @@ class Archived(NamedTuple):
     is_upload: bool
 
 
-Uploads = Mapping[str, tuple[int, "int | None", int]]  # as from State.uploads
-
-
-def make_job(file: RemoteFile, config: Config, state: State, uploads: Uploads) -> Job:
+def make_job(
+    file: RemoteFile, config: Config, state: State, uploads: Mapping[str, BegunUpload]
+) -> Job:
     """The job for a file that is not recorded; FileError if S3 cannot hold the file."""
     key = object_key(config.prefix, relative_path(config.remote_path, file.path))
     plan = plan_upload(file.size, config.memory_limit)
     version = (file.size, file.mtime, plan.part_size)
-    resumes = plan.parts_at_once > 0 and uploads.get(key) == version
+    resumes = plan.is_multipart and uploads.get(key) == version
     return Job(file, key, plan, state.find(file.path), key in uploads, resumes)
 
 
@@ -3241,23 +3322,28 @@ class Count:
         return f"{self.files:,} ({format_size(self.bytes)})"
 
 
-Counts = dict[str, Count]  # by storage class
+class Counts(dict[str, Count]):
+    """By storage class, or by what a run does."""
+
+    def add(self, name: str, size: int, files: int = 1) -> None:
+        count = self.setdefault(name, Count())
+        count.files, count.bytes = count.files + files, count.bytes + size
+
+    def total(self) -> Count:
+        counts = self.values()
+        return Count(sum(count.files for count in counts), sum(count.bytes for count in counts))
 
 
-def total(counts: Counts) -> Count:
-    return Count(sum(c.files for c in counts.values()), sum(c.bytes for c in counts.values()))
+def recorded_class(record: Record, config: Config) -> str:
+    """The storage class of the row's object; STORAGE_CLASS if none was recorded."""
+    return record.storage_class or config.storage_class
 
 
-def add(counts: Counts, name: str, size: int, files: int = 1) -> None:
-    count = counts.setdefault(name, Count())
-    count.files, count.bytes = count.files + files, count.bytes + size
-
-
-def by_class(state: State, default: str) -> Counts:
-    """The archived files by class; `default` is the class where none was recorded."""
-    counts: Counts = {}
+def archived_counts(state: State, config: Config) -> Counts:
+    """The archived files by storage class; STORAGE_CLASS where none was recorded."""
+    counts = Counts()
     for storage_class, files, size in state.totals():
-        add(counts, storage_class or default, size, files)
+        counts.add(storage_class or config.storage_class, size, files)
     return counts
 
 
@@ -3265,25 +3351,25 @@ def month_cost(prices: Prices, counts: Counts) -> float:
     return sum(prices.month(name, c.files, c.bytes) for name, c in counts.items())
 
 
-def restore_cost(prices: Prices, counts: Counts, tier: str, days: int = 7) -> float:
+def restore_cost(prices: Prices, counts: Counts, tier: str, days: int) -> float:
     """USD for restored copies of all objects that stay for `days`."""
-    amounts = (prices.restore(n, tier, c.files, c.bytes, days) for n, c in counts.items())
-    return sum(amounts)
+    return sum(prices.restore(n, tier, c.files, c.bytes, days) for n, c in counts.items())
 
 
 def job_cost(job: Job, config: Config, prices: Prices) -> tuple[float, float]:
     """USD for the requests of an upload, if it comes to that after a comparison, and for the
     object that it overwrites early."""
     size, record, early = job.file.size, job.record, 0.0
-    requests = {"head": job.asks, "list": 2 * job.upload_begun, **job.plan.requests(size)}
+    lists = job.upload_begun + job.resumes  # its uploads, and the parts of one
+    requests = {"head": job.heads, "list": lists, **job.plan.requests(size)}
     if record is not None:
-        age_days = (time.time() - (record.uploaded_at or 0)) / 86400
-        storage_class = record.storage_class or config.storage_class
-        early = prices.early(storage_class, record.size, age_days)
+        age_days = (time.time() - (record.uploaded_at or 0)) / DAY
+        early = prices.early(recorded_class(record, config), record.size, age_days)
     return prices.upload(config.class_of(size), requests), early
 
 
-NEW, CHANGED, COMPARED, GONE, FAILING = "+", "*", "?", "-", "!"  # in `plan --list`
+# In `plan --list`.
+NEW, CHANGED, TO_COMPARE_MARK, GONE, FAILING = "+", "*", "?", "-", "!"
 
 
 class Forecast(WalkReport):
@@ -3291,18 +3377,18 @@ class Forecast(WalkReport):
     a reason for each file that is not archived as it is."""
 
     def __init__(
-        self, tools: Tools, state: State,
+        self, context: Context, state: State,
         on_file: Callable[[str, bytes, object], None] = lambda *_: None,
     ):  # fmt: skip
         super().__init__()
-        self._tools, self._config, self._state = tools, tools.config, state
-        self._uploads, self._on_file, self.prices = state.uploads(), on_file, tools.prices
-        self.afterwards = by_class(state, tools.config.storage_class)
+        self._context, self._config, self._state = context, context.config, state
+        self._uploads, self._on_file, self.prices = state.uploads(), on_file, context.prices
+        self.afterwards = archived_counts(state, context.config)
         names = ("new", "changed", "to_compare", "unchanged")
-        self.counts = {name: Count() for name in names}
-        self.gone: Counts = {}  # by class: archived, but not on the box any more
-        self.missing = set[str]()  # their paths, as in the path column
-        self.tiny: Counts = {}  # of what is to be uploaded
+        self.counts = Counts({name: Count() for name in names})
+        self.gone = Counts()  # by class: archived, but not on the box any more
+        self.gone_paths = set[str]()  # as in the path column
+        self.tiny = Counts()  # by class, of what is to be uploaded
         self.altered = 0  # archived files that have another size or mtime now
         self.requests = Counter(put=0, create=0, part=0, complete=0, head=0)
         self.upload = 0.0  # USD for these requests
@@ -3314,8 +3400,8 @@ class Forecast(WalkReport):
 
     def walk_box(self) -> None:
         """Adds all files of the box; Fatal, Stopped."""
-        walk = Walk(self._tools.box, self._config, self)
-        with self._tools.progress.counting("looking") as bar:
+        walk = Walk(self._context.box, self._config, self)
+        with self._context.progress.counting("looking") as bar:
             for page in walk:
                 self._add_page(page)
                 self._state.note_seen(page)
@@ -3323,15 +3409,15 @@ class Forecast(WalkReport):
         for record in self._state.unseen():
             path = unescape(record.path)
             if not walk.leaves_out(path):
-                add(self.gone, record.storage_class or self._config.storage_class, record.size)
-                self.missing.add(record.path)
+                self.gone.add(recorded_class(record, self._config), record.size)
+                self.gone_paths.add(record.path)
                 self._on_file(GONE, path, "")
 
     def _add_page(self, page: list[RemoteFile]) -> None:
         """Adds what a run would do with these files."""
         pending = self._state.unrecorded(page)
         size = sum(f.size for f in page) - sum(f.size for f in pending)
-        add(self.counts, "unchanged", size, len(page) - len(pending))
+        self.counts.add("unchanged", size, len(page) - len(pending))
         for file in pending:
             try:
                 job = make_job(file, self._config, self._state, self._uploads)
@@ -3341,42 +3427,44 @@ class Forecast(WalkReport):
             record, storage_class = job.record, self._config.class_of(file.size)
             if record and (record.size != file.size or record.mtime is not None):
                 self.altered += 1
-            if record and job.compares:
-                self._on_file(COMPARED, file.path, "")
-                add(self.counts, "to_compare", file.size)
-                self.requests["head"] += job.asks
-                self.upload += self.prices.upload(storage_class, {"head": job.asks})
+            if job.compares:
+                self._on_file(TO_COMPARE_MARK, file.path, "")
+                self.counts.add("to_compare", file.size)
+                self.requests["head"] += job.heads
+                self.upload += self.prices.upload(storage_class, {"head": job.heads})
                 continue
             self._on_file(CHANGED if record else NEW, file.path, "")
-            add(self.counts, "changed" if record else "new", file.size)
+            self.counts.add("changed" if record else "new", file.size)
             if file.size < TINY_FILE:
-                add(self.tiny, storage_class, file.size)
+                self.tiny.add(storage_class, file.size)
             self.requests.update(job.plan.requests(file.size))
             cost, early = job_cost(job, self._config, self.prices)
             self.upload, self.early = self.upload + cost, self.early + early
-            add(self.afterwards, storage_class, file.size)
+            self.afterwards.add(storage_class, file.size)
             if record:
-                old_class = record.storage_class or self._config.storage_class
-                add(self.afterwards, old_class, -record.size, -1)
+                self.afterwards.add(recorded_class(record, self._config), -record.size, -1)
 
     def usd(self) -> dict[str, float]:
         """Amounts by their names in JSON."""
-        prices, after, archived = self.prices, self.afterwards, total(self.afterwards)
-        index = sum(prices.month_of_index(name, c.files) for name, c in after.items())
+        prices, after, archived = self.prices, self.afterwards, self.afterwards.total()
+        index = sum(prices.month_of_overhead(name, c.files) for name, c in after.items())
         return {
             "upload": self.upload,
             "overwritten_early": self.early,
             "storage_a_month": month_cost(prices, after),
             "of_it_per_object": index,
             "gone_a_month": month_cost(prices, self.gone),
-            **{f"full_restore_{tier}": restore_cost(prices, after, tier) for tier in TIERS},
+            **{
+                f"full_restore_{tier}": restore_cost(prices, after, tier, DAYS_RESTORED)
+                for tier in TIERS
+            },
             "full_download": prices.download(archived.files, archived.bytes),
         }
 
     def tiny_savings(self) -> tuple[float, float]:
         """USD saved of the upload and of a month, if files below TINY_FILE went into
         CLASS_FOR_TINY."""
-        prices, tiny, other = self.prices, total(self.tiny), CLASS_FOR_TINY
+        prices, tiny, other = self.prices, self.tiny.total(), CLASS_FOR_TINY
         uploads = (prices.upload(name, {"put": c.files}) for name, c in self.tiny.items())
         upload = sum(uploads) - prices.upload(other, {"put": tiny.files})
         month = month_cost(prices, self.tiny) - prices.month(other, tiny.files, tiny.bytes)
@@ -3389,12 +3477,12 @@ class Forecast(WalkReport):
         usd = self.usd() | {"tiny_files_upload": upload, "tiny_files_month": month}
         return {
             **self.counts,
-            "gone": total(self.gone),
-            **{name: self.skipped[label] for name, label in labels.items()},
+            "gone": self.gone.total(),
+            **{name: self.left_out[label] for name, label in labels.items()},
             "unreadable": self.failed,
             "requests": self.requests,
-            "afterwards": total(self.afterwards),
-            "tiny_files": total(self.tiny),
+            "afterwards": self.afterwards.total(),
+            "tiny_files": self.tiny.total(),
             "usd": {name: json_usd(amount) for name, amount in usd.items()},
             "prices": self.prices.json,
         }
@@ -3410,37 +3498,36 @@ class Forecast(WalkReport):
         yield "Unchanged files", self.counts["unchanged"]
         if self.gone:
             cost = format_usd(usd["gone_a_month"])
-            yield "Gone from the box", f"{total(self.gone)}, archived for {cost} a month"
-        yield from self.skipped_rows()
-        yield "To upload", total({"new": new, "changed": changed})
+            yield "Gone from the box", f"{self.gone.total()}, archived for {cost} a month"
+        yield from self.left_out_rows()
+        yield "To upload", Counts(new=new, changed=changed).total()
         yield "Requests", requests or "none"
         yield "Upload", usd["upload"]
         yield "Overwritten early", usd["overwritten_early"]
-        yield "Archive afterwards", total(self.afterwards)
+        yield "Archive afterwards", self.afterwards.total()
         yield "Storage a month", usd["storage_a_month"]
         for tier, hours in TIERS.items():
             cost = format_usd(usd[f"full_restore_{tier}"])
-            yield f"Restore, {tier}", f"{cost}, within {hours} hours, for 7 days"
+            yield f"Restore, {tier}", f"{cost}, within {hours} hours, for {DAYS_RESTORED} days"
         yield "Download of all", f"{format_usd(usd['full_download'])} out of AWS"
 
     def warn(self) -> None:
         """Logs what the user may not expect."""
         self.warn_of_unmatched()
-        usd, archived, (upload, month) = self.usd(), total(self.afterwards), self.tiny_savings()
+        usd, archived = self.usd(), self.afterwards.total()
+        upload, month = self.tiny_savings()
         if usd["of_it_per_object"] > usd["storage_a_month"] / 2:
-            message = "files have %s on average: the 40 KB S3 adds to each cost more than the "
-            message += "data"
+            message = "files have %s on average: the 40 KB that S3 adds cost more than they do"
             log.warning(message, format_size(archived.bytes / archived.files))
         if upload > usd["upload"] / 10 or month > usd["storage_a_month"] / 10:
             message = "files to upload below %s: %s; SMALL_FILES_BELOW=%dK and "
             message += "SMALL_FILES_CLASS=%s would save %s of the upload and %s a month"
-            tiny = format_size(TINY_FILE), total(self.tiny), TINY_FILE // KIB, CLASS_FOR_TINY
+            tiny = format_size(TINY_FILE), self.tiny.total(), TINY_FILE // KIB, CLASS_FOR_TINY
             log.warning(message, *tiny, format_usd(upload), format_usd(month))
 
 
-def plan(tools: Tools, options: argparse.Namespace) -> int:
-    """Shows what `run` would do and cost; changes nothing.  0, or 3 if something could not
-    be listed."""
+def plan(context: Context, options: argparse.Namespace) -> int:
+    """Shows what `run` would do and cost; changes nothing.  0, or 3 if a file would fail."""
 
     def show_file(mark: str, path: bytes, reason: object) -> None:
         if options.list and not options.json:
@@ -3449,12 +3536,11 @@ def plan(tools: Tools, options: argparse.Namespace) -> int:
             log_failure(path, reason)
 
     if options.list:
-        tools.progress = Progress(shown=False)  # a bar would be drawn between the lines
-    with contextlib.closing(State(tools.config, copy=True)) as state:
-        state.check_pins(pins_of(tools.config))
+        context.progress = Progress(shown=False)  # a bar would be drawn between the lines
+    with copied_state(context.config) as state:
         if state.is_new:
-            take_over(tools.config, tools.bucket, state)
-        forecast = Forecast(tools, state, show_file)
+            take_over(context.config, context.bucket, state)
+        forecast = Forecast(context, state, show_file)
         forecast.walk_box()
     if options.json:
         forecast.warn_of_unmatched()
@@ -3463,7 +3549,7 @@ def plan(tools: Tools, options: argparse.Namespace) -> int:
         show_table("PLAN", forecast.rows())
         show(f"({forecast.prices.note})")
         forecast.warn()
-    return 3 if forecast.failed else 0
+    return INCOMPLETE if forecast.failed else 0
 
 
 # ------------------------------------------------------------------------- Run
@@ -3488,7 +3574,7 @@ class Report(WalkReport):
         yield "Duration (sec)", round(time.monotonic() - self.began)
         if self.compared:
             yield "Compared files", self.compared
-        yield from self.skipped_rows()
+        yield from self.left_out_rows()
         yield "Spent", self.spent
         if self.ended_early:
             yield "Ended early", self.ended_early
@@ -3497,19 +3583,20 @@ class Report(WalkReport):
 class Spending:
     """What a run spends by its own count, in USD, and what MAX_COST allows it to spend."""
 
-    def __init__(self, tools: Tools):
+    def __init__(self, context: Context):
         """Fatal if there is a MAX_COST, and the price of a class is not known."""
-        self._config, self._prices = tools.config, tools.prices
-        self._requests = tools.bucket.requests  # those that were sent
+        config = self._config = context.config
+        self._prices = context.prices
+        self._requests = context.bucket.requests  # those that were sent
         self._early = 0.0  # for objects that were overwritten early
         self._reserved = 0.0  # for the jobs that have begun, and the requests before
-        for name in {self._config.storage_class, self._config.class_of(0)}:
+        for name in {config.storage_class, config.small_files_class or config.storage_class}:
             cost = self._prices.upload(name, {"put": 1, "part": 1}) + self._prices.early(
                 name, 1, 0
             )
-            if self._config.max_cost is not None and math.isnan(cost):
+            if config.max_cost is not None and math.isnan(cost):
                 remedy = f"set {name}.put, {name}.part and {name}.month in PRICES"
-                raise Fatal(f"MAX_COST: what {name} costs is not known: {remedy}", status=2)
+                raise Fatal(f"MAX_COST: what {name} costs is not known: {remedy}", status=USAGE)
 
     @property
     def total(self) -> float:
@@ -3536,32 +3623,31 @@ class Spending:
         if is_upload:
             self._early += early
         else:
-            asked = self._prices.upload("", {"head": job.asks})
+            asked = self._prices.upload("", {"head": job.heads})
             self._reserved -= requests + early - asked
 
 
 class Run:
-    """One pass over the box: walk, decide, transfer, settle.  Other threads only read and
-    send files; the walk's decisions and the state belong to the main thread."""
+    """One pass over the box.  Other threads only read and send files; the main thread walks,
+    decides what to do with each file, and commits what is done."""
 
-    def __init__(self, tools: Tools, state: State, report: Report, spending: Spending):
-        self._state, self._report, self._progress = state, report, tools.progress
-        self._config, self._box, self._bucket = tools.config, tools.box, tools.bucket
+    def __init__(self, context: Context, state: State, report: Report, spending: Spending):
+        self._state, self._report, self._progress = state, report, context.progress
+        self._config, self._box, self._bucket = context.config, context.box, context.bucket
         self._spending = spending
         self._uploads = state.uploads()
         self._seen: set[str] = set()  # keys of these uploads that have a job in this run
-        # At most TRANSFERS files are sent to S3 at once.  Meanwhile nearly as many small files
-        # are read, so that S3 never waits for the box's round trips.  With TRANSFERS=1, one
-        # file is read and sent after the other.
-        self._turns = threading.Semaphore(self._config.transfers)
+        self._turns = threading.Semaphore(self._config.transfers)  # to send files to S3
 
     def archive(self) -> None:
         """Archives what is new or changed; Fatal, Stopped, after what S3 has acknowledged is
         committed."""
+        # While TRANSFERS files are sent, nearly as many small ones are read, so that S3 never
+        # waits for the box.  With TRANSFERS=1, a file is read and sent after the other.
         threads, limit = 2 * self._config.transfers - 1, self._config.memory_limit
-        work = Parallel(self._transfer, self._box, threads, lambda j: j.plan.memory, limit)
+        pool = Parallel(self._transfer, self._box, threads, lambda j: j.plan.memory, limit)
         self._spending.begin()
-        with contextlib.closing(work.outcomes(self._jobs())) as outcomes:
+        with contextlib.closing(pool.outcomes(self._jobs())) as outcomes:
             for finished in outcomes:
                 with self._box.stopping.deferred():
                     self._settle(finished)
@@ -3571,10 +3657,10 @@ class Run:
             for key in self._uploads.keys() - self._seen:
                 if self._bucket.abort_uploads(key):
                     log.info("aborted the unfinished upload of %s", printable(key))
-                    self._state.end_upload(key)
+                    self._state.forget_upload(key)
 
     def _is_out_of_time(self) -> bool:
-        """Whether MAX_RUNTIME is over, so that no more work may begin."""
+        """Whether MAX_RUNTIME is over, which is logged once: no more work may begin then."""
         limit = self._config.max_runtime
         if limit is None or time.monotonic() - self._report.began < limit:
             return False
@@ -3597,8 +3683,10 @@ class Run:
                     jobs.append(make_job(file, self._config, self._state, self._uploads))
                 except FileError as error:
                     self._report.add_failure(file.path, error)
+                    relative = relative_path(self._config.remote_path, file.path)
+                    self._seen.add(unchecked_key(self._config.prefix, relative))
             self._seen.update(job.key for job in jobs if job.upload_begun)
-            self._state.begin(jobs)
+            self._state.note_begun(jobs)
             self._progress.expect(sum(job.file.size for job in jobs))
             for job in (*jobs, None):
                 if job and not self._spending.reserve(job):
@@ -3611,25 +3699,26 @@ class Run:
         """Reads one file, and uploads it unless S3 holds it; None if the run is ending."""
         if self._is_out_of_time() or self._box.stopping.is_set():
             return None
-        parts: StoredParts | None = None
-        if job.upload_begun:
-            part_size = job.plan.part_size if job.resumes else None
-            parts = self._bucket.stored_parts(job.key, part_size)
+        unfinished: UnfinishedUpload | None = None
+        if job.resumes:
+            unfinished = self._bucket.unfinished_upload(job.key, job.plan.part_size)
+        elif job.upload_begun:
+            self._bucket.abort_uploads(job.key)
         # If its parts are gone, S3 may have completed the upload, and its answer got lost.
-        may_be_complete = job.resumes and parts is None
+        may_be_complete = job.resumes and unfinished is None
         found = self._object_to_compare(job) if job.compares or may_be_complete else None
-        # An mtime in the object's metadata is as good as a row of ours, unless the file was
-        # uploaded so soon after it that the file could have changed again and kept it.
-        if found and found.mtime == job.file.mtime < found.stored_at - RECENTLY_STORED:
+        # An mtime in the object's metadata is as good as a row of ours, unless the upload came
+        # so soon after it that a later change could have the same mtime.
+        if found and found.mtime == job.file.mtime < found.uploaded_at - RECENTLY_STORED:
             return Archived(job.file, found, is_recent=False, is_upload=False)
-        if job.plan.parts_at_once:
+        if job.plan.is_multipart:
             with self._turns:
                 self._box.stopping.check()
-                archived = self._compare_large(job, found) if found and job.compares else None
-                return archived or self._archive_large(job, parts)
+                archived = self._compare_large(job, found) if found else None
+                return archived or self._upload_large(job, unfinished)
         with contextlib.closing(FileReader(self._box, job.file)) as reader:
             data = reader.read()
-        same = with_content(found, [data]) if found and found.size == len(data) else None
+        same = match_content(found, [data]) if found and found.size == len(data) else None
         if same:
             return Archived(reader.file, same, reader.is_recent, is_upload=False)
         with self._turns:
@@ -3642,9 +3731,10 @@ class Run:
         """The object to compare the file with; None if it cannot be the same.  The row is
         enough if this program has read the content; else S3 gets a HEAD."""
         record = job.record
-        if record and record.has_content:
-            kind, stored_at = record.storage_class or "", record.uploaded_at or 0
-            return StoredObject(job.key, record.size, stored_at, kind, record.etag or "")
+        if record and record.knows_content:
+            storage_class, uploaded_at = record.storage_class or "", record.uploaded_at or 0
+            etag = record.etag or ""
+            return StoredObject(job.key, record.size, uploaded_at, storage_class, etag)
         found = self._bucket.head(job.key)
         return found if found and found.size == job.file.size else None
 
@@ -3656,30 +3746,32 @@ class Run:
 
     def _compare_large(self, job: Job, found: StoredObject) -> Archived | None:
         """Reads the file to compare it; None if it is not the same."""
-        if not ETagComparison(found.etag, found.size).is_possible:
+        if not ETagComparison(found.etag, found.size).can_match:
             return None  # no file can match: it need not be read
         with contextlib.closing(FileReader(self._box, job.file)) as reader:
             if reader.file.size != found.size:
                 return None
-            same = with_content(found, iter(partial(self._read, reader, BLOCK), b""))
+            blocks = iter(partial(self._read, reader, COMPARE_BLOCK), b"")
+            same = match_content(found, blocks)
         return Archived(reader.file, same, reader.is_recent, is_upload=False) if same else None
 
-    def _archive_large(self, job: Job, parts: StoredParts | None) -> Archived:
-        """Uploads a large file, after the parts that are stored.  FileError if it is not as it
-        was listed: the state has noted that version for its parts."""
-        plan, moved = job.plan, self._progress.moved
-        if parts and len(parts[1]) * plan.part_size >= job.file.size:
-            parts[1].pop()  # upload_fileobj has to send at least one part
-        offset = len(parts[1]) * plan.part_size if parts else 0
+    def _upload_large(self, job: Job, unfinished: UnfinishedUpload | None) -> Archived:
+        """Uploads a large file, after the parts that are stored.  FileError if it has changed
+        since it was listed: its stored parts are of that version."""
+        plan, moved, offset = job.plan, self._progress.moved, 0
+        if unfinished:
+            if len(unfinished.parts) * plan.part_size >= job.file.size:
+                unfinished.parts.pop()  # upload_fileobj has to send at least one part
+            offset = len(unfinished.parts) * plan.part_size
         with contextlib.closing(FileReader(self._box, job.file, offset)) as reader:
             if reader.file != job.file:
                 raise FileError("changed since it was listed: the next run archives it")
             moved(offset)
             read = partial(self._read, reader)
-            stored = self._bucket.upload(job.key, read, reader.file, plan, parts, moved)
+            stored = self._bucket.upload(job.key, read, reader.file, plan, unfinished, moved)
             return Archived(reader.file, stored, reader.is_recent, is_upload=True)
 
-    def _settle(self, outcomes: list[Outcome]) -> None:
+    def _settle(self, outcomes: list[Outcome[Job, Archived | None]]) -> None:
         """Commits and counts what has finished."""
         report = self._report
         self._state.record(archived for _, archived, _ in outcomes if archived)
@@ -3695,18 +3787,19 @@ class Run:
                 report.compared += 1
                 log.debug("compared %s", path)
             elif error and error.code == VANISHED:
-                report.skipped["Vanished"] += 1
+                report.left_out["Vanished"] += 1
                 log.info("vanished %s", path)
             elif error and error.code == UNFINISHED:
-                is_large = job.plan.parts_at_once > 0
-                if job.compares and is_large and not is_recent(job.file, report.started_at):
+                is_old = not is_recent(job.file, report.started_at)
+                if job.compares and job.plan.is_multipart and is_old:
                     self._state.note_upload(job)
             elif error:
                 report.add_failure(job.file.path, error)
 
 
-def with_content(found: StoredObject, blocks: Iterable[bytes]) -> StoredObject | None:
-    """The object with its CRC-32, if its ETag shows that these bytes are its content."""
+def match_content(found: StoredObject, blocks: Iterable[bytes]) -> StoredObject | None:
+    """The object with the CRC-32 of these bytes, if its ETag shows that they are its content;
+    else None."""
     comparison, crc32 = ETagComparison(found.etag, found.size), 0
     for block in blocks:
         comparison.update(block)
@@ -3714,38 +3807,39 @@ def with_content(found: StoredObject, blocks: Iterable[bytes]) -> StoredObject |
     return found._replace(crc32=crc32) if comparison.matches() else None
 
 
-def check_changes(tools: Tools, state: State) -> None:
-    """Fatal if more archived files have changed or are gone than MAX_CHANGED allows, as after
-    an attack by ransomware.  Files that are gone count until a run was allowed to go on."""
-    limit = tools.config.max_changed
+def check_changes(context: Context, state: State) -> None:
+    """Walks the box, before the run does.  Fatal if more archived files have changed or are
+    gone than MAX_CHANGED allows, as after an attack by ransomware.  A file that is gone does
+    not count again once this has let a run go on."""
+    limit = context.config.max_changed
     if limit is None:
         return
-    forecast = Forecast(tools, state)
+    forecast = Forecast(context, state)
     forecast.walk_box()
-    missing = forecast.missing
-    before = total(by_class(state, tools.config.storage_class)).files
-    gone = len(missing - state.known_gone())
+    before = archived_counts(state, context.config).total().files
+    gone = len(forecast.gone_paths - state.known_gone())
     if (forecast.altered + gone) * 100 > limit * before:
         found = f"{forecast.altered:,} have changed and {gone:,} are gone"
         reason = f"MAX_CHANGED is {limit} %, but of {before:,} archived files {found}"
         remedy = "look at plan --list; if it is right, raise MAX_CHANGED for one run"
         raise Fatal(f"{reason}: nothing was sent; {remedy}")
-    state.note_gone(missing)
+    state.note_gone(forecast.gone_paths)
 
 
-def run(tools: Tools, options: argparse.Namespace) -> int:
+def run(context: Context, options: argparse.Namespace) -> int:
     """Archives the box: 0, or 3 if something is incomplete.  With --dry-run, it is `plan`."""
     if options.dry_run:
-        return plan(tools, options)
-    config, stopping, report, status = tools.config, tools.box.stopping, Report(), 1
-    spending = Spending(tools)
+        return plan(context, options)
+    config, stopping, report = context.config, context.box.stopping, Report()
+    status = FATAL
+    spending = Spending(context)
     # Work that still runs then is cut off.
-    out_of_time = threading.Timer((config.max_runtime or 0) + RUNTIME_GRACE, tools.box.close)
+    out_of_time = threading.Timer((config.max_runtime or 0) + RUNTIME_GRACE, context.box.close)
     out_of_time.daemon = True
     with locked(config), contextlib.closing(State(config)) as state:
         pins = pins_of(config)
         if options.new_source:
-            tools.box.session()  # fails with a mistyped user, before the state is emptied
+            context.box.session()  # fails with a mistyped user, before the state is emptied
             state.check_pins({name: pins[name] for name in pins.keys() - SOURCE_PINS})
             state.forget_source()
         state.check_pins(pins)
@@ -3754,17 +3848,17 @@ def run(tools: Tools, options: argparse.Namespace) -> int:
             if config.max_runtime is not None:
                 out_of_time.start()
             if state.is_new:
-                take_over(config, tools.bucket, state)
-            tools.box.session()
-            check_changes(tools, state)
-            Run(tools, state, report, spending).archive()
-            status = 3 if report.failed or report.ended_early else 0
+                take_over(config, context.bucket, state)
+            context.box.session()
+            check_changes(context, state)
+            Run(context, state, report, spending).archive()
+            status = INCOMPLETE if report.failed or report.ended_early else 0
         except Stopped:
-            status, report.ended_early = 3, "MAX_RUNTIME was over"
+            status, report.ended_early = INCOMPLETE, "MAX_RUNTIME was over"
             if stopping.signal is not None:
                 status = 128 + stopping.signal
                 report.ended_early = f"by {signal.Signals(stopping.signal).name}"
-        except Exception:  # whatever it is, the summary says so; it is passed on
+        except Exception:
             report.ended_early = "by an error"
             raise
         finally:
@@ -3774,11 +3868,11 @@ def run(tools: Tools, options: argparse.Namespace) -> int:
                 report.spent = spending.total
                 ended = (int(time.time()), status, *counts, report.bytes_uploaded)
                 state.record_run(PastRun(report.started_at, *ended, report.spent))
-                tools.show_summary("SUMMARY", report.rows())
+                context.show_summary("SUMMARY", report.rows())
     return status
 
 
-# -------------------------------------------------- Ls, status, verify and check
+# ------------------------------------------------------------------ Inspection
 
 NOT_KNOWN = "not known"
 
@@ -3788,7 +3882,7 @@ def try_or_none(question: Callable[[], T]) -> tuple[T | None, str]:
     try:
         return question(), ""
     except ArchiveError as error:
-        if error.code == "AccessDenied":
+        if error.code == DENIED:
             return None, "the credentials may not ask"
         log.warning("%s", error)
         return None, NOT_KNOWN
@@ -3801,7 +3895,7 @@ def wanted_paths(given: Iterable[str], root: bytes) -> list[bytes]:
     names = [os.fsencode(path).rstrip(b"/") for path in given]
     if b"" in names and root != b"/":  # a script may have left a variable empty: $FOLDER/
         message = f"/ is not below REMOTE_PATH {printable(root)}: name no path for all"
-        raise Fatal(message, status=2)
+        raise Fatal(message, status=USAGE)
     inner = {name.removeprefix(start).removeprefix(b"./") for name in names}
     if inner & {b"", b"."} or {root, join(b".", root)} & set(names):
         return []
@@ -3839,19 +3933,19 @@ def check_versions(bucket: Bucket, at: float | None) -> None:
         raise Fatal("--at: the bucket is not versioned, and has no earlier versions")
 
 
-def ls(tools: Tools, options: argparse.Namespace) -> int:
+def ls(context: Context, options: argparse.Namespace) -> int:
     """Lists the archived objects, one per line; 0, or 3 if a path has none."""
-    config, listed, status = tools.config, Count(), 0
+    config, listed, status = context.config, Count(), 0
     paths = wanted_paths(options.path, config.remote_path)
-    check_versions(tools.bucket, options.at)
-    for name, found in select_objects(config, tools.bucket, paths, options.at):
+    check_versions(context.bucket, options.at)
+    for name, found in select_objects(config, context.bucket, paths, options.at):
         if found is None:
             log_failure(name, "nothing is archived under this path")
-            status = 3
+            status = INCOMPLETE
             continue
         listed.files, listed.bytes = listed.files + 1, listed.bytes + found.size
         if options.json:
-            utc = datetime.fromtimestamp(found.stored_at, timezone.utc)
+            utc = datetime.fromtimestamp(found.uploaded_at, timezone.utc)
             line = {
                 "path": path_text(name),
                 "size": found.size,
@@ -3864,7 +3958,7 @@ def ls(tools: Tools, options: argparse.Namespace) -> int:
             }
             show_json(line, indent=None)
         else:
-            uploaded = f"{datetime.fromtimestamp(found.stored_at):%Y-%m-%d %H:%M}"
+            uploaded = f"{datetime.fromtimestamp(found.uploaded_at):%Y-%m-%d %H:%M}"
             state = found.thaw_state if found.thaw_state in (RESTORING, RESTORED) else ""
             columns = f"{format_size(found.size):>11}  {uploaded}  {found.storage_class:<12}"
             print_line(f"{columns} {state:<9}  {printable(name)}")
@@ -3873,20 +3967,19 @@ def ls(tools: Tools, options: argparse.Namespace) -> int:
     return status
 
 
-def status(tools: Tools, options: argparse.Namespace) -> int:
+def status(context: Context, options: argparse.Namespace) -> int:
     """Shows what is archived, and what the box and the bucket say if they can be reached."""
-    config, bucket, prices = tools.config, tools.bucket, tools.prices
+    config, bucket, prices = context.config, context.bucket, context.prices
 
     def read_state() -> tuple[Counts, list[PastRun], float]:
-        with contextlib.closing(State(config, copy=True)) as state:
-            state.check_pins(pins_of(config))
-            spent = state.spent_since(time.time() - 30 * 86400)
-            return by_class(state, config.storage_class), state.last_runs(5), spent
+        with copied_state(config) as state:
+            spent = state.spent_since(time.time() - 30 * DAY)
+            return archived_counts(state, config), state.last_runs(5), spent
 
     known, no_state = try_or_none(read_state)
-    counts, runs, spent = known or ({}, [], 0.0)
+    counts, runs, spent = known or (Counts(), [], 0.0)
     usd = month_cost(prices, counts)
-    space, no_space = try_or_none(tools.box.space)
+    space, no_space = try_or_none(context.box.space)
     unfinished, no_count = try_or_none(bucket.count_unfinished)
     rule, no_rule, versioning, no_versions = None, no_count, None, no_count
     if no_count != NOT_KNOWN:  # else each request would wait for a timeout
@@ -3908,10 +4001,10 @@ def status(tools: Tools, options: argparse.Namespace) -> int:
         return 0
     used, free = map(format_size, space or (0, 0))
     box = f"{used} used, {free} free" if space else "the server does not tell"
-    rows: list[tuple[str, object]] = [("Archived", no_state or total(counts))]
-    for kind, count in counts.items():
-        is_set = kind in (config.storage_class, config.small_files_class)
-        rows.append((kind, count if is_set else f"{count}, not STORAGE_CLASS"))
+    rows: list[tuple[str, object]] = [("Archived", no_state or counts.total())]
+    for name, count in counts.items():
+        is_set = name in (config.storage_class, config.small_files_class)
+        rows.append((name, count if is_set else f"{count}, not STORAGE_CLASS"))
     rule_text = "aborts unfinished uploads" if rule else "none: see the README"
     rows += [
         ("Storage a month", no_state or usd),
@@ -3941,10 +4034,10 @@ def show_runs(runs: list[PastRun]) -> None:
         show(columns(started, ended, uploaded, failed, size, took))
 
 
-def verify(tools: Tools, options: argparse.Namespace) -> int:
+def verify(context: Context, options: argparse.Namespace) -> int:
     """Compares the state with the bucket's listing; downloads nothing.  0, or 3 if they
     differ.  --repair corrects the state: the next run uploads or compares these files."""
-    config, repair, other_class = tools.config, options.repair, 0
+    config, repair, other_class = context.config, options.repair, 0
     labels = (AGREE, NO_OBJECT, WRONG_SIZE, WRONG_ETAG, NOT_RECORDED)
     counts = Counter(dict.fromkeys(labels, 0))
     with contextlib.ExitStack() as stack:
@@ -3956,8 +4049,8 @@ def verify(tools: Tools, options: argparse.Namespace) -> int:
             reason = f"{config.state_db} is missing, or an earlier script's"
             raise Fatal(f"{reason}: archive.py run makes the state, or takes it over")
         state.check_pins(pins_of(config))
-        bar = stack.enter_context(tools.progress.counting("verifying"))
-        for verdict, reason, path, found, record in reconcile(config, tools.bucket, state):
+        bar = stack.enter_context(context.progress.counting("verifying"))
+        for verdict, reason, path, found, record in reconcile(config, context.bucket, state):
             bar.update(1)
             counts[verdict] += 1
             if reason:
@@ -3974,12 +4067,12 @@ def verify(tools: Tools, options: argparse.Namespace) -> int:
         log.warning(note, f"{other_class:,}")
     if repair and faults:
         log.warning("the state is repaired: the next run uploads what S3 does not hold")
-    return 3 if faults else 0
+    return INCOMPLETE if faults else 0
 
 
-def check(tools: Tools, _options: argparse.Namespace) -> int:
+def check(context: Context, _options: argparse.Namespace) -> int:
     """Tries everything that a run needs, and leaves nothing behind.  0, or 1 if it fails."""
-    config, bucket, wrong = tools.config, tools.bucket, 0
+    config, bucket, wrong = context.config, context.bucket, 0
 
     def line(verdict: str, text: str) -> None:
         show(f"{verdict:<5}  {text}")
@@ -3991,7 +4084,7 @@ def check(tools: Tools, _options: argparse.Namespace) -> int:
             question()
         except ArchiveError as error:
             # Another run holds the lock, or restore may have other credentials.
-            harmless = error.status == 11 or name == "s3:RestoreObject"
+            harmless = error.status == LOCKED or name == "s3:RestoreObject"
             reason = "there is no such folder on the box" if error.code == VANISHED else error
             line("note" if harmless else "WRONG", f"{name}: {reason}")
             wrong += not harmless
@@ -4000,8 +4093,8 @@ def check(tools: Tools, _options: argparse.Namespace) -> int:
         return ""
 
     def try_state() -> None:
-        with locked(config), contextlib.closing(State(config, copy=True)) as state:
-            state.check_pins(pins_of(config))
+        with locked(config), copied_state(config):
+            pass
 
     def advise(name: str, question: Callable[[], bool], advice: str) -> None:
         answer, unknown = try_or_none(question)
@@ -4009,20 +4102,21 @@ def check(tools: Tools, _options: argparse.Namespace) -> int:
 
     line("ok", "settings")
     attempt(f"state in {config.state_db}", try_state)
-    if not attempt("Storage Box (host key, login, SFTP)", tools.box.session):
+    if not attempt("Storage Box (host key, login, SFTP)", context.box.session):
         root = config.remote_path
-        attempt(f"REMOTE_PATH {printable(root)}", lambda: tools.box.list_folder(root))
+        attempt(f"REMOTE_PATH {printable(root)}", lambda: context.box.list_folder(root))
     for permission, probe in bucket.permission_probes():
         code = attempt(permission, probe)
-        # The others would fail alike, or s3:PutObject would leave an upload behind.
-        if code and (code != "AccessDenied" or permission == "s3:AbortMultipartUpload"):
+        # Another error would repeat.  Without the permission to abort, s3:PutObject would
+        # leave an upload behind.
+        if code and (code != DENIED or permission == "s3:AbortMultipartUpload"):
             break
     else:
         no_rule = "none: see the README, The bucket"
         advise("lifecycle rule for unfinished uploads", bucket.has_abort_rule, no_rule)
         off = "no: what changes on the box replaces its object"
         advise("versioning", lambda: bucket.versioning() == "Enabled", off)
-    return 1 if wrong else 0
+    return FATAL if wrong else 0
 
 
 # --------------------------------------------------------------------- Restore
@@ -4066,7 +4160,7 @@ class LocalFolder:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise FileError(f"cannot be stored: {error.strerror}") from None
+            raise FileError(f"cannot be looked up: {error}") from None
         return Attributes(found.st_size, int(found.st_mtime), found.st_mode)
 
     def store(self, name: bytes, mtime: int, blocks: Blocks, overwrite: bool) -> None:
@@ -4119,7 +4213,8 @@ class BoxFolder:
             raise Fatal(f"{reason}; --to-box takes an account that may write") from None
 
     def free_space(self) -> int | None:
-        return (self._box.space() or (0, None))[1]
+        space = self._box.space()
+        return space[1] if space else None
 
     def find(self, name: bytes) -> Attributes | None:
         try:
@@ -4127,7 +4222,7 @@ class BoxFolder:
         except SFTPError as error:
             if error.code == FX_NO_SUCH_FILE:
                 return None
-            raise FileError(f"the box does not tell what is there: {error}") from None
+            raise FileError(f"the box cannot look it up: {error}") from None
 
     def store(self, name: bytes, mtime: int, blocks: Blocks, overwrite: bool) -> None:
         """As LocalFolder.store; Fatal if the box is full."""
@@ -4153,7 +4248,7 @@ class BoxFolder:
                 raise FileError(f"the box cannot store it: {error}") from None
             # A request of a lost session may have been carried out just now.
             if size_and_mtime(session, path) != (written, mtime):
-                raise FileError("the box has something else in its place then")
+                raise FileError("the box has something else in its place afterwards")
 
         try:
             try:
@@ -4175,21 +4270,21 @@ class BoxFolder:
         above = list(itertools.accumulate(path.split(b"/"), join))[:-1]
         folders = [folder for folder in above if folder]
         lstats = [simple_request(FXP_LSTAT, folder) for folder in folders]
-        found = session.ask(*lstats) if lstats else []
+        found = session.ask(*lstats)
         mkdirs = []
         for folder, attributes in zip(folders, found):
             if isinstance(attributes, SFTPError):
-                mkdirs.append((FXP_MKDIR, encode_string(folder) + U32.pack(0)))
+                mkdirs.append((FXP_MKDIR, encode_string(folder) + NO_ATTRIBUTES))
                 continue
             mode = attributes.mode or 0
             if stat.S_ISREG(mode):
                 raise FileError(f"{printable(folder)} is a file on the box, not a folder")
             if stat.S_ISLNK(mode) and folder.startswith(join(self._folder, b"")):
                 raise FileError(THROUGH_LINK)
-        refused = [result for result in session.ask(*mkdirs) if result] if mkdirs else []
+        refused = [result for result in session.ask(*mkdirs) if result]
         # Another thread may have created the same folder meanwhile.
         if refused and isinstance(session.ask(lstats[-1])[0], SFTPError):
-            raise_if_refused(refused[0])
+            raise refused[0]
 
 
 def size_and_mtime(session: Session, path: bytes) -> tuple[int | None, int | None]:
@@ -4222,7 +4317,7 @@ def write_file(
         closing = session.send(simple_request(FXP_CLOSE, handle))
     raise_if_refused(closing.results()[0])
     if size_and_mtime(session, path) != (at, mtime):
-        raise FileError(f"the box does not have {at:,} bytes of mtime {mtime} then")
+        raise FileError(f"the box has other than {at:,} bytes of mtime {mtime} afterwards")
     return at
 
 
@@ -4233,63 +4328,126 @@ READY = "Ready"  # can be downloaded
 
 
 class Restore:
-    """One pass: downloads what can be read, and asks S3 to restore cold objects."""
+    """Downloads what can be read, and asks S3 to restore cold objects, in passes."""
 
-    def __init__(self, tools: Tools, options: argparse.Namespace, asked_at: float | None):
-        """`asked_at` is the time when an earlier pass last asked S3 to restore an object."""
-        self._tools, self._options, self.asked_at = tools, options, asked_at
-        self._config, self._bucket = tools.config, tools.bucket
-        self._paths = wanted_paths(options.path, tools.config.remote_path)
-        check_versions(tools.bucket, options.at)
+    def __init__(self, context: Context, options: argparse.Namespace):
+        """Fatal; FileError."""
+        self._context, self._options = context, options
+        self._config, self._bucket = context.config, context.bucket
+        self._paths = wanted_paths(options.path, context.config.remote_path)
+        check_versions(context.bucket, options.at)
         to, to_box = options.to, options.to_box
-        self.target: LocalFolder | BoxFolder
-        self.target = BoxFolder(tools.box, os.fsencode(to_box)) if to_box else LocalFolder(to)
-        self.allowed_requests = threading.Semaphore(0)  # one for each object to ask S3 for
-        self.manifest: TextIO | None = None  # gets a line of CSV for each cold object
-        self.counts = dict.fromkeys((THERE, DONE, ASKED, BUSY, NOT_ASKED, FAILED), 0)
-        self.bytes = 0  # restored
+        self._target: LocalFolder | BoxFolder
+        self._target = (
+            BoxFolder(context.box, os.fsencode(to_box)) if to_box else LocalFolder(to)
+        )
+        self._asked_at: float | None = None  # when S3 was last asked to restore an object
         self._left_out: set[str] = set()  # keys
         self._other_names: dict[str, bytes] = {}  # by key, of files whose path is a folder now
 
-    def survey(self) -> tuple[int, int, Counts]:
+    def one_pass(self) -> int:
+        """Restores what can be read now, and asks S3 for the rest.  The exit status."""
+        options = self._options
+        self._counts = dict.fromkeys((THERE, DONE, ASKED, BUSY, NOT_ASKED, FAILED), 0)
+        self._bytes = 0  # restored
+        self._allowed_requests = threading.Semaphore(0)  # one for each object to ask S3 for
+        self._manifest: TextIO | None = None  # gets a line of CSV for each cold object
+        ready, busy, cold = self._survey()
+        self._show_estimate(cold, ready + busy)
+        with contextlib.ExitStack() as stack:
+            if cold and options.manifest:
+                self._manifest = stack.enter_context(open_manifest(options.manifest))
+            elif cold:
+                if not options.yes and not confirm("Ask S3 to restore these objects?"):
+                    message = "nothing was asked for: it costs money; run it again with --yes"
+                    raise Fatal(message, status=USAGE)
+                self._allowed_requests.release(cold.total().files)
+            self._context.progress.expect(ready)
+            try:
+                self._restore_all()
+            finally:
+                self._context.show_summary("RESTORE", self._rows())
+        return self._conclude()
+
+    def _survey(self) -> tuple[int, int, Counts]:
         """Bytes that can be downloaded, bytes that S3 is restoring, and cold objects."""
-        cold: Counts = {}
-        sizes, known = Counter[str](), len(self._other_names)
-        with self._tools.progress.counting("looking") as bar:
+        cold, sizes, renamed = Counts(), Counter[str](), len(self._other_names)
+        with self._context.progress.counting("looking") as bar:
             for (_, found), label, _ in self._outcomes(self._label):
                 bar.update(1)
                 if label == NOT_ASKED:
-                    add(cold, found.storage_class, found.size)
+                    cold.add(found.storage_class, found.size)
                 elif label is not None:
                     sizes[label] += found.size
-        if len(self._other_names) > known:  # their labels were those of another name
-            return self.survey()
+        if len(self._other_names) > renamed:  # their labels were those of another name
+            return self._survey()
         return sizes[READY], sizes[BUSY], cold
 
-    def restore_all(self) -> None:
+    def _show_estimate(self, cold: Counts, other: int) -> None:
+        """Shows what restoring cold objects costs, and downloading them and `other` bytes.
+        Warns if there is no room for all of them."""
+        prices, tier, days = self._context.prices, self._options.tier, self._options.days
+        asked_for, free = cold.total(), self._target.free_space()
+        needed = asked_for.bytes + other
+        if cold:
+            hours, download = TIERS[tier], prices.download(asked_for.files, needed)
+            rows: list[tuple[str, object]] = [
+                ("To be asked of S3", asked_for),
+                ("Tier", f"{tier.capitalize()}, ready within {hours} hours, for {days} days"),
+                ("Restore", restore_cost(prices, cold, tier, days)),
+                ("Download", f"{format_usd(download)} out of AWS"),
+            ]
+            show_table("ESTIMATE", rows)
+            show(f"({prices.note})")
+        if free is not None and needed > free:
+            message = "%s are to be restored, but only %s are free there: copies that S3 makes "
+            message += "cost money while they wait"
+            log.warning(message, format_size(needed), format_size(free))
+
+    def _restore_all(self) -> None:
         """Downloads what can be read, asks S3 for the rest, counts it, and logs failures."""
         for (name, found), label, error in self._outcomes(self._restore_one):
-            self.counts[label or FAILED] += 1
+            self._counts[label or FAILED] += 1
             if error:
                 log_failure(name, error)
             elif label == DONE:
-                self.bytes += found.size
+                self._bytes += found.size
                 files_log.info("restored %s (%s bytes)", printable(name), f"{found.size:,}")
             elif label == ASKED:
-                self.asked_at = time.time()
-            elif label == NOT_ASKED and self.manifest is not None:
+                self._asked_at = time.time()
+            elif label == NOT_ASKED and self._manifest is not None:
                 version = "" if found.version_id is None else f",{found.version_id}"
-                self.manifest.write(f"{self._config.bucket},{quote(found.key)}{version}\n")
+                self._manifest.write(f"{self._config.bucket},{quote(found.key)}{version}\n")
 
-    def rows(self) -> Rows:
-        yield from self.counts.items()
-        yield "Restored bytes", self.bytes
-        if self.asked_at is not None:
+    def _rows(self) -> Rows:
+        yield from self._counts.items()
+        yield "Restored bytes", self._bytes
+        if self._asked_at is not None:
             hours = TIERS[self._options.tier]
-            yield "Asked at", format_time(self.asked_at)
-            yield "Promised by", format_time(self.asked_at + hours * 3600)
+            yield "Asked at", format_time(self._asked_at)
+            yield "Promised by", format_time(self._asked_at + hours * 3600)
 
-    def _outcomes(self, work: Callable[[bytes, StoredObject], str]) -> Iterator[Outcome]:
+    def _conclude(self) -> int:
+        """Says what remains to be done, and returns the exit status."""
+        counts, options, at = self._counts, self._options, ""
+        waiting = counts[ASKED] + counts[BUSY] + counts[NOT_ASKED]
+        if options.at is not None:  # an age like 1d is another time when it is run again
+            then = datetime.fromtimestamp(options.at).astimezone()
+            at = f" with --at {then.isoformat(timespec='seconds')}"
+        if self._manifest and counts[NOT_ASKED]:
+            message = (
+                "%s lists %s objects: upload it, start an S3 Batch Operations job with it "
+            )
+            message += "(Restore, %d days, %s), then run restore again%s without --manifest"
+            job = options.days, options.tier.capitalize(), at
+            log.warning(message, options.manifest, f"{counts[NOT_ASKED]:,}", *job)
+        elif waiting:
+            message = "%s files are still being restored by S3, which takes up to %d hours."
+            message += "" if options.wait else f"  Run the same command again later{at}."
+            log.warning(message, f"{waiting:,}", TIERS[options.tier])
+        return THAWING if waiting else INCOMPLETE if counts[FAILED] else 0
+
+    def _outcomes(self, work: Callable[[bytes, StoredObject], str]) -> Iterator[Any]:
         """Each wanted object with the label that `work` returns, or with a FileError."""
 
         def attempt(selected: Selected) -> str:
@@ -4300,7 +4458,7 @@ class Restore:
                 )
             return work(name, found)
 
-        pool = Parallel(attempt, self._tools.box, self._config.transfers)
+        pool = Parallel(attempt, self._context.box, self._config.transfers)
         with contextlib.closing(pool.outcomes(self._wanted())) as outcomes:
             for finished in outcomes:
                 yield from finished
@@ -4309,8 +4467,9 @@ class Restore:
         return select_objects(self._config, self._bucket, paths, self._options.at)
 
     def _wanted(self) -> Iterator[Selected]:
-        """The selected objects and the names to restore them as: those of their paths, unless
-        that is a folder.  Of two objects with the same path, it is the one with our key."""
+        """The selected objects and the paths to restore them to.  A file whose path is also a
+        folder gets a name beside it.  If two keys stand for one path, the key that this
+        program writes wins."""
         above: list[tuple[str, bytes]] = []  # earlier keys that the next key begins with
         for path, found in self._select(self._paths):
             key = found.key if found else ""
@@ -4344,7 +4503,7 @@ class Restore:
         is_windows_name = os.name == "nt" and (b"\\" in name or b":" in name)
         if {b"", b".", b".."} & set(name.split(b"/")) or b"\0" in name or is_windows_name:
             raise FileError("no file can have this name")
-        existing = self.target.find(name)
+        existing = self._target.find(name)
         if existing is not None:
             if not stat.S_ISREG(existing.mode or 0):
                 raise FileError("something that is not a file has its name")
@@ -4355,17 +4514,17 @@ class Restore:
                 return THERE
             if not self._options.overwrite:
                 raise FileError(
-                    f"another file is there, of {existing.size} bytes and mtime "
-                    f"{existing.mtime}, not {found.size} and {mtime}: --overwrite replaces it"
+                    f"another file is there, of {existing.size:,} bytes and mtime "
+                    f"{existing.mtime}, not {found.size:,} and {mtime}: --overwrite replaces it"
                 )
         return {COLD: NOT_ASKED, RESTORING: BUSY}.get(found.thaw_state, READY)
 
     def _restore_one(self, name: bytes, found: StoredObject) -> str:
         """Downloads the object or asks S3 for it, and returns its label then; FileError."""
-        options, stopping = self._options, self._tools.box.stopping
+        options, stopping = self._options, self._context.box.stopping
         label = self._label(name, found)
         # The user has agreed to a number of requests; more objects may be cold by now.
-        if label == NOT_ASKED and self.allowed_requests.acquire(blocking=False):
+        if label == NOT_ASKED and self._allowed_requests.acquire(blocking=False):
             stopping.check()
             can_be_read = self._bucket.request_restore(found, options.tier, options.days)
             label = READY if can_be_read else ASKED
@@ -4377,13 +4536,13 @@ class Restore:
             def counted_blocks() -> Iterator[bytes]:
                 for block in download.blocks():
                     stopping.check()
-                    self._tools.progress.moved(len(block))
+                    self._context.progress.moved(len(block))
                     yield block
 
             mtime = mtime_of(download.stored)
-            self.target.store(name, mtime, counted_blocks, options.overwrite)
+            self._target.store(name, mtime, counted_blocks, options.overwrite)
         except FileError as error:
-            if error.code != NOT_RESTORED:
+            if error.code != INVALID_STATE:
                 raise
             if found.storage_class not in COLD_CLASSES:
                 reason = f"is in an archive tier of {found.storage_class}: restore it there"
@@ -4394,83 +4553,27 @@ class Restore:
 
 def mtime_of(stored: StoredObject) -> int:
     """The mtime to restore: from S3's metadata, else the time of the upload."""
-    return stored.stored_at if stored.mtime is None else stored.mtime
+    return stored.uploaded_at if stored.mtime is None else stored.mtime
 
 
-def restore(tools: Tools, options: argparse.Namespace) -> int:
+def restore(context: Context, options: argparse.Namespace) -> int:
     """Restores files: 75 while one is cold, 3 if one failed, else 0.  --wait repeats the pass
     while it gives 75."""
-    asked_at: float | None = None
-    with locked(tools.config, ".restore.lock"):
+    with locked(context.config, ".restore.lock"):
+        work = Restore(context, options)
         while True:
-            work, status = Restore(tools, options, asked_at), 75
+            status = THAWING
             try:
-                status = restore_once(tools, work, options)
-            except FileError as error:  # of a listing; S3 may be well again after the pause
+                status = work.one_pass()
+            except FileError as error:  # of a listing: it may succeed after the pause
                 if not options.wait:
                     raise
                 log.warning("%s", error)
-            asked_at = work.asked_at
-            if status != 75 or not options.wait:
+            if status != THAWING or not options.wait:
                 return status
             log.info("looking again in %d minutes", WAIT_PAUSE // 60)
-            tools.box.stopping.wait(WAIT_PAUSE)
-            tools.box.stopping.check()
-
-
-def restore_once(tools: Tools, work: Restore, options: argparse.Namespace) -> int:
-    """One pass, and its exit status."""
-    with contextlib.ExitStack() as stack:
-        ready, busy, cold = work.survey()
-        if cold:
-            show_estimate(tools, cold, ready + busy, options)
-        needed, free = ready + busy + total(cold).bytes, work.target.free_space()
-        if free is not None and needed > free:
-            message = "%s are to be restored, but only %s are free there: copies that S3 makes "
-            message += "cost money while they wait"
-            log.warning(message, format_size(needed), format_size(free))
-        if cold and options.manifest:
-            work.manifest = stack.enter_context(open_manifest(options.manifest))
-        elif cold:
-            if not options.yes and not confirm("Ask S3 for it?"):
-                message = "nothing was asked for: it costs money; run it again with --yes"
-                raise Fatal(message, status=2)
-            work.allowed_requests = threading.Semaphore(total(cold).files)
-        tools.progress.expect(ready)
-        try:
-            work.restore_all()
-        finally:
-            tools.show_summary("RESTORE", work.rows())
-    counts, tier = work.counts, options.tier
-    waiting, at = counts[ASKED] + counts[BUSY] + counts[NOT_ASKED], ""
-    if options.at is not None:  # an age like 1d is another time when it is run again
-        then = datetime.fromtimestamp(options.at).astimezone()
-        at = f" with --at {then.isoformat(timespec='seconds')}"
-    if work.manifest and counts[NOT_ASKED]:
-        message = "%s lists %s objects: upload it, start an S3 Batch Operations job with it "
-        message += f"(Restore, %d days, %s), then run restore again{at} without --manifest"
-        count = f"{counts[NOT_ASKED]:,}"
-        log.warning(message, options.manifest, count, options.days, tier.capitalize())
-    elif waiting:
-        message = "%s files are still being restored by S3, which takes up to %d hours."
-        message += "" if options.wait else f"  Run the same command again later{at}."
-        log.warning(message, f"{waiting:,}", TIERS[tier])
-    return 75 if waiting else 3 if counts[FAILED] else 0
-
-
-def show_estimate(tools: Tools, cold: Counts, other: int, options: argparse.Namespace) -> None:
-    """Shows the cost of restoring cold objects, and of downloading them and `other` bytes."""
-    prices, asked_for = tools.prices, total(cold)
-    tier, days = options.tier, options.days
-    download = prices.download(asked_for.files, asked_for.bytes + other)
-    rows: list[tuple[str, object]] = [
-        ("To be asked of S3", asked_for),
-        ("Tier", f"{tier.capitalize()}, ready within {TIERS[tier]} hours, for {days} days"),
-        ("Restore", format_usd(restore_cost(prices, cold, tier, days))),
-        ("Download", f"{format_usd(download)} out of AWS"),
-    ]
-    show_table("ESTIMATE", rows)
-    show(f"({prices.note})")
+            context.box.stopping.wait(WAIT_PAUSE)
+            context.box.stopping.check()
 
 
 @contextlib.contextmanager
@@ -4480,7 +4583,7 @@ def open_manifest(path: Path) -> Iterator[TextIO]:
         with path.open("w", newline="", encoding="ascii") as file:
             yield file
     except OSError as error:
-        raise Fatal(f"--manifest {path}: {error}", status=2) from None
+        raise Fatal(f"--manifest {path}: {error}", status=USAGE) from None
 
 
 def confirm(question: str) -> bool:
@@ -4505,7 +4608,7 @@ exit statuses:
 """
 
 
-Command = Callable[[Tools, argparse.Namespace], int]  # returns the exit status
+Command = Callable[[Context, argparse.Namespace], int]  # returns the exit status
 
 
 class Parser(argparse.ArgumentParser):
@@ -4531,43 +4634,43 @@ def make_parser() -> argparse.ArgumentParser:
     add_level("-q", "--quiet", const=logging.WARNING, help=quiet)
     commands = parser.add_subparsers(metavar="COMMAND", dest="command")
 
-    def add(
-        function: Command, text: str, example: str, **flags: str
-    ) -> argparse.ArgumentParser:
+    def add(function: Command, text: str, example: str) -> argparse.ArgumentParser:
         about, end = f"{text[0].upper()}{text[1:]}.", f"example: archive.py {example}"
         name = function.__name__
         command = commands.add_parser(name, help=text, description=about, epilog=end)
         command.set_defaults(function=function)
-        for flag, meaning in flags.items():
-            option = f"--{flag.replace('_', '-')}"
-            command.add_argument(option, action="store_true", help=meaning)
         return command
 
-    new_source = "the files are at another HETZNER_USER or REMOTE_PATH now: compare them"
     summary = "the summary as JSON, and nothing else on stdout"
-    run_text = "archive what is new or changed (the default)"
-    command = add(run, run_text, "-q", new_source=new_source)
-    command.add_argument("-n", "--dry-run", action="store_true", help="the same as plan --list")
-    command.set_defaults(list=True)  # for --dry-run
+    command = add(run, "archive what is new or changed (the default)", "-q")
+    dry_run = "the same as plan --list"
+    command.add_argument("-n", "--dry-run", action="store_true", help=dry_run)
+    new_source = "the files are at another HETZNER_USER or REMOTE_PATH now: compare them"
+    command.add_argument("--new-source", action="store_true", help=new_source)
     command.add_argument("--json", action="store_true", help=summary)
-    plan_text = "what run would do and what it would cost; changes nothing"
-    form = add(plan, plan_text, "plan --list").add_mutually_exclusive_group()
+    command.set_defaults(list=True)  # for --dry-run
+    text = "what run would do and what it would cost; changes nothing"
+    output = add(plan, text, "plan --list").add_mutually_exclusive_group()
     files = "first each file: + new, * changed, ? to compare, - gone from the box, ! failing"
-    form.add_argument("--list", action="store_true", help=files)
-    form.add_argument("--json", action="store_true", help="as JSON")
-    objects = "as JSON, an object a line"
-    ls_text = "what is archived, from the bucket's listing"
-    add_selection(add(ls, ls_text, "ls photos/2024 --at 30d", json=objects))
-    status_text = "what is archived, its cost, the last runs, the box's room"
-    add(status, status_text, "status --json", json="as JSON")
-    repair = "bring the state in line: the next run uploads or compares what differs"
-    verify_text = "compare the state with the bucket's listing; downloads nothing"
-    add(verify, verify_text, "verify --repair", repair=repair)
-    restore_text = "bring files back; run it again until it ends with 0"
-    drill = "restore photos/2024 letters/will.pdf --to drill"
-    add_restore(add(restore, restore_text, drill, json=summary))
-    check_text = "try settings, box, bucket and permissions, with the remedy for each"
-    add(check, check_text, "--env-file other.env check")
+    output.add_argument("--list", action="store_true", help=files)
+    output.add_argument("--json", action="store_true", help="as JSON")
+    text = "what is archived, from the bucket's listing"
+    command = add(ls, text, "ls photos/2024 --at 30d")
+    add_selection(command)
+    command.add_argument("--json", action="store_true", help="as JSON, an object a line")
+    text = "what is archived, its cost, the last runs, the box's room"
+    command = add(status, text, "status --json")
+    command.add_argument("--json", action="store_true", help="as JSON")
+    text = "compare the state with the bucket's listing; downloads nothing"
+    command = add(verify, text, "verify --repair")
+    repair = "correct the state: the next run uploads or compares what differs"
+    command.add_argument("--repair", action="store_true", help=repair)
+    text = "bring files back; run it again until it ends with 0"
+    command = add(restore, text, "restore photos/2024 letters/will.pdf --to drill")
+    add_restore(command)
+    command.add_argument("--json", action="store_true", help=summary)
+    text = "try settings, box, bucket and permissions, with the remedy for each"
+    add(check, text, "--env-file other.env check")
     defaults = {"new_source": False, "dry_run": False, "json": False}
     parser.set_defaults(level=logging.INFO, command="run", function=run, **defaults)
     return parser
@@ -4576,7 +4679,7 @@ def make_parser() -> argparse.ArgumentParser:
 def add_selection(command: argparse.ArgumentParser) -> None:
     """The arguments that select archived objects."""
     path = "file or folder as on the box (default: all)"
-    command.add_argument("path", nargs="*", type=PATH, metavar="PATH", help=path)
+    command.add_argument("path", nargs="*", type=path_argument, metavar="PATH", help=path)
     when = "as it was then: a date, a time, or an age like 30d (for versioned buckets)"
     command.add_argument("--at", type=argument(parse_time), metavar="WHEN", help=when)
 
@@ -4587,19 +4690,19 @@ def add_restore(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     place = command.add_mutually_exclusive_group(required=True)
     here, there = "a folder of this machine", "a folder of the Storage Box"
-    place.add_argument("--to", type=PATH, metavar="FOLDER", help=here)
-    place.add_argument("--to-box", type=PATH, metavar="FOLDER", help=there)
-    tiers = "bulk: within 48 hours; standard: within 12, dearer"
+    place.add_argument("--to", type=path_argument, metavar="FOLDER", help=here)
+    place.add_argument("--to-box", type=path_argument, metavar="FOLDER", help=there)
+    tiers = "bulk: within 48 hours; standard: within 12, costs more"
     add("--tier", choices=TIERS, default="bulk", help=tiers)
-    days = "how long the copies can be read (default: 7)"
+    days = f"how long the copies can be read (default: {DAYS_RESTORED})"
     parse_days = argument(partial(parse_int, 1, 3650))
-    add("--days", type=parse_days, default=7, metavar="N", help=days)
+    add("--days", type=parse_days, default=DAYS_RESTORED, metavar="N", help=days)
     add("--yes", action="store_true", help="agree to the cost without being asked")
     add("--overwrite", action="store_true", help="replace other files that are in the way")
     manifest = "write what is cold there, for S3 Batch Operations, and ask for nothing"
     later = command.add_mutually_exclusive_group()
     later.add_argument("--manifest", type=Path, metavar="FILE", help=manifest)
-    wait = "go on until all is there, instead of ending with 75"
+    wait = "repeat this until all is there, instead of ending with 75"
     later.add_argument("--wait", action="store_true", help=wait)
 
 
@@ -4616,18 +4719,18 @@ def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
 
 
 # An empty path is refused: it may be an unset variable of a script.
-PATH = argument(partial(parse_match, r"(?s).+", "a path"))
+path_argument = argument(partial(parse_match, r"(?s).+", "a path"))
 
 
 def handle_signals(stopping: StopEvent) -> None:
     """SIGINT, SIGTERM and SIGHUP raise Stopped on the main thread, which ends the program in
-    order.  A second signal, or 3 s more than STOP_LIMIT, ends the process at once."""
+    order.  A second signal, or EXIT_GRACE after STOP_LIMIT, ends the process at once."""
 
     def handle(number: int, _frame: object) -> None:
         if stopping.signal is not None:
             os._exit(128 + number)
         # A print waits for ever while nobody reads from a pipe.
-        cut_off = threading.Timer(STOP_LIMIT + 3, os._exit, [128 + number])
+        cut_off = threading.Timer(STOP_LIMIT + EXIT_GRACE, os._exit, [128 + number])
         cut_off.daemon = True
         cut_off.start()
         stopping.signalled(number)
@@ -4700,14 +4803,14 @@ def shows_summary_as_json(arguments: argparse.Namespace) -> bool:
 
 
 def execute(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
-    """Runs the command; the one place where errors become exit statuses."""
-    stopping, summary = StopEvent(), dict[str, object]()
+    """Runs the command, and turns what it raises into an exit status."""
+    stopping, summary, exit_status = StopEvent(), dict[str, object](), FATAL
     retries = arguments.command not in ("status", "check")
-    box, progress, exit_status = StorageBox(config, stopping, retries), Progress(bars), 1
+    box, progress = StorageBox(config, stopping, retries), Progress(bars)
     try:
         handle_signals(stopping)
-        tools = Tools(config, box, Bucket(config, retries), progress, summary)
-        exit_status = arguments.function(tools, arguments)
+        context = Context(config, box, Bucket(config, retries), progress, summary)
+        exit_status = arguments.function(context, arguments)
     except Stopped:
         pass
     except ArchiveError as error:
