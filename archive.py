@@ -722,8 +722,11 @@ def parse_path(text: str) -> Path:
 
 CLASSES = (*COLD_CLASSES, "STANDARD", *OTHER_CLASSES)
 parse_class = partial(parse_match, "|".join(CLASSES), "one of " + ", ".join(CLASSES))
-host_example = "a bare host name, like u12345.your-storagebox.de"
-parse_host = partial(parse_match, r"[^/\s@]+", host_example)
+host_expected = "a bare host name without a port, like u12345.your-storagebox.de"
+parse_host = partial(
+    parse_match, r"[^/\s@:]+|[\da-fA-F.]*:[\da-fA-F.]*:[\da-fA-F:.%]*", host_expected
+)
+parse_user = partial(parse_match, r"[^\s@]+", "a bare user name, like u12345-sub1")
 REQUIRED = object()
 SECRETS = ["HETZNER_PASSWORD", "HETZNER_KEY_PASSPHRASE", "AWS_SECRET_ACCESS_KEY"]
 SECRETS += ["AWS_SESSION_TOKEN", "AWS_CONTAINER_AUTHORIZATION_TOKEN"]
@@ -741,7 +744,7 @@ class Config:
     """All settings, checked, in bytes, bytes per second, seconds and USD; None if off."""
 
     host: str = setting("HETZNER_HOST", parse_host, REQUIRED)
-    user: str = setting("HETZNER_USER", str, REQUIRED)
+    user: str = setting("HETZNER_USER", parse_user, REQUIRED)
     port: int = setting("HETZNER_PORT", partial(parse_int, 1, 65535), "23")
     password: str | None = setting("HETZNER_PASSWORD")
     key_file: Path | None = setting("HETZNER_KEY_FILE", parse_path)
@@ -901,6 +904,8 @@ def config_warnings(config: Config, env_file: Path | None) -> Iterator[str]:
     if config.prefix and not config.prefix.endswith("/"):
         names = f"keys will begin {config.prefix}name, not {config.prefix}/name"
         yield f"S3_PREFIX {config.prefix!r} does not end in a slash: {names}"
+    if config.prefix.startswith("/"):
+        yield f"S3_PREFIX {config.prefix!r} begins with a slash, and so will all keys"
     if env_file and os.name == "posix" and env_file.stat().st_mode & 0o077:
         yield f"{env_file} can be read by others: chmod 600 {env_file}"
 
@@ -1429,7 +1434,8 @@ def load_private_key(path: Path, passphrase: str | None) -> paramiko.PKey:
         if passphrase:
             reason = "has no passphrase, but HETZNER_KEY_PASSPHRASE is set"
     except (ValueError, paramiko.SSHException, UnsupportedAlgorithm):
-        reason = "is not a private key that can be used"
+        reason = "is not a private key in OpenSSH's or PEM form (a .pub file is none, and "
+        reason += "puttygen converts PuTTY's)"
         if passphrase:
             reason += ", or HETZNER_KEY_PASSPHRASE is wrong"
     raise Fatal(f"HETZNER_KEY_FILE {path} {reason}")
@@ -2362,6 +2368,7 @@ REMEDIES = {  # by error code, for refusals that every request would meet
     "AccountProblem": "the account has a problem: ask AWS",
     "NotSignedUp": "sign the account up for S3",
 }
+OTHER_REGION = ("PermanentRedirect", "IllegalLocationConstraintException")
 # The answer to a HEAD has no body.  Its error code is the HTTP status.
 HEAD_CODES = {"403": DENIED, "301": "PermanentRedirect"}
 NOT_FOUND = ("404", "NoSuchKey", "NoSuchUpload")
@@ -2413,16 +2420,20 @@ def s3_errors() -> Iterator[None]:
         code = HEAD_CODES.get(code, code)
         bucket = f" {details['BucketName']}:" if "BucketName" in details else ""
         refusal = f"{error.operation_name}: {code}{bucket} {details.get('Message', '')}"
+        answer = error.response["ResponseMetadata"]
         if code in REMEDIES:
-            raise Fatal(f"S3 refused {refusal}; {REMEDIES[code]}", code) from None
+            region = answer.get("HTTPHeaders", {}).get("x-amz-bucket-region")
+            remedy = REMEDIES[code] + (f", {region}" if code in OTHER_REGION and region else "")
+            raise Fatal(f"S3 refused {refusal}; {remedy}", code) from None
         if error.operation_name.startswith(("Assume", "GetSession", "GetRole", "CreateToken")):
             raise Fatal(f"no AWS credentials: {refusal}", code) from None
-        if error.response["ResponseMetadata"].get("HTTPStatusCode") in TRANSIENT_STATUSES:
+        if answer.get("HTTPStatusCode") in TRANSIENT_STATUSES:
             raise FileError(f"S3 refused {refusal}", UNAVAILABLE) from None
         hint = "; perhaps the credentials have expired" if code == "400" else ""  # of a HEAD
         raise FileError(f"S3 refused {refusal}{hint}", code) from None
     except (aws.ConnectionError, aws.HTTPClientError) as error:
-        raise FileError(f"S3 does not answer: {error}", UNAVAILABLE) from None
+        reason = f"S3 does not answer: {error}; check the network and AWS_REGION"
+        raise FileError(reason, UNAVAILABLE) from None
     except CREDENTIAL_ERRORS as error:
         if isinstance(error, EOFError):  # nobody answers the prompt for a code
             print(file=sys.stderr)  # which has not ended its line
@@ -4724,11 +4735,13 @@ path_argument = argument(partial(parse_match, r"(?s).+", "a path"))
 
 def handle_signals(stopping: StopEvent) -> None:
     """SIGINT, SIGTERM and SIGHUP raise Stopped on the main thread, which ends the program in
-    order.  A second signal, or EXIT_GRACE after STOP_LIMIT, ends the process at once."""
+    order.  SIGINT after another one, or EXIT_GRACE after STOP_LIMIT, ends it at once."""
 
     def handle(number: int, _frame: object) -> None:
         if stopping.signal is not None:
-            os._exit(128 + number)
+            if number == signal.SIGINT:
+                os._exit(128 + number)
+            return  # a shell, sudo and the kernel may all pass the same signal on
         # A print waits for ever while nobody reads from a pipe.
         cut_off = threading.Timer(STOP_LIMIT + EXIT_GRACE, os._exit, [128 + number])
         cut_off.daemon = True
@@ -4783,8 +4796,11 @@ def start(argv: list[str] | None) -> int:
         results = sys.stderr if shows_summary_as_json(arguments) else sys.stdout
         start_logging(config, arguments.level, bars, results)
     except Fatal as error:
-        missing = [] if env_file else [f"there is no {default}: copy .env.example to it"]
-        for fault in (*missing, *str(error).splitlines()):
+        faults = str(error).splitlines()
+        if not env_file:
+            is_set = any(name.startswith("HETZNER_") for name in os.environ)
+            faults = [f"there is no {default}: copy .env.example to it", *faults * is_set]
+        for fault in faults:
             print(f"error: {fault}", file=sys.stderr)
         return error.status
     for warning in config_warnings(config, env_file):
