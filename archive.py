@@ -238,18 +238,13 @@ class Prices:
         return count * self._usd.get(".".join(name), math.nan) if count else 0.0
 
     def month(self, storage_class: str, files: int, size: int) -> float:
-        """A month's storage of `files` objects with `size` bytes in all."""
-        return self._cost(size / GIB, storage_class, "month") + self.month_of_overhead(
-            storage_class, files
-        )
-
-    def month_of_overhead(self, storage_class: str, files: int) -> float:
-        """The part of `month` that S3 charges for the 40 KB it adds to each cold object
-        ("Amazon S3 pricing", note on metadata of archived objects)."""
+        """A month's storage of `files` objects with `size` bytes in all, and of the 40 KB that
+        S3 adds to each cold object ("Amazon S3 pricing", note on archived objects)."""
         if storage_class not in COLD_CLASSES:
-            return 0.0
-        standard = self._cost(files * OVERHEAD_IN_STANDARD, "STANDARD", "month")
-        return (standard + self._cost(files * OVERHEAD_IN_CLASS, storage_class, "month")) / GIB
+            return self._cost(size / GIB, storage_class, "month")
+        standard = self._cost(files * OVERHEAD_IN_STANDARD / GIB, "STANDARD", "month")
+        size += files * OVERHEAD_IN_CLASS
+        return standard + self._cost(size / GIB, storage_class, "month")
 
     def upload(self, storage_class: str, requests: Mapping[str, int]) -> float:
         """Requests of these kinds.  PUT and Complete have the price of a PUT into the class,
@@ -323,6 +318,7 @@ class FileError(ArchiveError):
 
 VANISHED = "vanished"  # the file was deleted after it was listed; this is not a failure
 UNFINISHED = "unfinished"  # the run ended during the work on the file; the next one goes on
+CHANGED = "changed"  # while it was read
 LOST = "connection lost"  # at each try of an operation on the box
 UNAVAILABLE = "unavailable"  # S3 did not answer, or could not do its work
 DENIED = "AccessDenied"  # S3's code
@@ -530,49 +526,39 @@ def crc_text(crc32: int) -> str:
 md5 = partial(hashlib.md5, usedforsecurity=False)  # FIPS mode forbids it for security
 
 
-class ETagComparison:
-    """Compares a file of `size` bytes with an ETag.
+def possible_part_sizes(etag: str, size: int) -> set[int]:
+    """The part sizes with which an object of `size` bytes can have this ETag; empty if no file
+    can match it.
 
     The ETag of an object that one PUT has stored is its MD5.  That of an upload in parts is
     the MD5 of the parts' MD5s, "-" and their number ("Checking object integrity" in the S3
-    user guide): all usual part sizes that give this number are tried.  With SSE-KMS or SSE-C
-    it is neither, and no file matches.
+    user guide): of the usual part sizes, those that give this number are possible.  With
+    SSE-KMS or SSE-C it is neither, and no file matches.
     """
+    _, dash, count = etag.partition("-")
+    if not dash:
+        return {max(1, size)}
+    rclone_part = -(-size // (MAX_PARTS * MIB)) * MIB  # of the largest files
+    sizes = {max(1, min(size, part)) for part in (*PART_SIZES, rclone_part)}
+    return {part for part in sizes if str(max(1, -(-size // part))) == count}
 
-    def __init__(self, etag: str, size: int):
-        _, dash, count = etag.partition("-")
-        part_sizes = {max(1, size)}
-        if dash:
-            rclone_part = -(-size // (MAX_PARTS * MIB)) * MIB  # of the largest files
-            part_sizes = {max(1, min(size, part)) for part in (*PART_SIZES, rclone_part)}
-            part_sizes = {p for p in part_sizes if str(max(1, -(-size // p))) == count}
-        self._etag, self._offset = etag, 0
-        self._sums = {part_size: [md5()] for part_size in part_sizes}  # one MD5 per part
 
-    @property
-    def can_match(self) -> bool:
-        """Whether any file could match."""
-        return bool(self._sums)
-
-    def update(self, data: bytes) -> None:
-        """Adds the next bytes of the file."""
-        for part_size, sums in self._sums.items():
-            offset, rest = self._offset, memoryview(data)
-            while rest:
-                if offset and offset % part_size == 0:
-                    sums.append(md5())
-                of_this_part = rest[: part_size - offset % part_size]
-                sums[-1].update(of_this_part)
-                offset, rest = offset + len(of_this_part), rest[len(of_this_part) :]
-        self._offset += len(data)
-
-    def matches(self) -> bool:
-        """Whether the bytes that were added have this ETag."""
-        for sums in self._sums.values():
-            whole = md5(b"".join(part.digest() for part in sums)).hexdigest()
-            if self._etag in (sums[0].hexdigest(), f"{whole}-{len(sums)}"):
-                return True
-        return False
+def matching_crc32(etag: str, size: int, blocks: Iterable[bytes]) -> int | None:
+    """The CRC-32 of a file of `size` bytes if it has this ETag, else None.  All blocks but the
+    last have COMPARE_BLOCK bytes, so that none is in two parts."""
+    md5s = {part_size: [md5()] for part_size in possible_part_sizes(etag, size)}  # of parts
+    offset = crc32 = 0
+    for block in blocks:
+        for part_size, parts in md5s.items():
+            if offset and offset % part_size == 0:
+                parts.append(md5())
+            parts[-1].update(block)
+        offset, crc32 = offset + len(block), zlib.crc32(block, crc32)
+    for parts in md5s.values():
+        whole = md5(b"".join(part.digest() for part in parts)).hexdigest()
+        if etag in (parts[0].hexdigest(), f"{whole}-{len(parts)}"):
+            return crc32
+    return None
 
 
 # -------------------------------------------------------------------- Settings
@@ -1610,7 +1596,6 @@ class FileReader:
         self._arrived: deque[memoryview] = deque()
         self._batches: deque[tuple[Batch, list[tuple[int, int]]]] = deque()
         self._read_size = READ_SIZE
-        self._empty_offset = -1  # at which the box has sent no byte
         self._session: Session | None = None
         self._handle = b""  # empty once its CLOSE has been sent
         try:
@@ -1700,22 +1685,17 @@ class FileReader:
         return True
 
     def _take(self, offset: int, size: int, data: Any) -> bool:
-        """Takes the reply to a READ of `size` bytes; whether it has all of them.  If a second
-        reply for an offset is empty, the file ends there: the FSTAT that was sent with it has
-        shown no change."""
+        """Takes the reply to a READ of `size` bytes; whether it has all of them."""
         if isinstance(data, SFTPError):
             if data.code != FX_EOF:
                 raise FileError(f"reading failed: {data}")
             data = b""
         if len(data) > size:
             raise ConnectionLost(f"the box sent {len(data):,} bytes for {size:,}")
-        if data:
-            self._arrived.append(data)
-            self._received += len(data)
-        elif self._empty_offset == offset:
-            raise FileError(f"ended at {offset:,} of {self.file.size:,} bytes")
-        else:
-            self._empty_offset = offset
+        if not data:
+            raise FileError(f"ended at {offset:,} of {self.file.size:,} bytes", CHANGED)
+        self._arrived.append(data)
+        self._received += len(data)
         if len(data) < size:  # the server may never send more
             self._read_size = max(len(data), MIN_READ_SIZE)
         return len(data) == size
@@ -1739,10 +1719,11 @@ class FileReader:
                 )
             self._is_open, self.file = True, after
         elif before != after or not is_regular:
-            raise FileError(
-                f"changed while it was read: {before.size:,} bytes of mtime {before.mtime}, "
-                f"then {after.size:,} of {after.mtime}"
+            was, now = (
+                f"{before.size:,} bytes of mtime {before.mtime}",
+                f"{after.size:,} of {after.mtime}",
             )
+            raise FileError(f"changed while it was read: {was}, then {now}", CHANGED)
 
 
 def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | None:
@@ -1947,19 +1928,19 @@ class Walk:
 
 # ----------------------------------------------------------------------- State
 
-STATE_VERSION = 3  # SQLite's user_version of a database that has these tables
+STATE_VERSION = 4  # SQLite's user_version of a database that has these tables
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS files
     (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, uploaded_at INTEGER);
 CREATE TABLE objects (path TEXT PRIMARY KEY, key TEXT NOT NULL UNIQUE, etag TEXT,
     crc32 INTEGER, storage_class TEXT) WITHOUT ROWID;
 CREATE TABLE uploads (key TEXT PRIMARY KEY, path TEXT NOT NULL, size INTEGER NOT NULL,
-    mtime INTEGER, part_size INTEGER NOT NULL) WITHOUT ROWID;
+    mtime INTEGER, part_size INTEGER NOT NULL, upload_id TEXT) WITHOUT ROWID;
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE runs (started_at INTEGER PRIMARY KEY, ended_at INTEGER, status INTEGER,
     uploaded INTEGER, skipped INTEGER, failed INTEGER, bytes INTEGER, spent REAL);
+CREATE TABLE gone (path TEXT PRIMARY KEY) WITHOUT ROWID;
 """
-GONE_TABLE = "CREATE TABLE gone (path TEXT PRIMARY KEY) WITHOUT ROWID"
 SELECT_RECORDS = (
     "SELECT path, size, mtime, uploaded_at, key, etag, crc32, storage_class"
     " FROM files JOIN objects USING (path)"
@@ -2047,6 +2028,7 @@ class BegunUpload(NamedTuple):
     size: int
     mtime: int | None  # the file's; None if the upload must not be continued
     part_size: int
+    upload_id: str | None  # None until S3 has given one
 
 
 class State:
@@ -2063,6 +2045,9 @@ class State:
             self._db = sqlite3.connect(name, timeout=LOCKED_LIMIT, isolation_level=None)
             if copy and path.exists():
                 with contextlib.closing(sqlite3.connect(path, timeout=LOCKED_LIMIT)) as source:
+                    # `backup` alone would wait for another program's lock without a limit.
+                    source.execute("BEGIN")
+                    source.execute("SELECT count(*) FROM sqlite_master")
                     source.backup(self._db)
             (fault,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
             if fault != "ok":
@@ -2072,19 +2057,16 @@ class State:
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
             if version > STATE_VERSION:
                 raise Fatal(f"the state database {path} is of a newer archive.py: use that one")
-            if version == 2:
-                add_spent = "ALTER TABLE runs ADD COLUMN spent REAL"
-                self._commit(add_spent, GONE_TABLE, f"PRAGMA user_version = {STATE_VERSION}")
-            elif version < STATE_VERSION:
+            if version < STATE_VERSION:
                 self._upgrade(config)
             self._db.execute("CREATE TEMP TABLE seen (path TEXT PRIMARY KEY) WITHOUT ROWID")
             self._db.execute(f"PRAGMA busy_timeout = {COMMIT_LIMIT * 1000}")
 
     def _upgrade(self, config: Config) -> None:
         """Makes the tables.  Of an earlier script's database it keeps the rows of `files`
-        whose paths are possible with these settings.  If there is a table `meta`, it is this
-        program's first edition.  That has noted in other tables which rows are uncertain, so
-        all of them have to be compared."""
+        whose paths are possible with these settings.  With a table `meta`, it is an earlier
+        version's of this program, which may have noted elsewhere what is uncertain: all rows
+        have to be compared."""
 
         def key_of(path: str) -> str | None:
             raw = unescape(path)
@@ -2100,7 +2082,6 @@ class State:
         self._commit(
             *(f"DROP TABLE {name}" for name in old),
             *SCHEMA.split(";"),
-            GONE_TABLE,
             "DELETE FROM files WHERE typeof(path) != 'text' OR typeof(size) != 'integer'"
             " OR key_of(path) IS NULL",
             f"UPDATE files SET mtime = NULL WHERE {unsure}",
@@ -2204,7 +2185,15 @@ class State:
 
     def _upload_statement(self, job: Job, mtime: int | None) -> tuple[Any, ...]:
         row = (job.key, path_text(job.file.path), job.file.size, mtime, job.plan.part_size)
-        return ("INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?)", *row)
+        return ("INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?, NULL)", *row)
+
+    def note_upload_id(self, key: str, upload_id: str) -> None:
+        """Notes the id of an upload before its first part is sent.  For any thread."""
+        with state_errors(self._path):
+            db = sqlite3.connect(self._path, timeout=COMMIT_LIMIT, isolation_level=None)
+            with contextlib.closing(db):
+                update = "UPDATE uploads SET upload_id = ? WHERE key = ?"
+                db.execute(update, (upload_id, key))
 
     def record(self, archived: Iterable[Archived]) -> None:
         """Commits files that S3 has acknowledged, or was found to hold already.  The
@@ -2220,7 +2209,7 @@ class State:
 
     def uploads(self) -> dict[str, BegunUpload]:
         """Uploads that were begun and not completed, by key."""
-        rows = self._rows("SELECT key, size, mtime, part_size FROM uploads")
+        rows = self._rows("SELECT key, size, mtime, part_size, upload_id FROM uploads")
         return {key: BegunUpload(*values) for key, *values in rows}
 
     def forget_upload(self, key: str) -> None:
@@ -2534,12 +2523,13 @@ class MultipartClient:
     It never aborts an upload: the next run continues it."""
 
     def __init__(
-        self, client: Any, read: Read, unfinished: UnfinishedUpload | None, part_size: int
-    ):
-        self._client, self._read = client, read
-        self._upload_id, self._stored = unfinished or ("", [])
+        self, client: Any, read: Read, unfinished: UnfinishedUpload | None, part_size: int,
+        note_upload_id: Callable[[str], None],
+    ):  # fmt: skip
+        self._client, self._read, self._note_upload_id = client, read, note_upload_id
+        self.upload_id, self._stored = unfinished or ("", [])
         self._part_crcs: list[int] = []  # of the parts that this run sends
-        self._error: Exception | None = None  # of a part
+        self._error: Exception | None = None  # of a request
         self.crc32 = 0  # of all parts that are stored or were read
         for part in self._stored:
             self.crc32 = crc32_combine(self.crc32, crc32_of(part) or 0, part_size)
@@ -2560,21 +2550,25 @@ class MultipartClient:
             self.crc32 = crc32_combine(self.crc32, self._part_crcs[-1], len(data))
         return data
 
+    def _send(self, operation: Callable[..., Any], request: Mapping[str, Any]) -> Any:
+        try:
+            return operation(**request)
+        except Exception as error:
+            self._error = error
+            raise
+
     def create_multipart_upload(self, **request: Any) -> Any:
-        if self._upload_id:
-            return {"UploadId": self._upload_id}
-        answer = self._client.create_multipart_upload(**request)
-        self.may_leave_another = answer["ResponseMetadata"].get("RetryAttempts", 0) > 0
-        return answer
+        if not self.upload_id:
+            answer = self._send(self._client.create_multipart_upload, request)
+            self.may_leave_another = answer["ResponseMetadata"].get("RetryAttempts", 0) > 0
+            self._note_upload_id(answer["UploadId"])
+            self.upload_id = answer["UploadId"]
+        return {"UploadId": self.upload_id}
 
     def upload_part(self, PartNumber: int, **request: Any) -> Any:
         request["ChecksumCRC32"] = crc_text(self._part_crcs[PartNumber - 1])
         request["PartNumber"] = PartNumber + len(self._stored)
-        try:
-            return self._client.upload_part(**request)
-        except Exception as error:
-            self._error = error
-            raise
+        return self._send(self._client.upload_part, request)
 
     def complete_multipart_upload(self, MultipartUpload: Any, **request: Any) -> Any:
         self.is_completing, before = True, len(self._stored)
@@ -2742,38 +2736,39 @@ class Bucket:
         return self._confirm(key, answer, len(data), crc32)
 
     def upload(
-        self, key: str, read: Read, file: RemoteFile, plan: UploadPlan,
-        unfinished: UnfinishedUpload | None, progress: Callable[[int], None],
+        self, job: Job, read: Read, unfinished: UnfinishedUpload | None,
+        note_upload_id: Callable[[str], None], progress: Callable[[int], None],
     ) -> StoredObject:  # fmt: skip
         """Uploads a large file in parts, after those of the unfinished upload; `read` returns
         the rest of its bytes.  If the upload fails, its parts stay for the next run, unless
-        S3 has refused to complete it."""
-        rest = file.size - (len(unfinished.parts) * plan.part_size if unfinished else 0)
+        the file has changed or S3 has refused to complete it."""
+        key, file, part_size = job.key, job.file, job.plan.part_size
+        rest = file.size - (len(unfinished.parts) * part_size if unfinished else 0)
         config = TransferConfig(
-            multipart_threshold=min(rest, plan.part_size),  # the size of the first read
-            multipart_chunksize=plan.part_size,
-            max_concurrency=plan.parts_at_once,
+            multipart_threshold=min(rest, part_size),  # the size of the first read
+            multipart_chunksize=part_size,
+            max_concurrency=job.plan.parts_at_once,
             preferred_transfer_client="classic",
         )
-        config.max_in_memory_upload_chunks = plan.parts_at_once  # not in the constructor
+        config.max_in_memory_upload_chunks = job.plan.parts_at_once  # not in the constructor
         arguments = self._config.extra_args | self._upload_arguments(file.size, file.mtime)
         arguments |= {"ChecksumType": "FULL_OBJECT", "MpuObjectSize": file.size}
-        client = MultipartClient(self._client, read, unfinished, plan.part_size)
+        client = MultipartClient(self._client, read, unfinished, part_size, note_upload_id)
         source = SimpleNamespace(read=client.read)  # which s3transfer reads as a stream
         try:
             with s3_errors():
                 upload_fileobj(client, source, self._name, key, arguments, progress, config)
         except FileError as error:
-            if not client.is_completing or error.code == UNAVAILABLE:
-                raise
+            is_refused = client.is_completing and error.code != UNAVAILABLE
             # If S3's answer to Complete got lost, a retry gets NoSuchUpload.
-            found = self.head(key) if error.code == "NoSuchUpload" else None
-            if found is None or (found.size, found.crc32) != (file.size, client.crc32):
-                self.abort_uploads(key)
-                raise
-            return found
+            found = self.head(key) if is_refused and error.code == "NoSuchUpload" else None
+            if found and (found.size, found.crc32) == (file.size, client.crc32):
+                return found
+            if client.upload_id and (is_refused or error.code == CHANGED):
+                self.abort_upload(key, client.upload_id)
+            raise
         if client.may_leave_another:
-            self.abort_uploads(key)
+            self.abort_upload(key, None)
         return self._confirm(key, client.answer, file.size, client.crc32)
 
     def _upload_arguments(self, size: int, mtime: int) -> dict[str, Any]:
@@ -2802,51 +2797,44 @@ class Bucket:
 
     # Unfinished uploads
 
+    def unfinished_upload(
+        self, key: str, upload_id: str, part_size: int
+    ) -> UnfinishedUpload | None:
+        """An upload to continue, with its stored parts before the first one that is missing,
+        of another size or without a CRC-32; None if S3 does not have this upload any more."""
+        parts: list[dict[str, Any]] = []
+        try:
+            for part in self._list("list_parts", "Parts", Key=key, UploadId=upload_id):
+                is_next = part["PartNumber"] == len(parts) + 1 and part["Size"] == part_size
+                if not is_next or crc32_of(part) is None:
+                    break
+                names = ("PartNumber", "ETag", "ChecksumCRC32")
+                parts.append({name: part[name] for name in names})
+        except FileError as error:
+            if error.code not in NOT_FOUND:
+                raise
+            return None
+        return UnfinishedUpload(upload_id, parts)
+
+    def abort_upload(self, key: str, upload_id: str | None) -> bool:
+        """Aborts an unfinished upload of `key`, or all of them if its id is not known: their
+        parts cost money.  Returns False after a warning if S3 refuses."""
+        try:
+            ids = [upload_id] if upload_id else self._uploads_of(key)
+            for upload_id in ids:
+                upload = {"Key": key, "UploadId": upload_id}
+                self._request("abort_multipart_upload", *NOT_FOUND, **upload)
+            return True
+        except ArchiveError as error:
+            message = "the unfinished upload of %s (id %s) could not be aborted: %s; its parts "
+            message += "cost money until a lifecycle rule aborts it"
+            log.warning(message, printable(key), upload_id or "unknown", error)
+            return False
+
     def _uploads_of(self, key: str) -> list[str]:
         """The ids of the unfinished uploads of exactly this key."""
         uploads = self._list("list_multipart_uploads", "Uploads", Prefix=key)
         return [upload["UploadId"] for upload in uploads if upload["Key"] == key]
-
-    def unfinished_upload(self, key: str, part_size: int) -> UnfinishedUpload | None:
-        """The unfinished upload of `key` with the most parts of `part_size` to continue; None
-        if there is none.  All other uploads of `key` are aborted."""
-        uploads: list[UnfinishedUpload] = []
-        try:
-            for upload_id in self._uploads_of(key):
-                parts = self._parts_of(key, upload_id, part_size)
-                uploads.append(UnfinishedUpload(upload_id, parts))
-        except Fatal as error:
-            if error.code != DENIED:
-                raise
-            log.warning("the unfinished upload of %s cannot be used: %s", printable(key), error)
-        uploads.sort(key=lambda upload: len(upload.parts))
-        best = uploads.pop() if uploads and uploads[-1].parts else None
-        self.abort_uploads(key, [upload.upload_id for upload in uploads])
-        return best
-
-    def _parts_of(self, key: str, upload_id: str, size: int) -> list[dict[str, Any]]:
-        """The stored parts before the first that is missing, of another size or without CRC."""
-        parts: list[dict[str, Any]] = []
-        for part in self._list("list_parts", "Parts", Key=key, UploadId=upload_id):
-            is_next = part["PartNumber"] == len(parts) + 1 and part["Size"] == size
-            if not is_next or crc32_of(part) is None:
-                break
-            parts.append({name: part[name] for name in ("PartNumber", "ETag", "ChecksumCRC32")})
-        return parts
-
-    def abort_uploads(self, key: str, upload_ids: list[str] | None = None) -> bool:
-        """Aborts these unfinished uploads of `key`, or all of them: their parts cost money.
-        Returns False after a warning if S3 refuses."""
-        upload_id = "of unknown id"
-        try:
-            for upload_id in self._uploads_of(key) if upload_ids is None else upload_ids:
-                self._request("abort_multipart_upload", *NOT_FOUND, Key=key, UploadId=upload_id)
-            return True
-        except ArchiveError as error:
-            message = "the upload %s of %s could not be aborted, its parts cost money: %s; a "
-            message += "lifecycle rule is the safety net"
-            log.warning(message, upload_id, printable(key), error)
-            return False
 
     def count_unfinished(self) -> int:
         """The number of unfinished uploads below the prefix, also those of other programs."""
@@ -3172,7 +3160,8 @@ class Parallel(Generic[Item, Result]):
 
     A FileError of `work` is an outcome.  Fatal, Stopped, and SAME_FAILURES with one code in a
     row close the box.  These errors, and a FileError of the items, are raised once the work
-    under way was yielded.  After Stopped, only work that ends within STOP_LIMIT is."""
+    under way was yielded.  After Stopped, only work that ends within STOP_LIMIT is, or
+    without a signal within RUNTIME_GRACE."""
 
     work: Callable[[Item], Result]
     box: StorageBox
@@ -3209,7 +3198,8 @@ class Parallel(Generic[Item, Result]):
             self._failure = self._failure or error
             if not isinstance(self._failure, FileError):
                 self.box.close()
-            end = time.monotonic() + STOP_LIMIT
+            has_signal = self.box.stopping.signal is not None
+            end = time.monotonic() + (STOP_LIMIT if has_signal else RUNTIME_GRACE)
             while self._under_way:
                 if isinstance(self._failure, Stopped) and time.monotonic() > end:
                     break
@@ -3267,7 +3257,7 @@ class Parallel(Generic[Item, Result]):
             return
         self._ready.append((item, result, error))
         code = error.code if error else ""
-        if code not in (VANISHED, UNFINISHED):
+        if code not in (VANISHED, CHANGED, UNFINISHED):
             self._codes.append(code)
             if code and self._codes.count(code) == SAME_FAILURES and self._failure is None:
                 reason = f"{error}; {SAME_FAILURES} in a row failed like this"
@@ -3289,8 +3279,8 @@ class Job(NamedTuple):
     key: str
     plan: UploadPlan
     record: Record | None  # its row
-    upload_begun: bool  # an earlier run has begun an upload in parts and not completed it
-    resumes: bool  # and its parts are of this version of the file, and of this part size
+    begun: BegunUpload | None  # by an earlier run
+    resumes: bool  # that was to be this version of the file, with the same part size
 
     @property
     def compares(self) -> bool:
@@ -3319,9 +3309,9 @@ def make_job(
     """The job for a file that is not recorded; FileError if S3 cannot hold the file."""
     key = object_key(config.prefix, relative_path(config.remote_path, file.path))
     plan = plan_upload(file.size, config.memory_limit)
-    version = (file.size, file.mtime, plan.part_size)
-    resumes = plan.is_multipart and uploads.get(key) == version
-    return Job(file, key, plan, state.find(file.path), key in uploads, resumes)
+    begun, version = uploads.get(key), (file.size, file.mtime, plan.part_size)
+    resumes = begun is not None and plan.is_multipart and begun[:3] == version
+    return Job(file, key, plan, state.find(file.path), begun, resumes)
 
 
 @dataclass
@@ -3371,7 +3361,7 @@ def job_cost(job: Job, config: Config, prices: Prices) -> tuple[float, float]:
     """USD for the requests of an upload, if it comes to that after a comparison, and for the
     object that it overwrites early."""
     size, record, early = job.file.size, job.record, 0.0
-    lists = job.upload_begun + job.resumes  # its uploads, and the parts of one
+    lists = int(job.begun is not None)  # its parts, or its uploads
     requests = {"head": job.heads, "list": lists, **job.plan.requests(size)}
     if record is not None:
         age_days = (time.time() - (record.uploaded_at or 0)) / DAY
@@ -3379,8 +3369,7 @@ def job_cost(job: Job, config: Config, prices: Prices) -> tuple[float, float]:
     return prices.upload(config.class_of(size), requests), early
 
 
-# In `plan --list`.
-NEW, CHANGED, TO_COMPARE_MARK, GONE, FAILING = "+", "*", "?", "-", "!"
+MARKS = {"new": "+", "changed": "*", "to_compare": "?", "gone": "-", "failing": "!"}
 
 
 class Forecast(WalkReport):
@@ -3407,7 +3396,7 @@ class Forecast(WalkReport):
 
     def add_failure(self, path: bytes, reason: object) -> None:
         self.failed += 1
-        self._on_file(FAILING, path, reason)
+        self._on_file("failing", path, reason)
 
     def walk_box(self) -> None:
         """Adds all files of the box; Fatal, Stopped."""
@@ -3422,7 +3411,7 @@ class Forecast(WalkReport):
             if not walk.leaves_out(path):
                 self.gone.add(recorded_class(record, self._config), record.size)
                 self.gone_paths.add(record.path)
-                self._on_file(GONE, path, "")
+                self._on_file("gone", path, "")
 
     def _add_page(self, page: list[RemoteFile]) -> None:
         """Adds what a run would do with these files."""
@@ -3439,13 +3428,14 @@ class Forecast(WalkReport):
             if record and (record.size != file.size or record.mtime is not None):
                 self.altered += 1
             if job.compares:
-                self._on_file(TO_COMPARE_MARK, file.path, "")
+                self._on_file("to_compare", file.path, "")
                 self.counts.add("to_compare", file.size)
                 self.requests["head"] += job.heads
                 self.upload += self.prices.upload(storage_class, {"head": job.heads})
                 continue
-            self._on_file(CHANGED if record else NEW, file.path, "")
-            self.counts.add("changed" if record else "new", file.size)
+            change = "changed" if record else "new"
+            self._on_file(change, file.path, "")
+            self.counts.add(change, file.size)
             if file.size < TINY_FILE:
                 self.tiny.add(storage_class, file.size)
             self.requests.update(job.plan.requests(file.size))
@@ -3458,7 +3448,9 @@ class Forecast(WalkReport):
     def usd(self) -> dict[str, float]:
         """Amounts by their names in JSON."""
         prices, after, archived = self.prices, self.afterwards, self.afterwards.total()
-        index = sum(prices.month_of_overhead(name, c.files) for name, c in after.items())
+        index = sum(
+            prices.month(name, c.files, 0) for name, c in after.items() if name in COLD_CLASSES
+        )
         return {
             "upload": self.upload,
             "overwritten_early": self.early,
@@ -3540,10 +3532,10 @@ class Forecast(WalkReport):
 def plan(context: Context, options: argparse.Namespace) -> int:
     """Shows what `run` would do and cost; changes nothing.  0, or 3 if a file would fail."""
 
-    def show_file(mark: str, path: bytes, reason: object) -> None:
+    def show_file(what: str, path: bytes, reason: object) -> None:
         if options.list and not options.json:
-            print_line(f"{mark} {printable(path)}")
-        if mark == FAILING:
+            print_line(f"{MARKS[what]} {printable(path)}")
+        if what == "failing":
             log_failure(path, reason)
 
     if options.list:
@@ -3666,19 +3658,9 @@ class Run:
         if not (self._report.unlisted or self._report.ended_early):
             # Unfinished uploads of files that are gone, or are archived by now.
             for key in self._uploads.keys() - self._seen:
-                if self._bucket.abort_uploads(key):
+                if self._bucket.abort_upload(key, self._uploads[key].upload_id):
                     log.info("aborted the unfinished upload of %s", printable(key))
                     self._state.forget_upload(key)
-
-    def _is_out_of_time(self) -> bool:
-        """Whether MAX_RUNTIME is over, which is logged once: no more work may begin then."""
-        limit = self._config.max_runtime
-        if limit is None or time.monotonic() - self._report.began < limit:
-            return False
-        if not self._report.ended_early:
-            self._report.ended_early = "MAX_RUNTIME was over"
-            log.warning("MAX_RUNTIME is over: the rest is left to the next run")
-        return True
 
     def _jobs(self) -> Iterator[Job | None]:
         """The files that may have to be uploaded.  A None after each page lets finished files
@@ -3696,27 +3678,32 @@ class Run:
                     self._report.add_failure(file.path, error)
                     relative = relative_path(self._config.remote_path, file.path)
                     self._seen.add(unchecked_key(self._config.prefix, relative))
-            self._seen.update(job.key for job in jobs if job.upload_begun)
+            for job in jobs:
+                if job.begun:
+                    self._seen.add(job.key)
+                if job.begun and job.begun.upload_id and not job.resumes:
+                    # Its parts are of another version.  Its id is about to be forgotten.
+                    self._bucket.abort_upload(job.key, job.begun.upload_id)
             self._state.note_begun(jobs)
             self._progress.expect(sum(job.file.size for job in jobs))
-            for job in (*jobs, None):
-                if job and not self._spending.reserve(job):
+            for item in (*jobs, None):
+                if item and not self._spending.reserve(item):
                     self._report.ended_early = "MAX_COST was reached"
-                if self._is_out_of_time() or self._report.ended_early:
                     return
-                yield job
+                yield item
 
     def _transfer(self, job: Job) -> Archived | None:
         """Reads one file, and uploads it unless S3 holds it; None if the run is ending."""
-        if self._is_out_of_time() or self._box.stopping.is_set():
+        stopping, unfinished = self._box.stopping, None
+        if stopping.is_set():
             return None
-        unfinished: UnfinishedUpload | None = None
-        if job.resumes:
-            unfinished = self._bucket.unfinished_upload(job.key, job.plan.part_size)
-        elif job.upload_begun:
-            self._bucket.abort_uploads(job.key)
-        # If its parts are gone, S3 may have completed the upload, and its answer got lost.
-        may_be_complete = job.resumes and unfinished is None
+        upload_id, may_be_complete = job.begun and job.begun.upload_id, False
+        if job.begun and not upload_id:  # S3's answer may have got lost
+            self._bucket.abort_upload(job.key, None)
+        elif upload_id and job.resumes:
+            part_size = job.plan.part_size
+            unfinished = self._bucket.unfinished_upload(job.key, upload_id, part_size)
+            may_be_complete = unfinished is None  # and S3's answer got lost
         found = self._object_to_compare(job) if job.compares or may_be_complete else None
         # An mtime in the object's metadata is as good as a row of ours, unless the upload came
         # so soon after it that a later change could have the same mtime.
@@ -3724,16 +3711,19 @@ class Run:
             return Archived(job.file, found, is_recent=False, is_upload=False)
         if job.plan.is_multipart:
             with self._turns:
-                self._box.stopping.check()
+                if stopping.is_set():
+                    return None
                 archived = self._compare_large(job, found) if found else None
                 return archived or self._upload_large(job, unfinished)
         with contextlib.closing(FileReader(self._box, job.file)) as reader:
             data = reader.read()
-        same = match_content(found, [data]) if found and found.size == len(data) else None
-        if same:
-            return Archived(reader.file, same, reader.is_recent, is_upload=False)
+        if found and found.size == len(data):
+            blocks = iter(partial(io.BytesIO(data).read, COMPARE_BLOCK), b"")
+            if same := match_content(found, blocks):
+                return Archived(reader.file, same, reader.is_recent, is_upload=False)
         with self._turns:
-            self._box.stopping.check()
+            if stopping.is_set():
+                return None
             stored = self._bucket.put(job.key, data, reader.file.mtime)
         self._progress.moved(len(data))
         return Archived(reader.file, stored, reader.is_recent, is_upload=True)
@@ -3749,37 +3739,30 @@ class Run:
         found = self._bucket.head(job.key)
         return found if found and found.size == job.file.size else None
 
-    def _read(self, reader: FileReader, amount: int) -> bytes:
-        """reader.read(amount); FileError (UNFINISHED) if MAX_RUNTIME is over."""
-        if not reader.is_verified and self._is_out_of_time():
-            raise FileError("MAX_RUNTIME is over", UNFINISHED)
-        return reader.read(amount)
-
     def _compare_large(self, job: Job, found: StoredObject) -> Archived | None:
         """Reads the file to compare it; None if it is not the same."""
-        if not ETagComparison(found.etag, found.size).can_match:
-            return None  # no file can match: it need not be read
+        if not possible_part_sizes(found.etag, found.size):
+            return None
         with contextlib.closing(FileReader(self._box, job.file)) as reader:
             if reader.file.size != found.size:
                 return None
-            blocks = iter(partial(self._read, reader, COMPARE_BLOCK), b"")
-            same = match_content(found, blocks)
+            same = match_content(found, iter(partial(reader.read, COMPARE_BLOCK), b""))
         return Archived(reader.file, same, reader.is_recent, is_upload=False) if same else None
 
     def _upload_large(self, job: Job, unfinished: UnfinishedUpload | None) -> Archived:
         """Uploads a large file, after the parts that are stored.  FileError if it has changed
         since it was listed: its stored parts are of that version."""
-        plan, moved, offset = job.plan, self._progress.moved, 0
+        part_size, moved, offset = job.plan.part_size, self._progress.moved, 0
         if unfinished:
-            if len(unfinished.parts) * plan.part_size >= job.file.size:
+            if len(unfinished.parts) * part_size >= job.file.size:
                 unfinished.parts.pop()  # upload_fileobj has to send at least one part
-            offset = len(unfinished.parts) * plan.part_size
+            offset = len(unfinished.parts) * part_size
         with contextlib.closing(FileReader(self._box, job.file, offset)) as reader:
             if reader.file != job.file:
                 raise FileError("changed since it was listed: the next run archives it")
             moved(offset)
-            read = partial(self._read, reader)
-            stored = self._bucket.upload(job.key, read, reader.file, plan, unfinished, moved)
+            note_id = partial(self._state.note_upload_id, job.key)
+            stored = self._bucket.upload(job, reader.read, unfinished, note_id, moved)
             return Archived(reader.file, stored, reader.is_recent, is_upload=True)
 
     def _settle(self, outcomes: list[Outcome[Job, Archived | None]]) -> None:
@@ -3809,13 +3792,9 @@ class Run:
 
 
 def match_content(found: StoredObject, blocks: Iterable[bytes]) -> StoredObject | None:
-    """The object with the CRC-32 of these bytes, if its ETag shows that they are its content;
-    else None."""
-    comparison, crc32 = ETagComparison(found.etag, found.size), 0
-    for block in blocks:
-        comparison.update(block)
-        crc32 = zlib.crc32(block, crc32)
-    return found._replace(crc32=crc32) if comparison.matches() else None
+    """The object with the CRC-32 of these blocks, if they are its content; else None."""
+    crc32 = matching_crc32(found.etag, found.size, blocks)
+    return None if crc32 is None else found._replace(crc32=crc32)
 
 
 def check_changes(context: Context, state: State) -> None:
@@ -3844,8 +3823,8 @@ def run(context: Context, options: argparse.Namespace) -> int:
     config, stopping, report = context.config, context.box.stopping, Report()
     status = FATAL
     spending = Spending(context)
-    # Work that still runs then is cut off.
-    out_of_time = threading.Timer((config.max_runtime or 0) + RUNTIME_GRACE, context.box.close)
+    # What is on its way to S3 then still gets RUNTIME_GRACE.
+    out_of_time = threading.Timer(config.max_runtime or 0, context.box.close)
     out_of_time.daemon = True
     with locked(config), contextlib.closing(State(config)) as state:
         pins = pins_of(config)
@@ -3865,10 +3844,12 @@ def run(context: Context, options: argparse.Namespace) -> int:
             Run(context, state, report, spending).archive()
             status = INCOMPLETE if report.failed or report.ended_early else 0
         except Stopped:
-            status, report.ended_early = INCOMPLETE, "MAX_RUNTIME was over"
             if stopping.signal is not None:
                 status = 128 + stopping.signal
                 report.ended_early = f"by {signal.Signals(stopping.signal).name}"
+            else:
+                status, report.ended_early = INCOMPLETE, "MAX_RUNTIME was over"
+                log.warning("MAX_RUNTIME is over: the rest is left to the next run")
         except Exception:
             report.ended_early = "by an error"
             raise
@@ -3878,8 +3859,8 @@ def run(context: Context, options: argparse.Namespace) -> int:
                 counts = (report.uploaded, report.unchanged, report.failed)
                 report.spent = spending.total
                 ended = (int(time.time()), status, *counts, report.bytes_uploaded)
-                state.record_run(PastRun(report.started_at, *ended, report.spent))
                 context.show_summary("SUMMARY", report.rows())
+                state.record_run(PastRun(report.started_at, *ended, report.spent))
     return status
 
 
@@ -4354,6 +4335,7 @@ class Restore:
         )
         self._asked_at: float | None = None  # when S3 was last asked to restore an object
         self._left_out: set[str] = set()  # keys
+        self._present: set[str] = set()  # keys whose files are known to be there
         self._other_names: dict[str, bytes] = {}  # by key, of files whose path is a folder now
 
     def one_pass(self) -> int:
@@ -4418,6 +4400,8 @@ class Restore:
     def _restore_all(self) -> None:
         """Downloads what can be read, asks S3 for the rest, counts it, and logs failures."""
         for (name, found), label, error in self._outcomes(self._restore_one):
+            if error and error.code == UNFINISHED:
+                continue
             self._counts[label or FAILED] += 1
             if error:
                 log_failure(name, error)
@@ -4489,7 +4473,8 @@ class Restore:
             for upper, upper_path in above:
                 if key.startswith(upper + "/") and upper not in self._other_names:
                     self._other_names[upper] = self._name_beside(upper_path)
-            above.append((key, path))
+            if found:
+                above.append((key, path))
             our_key = unchecked_key(self._config.prefix, path)
             if found and our_key != key and key not in self._left_out:
                 same_path = (other.key for _, other in self._select([path]) if other)
@@ -4514,6 +4499,8 @@ class Restore:
         is_windows_name = os.name == "nt" and (b"\\" in name or b":" in name)
         if {b"", b".", b".."} & set(name.split(b"/")) or b"\0" in name or is_windows_name:
             raise FileError("no file can have this name")
+        if found.key in self._present:
+            return THERE
         existing = self._target.find(name)
         if existing is not None:
             if not stat.S_ISREG(existing.mode or 0):
@@ -4522,6 +4509,7 @@ class Restore:
             # FAT has only even seconds.  Not every file system has times out of this range.
             same_mtime = existing.mtime in (mtime, mtime & ~1) or not 0 <= mtime < 1 << 31
             if existing.size == found.size and same_mtime:
+                self._present.add(found.key)
                 return THERE
             if not self._options.overwrite:
                 raise FileError(
@@ -4797,9 +4785,8 @@ def start(argv: list[str] | None) -> int:
         start_logging(config, arguments.level, bars, results)
     except Fatal as error:
         faults = str(error).splitlines()
-        if not env_file:
-            is_set = any(name.startswith("HETZNER_") for name in os.environ)
-            faults = [f"there is no {default}: copy .env.example to it", *faults * is_set]
+        if not env_file and "HETZNER_HOST" not in os.environ:
+            faults = [f"there is no {default}: copy .env.example to it"]
         for fault in faults:
             print(f"error: {fault}", file=sys.stderr)
         return error.status

@@ -242,7 +242,8 @@ def test_limits_after_max_runtime_are_less_than_a_minute_together(archive, box):
 def test_parts_that_cannot_be_used_are_not_and_the_file_is_sent_anew(
     archive, box, s3, bucket, parts
 ):
-    """Parts with other bytes, so that it would be seen; None stands for the right ones."""
+    """Parts with other bytes, so that it would be seen; None stands for the right ones.  The
+    state has the id of an upload with these parts."""
     write(box.root / "big", BIG)
     interrupt(archive, s3, at_part=1)
     (ours,) = uploads(bucket)
@@ -251,6 +252,7 @@ def test_parts_that_cannot_be_used_are_not_and_the_file_is_sent_anew(
     summed = {"ChecksumAlgorithm": "CRC32", "ChecksumType": "FULL_OBJECT"}
     begun = bucket.client.create_multipart_upload(**upload, **summed)
     made = {**upload, "UploadId": begun["UploadId"]}
+    archive.execute("UPDATE uploads SET upload_id = ?", begun["UploadId"])
     for number, what in parts.items():
         size, no_crc = what if isinstance(what, tuple) else (what, False)
         data = os.urandom(size) if size else (box.root / "big").read_bytes()[:PART]

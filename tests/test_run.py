@@ -397,8 +397,8 @@ def test_after_max_runtime_nothing_new_is_started(archive_of, asyncssh_box):
     result = archive(TRANSFERS="1", BANDWIDTH_LIMIT="1M", MAX_RUNTIME="1s")
 
     assert result.status == 3
-    # The second waited for the first, which took longer than that.
-    assert len(archive.rows()) == result.counts[0] == 1
+    # One after the other; what is being read when it is over is left to the next run.
+    assert len(archive.rows()) == result.counts[0] <= 1
     assert re.search(r"^Ended early +: MAX_RUNTIME", result.stdout, re.M)
     archive.assert_invariant()
     assert archive().status == 0
