@@ -1369,7 +1369,7 @@ def log_in(config: Config, transport: paramiko.Transport) -> None:
     if not attempts:
         try:  # paramiko would wait for ever for an agent that does not answer
             listing = ThreadPoolExecutor(1).submit(lambda: paramiko.Agent().get_keys())
-            keys = listing.result(CONNECT_LIMIT)
+            keys = listing.result(CONNECT_LIMIT / 2)  # before the watchdog hangs up
         except concurrent.futures.TimeoutError:
             remedy = "restart it, or set HETZNER_KEY_FILE"
             raise Fatal(f"the SSH agent does not answer: {remedy}") from None
@@ -2363,7 +2363,7 @@ HEAD_CODES = {"403": DENIED, "301": "PermanentRedirect"}
 NOT_FOUND = ("404", "NoSuchKey", "NoSuchUpload")
 # Errors that are worth a retry: a body that was cut off or damaged on its way, a conflict
 # with another request, and an overload or defect of a server or proxy.
-TRANSIENT_CODES = ["IncompleteBody", "BadDigest", "OperationAborted"]
+TRANSIENT_CODES = ["IncompleteBody", "BadDigest", "OperationAborted", "RequestTimeout"]
 TRANSIENT_CODES += ["XAmzContentSHA256Mismatch"]
 TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504, *range(520, 528))
 CREDENTIAL_ERRORS = (
@@ -2385,9 +2385,11 @@ def retry_pause(
     attempts: int, operation: Any, response: Any, caught_exception: Any, **_: Any
 ) -> float | None:
     """For botocore's needs-retry event: the seconds to wait before the request is sent
-    again, or None to leave that to boto3.  boto3 retries for fewer reasons, waits less than
-    a second, and has a small number of retries for all requests together."""
+    again, or None.  boto3 itself would retry for fewer reasons, wait less than a second, and
+    have a small number of retries for all requests together."""
     is_transient = isinstance(caught_exception, (aws.ConnectionError, aws.HTTPClientError))
+    if type(caught_exception) is aws.HTTPClientError:
+        is_transient = False  # reading the body has failed: the upload has ended
     if response is not None:
         code, status = response[1].get("Error", {}).get("Code"), response[0].status_code
         is_transient = code in TRANSIENT_CODES or status in TRANSIENT_STATUSES
@@ -2650,7 +2652,7 @@ class Bucket:
         settings = botocore.config.Config(
             connect_timeout=S3_CONNECT_LIMIT,
             read_timeout=S3_READ_LIMIT,
-            retries={"mode": "standard", "total_max_attempts": S3_ATTEMPTS if retries else 1},
+            retries={"mode": "standard", "total_max_attempts": 1},  # see retry_pause
             max_pool_connections=config.transfers * PARTS_AT_ONCE,
             # Every upload has a checksum of ours.  boto3 would add another one, and would
             # read each body once more to sign it.
@@ -2819,10 +2821,13 @@ class Bucket:
     def abort_upload(self, key: str, upload_id: str | None) -> bool:
         """Aborts an unfinished upload of `key`, or all of them if its id is not known: their
         parts cost money.  Returns False after a warning if S3 refuses."""
+        ids = [upload_id] if upload_id else []
         try:
-            ids = [upload_id] if upload_id else self._uploads_of(key)
-            for upload_id in ids:
-                upload = {"Key": key, "UploadId": upload_id}
+            if not upload_id:
+                uploads = self._list("list_multipart_uploads", "Uploads", Prefix=key)
+                ids = [upload["UploadId"] for upload in uploads if upload["Key"] == key]
+            for one in ids:
+                upload = {"Key": key, "UploadId": one}
                 self._request("abort_multipart_upload", *NOT_FOUND, **upload)
             return True
         except ArchiveError as error:
@@ -2830,11 +2835,6 @@ class Bucket:
             message += "cost money until a lifecycle rule aborts it"
             log.warning(message, printable(key), upload_id or "unknown", error)
             return False
-
-    def _uploads_of(self, key: str) -> list[str]:
-        """The ids of the unfinished uploads of exactly this key."""
-        uploads = self._list("list_multipart_uploads", "Uploads", Prefix=key)
-        return [upload["UploadId"] for upload in uploads if upload["Key"] == key]
 
     def count_unfinished(self) -> int:
         """The number of unfinished uploads below the prefix, also those of other programs."""
@@ -3678,12 +3678,7 @@ class Run:
                     self._report.add_failure(file.path, error)
                     relative = relative_path(self._config.remote_path, file.path)
                     self._seen.add(unchecked_key(self._config.prefix, relative))
-            for job in jobs:
-                if job.begun:
-                    self._seen.add(job.key)
-                if job.begun and job.begun.upload_id and not job.resumes:
-                    # Its parts are of another version.  Its id is about to be forgotten.
-                    self._bucket.abort_upload(job.key, job.begun.upload_id)
+            self._seen.update(job.key for job in jobs if job.begun)
             self._state.note_begun(jobs)
             self._progress.expect(sum(job.file.size for job in jobs))
             for item in (*jobs, None):
@@ -3698,12 +3693,12 @@ class Run:
         if stopping.is_set():
             return None
         upload_id, may_be_complete = job.begun and job.begun.upload_id, False
-        if job.begun and not upload_id:  # S3's answer may have got lost
-            self._bucket.abort_upload(job.key, None)
-        elif upload_id and job.resumes:
+        if upload_id and job.resumes:
             part_size = job.plan.part_size
             unfinished = self._bucket.unfinished_upload(job.key, upload_id, part_size)
             may_be_complete = unfinished is None  # and S3's answer got lost
+        elif job.begun:  # parts of another version, or an id that got lost with S3's answer
+            self._bucket.abort_upload(job.key, upload_id)
         found = self._object_to_compare(job) if job.compares or may_be_complete else None
         # An mtime in the object's metadata is as good as a row of ours, unless the upload came
         # so soon after it that a later change could have the same mtime.

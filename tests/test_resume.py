@@ -487,7 +487,97 @@ def test_upload_whose_only_answer_was_lost_is_gone_on_with_or_aborted(archive, b
     assert_all_archived(archive, box)
 
 
+def test_parts_of_another_version_are_not_gone_on_with_after_a_run_that_sent_nothing(
+    archive, box, s3, bucket
+):
+    """The second run notes the new version, and ends before the file's turn comes."""
+    write(box.root / "big", BIG)
+    interrupt(archive, s3)
+    other_content(box.root / "big")
+    assert archive(constants=SIZES, MAX_COST="0").status == 3
+    assert archive(constants=SIZES).counts == (1, 0, 0)
+    assert_all_archived(archive, box)
+    assert uploads(bucket) == set()
+
+
+def test_parts_of_another_version_that_cannot_be_aborted_are_not_gone_on_with(archive, box, s3):
+    write(box.root / "big", BIG)
+    interrupt(archive, s3)
+    other_content(box.root / "big")
+    s3.on("AbortMultipartUpload", error(400, "Odd"))
+    s3.on("UploadPart", first_in_s3(lambda: kill(archive), reset), nth=2)
+    assert archive.start(constants=IN_ORDER).wait().status == -9
+    wait_for(lambda: not s3.under_way)
+    s3.rules.clear()
+    assert archive(constants=SIZES).counts == (1, 0, 0)
+    content = (box.root / "big").read_bytes()
+    assert archive.objects()["big"][:2] == (BIG, crc32(content))
+
+
+def test_parts_from_before_the_state_was_lost_are_not_gone_on_with(archive, box, s3):
+    """The lost state alone has known which version of the file they are of."""
+    write(box.root / "big", BIG)
+    interrupt(archive, s3)
+    archive.state_db.unlink()
+    other_content(box.root / "big")
+    interrupt(archive, s3, at_part=2)
+    assert archive(constants=SIZES).counts == (1, 0, 0)
+    content = (box.root / "big").read_bytes()
+    assert archive.objects()["big"][:2] == (BIG, crc32(content))
+
+
+def test_parts_of_a_file_that_changed_while_it_was_read_are_of_no_use(archive, box, s3):
+    """They may be torn, which cannot be seen once the file is put back with its old time."""
+    path = box.root / "big"
+    write(path, 8 * PART)
+    original, times = path.read_bytes(), (path.stat().st_atime, path.stat().st_mtime)
+
+    def overwrite():
+        with path.open("r+b") as file:
+            file.write(original[::-1])
+
+    s3.on("UploadPart", first_in_s3(overwrite), nth=2)
+    narrow = {**IN_ORDER, "READ_WINDOW": MIB}
+    assert_failed(archive(constants=narrow), {"big": "changed while it was read"})
+    path.write_bytes(original)
+    os.utime(path, times)
+    s3.parts.clear()
+    assert archive(constants=SIZES).counts == (1, 0, 0)
+    assert sent(s3) == dict.fromkeys(range(1, 9), 1)
+    assert_all_archived(archive, box)
+
+
+def test_upload_that_s3_cannot_begin_costs_no_reading_of_the_whole_file(archive, box, s3):
+    write(box.root / "big", 20 * PART)
+    s3.always("CreateMultipartUpload", error(400, "Odd"))
+    assert_failed(archive(constants=IN_ORDER, MEMORY_LIMIT="64M"), {"big": "Odd"})
+    assert box.handed_out < 16 * PART
+
+
+def test_smaller_memory_limit_leaves_the_parts_of_a_file_that_it_excludes(
+    archive, box, s3, bucket
+):
+    """A later run with the old limit goes on with them."""
+    write(box.root / "big", BIG)
+    interrupt(archive, s3)
+    few_parts = {**SIZES, "MAX_PARTS": 1}  # which stands for a file of many GiB
+    assert archive(constants=few_parts, MEMORY_LIMIT="32M").status == 3
+    s3.parts.clear()
+    assert archive(constants=SIZES).counts == (1, 0, 0)
+    assert sent(s3) == {4: 1}
+
+
 # --- Completing -------------------------------------------------------------
+
+
+def test_parts_stay_if_s3_is_too_busy_to_complete_the_upload(archive, box, s3):
+    write(box.root / "big", BIG)
+    s3.on("CompleteMultipartUpload", error(503, "SlowDown"), times=2)
+    assert_failed(archive(constants={**SIZES, "S3_ATTEMPTS": 2}), {"big": "SlowDown"})
+    s3.parts.clear()
+    assert archive(constants=SIZES).counts == (1, 0, 0)
+    assert len(sent(s3)) == 1  # upload_fileobj cannot send less
+    assert_all_archived(archive, box)
 
 
 def test_upload_that_s3_refuses_to_complete_is_aborted(archive, box, s3, bucket):

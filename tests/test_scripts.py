@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 import pytest
 from conftest import LABELS, fill
 from faults import wait_for
-from scripted_s3 import Answer, error, hang
+from scripted_s3 import Answer, error, first, hang
 from test_restore import BUSY, READY, failed, listed, stored, whole
 
 SUMMARY = {"uploaded_files", "skipped_files", "failed_files", "bytes_uploaded", "duration_sec"}
@@ -265,6 +265,36 @@ def test_outage_of_s3_while_it_waits_does_not_end_it(archive, s3, to):
     result = archive("restore", "--to", to, "--yes", "--wait", constants=constants)
     assert (result.status, outage.fired) == (0, 1), result.stderr
     assert "SlowDown" in result.stderr
+    assert whole(to) == expected
+
+
+def test_listing_that_fails_while_files_are_downloaded_does_not_end_the_waiting(
+    archive, s3, to
+):
+    expected = cold_and_back(archive, {"a": b"content", "b": b"content"})
+    s3.always("RestoreObject", lambda exchange: Answer(202, {}))
+    s3.on("GetObject", first(lambda: time.sleep(0.5)))
+
+    def breaks_off(exchange):
+        """The first entry, and a token that leads to an error."""
+        answer = listed(a=READY)(exchange)
+        body = re.sub(
+            b"<Contents>(?:(?!</Contents>).)*<Key>b</Key>.*?</Contents>", b"", answer.body
+        )
+        more = (
+            b"<IsTruncated>true</IsTruncated><NextContinuationToken>x</NextContinuationToken>"
+        )
+        answer.body = re.sub(b"<IsTruncated>false</IsTruncated>", more, body)
+        answer.headers["content-length"] = str(len(answer.body))
+        return answer
+
+    s3.on("ListObjectsV2", listed(a=READY))
+    s3.on("ListObjectsV2", breaks_off, nth=2)
+    outage = s3.on("ListObjectsV2", error(503, "SlowDown"), nth=3)
+    s3.on("ListObjectsV2", listed(a=READY, b=READY), nth=4, times=100)
+    constants = {"WAIT_PAUSE": 1, "S3_ATTEMPTS": 1}
+    result = archive("restore", "--to", to, "--yes", "--wait", constants=constants)
+    assert (result.status, outage.fired) == (0, 1), result.stderr
     assert whole(to) == expected
 
 

@@ -396,3 +396,23 @@ def test_new_source_without_any_change_does_no_harm(archive, s3):
         assert archive("run", "--new-source").counts == counts
     assert s3.requests["PutObject"] == 2
     assert archive().counts == (0, 2, 0)
+
+
+def test_state_of_a_newer_version_is_refused_and_left_as_it_is(archive):
+    archive()
+    archive.execute("PRAGMA user_version = 1000")
+    before = archive.state_db.read_bytes()
+    result = archive()
+    assert result.status == 1
+    assert "is of a newer archive.py" in result.stderr
+    assert archive.state_db.read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["plan", "status"])
+def test_another_programs_lock_on_the_state_is_not_waited_for_without_a_limit(archive, command):
+    archive()
+    with contextlib.closing(sqlite3.connect(archive.state_db, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        result = archive(command, constants={"LOCKED_LIMIT": 1})
+    assert "locked" in result.stderr
+    assert result.status == (1 if command == "plan" else 0)
