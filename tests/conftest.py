@@ -189,6 +189,15 @@ class Archive:
             assert not re.search("[\x00-\x08\x0b-\x1f\x7f\x80-\x9f\udc80-\udcff]", text)
         return Result(status, stdout, stderr, log)
 
+    def terminate(self):
+        """Send SIGTERM to the latest run."""
+        self.running[-1].terminate()
+
+    def kill(self):
+        """Kill the latest run at once; it is gone when this returns."""
+        self.running[-1].kill()
+        self.running[-1].wait()
+
     def objects(self):
         """{key: (size, crc32, storage class)} of the bucket.
 
@@ -284,8 +293,17 @@ class Bucket:
 
     def uploads(self):
         """The keys of multipart uploads that were begun, but not ended or aborted."""
+        return [upload["Key"] for upload in self._uploads()]
+
+    def upload_ids(self, key=None):
+        """The ids of these uploads, of all keys or of one."""
+        return {
+            upload["UploadId"] for upload in self._uploads() if key in (None, upload["Key"])
+        }
+
+    def _uploads(self):
         listing = self.client.list_multipart_uploads(Bucket=self.name)
-        return [upload["Key"] for upload in listing.get("Uploads", [])]
+        return listing.get("Uploads", [])
 
     def writes(self):
         """The requests that could change the bucket, as (method, path, query)."""
