@@ -17,6 +17,16 @@ which the server does not matter says so by overriding it:
         return asyncssh_box
 
 `archive_of(box, **settings)` makes further Archives with a state of their own.
+
+Most runs are forks of a process that has imported archive.py (starter.py): a start takes
+ten times as long as the rest of a short run. Each run of a test with the mark
+
+    @pytest.mark.as_users_do
+
+is started as users do, `python archive.py`: those of the modules of the ordinary job and of
+settings and command line, and tests of memory, of the process list and of kills at any
+instant. So is a run with variables that Python itself reads as it starts, and with
+TEST_FRESH=1 in the environment every run.
 """
 
 import base64
@@ -38,6 +48,7 @@ import pytest
 from faulty_sftp import FaultyBox
 from scripted_s3 import ScriptedS3, StrictS3
 from servers import AsyncSSHBox, Moto, OpenSSH, ProFTPD
+from starter import ENVIRONMENT, OWN_START, Starter
 
 PROGRAM = Path(__file__).resolve().parent.parent / "archive.py"
 LABELS = {"Uploaded files", "Skipped files", "Failed files", "Bytes uploaded", "Duration (sec)"}
@@ -119,6 +130,9 @@ class Running:
 class Archive:
     """archive.py with its settings, its state and its bucket, for one test."""
 
+    starter = None  # what forks the runs of all tests
+    as_users_do = "TEST_FRESH" in os.environ
+
     def __init__(self, box, bucket, folder, **settings):
         self.box = box
         self.bucket = bucket
@@ -142,34 +156,36 @@ class Archive:
         `constants` are set in the module and the code `before` is executed in the
         process before the program's main function.
         """
-        command = [sys.executable, str(PROGRAM)]
-        if constants or before:
-            code = CHANGED.format(
-                folder=str(PROGRAM.parent), constants=constants or {}, before=before
-            )
-            command = [sys.executable, "-c", code]
-        if "--env-file" not in args:
-            # Never the .env that a developer may have beside archive.py.
-            command += ["--env-file", str(self.env_file)]
-        process = subprocess.Popen(
-            [*command, *map(str, args)],
-            env=self.environment(**settings),
-            cwd=self.folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            errors="surrogateescape",
+        # Never the .env that a developer may have beside archive.py.
+        own = [] if "--env-file" in args else ["--env-file", self.env_file]
+        arguments = [str(argument) for argument in (*own, *args)]
+        environment = self.environment(**settings)
+        code = CHANGED.format(
+            folder=str(PROGRAM.parent), constants=constants or {}, before=before
         )
+        if not self.as_users_do and not reads_as_it_starts(environment):
+            command = [str(PROGRAM), *arguments]
+            process = self.starter.start(code, command, environment, str(self.folder))
+        else:
+            program = ["-c", code] if constants or before else [str(PROGRAM)]
+            process = subprocess.Popen(
+                [sys.executable, *program, *arguments],
+                env=environment,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                encoding="utf-8",
+                errors="surrogateescape",
+            )
         self.running.append(process)
         return Running(self, process)
 
     def environment(self, **settings):
         """A whole environment, made from nothing."""
         environment = {
-            "PATH": os.environ["PATH"],
+            **ENVIRONMENT,
             "HOME": str(self.folder / "home"),
-            "LANG": "C.UTF-8",
             "AWS_EC2_METADATA_DISABLED": "true",
             "STATE_DB": str(self.state_db),
             "LOG_FILE": str(self.log_file),
@@ -263,6 +279,14 @@ class Archive:
         assert left <= unfinished, "unfinished uploads that nobody goes on with"
 
 
+def reads_as_it_starts(environment):
+    """Whether Python would start otherwise with these variables than the starter did."""
+    return any(
+        name.startswith(OWN_START) and ENVIRONMENT.get(name) != value
+        for name, value in environment.items()
+    )
+
+
 class Bucket:
     """One bucket on moto."""
 
@@ -313,6 +337,10 @@ class Bucket:
 def pytest_xdist_auto_num_workers():
     """For `-n auto`: more than there are cores, since a third of the time is waiting."""
     return len(os.sched_getaffinity(0)) + 2
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "as_users_do: no run is a fork of the starter's")
 
 
 def pytest_collection_modifyitems(items):
@@ -384,14 +412,22 @@ def strict_s3(moto):
         yield running
 
 
+@pytest.fixture(scope="session", autouse=True)
+def starter():
+    with Starter(PROGRAM.parent) as Archive.starter:
+        yield
+
+
 @pytest.fixture
-def archive_of(bucket, tmp_path):
+def archive_of(request, bucket, tmp_path):
     """Makes an Archive of a given box, each with a folder and state of its own."""
     made = []
 
     def make(box, **settings):
         folder = tmp_path / f"archive{len(made) or ''}"
         made.append(Archive(box, bucket, folder, **settings))
+        if request.node.get_closest_marker("as_users_do"):
+            made[-1].as_users_do = True
         return made[-1]
 
     yield make

@@ -384,6 +384,7 @@ def test_no_secret_is_shown_however_much_is_told(archive, box, s3):
     assert "SignatureDoesNotMatch" in result.log
 
 
+@pytest.mark.as_users_do
 def test_no_secret_is_in_the_process_list(archive, box, s3):
     write(box.root / "f", SMALL)
     seen = []

@@ -45,14 +45,10 @@ box, s3, archive = strict_fixtures()
 
 def kill_at(archive, s3, operation, fault, nth):
     """Kill the run at the `nth` of these requests; then S3 meets it with `fault`."""
-
-    def kill():
-        archive.running[-1].kill()
-        archive.running[-1].wait()
-
-    s3.on(operation, first(kill, fault), nth=nth)
+    s3.on(operation, first(archive.kill, fault), nth=nth)
 
 
+@pytest.mark.as_users_do
 @pytest.mark.timeout(60 + 20 * ROUNDS)
 def test_run_that_is_killed_again_and_again_ends_complete(archive, box, s3):
     print(f"TEST_SEED={SEED}")
