@@ -31,6 +31,7 @@ TEST_FRESH=1 in the environment every run.
 
 import base64
 import contextlib
+import gc
 import os
 import random
 import re
@@ -335,12 +336,17 @@ class Bucket:
 
 
 def pytest_xdist_auto_num_workers():
-    """For `-n auto`: more than there are cores, since a third of the time is waiting."""
-    return len(os.sched_getaffinity(0)) + 2
+    """For `-n auto`: more than there are cores, since half of the time is waiting."""
+    return len(os.sched_getaffinity(0)) + 3
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "as_users_do: no run is a fork of the starter's")
+
+
+def pytest_collection_finish():
+    """Let the garbage collector skip what was imported, which is most of what there is."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
