@@ -17,10 +17,21 @@ which the server does not matter says so by overriding it:
         return asyncssh_box
 
 `archive_of(box, **settings)` makes further Archives with a state of their own.
+
+Most runs are forks of a process that has imported archive.py (starter.py): a start takes
+ten times as long as the rest of a short run. Each run of a test with the mark
+
+    @pytest.mark.as_users_do
+
+is started as users do, `python archive.py`: those of the modules of the ordinary job and of
+settings and command line, and tests of memory, of the process list and of kills at any
+instant. So is a run with variables that Python itself reads as it starts, and with
+TEST_FRESH=1 in the environment every run.
 """
 
 import base64
 import contextlib
+import gc
 import os
 import random
 import re
@@ -38,6 +49,7 @@ import pytest
 from faulty_sftp import FaultyBox
 from scripted_s3 import ScriptedS3, StrictS3
 from servers import AsyncSSHBox, Moto, OpenSSH, ProFTPD
+from starter import ENVIRONMENT, OWN_START, Starter
 
 PROGRAM = Path(__file__).resolve().parent.parent / "archive.py"
 LABELS = {"Uploaded files", "Skipped files", "Failed files", "Bytes uploaded", "Duration (sec)"}
@@ -119,6 +131,9 @@ class Running:
 class Archive:
     """archive.py with its settings, its state and its bucket, for one test."""
 
+    starter = None  # what forks the runs of all tests
+    as_users_do = "TEST_FRESH" in os.environ
+
     def __init__(self, box, bucket, folder, **settings):
         self.box = box
         self.bucket = bucket
@@ -142,34 +157,36 @@ class Archive:
         `constants` are set in the module and the code `before` is executed in the
         process before the program's main function.
         """
-        command = [sys.executable, str(PROGRAM)]
-        if constants or before:
-            code = CHANGED.format(
-                folder=str(PROGRAM.parent), constants=constants or {}, before=before
-            )
-            command = [sys.executable, "-c", code]
-        if "--env-file" not in args:
-            # Never the .env that a developer may have beside archive.py.
-            command += ["--env-file", str(self.env_file)]
-        process = subprocess.Popen(
-            [*command, *map(str, args)],
-            env=self.environment(**settings),
-            cwd=self.folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            errors="surrogateescape",
+        # Never the .env that a developer may have beside archive.py.
+        own = [] if "--env-file" in args else ["--env-file", self.env_file]
+        arguments = [str(argument) for argument in (*own, *args)]
+        environment = self.environment(**settings)
+        code = CHANGED.format(
+            folder=str(PROGRAM.parent), constants=constants or {}, before=before
         )
+        if not self.as_users_do and not reads_as_it_starts(environment):
+            command = [str(PROGRAM), *arguments]
+            process = self.starter.start(code, command, environment, str(self.folder))
+        else:
+            program = ["-c", code] if constants or before else [str(PROGRAM)]
+            process = subprocess.Popen(
+                [sys.executable, *program, *arguments],
+                env=environment,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                encoding="utf-8",
+                errors="surrogateescape",
+            )
         self.running.append(process)
         return Running(self, process)
 
     def environment(self, **settings):
         """A whole environment, made from nothing."""
         environment = {
-            "PATH": os.environ["PATH"],
+            **ENVIRONMENT,
             "HOME": str(self.folder / "home"),
-            "LANG": "C.UTF-8",
             "AWS_EC2_METADATA_DISABLED": "true",
             "STATE_DB": str(self.state_db),
             "LOG_FILE": str(self.log_file),
@@ -188,6 +205,15 @@ class Archive:
             assert "Traceback" not in text, text
             assert not re.search("[\x00-\x08\x0b-\x1f\x7f\x80-\x9f\udc80-\udcff]", text)
         return Result(status, stdout, stderr, log)
+
+    def terminate(self):
+        """Send SIGTERM to the latest run."""
+        self.running[-1].terminate()
+
+    def kill(self):
+        """Kill the latest run at once; it is gone when this returns."""
+        self.running[-1].kill()
+        self.running[-1].wait()
 
     def objects(self):
         """{key: (size, crc32, storage class)} of the bucket.
@@ -254,6 +280,14 @@ class Archive:
         assert left <= unfinished, "unfinished uploads that nobody goes on with"
 
 
+def reads_as_it_starts(environment):
+    """Whether Python would start otherwise with these variables than the starter did."""
+    return any(
+        name.startswith(OWN_START) and ENVIRONMENT.get(name) != value
+        for name, value in environment.items()
+    )
+
+
 class Bucket:
     """One bucket on moto."""
 
@@ -284,8 +318,17 @@ class Bucket:
 
     def uploads(self):
         """The keys of multipart uploads that were begun, but not ended or aborted."""
+        return [upload["Key"] for upload in self._uploads()]
+
+    def upload_ids(self, key=None):
+        """The ids of these uploads, of all keys or of one."""
+        return {
+            upload["UploadId"] for upload in self._uploads() if key in (None, upload["Key"])
+        }
+
+    def _uploads(self):
         listing = self.client.list_multipart_uploads(Bucket=self.name)
-        return [upload["Key"] for upload in listing.get("Uploads", [])]
+        return listing.get("Uploads", [])
 
     def writes(self):
         """The requests that could change the bucket, as (method, path, query)."""
@@ -293,8 +336,17 @@ class Bucket:
 
 
 def pytest_xdist_auto_num_workers():
-    """For `-n auto`: more than there are cores, since a third of the time is waiting."""
-    return len(os.sched_getaffinity(0)) + 2
+    """For `-n auto`: more than there are cores, since half of the time is waiting."""
+    return len(os.sched_getaffinity(0)) + 3
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "as_users_do: no run is a fork of the starter's")
+
+
+def pytest_collection_finish():
+    """Let the garbage collector skip what was imported, which is most of what there is."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
@@ -366,14 +418,22 @@ def strict_s3(moto):
         yield running
 
 
+@pytest.fixture(scope="session", autouse=True)
+def starter():
+    with Starter(PROGRAM.parent) as Archive.starter:
+        yield
+
+
 @pytest.fixture
-def archive_of(bucket, tmp_path):
+def archive_of(request, bucket, tmp_path):
     """Makes an Archive of a given box, each with a folder and state of its own."""
     made = []
 
     def make(box, **settings):
         folder = tmp_path / f"archive{len(made) or ''}"
         made.append(Archive(box, bucket, folder, **settings))
+        if request.node.get_closest_marker("as_users_do"):
+            made[-1].as_users_do = True
         return made[-1]
 
     yield make

@@ -21,11 +21,10 @@ EFFORT = int(os.environ.get("TEST_EFFORT", "1"))
 SEED = int(os.environ.get("TEST_SEED", "0")) or random.SystemRandom().getrandbits(32)
 
 
-def strict_fixtures():
-    """The fixtures `box`, `s3` and `archive` of a module: a FaultyBox, and S3 with checksums as
-    S3 answers them, so that there is no HEAD but those of comparisons.
+def scripted_fixtures():
+    """The fixtures `box` and `archive` of a module: a FaultyBox, and S3 behind `s3`.
 
-        box, s3, archive = strict_fixtures()
+    box, archive = scripted_fixtures()
     """
 
     @pytest.fixture
@@ -33,13 +32,24 @@ def strict_fixtures():
         return faulty_box
 
     @pytest.fixture
-    def s3(strict_s3):
-        return strict_s3
-
-    @pytest.fixture
     def archive(archive_of, box, s3):
         return archive_of(box, AWS_ENDPOINT_URL=s3.url)
 
+    return box, archive
+
+
+def strict_fixtures():
+    """The same with `s3` that has checksums as S3 answers them, so that there is no HEAD but
+    those of comparisons.
+
+        box, s3, archive = strict_fixtures()
+    """
+
+    @pytest.fixture
+    def s3(strict_s3):
+        return strict_s3
+
+    box, archive = scripted_fixtures()
     return box, s3, archive
 
 

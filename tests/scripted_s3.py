@@ -252,7 +252,11 @@ class ScriptedS3:
         self.server = _Server(("127.0.0.1", 0), _Handler)
         self.server.s3 = self
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        # `shutdown` waits until the server looks whether it was called.
+        look_every = 0.02  # s
+        threading.Thread(
+            target=self.server.serve_forever, args=[look_every], daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_):

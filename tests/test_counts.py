@@ -130,6 +130,7 @@ def wait_until_idle(box, running):
         time.sleep(1)
 
 
+@pytest.mark.as_users_do
 def test_files_that_fail_do_not_keep_their_bytes(archive_of, s3):
     """Seen by what the process holds: the box may read on, whatever is kept."""
     size, count = 8 * MIB, 30
@@ -166,6 +167,7 @@ def peak_of_an_unchanged_run(archive_of, folders, files):
         return peak(result)
 
 
+@pytest.mark.as_users_do
 @pytest.mark.timeout(120 * EFFORT)
 def test_memory_does_not_grow_with_the_number_of_files(archive_of):
     small = peak_of_an_unchanged_run(archive_of, 20, 1_000)

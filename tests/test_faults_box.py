@@ -519,7 +519,7 @@ def test_files_that_are_refused_do_not_hold_up_the_others_beside_a_large_one(
 def test_signal_ends_a_run_whose_output_nobody_reads(archive, box):
     for number in range(120):
         write(box.root / ("n" * 60 + str(number)), 1)
-    running = archive.start(LOG_FILE="")
+    running = archive.start(constants={"STOP_LIMIT": 1}, LOG_FILE="")
     fcntl.fcntl(running.process.stderr, fcntl.F_SETPIPE_SZ, 4096)
     seen = [-1]
     while seen[-1] < 1 or seen[-3:].count(seen[-1]) < 3:
@@ -633,7 +633,7 @@ def test_signal_leaves_what_was_done_and_nothing_half_done(archive, box, at):
         running.process.terminate()
 
     box.on("READ", b"large", first(stop, freeze), at=at)
-    running = archive.start(constants=SIZES, TRANSFERS=1)
+    running = archive.start(constants={**SIZES, "STOP_LIMIT": 1}, TRANSFERS=1)
     result = running.wait(timeout=20)
     assert result.status == 143
     assert result.counts[0] == 1

@@ -15,6 +15,7 @@ from faults import (
     assert_all_archived,
     assert_failed,
     assert_rows_are_true,
+    scripted_fixtures,
     wait_for,
     write,
 )
@@ -33,14 +34,7 @@ OPERATIONS = {
 }
 
 
-@pytest.fixture
-def box(faulty_box):
-    return faulty_box
-
-
-@pytest.fixture
-def archive(archive_of, box, s3):
-    return archive_of(box, AWS_ENDPOINT_URL=s3.url)
+box, archive = scripted_fixtures()
 
 
 def recorded(archive):
@@ -390,6 +384,7 @@ def test_no_secret_is_shown_however_much_is_told(archive, box, s3):
     assert "SignatureDoesNotMatch" in result.log
 
 
+@pytest.mark.as_users_do
 def test_no_secret_is_in_the_process_list(archive, box, s3):
     write(box.root / "f", SMALL)
     seen = []
@@ -430,12 +425,8 @@ def test_old_content_that_is_put_back_after_a_lost_answer_is_archived_again(
     path.write_bytes(old[::-1])
     os.utime(path, times if recent else None)
     operation = "PutObject" if size == SMALL else "CompleteMultipartUpload"
-
-    def kill():
-        archive.running[-1].kill()
-
     if how == "killed":
-        s3.on(operation, first(kill, lost_answer), key="f")
+        s3.on(operation, first(archive.kill, lost_answer), key="f")
     else:
         s3.on(operation, lost_answer, key="f", times=2)
     result = archive(constants={**IMPATIENT, **sizes})

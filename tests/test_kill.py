@@ -45,14 +45,10 @@ box, s3, archive = strict_fixtures()
 
 def kill_at(archive, s3, operation, fault, nth):
     """Kill the run at the `nth` of these requests; then S3 meets it with `fault`."""
-
-    def kill():
-        archive.running[-1].kill()
-        archive.running[-1].wait()
-
-    s3.on(operation, first(kill, fault), nth=nth)
+    s3.on(operation, first(archive.kill, fault), nth=nth)
 
 
+@pytest.mark.as_users_do
 @pytest.mark.timeout(60 + 20 * ROUNDS)
 def test_run_that_is_killed_again_and_again_ends_complete(archive, box, s3):
     print(f"TEST_SEED={SEED}")
@@ -92,20 +88,20 @@ def test_upload_of_a_file_that_is_gone_after_a_kill_is_aborted_and_nobody_elses(
     write(box.root / "big", LARGE)
     for key in ("other", "big.other", "bi"):
         bucket.client.create_multipart_upload(Bucket=bucket.name, Key=key)
-    others = uploads(bucket)
+    others = bucket.upload_ids()
     kill_at(archive, s3, operation, lost_answer, nth)
     running = archive.start(constants=SIZES)
     assert running.wait().status == -9
     wait_for(lambda: not s3.under_way)
     assert_rows_are_true(archive)
-    left = uploads(bucket) - others
+    left = bucket.upload_ids() - others
     assert len(left) == (operation != "CompleteMultipartUpload")
 
     (box.root / "big").unlink()  # even if there is nothing to archive any more
     write(box.root / "small", SMALL)
     result = archive(constants=SIZES)
     assert result.status == 0, result.stderr
-    assert uploads(bucket) == others
+    assert bucket.upload_ids() == others
     s3.requests.clear()
     assert "aborted" not in archive(constants=SIZES).stderr
     assert s3.requests.total() == 0  # nothing is left to be asked about
@@ -124,18 +120,9 @@ def test_what_s3_has_is_recorded_while_the_box_is_silent_about_a_folder(archive,
     assert_rows_are_true(archive)
 
 
-def uploads(bucket):
-    listing = bucket.client.list_multipart_uploads(Bucket=bucket.name)
-    return {upload["UploadId"] for upload in listing.get("Uploads", [])}
-
-
 @pytest.mark.timeout(60 + 20 * ROUNDS)
 def test_run_that_is_told_to_stop_at_any_instant_ends_and_the_next_ones_go_on(archive, box, s3):
     """It cannot end on its own here, since the box never gives the last file."""
-
-    def stop():
-        archive.running[-1].terminate()
-
     print(f"TEST_SEED={SEED}")
     draw = random.Random(SEED)
     for round_ in range(ROUNDS):
@@ -144,9 +131,9 @@ def test_run_that_is_told_to_stop_at_any_instant_ends_and_the_next_ones_go_on(ar
             write(box.root / name, size + round_, mtime=1_700_000_000 + round_)
         server, what, nth = draw.choice(INSTANTS)
         if server == "s3":
-            s3.on(what, first(stop), nth=nth)
+            s3.on(what, first(archive.terminate), nth=nth)
         else:
-            box.on(what, None, faulty_sftp.first(stop), nth=nth)
+            box.on(what, None, faulty_sftp.first(archive.terminate), nth=nth)
         box.always("READ", b"zzz", freeze)
         # One file after another, so that all of these instants come before that.
         running = archive.start(constants={**SIZES, "STOP_LIMIT": 2}, TRANSFERS=1)

@@ -162,7 +162,7 @@ def test_an_agent_that_is_silent_is_waited_for_only_so_long(archive, tmp_path):
         agent.bind(str(tmp_path / "silent"))
         agent.listen()
         result = archive(
-            constants={"CONNECT_LIMIT": 2},
+            constants={"CONNECT_LIMIT": 2, "RECONNECT_PAUSES": (0,)},
             HETZNER_PASSWORD=None,
             SSH_AUTH_SOCK=str(tmp_path / "silent"),
         )

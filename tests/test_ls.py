@@ -282,6 +282,7 @@ def test_lines_are_shown_before_the_listing_has_ended(archive, s3):
     assert len(result.stdout.splitlines()) > 1000
 
 
+@pytest.mark.as_users_do
 def test_listing_of_many_pages_does_not_pile_up(archive, s3):
     peaks = []
     for number in (2, 60):

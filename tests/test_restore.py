@@ -166,13 +166,8 @@ def note(seen, what):
 
 def stop(archive):
     """Send SIGTERM and wait for the end."""
-    archive.running[-1].terminate()
+    archive.terminate()
     archive.running[-1].wait(30)
-
-
-def kill(archive):
-    archive.running[-1].kill()
-    archive.running[-1].wait()
 
 
 def wait_for_partial(folder):
@@ -900,7 +895,7 @@ def test_file_and_folder_of_one_name_both_come_back(place):
 
 
 @HERE_AND_THERE
-@pytest.mark.parametrize(("end", "ending"), [(stop, 143), (kill, -9)])
+@pytest.mark.parametrize(("end", "ending"), [(stop, 143), (Archive.kill, -9)])
 def test_pass_that_is_ended_in_the_middle_of_a_file_is_completed_by_the_next(
     place, s3, end, ending
 ):
@@ -919,7 +914,7 @@ def test_pass_that_is_ended_in_the_middle_of_a_file_is_completed_by_the_next(
     )
 
     assert result.status == ending, result.stderr
-    assert "Restored files : 1\n" in result.stdout or end is kill
+    assert "Restored files : 1\n" in result.stdout or end is Archive.kill
     assert "b" not in seen
     assert not (place.root / "b").exists()
     again = place.archive("restore", *place.arguments)

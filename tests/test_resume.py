@@ -39,33 +39,14 @@ IN_ORDER = {**SIZES, "PARTS_AT_ONCE": 1}
 box, s3, archive = strict_fixtures()
 
 
-def uploads(bucket, key=None):
-    """The ids of the unfinished uploads, of all keys or of one."""
-    listing = bucket.client.list_multipart_uploads(Bucket=bucket.name)
-    return {
-        upload["UploadId"]
-        for upload in listing.get("Uploads", [])
-        if key in (None, upload["Key"])
-    }
-
-
 def sent(s3, key="big"):
     """How often each part of a file has arrived at S3, by its number."""
     return Counter(number for name, number, _ in s3.parts if name == key)
 
 
-def kill(archive):
-    archive.running[-1].kill()
-    archive.running[-1].wait()
-
-
-def terminate(archive):
-    archive.running[-1].terminate()
-
-
 def interrupt(archive, s3, at_part=4, **settings):
     """A run that is killed when S3 has all parts before that one."""
-    s3.on("UploadPart", first_in_s3(lambda: kill(archive), reset), nth=at_part)
+    s3.on("UploadPart", first_in_s3(archive.kill, reset), nth=at_part)
     result = archive.start(constants=IN_ORDER, **settings).wait()
     assert result.status == -9
     wait_for(lambda: not s3.under_way)
@@ -103,7 +84,7 @@ def test_next_run_after_a_kill_goes_on_behind_the_stored_parts(archive, box, s3)
 
 def test_part_that_arrived_though_its_answer_was_lost_is_not_sent_again(archive, box, s3):
     write(box.root / "big", BIG)
-    s3.on("UploadPart", first_in_s3(lambda: kill(archive), lost_answer), nth=3)
+    s3.on("UploadPart", first_in_s3(archive.kill, lost_answer), nth=3)
     assert archive.start(constants=IN_ORDER).wait().status == -9
     wait_for(lambda: not s3.under_way)
     assert archive(constants=SIZES).status == 0
@@ -116,8 +97,8 @@ def test_going_on_at_the_first_or_the_last_part_is_right(archive, box, s3, parts
     """All are there if the kill came before the request that completes them; S3 has a part
     that is as large as the others as the last one here."""
     write(box.root / "big", PARTS * PART)
-    s3.on("CompleteMultipartUpload", first_in_s3(lambda: kill(archive), reset))
-    s3.on("UploadPart", first_in_s3(lambda: kill(archive), reset), nth=parts + 1)
+    s3.on("CompleteMultipartUpload", first_in_s3(archive.kill, reset))
+    s3.on("UploadPart", first_in_s3(archive.kill, reset), nth=parts + 1)
     assert archive.start(constants=IN_ORDER).wait().status == -9
     wait_for(lambda: not s3.under_way)
     s3.rules.clear()
@@ -132,7 +113,7 @@ def test_parts_stay_however_the_run_ends_and_the_next_one_goes_on(archive_of, bo
     with Relay(box.host, box.port) as relay:
         archive = archive_of(box, **box.settings(port=relay.port), AWS_ENDPOINT_URL=s3.url)
         happens = {
-            "SIGTERM": lambda: terminate(archive),
+            "SIGTERM": archive.terminate,
             "MAX_RUNTIME": lambda: time.sleep(3.1),
             "box gone": relay.stop,
             "S3 gone": lambda: s3.always("UploadPart", reset),
@@ -173,7 +154,7 @@ def test_file_that_is_killed_every_few_seconds_is_complete_in_the_end(archive, b
         try:
             result = running.wait(timeout=draw.uniform(0, 0.5))
         except subprocess.TimeoutExpired:
-            kill(archive)
+            archive.kill()
             kills += 1
             wait_for(lambda: not s3.under_way)
             s3.rules.clear()
@@ -246,7 +227,7 @@ def test_parts_that_cannot_be_used_are_not_and_the_file_is_sent_anew(
     state has the id of an upload with these parts."""
     write(box.root / "big", BIG)
     interrupt(archive, s3, at_part=1)
-    (ours,) = uploads(bucket)
+    (ours,) = bucket.upload_ids()
     upload = {"Bucket": bucket.name, "Key": "big"}
     bucket.client.abort_multipart_upload(**upload, UploadId=ours)
     summed = {"ChecksumAlgorithm": "CRC32", "ChecksumType": "FULL_OBJECT"}
@@ -262,7 +243,7 @@ def test_parts_that_cannot_be_used_are_not_and_the_file_is_sent_anew(
     s3.parts.clear()
     result = archive(constants=SIZES)
     assert (result.status, result.counts) == (0, (1, 0, 0)), result.stderr
-    assert uploads(bucket) == set()
+    assert bucket.upload_ids() == set()
     assert sent(s3) == {
         number: 1 for number in range(1, PARTS + 1) if number not in parts or parts[number]
     }
@@ -293,13 +274,13 @@ def test_file_that_has_changed_since_is_sent_anew_and_its_parts_are_aborted(
 ):
     write(box.root / "big", BIG)
     interrupt(archive, s3)
-    old = uploads(bucket)
+    old = bucket.upload_ids()
     change(box.root / "big")
     s3.parts.clear()
     result = archive(constants=SIZES)
     assert (result.status, result.counts) == (0, (1, 0, 0)), result.stderr
     assert len(old) == 1
-    assert uploads(bucket) == set()
+    assert bucket.upload_ids() == set()
     assert sum(size for _, _, size in s3.parts) in (0, (box.root / "big").stat().st_size)
     assert_all_archived(archive, box)
 
@@ -309,7 +290,7 @@ def test_parts_of_a_size_that_is_not_used_any_more_are_aborted(archive, box, s3,
     interrupt(archive, s3)
     result = archive(constants={**SIZES, "PART_SIZE": 8 * MIB})
     assert result.status == 0, result.stderr
-    assert uploads(bucket) == set()
+    assert bucket.upload_ids() == set()
     assert_all_archived(archive, box)
 
 
@@ -330,7 +311,7 @@ def test_parts_of_a_version_that_was_never_listed_are_not_gone_on_with(archive, 
     write(path, BIG)
     content, times = path.read_bytes(), (path.stat().st_mtime,) * 2
     box.on("OPEN", b"big", first(lambda: other_content(path)))
-    s3.on("UploadPart", first_in_s3(lambda: kill(archive), reset), nth=3)
+    s3.on("UploadPart", first_in_s3(archive.kill, reset), nth=3)
     result = archive.start(constants=IN_ORDER).wait()
     assert result.status in (-9, 3), result.stderr
     wait_for(lambda: not s3.under_way)
@@ -352,7 +333,7 @@ def test_file_that_is_rewritten_within_its_second_is_not_gone_on_with(archive, b
     now = int(time.time())
     path.write_bytes(os.urandom(BIG))
     os.utime(path, (now, now))
-    stop = first_in_s3(lambda: terminate(archive))
+    stop = first_in_s3(archive.terminate)
     s3.on("UploadPart", stop, nth=3)
     recent = {**IN_ORDER, "RECENT": 60, "STOP_LIMIT": 2}
     assert archive(constants=recent).status == 143
@@ -373,13 +354,13 @@ def test_uploads_of_other_people_stay_also_of_keys_that_begin_alike(archive, box
     write(box.root / "new", LARGE)  # of which somebody else has an upload under way, too
     for key in ("bigger", "big/x", "bi", "other", "new"):
         bucket.client.create_multipart_upload(Bucket=bucket.name, Key=key)
-    others = uploads(bucket)
+    others = bucket.upload_ids()
     interrupt(archive, s3, EXCLUDE_PATHS="new")
-    assert len(uploads(bucket) - others) == 1
+    assert len(bucket.upload_ids() - others) == 1
     assert archive(constants=SIZES).status == 0
     (box.root / "big").unlink()
     assert archive(constants=SIZES).status == 0
-    assert uploads(bucket) == others
+    assert bucket.upload_ids() == others
 
 
 @pytest.mark.parametrize("how", ["gone", "excluded", "archived since"])
@@ -402,13 +383,13 @@ def test_upload_of_a_file_that_is_gone_or_excluded_is_aborted_after_a_whole_walk
     unlistable = box.always("OPENDIR", b"folder", status(PERMISSION_DENIED))
     assert archive(constants=SIZES, **settings).status == 3
     assert unlistable.fired
-    assert len(uploads(bucket)) == 1
+    assert len(bucket.upload_ids()) == 1
     assert archive.query("SELECT key FROM uploads") == [("big",)]
     box.rules.clear()
 
     result = archive(constants=SIZES, **settings)
     assert result.status == 0, result.stderr
-    assert uploads(bucket) == set()
+    assert bucket.upload_ids() == set()
     assert archive.query("SELECT key FROM uploads") == []
     assert "aborted the unfinished upload of big" in result.stderr
 
@@ -417,7 +398,7 @@ def test_max_runtime_leaves_uploads_of_files_that_were_not_come_to(archive, box,
     write(box.root / "big", BIG)
     interrupt(archive, s3)
     assert archive(constants=SIZES, MAX_RUNTIME="0s").status == 3
-    assert len(uploads(bucket)) == 1
+    assert len(bucket.upload_ids()) == 1
     assert archive(constants=SIZES).status == 0
     assert sent(s3) == dict.fromkeys(range(1, PARTS + 1), 1)
 
@@ -432,7 +413,7 @@ def test_abort_that_is_refused_is_a_warning_with_key_and_upload_id(
 ):
     write(box.root / "big", BIG)
     interrupt(archive, s3)
-    (left,) = uploads(bucket)
+    (left,) = bucket.upload_ids()
     if why == "changed":
         other_content(box.root / "big")
     else:
@@ -443,11 +424,11 @@ def test_abort_that_is_refused_is_a_warning_with_key_and_upload_id(
     (warning,) = [line for line in result.stderr.splitlines() if left in line]
     assert "warning" in warning
     assert " big " in warning
-    assert uploads(bucket) == {left}
+    assert bucket.upload_ids() == {left}
     if why == "gone":
         s3.rules.clear()
         assert archive(constants=SIZES).status == 0
-        assert uploads(bucket) == set(), "a later run has aborted it"
+        assert bucket.upload_ids() == set(), "a later run has aborted it"
 
 
 def test_upload_that_could_not_be_looked_for_is_not_left_for_ever(archive, box, s3, bucket):
@@ -461,7 +442,7 @@ def test_upload_that_could_not_be_looked_for_is_not_left_for_ever(archive, box, 
     s3.rules.clear()
 
     assert archive(constants=SIZES).status == 0
-    assert uploads(bucket) == set()
+    assert bucket.upload_ids() == set()
     assert_all_archived(archive, box)
 
 
@@ -471,19 +452,19 @@ def test_upload_whose_first_answer_was_lost_is_aborted_in_the_end(archive, box, 
     s3.on("CreateMultipartUpload", lost_answer)
     assert archive(constants=SIZES).status == 0
     assert s3.requests["CreateMultipartUpload"] == 2
-    assert uploads(bucket) == set()
+    assert bucket.upload_ids() == set()
     assert_all_archived(archive, box)
 
 
 def test_upload_whose_only_answer_was_lost_is_gone_on_with_or_aborted(archive, box, s3, bucket):
     write(box.root / "big", BIG)
-    s3.on("CreateMultipartUpload", first_in_s3(lambda: kill(archive), lost_answer))
+    s3.on("CreateMultipartUpload", first_in_s3(archive.kill, lost_answer))
     assert archive.start(constants=SIZES).wait().status == -9
     wait_for(lambda: not s3.under_way)
-    assert len(uploads(bucket)) == 1
+    assert len(bucket.upload_ids()) == 1
     archive.assert_invariant()
     assert archive(constants=SIZES).status == 0
-    assert uploads(bucket) == set()
+    assert bucket.upload_ids() == set()
     assert_all_archived(archive, box)
 
 
@@ -587,7 +568,7 @@ def test_upload_that_s3_refuses_to_complete_is_aborted(archive, box, s3, bucket)
     result = archive(constants=SIZES)
     assert_failed(result, {"big": "BadDigest"})
     assert archive.rows().keys() == {"./other"}
-    assert uploads(bucket) == set()
+    assert bucket.upload_ids() == set()
     archive.assert_invariant()
     assert archive(constants=SIZES).counts == (1, 1, 0)
     assert_all_archived(archive, box)
@@ -602,7 +583,7 @@ def test_upload_is_completed_with_the_checksum_of_what_was_read(archive, box, s3
     result = archive(constants=SIZES)
     assert_failed(result, {"big": "BadDigest"})
     assert archive.rows() == archive.objects() == {}
-    assert uploads(bucket) == set()
+    assert bucket.upload_ids() == set()
     assert archive(constants=SIZES).counts == (1, 0, 0)
     assert_all_archived(archive, box)
 
@@ -666,7 +647,7 @@ def test_upload_that_is_gone_and_whose_object_is_another_has_failed(
     s3.on("CompleteMultipartUpload", error(404, "NoSuchUpload"), nth=2)
     assert_failed(archive(constants=SIZES), {"big": "NoSuchUpload"})
     assert_rows_are_true(archive)
-    assert uploads(bucket) == set()
+    assert bucket.upload_ids() == set()
     assert archive(constants=SIZES).counts == (1, 0, 0)
     assert_all_archived(archive, box)
 
@@ -677,7 +658,7 @@ def test_object_that_is_complete_though_nobody_was_told_is_not_sent_again(
 ):
     """The upload is gone since S3 has completed it: HEAD tells the next run."""
     write(box.root / "big", BIG)
-    done = (lambda: kill(archive)) if how == "killed" else (lambda: None)
+    done = archive.kill if how == "killed" else (lambda: None)
     fault = first_in_s3(done, lost_answer)
     s3.on("CompleteMultipartUpload", fault)
     s3.on("CompleteMultipartUpload", reset, nth=2, times=9)

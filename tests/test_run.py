@@ -13,6 +13,8 @@ from relay import Relay
 from scripted_s3 import ScriptedS3, error
 from servers import AsyncSSHBox, OpenSSH
 
+pytestmark = pytest.mark.as_users_do
+
 # The smallest parts that S3 allows, so that a large file can be a small one here.
 SMALL_PARTS = {"SMALL_FILE": 5 * MIB, "PART_SIZE": 5 * MIB}
 

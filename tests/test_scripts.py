@@ -117,7 +117,7 @@ def test_error_before_anything_is_counted_leaves_the_exit_status(archive, faulty
 def test_run_that_a_signal_ends_prints_its_summary(archive, faulty_box, s3):
     fill(faulty_box.root, {"a": 10})
     held = s3.on("PutObject", hang)
-    running = archive.start("run", "--json")
+    running = archive.start("run", "--json", constants={"STOP_LIMIT": 1})
     wait_for(lambda: held.fired)
 
     running.process.terminate()
@@ -175,7 +175,7 @@ def test_restore_that_cannot_begin_leaves_the_exit_status(archive, to):
 def test_restore_that_a_signal_ends_prints_its_summary(archive, s3, to):
     stored(archive, {"file": b"content"})
     held = s3.on("GetObject", hang)
-    running = archive.start("restore", "--to", to, "--json")
+    running = archive.start("restore", "--to", to, "--json", constants={"STOP_LIMIT": 1})
     wait_for(lambda: held.fired)
 
     running.process.terminate()

@@ -11,6 +11,8 @@ import sys
 import pytest
 from conftest import MIB, PROGRAM, fill
 
+pytestmark = pytest.mark.as_users_do
+
 ROOT = PROGRAM.parent
 SETTINGS = {
     "HETZNER_HOST",

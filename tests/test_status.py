@@ -8,7 +8,7 @@ import socket
 
 import pytest
 from conftest import OLD, earlier_database, fill, real
-from faults import wait_for
+from faults import scripted_fixtures, wait_for
 from faulty_sftp import drop, unanswered
 from scripted_s3 import error, hang
 from servers import OpenSSH, ProFTPD
@@ -25,14 +25,7 @@ EMPTY = {
 }
 
 
-@pytest.fixture
-def box(faulty_box):
-    return faulty_box
-
-
-@pytest.fixture
-def archive(archive_of, box, s3):
-    return archive_of(box, AWS_ENDPOINT_URL=s3.url)
+box, archive = scripted_fixtures()
 
 
 def told(archive, **settings):

@@ -9,7 +9,7 @@ from zlib import crc32
 import pytest
 from boto3.s3.transfer import TransferConfig
 from conftest import MIB, OLD, earlier_database, fill
-from faults import assert_all_archived
+from faults import assert_all_archived, scripted_fixtures
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
 from scripted_s3 import error, lost_answer, rewritten
@@ -28,14 +28,7 @@ ALL_SCRIPTS = [
 ]
 
 
-@pytest.fixture
-def box(faulty_box):
-    return faulty_box
-
-
-@pytest.fixture
-def archive(archive_of, box, s3):
-    return archive_of(box, AWS_ENDPOINT_URL=s3.url)
+box, archive = scripted_fixtures()
 
 
 @pytest.fixture
