@@ -478,7 +478,7 @@ def test_parts_of_another_version_are_not_gone_on_with_after_a_run_that_sent_not
     assert archive(constants=SIZES, MAX_COST="0").status == 3
     assert archive(constants=SIZES).counts == (1, 0, 0)
     assert_all_archived(archive, box)
-    assert uploads(bucket) == set()
+    assert bucket.uploads() == []
 
 
 def test_parts_of_another_version_that_cannot_be_aborted_are_not_gone_on_with(archive, box, s3):
@@ -486,7 +486,7 @@ def test_parts_of_another_version_that_cannot_be_aborted_are_not_gone_on_with(ar
     interrupt(archive, s3)
     other_content(box.root / "big")
     s3.on("AbortMultipartUpload", error(400, "Odd"))
-    s3.on("UploadPart", first_in_s3(lambda: kill(archive), reset), nth=2)
+    s3.on("UploadPart", first_in_s3(archive.kill, reset), nth=2)
     assert archive.start(constants=IN_ORDER).wait().status == -9
     wait_for(lambda: not s3.under_way)
     s3.rules.clear()
