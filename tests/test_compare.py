@@ -107,6 +107,7 @@ def test_files_that_were_only_touched_are_compared_and_not_sent(archive, box, s3
     before = archive(constants=SIZES)
     assert before.counts == (len(sizes), 0, 0)
     assert "Compared files" not in before.stdout, "shown only where it is not 0"
+    archive.execute("UPDATE files SET uploaded_at = ?", OLD + 1)
     touch(box.root, OLD + 9)
 
     plan = json.loads(archive("plan", "--json", constants=SIZES).stdout)
@@ -123,6 +124,10 @@ def test_files_that_were_only_touched_are_compared_and_not_sent(archive, box, s3
     assert box.handed_out == sum(sizes), "each is read once"
     assert_all_archived(archive, box)
     assert_rows_name_the_content(archive, box)
+    # And still after this: the content, and the age, which an early deletion is charged by.
+    assert archive.query("SELECT path FROM objects WHERE crc32 IS NULL") == []
+    assert archive.query("SELECT DISTINCT uploaded_at FROM files") == [(OLD + 1,)]
+    assert archive.query("SELECT DISTINCT storage_class FROM objects") == [("DEEP_ARCHIVE",)]
     assert_settled(archive, box, s3, constants=SIZES)
 
 
@@ -185,7 +190,7 @@ def test_file_written_just_now_is_compared_by_the_next_run(archive, box, s3):
     for name, size in sizes.items():
         write(box.root / name, size)
     box.on("OPENDIR", None, first_on_box(change))
-    recent = {**SIZES, "RECENT": 6}  # s, so that a slow machine reads them within that time
+    recent = {**SIZES, "RECENT": 60}  # s, so that a slow machine reads them within that time
     assert archive(constants=recent).counts == (4, 0, 0)
     assert archive.rows() == {f"./{name}": (size, None) for name, size in sizes.items()}
     for name in rewritten_ones:
@@ -197,6 +202,7 @@ def test_file_written_just_now_is_compared_by_the_next_run(archive, box, s3):
     assert (result.status, result.counts, result.compared) == (0, (2, 0, 0), 2)
     sent = {key for operation, key in s3.about if operation in WRITES}
     assert sent == rewritten_ones
+    assert {mtime for _, mtime in archive.rows().values()} == {None}, "it may happen again"
     wait_for(lambda: time.time() > times[0] + 3)
     assert archive(constants=SIZES).counts[0] == 0
     assert_all_archived(archive, box)
@@ -390,20 +396,19 @@ def test_parts_of_an_unusual_size_lead_to_an_upload(
 
 
 def test_etags_of_the_usual_part_sizes_are_recognised(archive, box, s3, bucket, monkeypatch):
-    """Everything a thousandth as large, in KiB for MiB: 5, 8 and 16 MiB and their doubles,
+    """Everything a thousandth as large, in KiB for MiB: 5, 6, 7 and 8 MiB and their doubles,
     for sizes at random and those around whole parts."""
     print(f"TEST_SEED={SEED}")
     lots = random.Random(SEED)
-    usual = [5 << n for n in range(11)] + [8 << n for n in range(10)]
     monkeypatch.setattr(moto.s3.models, "S3_UPLOAD_PART_MIN_SIZE", 1)
+    sizes = "archive.PART_SIZES = sorted(size // 1024 for size in archive.PART_SIZES)"
     scaled = {
-        "PART_SIZES": sorted(size * KIB for size in usual),
         "SMALL_FILE": 48 * KIB,
         "PART_SIZE": 16 * KIB,
         "COMPARE_BLOCK": KIB,
     }
     for number in range(40):
-        part = lots.choice([5, 8, 10, 16, 20, 32]) * KIB
+        part = (5, 6, 7, 8, 10, 12, 14, 16, 20, 32)[number % 10] * KIB
         whole = lots.randrange(1, 9) * part
         size = lots.choice([lots.randrange(1, 9 * part), whole, whole - 1, whole + 1])
         fill(box.root, {f"{number} of {part}": size})
@@ -411,7 +416,7 @@ def test_etags_of_the_usual_part_sizes_are_recognised(archive, box, s3, bucket, 
         in_parts(bucket, f"{number} of {part}", content, part)
     forget_counts(box, s3)
 
-    result = archive(constants=scaled)
+    result = archive.start(constants=scaled, before=sizes).wait()
 
     assert_nothing_sent(result, s3, compared=40)
     assert box.handed_out == size_of(box.root)
@@ -429,6 +434,15 @@ def in_parts(bucket, key, content, *sizes):
         parts.append({"PartNumber": number, "ETag": answer["ETag"]})
         content = content[size:]
     bucket.client.complete_multipart_upload(**at, MultipartUpload={"Parts": parts})
+
+
+def test_parts_of_rclones_largest_files_are_recognised(archive, box, s3, bucket):
+    """It makes them as small as 10,000 of whole MiB can be. Here two take that place."""
+    fill(box.root, {"file": 17 * MIB})
+    in_parts(bucket, "file", (box.root / "file").read_bytes(), 9 * MIB)
+    forget_counts(box, s3)
+
+    assert_nothing_sent(archive(constants={"MAX_PARTS": 2}), s3, compared=1)
 
 
 def test_parts_of_different_sizes_lead_to_an_upload(archive, box, s3, bucket):
@@ -502,6 +516,24 @@ def test_comparison_goes_on_over_a_new_connection(archive, box, s3):
 
     assert box.connections == 3
     assert_all_archived(archive, box)
+
+
+def test_small_file_whose_comparison_was_cut_off_is_just_compared_by_the_next_run(
+    archive, box, s3
+):
+    write(box.root / "small", SMALL)
+    archive()
+    touch(box.root, OLD + 9)
+    stuck = box.on("READ", None, freeze)
+    running = archive.start()
+    wait_for(lambda: stuck.fired)
+    running.process.send_signal(signal.SIGTERM)
+    assert running.wait(timeout=15).status == 143
+    forget_counts(box, s3)
+
+    assert_nothing_sent(archive(), s3, compared=1)
+
+    assert s3.requests == {"HeadObject": 1}
 
 
 @pytest.mark.parametrize(("how", "state"), [("MAX_RUNTIME", "lost"), ("SIGTERM", "kept")])

@@ -78,6 +78,7 @@ def test_requests_to_s3_are_as_few_as_can_be(archive_of, strict_s3):
     with FaultyBox() as box:
         for number in range(20):
             write(box.root / f"small{number}", SMALL)
+        write(box.root / "small0", SMALL, mtime=int(time.time()) + 86_400)  # a wrong clock's
         write(box.root / "large", LARGE)
         archive = archive_of(box, AWS_ENDPOINT_URL=s3.url)
         assert archive(constants=SIZES).status == 0

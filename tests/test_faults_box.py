@@ -784,6 +784,31 @@ def test_file_rewritten_within_its_second_while_it_is_read_is_archived_again(
     assert_all_archived(archive, box)
 
 
+def test_file_written_after_its_turn_came_may_be_rewritten_within_that_second(archive, box):
+    """It was changed later than the time for which a file counts as changed just now, and
+    before it is opened; and again when it has been read."""
+    path, times = box.root / "small", []
+    write(path, SMALL)
+
+    def change():
+        time.sleep(2.1)
+        times[:] = [int(time.time())] * 2
+        os.utime(path, tuple(times))
+
+    def rewrite(request):
+        reply = request.reply()
+        path.write_bytes(b"!" * SMALL)
+        os.utime(path, tuple(times))
+        return reply
+
+    box.on("OPEN", b"small", first(change))
+    rewritten = box.on("LSTAT", b"small", rewrite)
+    assert archive(constants={**SIZES, "RECENT": 1}).counts == (1, 0, 0)
+    assert rewritten.fired
+    assert archive(constants=SIZES).counts == (1, 0, 0)
+    assert archive.contents()["small"] == path.read_bytes()
+
+
 def test_file_that_changed_since_it_was_listed_is_archived_as_it_is(archive, box):
     """A large one is left to the next run: its parts have to be of the listed version."""
     files = {f"{change}-{kind}": change for change in CHANGES for kind in FILES}

@@ -125,7 +125,7 @@ def test_requests_foretold_are_those_that_the_run_sends(archive, box, s3):
     write(box.root / "two parts", 2 * LIMIT)
     s3.requests.clear()
 
-    plan = planned(archive, constants=SMALL_PARTS)
+    plan = planned(archive, constants=SMALL_PARTS, PRICES="get=100")
     assert s3.requests.total() == 0
     run = archive(constants=SMALL_PARTS)
 
@@ -133,6 +133,8 @@ def test_requests_foretold_are_those_that_the_run_sends(archive, box, s3):
     # Of those from the limit on, one has three parts, one two, one a single one.
     assert plan["requests"] == {"put": 3, "create": 3, "part": 6, "complete": 3, "head": 1}
     assert sent(s3) == plan["requests"]
+    # 3 PUTs and 3 Completes 6 x 0.00005, 3 Creates and 6 parts 9 x 0.000005, the HEAD 0.1.
+    assert plan["usd"]["upload"] == pytest.approx(0.100345, abs=1e-6)
     assert plan["to_compare"] == files_and_bytes(SMALL, SMALL)
     assert run.compared == 2
     uploads = plan["new"]["files"] + plan["changed"]["files"]
@@ -316,7 +318,8 @@ def test_what_is_gone_is_told_with_what_it_costs_a_month(archive, box):
     archive()
     archive.settings["EXCLUDE_PATHS"] = "cache"
     archive.execute("UPDATE files SET size = ?", 100 * GB)
-    archive.execute("UPDATE objects SET storage_class = 'STANDARD' WHERE path = './warm'")
+    warm = "path IN ('./warm', './there')"
+    archive.execute(f"UPDATE objects SET storage_class = 'STANDARD' WHERE {warm}")
     os.unlink(box.root / "cold")
     os.unlink(box.root / "warm")
 
@@ -325,6 +328,10 @@ def test_what_is_gone_is_told_with_what_it_costs_a_month(archive, box):
     assert plan["gone"] == files_and_bytes(100 * GB, 100 * GB)
     # 100 x 0.00099 and the index 0.0000002; 100 x 0.023.
     assert plan["usd"]["gone_a_month"] == pytest.approx(2.3990002, abs=1e-6)
+    # With another 0.099 for what is excluded; what is there is overwritten in STANDARD.
+    assert plan["usd"]["storage_a_month"] == pytest.approx(2.4980006, abs=1e-6)
+    # Of 300 GB 100 are free: 200 x 0.09, and a few GETs.
+    assert plan["usd"]["full_download"] == pytest.approx(18, abs=1e-5)
     text = archive("plan").stdout
     told = r"^Gone from the box *: 2 \(200.0 GiB\), archived for \$2.40 a month$"
     assert re.search(told, text, re.MULTILINE)

@@ -395,6 +395,40 @@ def test_nothing_is_asked_for_or_fetched_before_the_cost_is_agreed_to(archive, s
     assert not to.exists() or os.listdir(to) == []
 
 
+@pytest.mark.parametrize(
+    ("options", "usd"),
+    [
+        # Copies for 7 days 300 x 0.023 x 7 / 30 = 1.61; Bulk 200 x 0.0025 = 0.50, and free.
+        ([], "2.11"),
+        # For 3 days 300 x 0.023 / 10 = 0.69; Standard 200 x 0.02 = 4.00, and 100 x 0.01.
+        (["--tier", "standard", "--days", 3], "5.69"),
+    ],
+)
+def test_estimate_is_of_what_is_asked_for_and_of_all_that_is_downloaded(
+    archive, s3, to, options, usd
+):
+    """200 GB are in DEEP_ARCHIVE and 100 in GLACIER, S3 is restoring 30, and 20 can be read:
+    350 GB, of which 250 are not free. 250 x 0.09 = 22.50."""
+    stored(archive, {"cold": 200, "busy": 30}, "DEEP_ARCHIVE")
+    stored(archive, {"less cold": 100}, "GLACIER")
+    stored(archive, {"warm": 20})
+
+    restoring = f"<RestoreStatus>{BUSY}</RestoreStatus><Key>busy<".encode()
+
+    def in_gb(body):
+        body = re.sub(rb"<Size>(\d+)<", lambda m: b"<Size>%d<" % (int(m[1]) * 2**30), body)
+        return body.replace(b"<Key>busy<", restoring)
+
+    s3.always("ListObjectsV2", rewritten(in_gb))
+
+    result = archive("restore", "--to", to, *options)
+
+    estimate = result.stdout.partition("==== ESTIMATE ====\n")[2]
+    assert re.search(r"^To be asked of S3 *: 2 \(300.0 GiB\)$", estimate, re.MULTILINE)
+    assert re.search(rf"^Restore *: \${usd}$", estimate, re.MULTILINE), estimate
+    assert re.search(r"^Download *: \$22.50 out of AWS$", estimate, re.MULTILINE), estimate
+
+
 @pytest.mark.parametrize(("answer", "ending", "asked"), [("", 2, 0), ("y", 75, 1)])
 def test_at_a_terminal_the_cost_is_asked_about(archive, s3, to, answer, ending, asked):
     stored(archive, {"cold": b"content"}, "DEEP_ARCHIVE")
@@ -514,6 +548,19 @@ def test_copy_that_expires_meanwhile_is_asked_for_by_a_later_pass(
     assert archive("restore", "--to", to, "--yes").status == 75
     assert archive("restore", "--to", to, "--yes").status == 0
     assert whole(to) == expected
+
+
+def test_no_more_is_asked_for_than_was_agreed_to(archive, s3, to):
+    """One copy has expired since the cost was told."""
+    stored(archive, {"cold": b"content", "late": b"content"}, "DEEP_ARCHIVE")
+    s3.on("ListObjectsV2", listed(late=READY))
+
+    result = archive("restore", "--to", to, "--yes")
+
+    assert result.status == 75, result.stderr
+    assert re.search("^To be asked of S3 *: 1 ", result.stdout, re.MULTILINE)
+    assert s3.requests["RestoreObject"] == 1
+    assert re.search("^Not asked for *: 1$", result.stdout, re.MULTILINE)
 
 
 def test_archive_tier_that_restore_cannot_ask_for_fails_with_the_reason(archive, s3, to):
@@ -960,17 +1007,19 @@ def test_signal_ends_the_asking(archive, s3, to):
 
 
 def test_second_restore_at_once_ends_with_11(archive, s3, to):
+    """A run does not: a restore that waits for cold objects may take days."""
     expected = stored(archive, {"file": BODY})
     results = []
 
     def second():
         results.append(archive("restore", "--to", to))
+        results.append(archive())
 
     s3.on("GetObject", halfway(second), key="file")
 
     first = archive("restore", "--to", to)
 
-    assert [result.status for result in results] == [11]
+    assert [result.status for result in results] == [11, 0]
     assert first.status == 0, first.stderr
     assert whole(to) == expected
 

@@ -67,10 +67,12 @@ def slow_source(box, seconds, path=b"big"):
 # --- Going on ---------------------------------------------------------------
 
 
-def test_next_run_after_a_kill_goes_on_behind_the_stored_parts(archive, box, s3):
+def test_next_run_after_a_kill_goes_on_behind_the_stored_parts(archive, box, s3, bucket):
+    """Another upload of this key has fewer parts, and is aborted."""
     write(box.root / "big", BIG)
     interrupt(archive, s3)
     assert sent(s3) == dict.fromkeys([1, 2, 3], 1)
+    bucket.client.create_multipart_upload(Bucket=bucket.name, Key="big")
     box.reads.clear()
     result = archive(constants=SIZES)
     assert (result.status, result.counts) == (0, (1, 0, 0)), result.stderr
@@ -322,6 +324,20 @@ def test_parts_of_a_version_that_was_never_listed_are_not_gone_on_with(archive, 
     assert_all_archived(archive, box)
 
 
+def test_parts_of_another_source_are_not_gone_on_with(archive, box, s3):
+    """The file of that path, size and mtime has other content there."""
+    path = box.root / "big"
+    write(path, BIG)
+    interrupt(archive, s3)
+    times = (path.stat().st_mtime,) * 2
+    path.write_bytes(path.read_bytes()[::-1])
+    os.utime(path, times)
+    box.user = archive.settings["HETZNER_USER"] = "another"
+    assert archive("run", "--new-source", constants=SIZES).counts == (1, 0, 0)
+    assert archive.contents()["big"] == path.read_bytes()
+    assert_all_archived(archive, box)
+
+
 @pytest.mark.parametrize("row", [False, True], ids=["a new file", "one that was compared"])
 def test_file_that_is_rewritten_within_its_second_is_not_gone_on_with(archive, box, s3, row):
     """Its parts would be of two versions that have the same size and mtime."""
@@ -333,11 +349,10 @@ def test_file_that_is_rewritten_within_its_second_is_not_gone_on_with(archive, b
     now = int(time.time())
     path.write_bytes(os.urandom(BIG))
     os.utime(path, (now, now))
-    stop = first_in_s3(archive.terminate)
-    s3.on("UploadPart", stop, nth=3)
-    recent = {**IN_ORDER, "RECENT": 60, "STOP_LIMIT": 2}
-    assert archive(constants=recent).status == 143
-    assert s3.requests["UploadPart"] >= 3
+    s3.on("UploadPart", first_in_s3(archive.kill, reset), nth=3)
+    assert archive.start(constants={**IN_ORDER, "RECENT": 60}).wait().status == -9
+    wait_for(lambda: not s3.under_way)
+    assert s3.requests["UploadPart"] == 3
     s3.rules.clear()
     path.write_bytes(os.urandom(BIG))
     os.utime(path, (now, now))
@@ -584,7 +599,19 @@ def test_upload_is_completed_with_the_checksum_of_what_was_read(archive, box, s3
     assert_failed(result, {"big": "BadDigest"})
     assert archive.rows() == archive.objects() == {}
     assert bucket.upload_ids() == set()
+
+    told = {}
+
+    def look(exchange):
+        told[exchange.operation] = exchange.headers
+        return exchange.forward()
+
+    s3.on("CreateMultipartUpload", look)
+    s3.on("CompleteMultipartUpload", look)
     assert archive(constants=SIZES).counts == (1, 0, 0)
+    # Otherwise S3 takes it for a checksum of the parts' checksums.
+    assert [told[name].get("x-amz-checksum-type") for name in told] == ["FULL_OBJECT"] * 2
+    assert told["CompleteMultipartUpload"].get("x-amz-mp-object-size") == str(BIG)
     assert_all_archived(archive, box)
 
 
@@ -630,6 +657,19 @@ def test_completion_whose_answer_was_lost_is_found_by_head(archive, box, s3):
     s3.requests.clear()
     assert archive(constants=SIZES).counts == (0, 1, 0)
     assert s3.requests.total() == 0
+
+
+def test_parts_stay_if_s3_is_gone_when_the_upload_is_to_be_completed(archive, box, s3):
+    """Night after night. The last part is sent again: its size is not that of the others."""
+    write(box.root / "big", BIG)
+    s3.always("CompleteMultipartUpload", reset)
+    for _ in range(2):
+        result = archive(constants={**SIZES, "S3_ATTEMPTS": 2})
+        assert_failed(result, {"big": "S3 does not answer"})
+    s3.rules.clear()
+    assert archive(constants=SIZES).counts == (1, 0, 0)
+    assert sent(s3) == {1: 1, 2: 1, 3: 1, PARTS: 3}
+    assert_all_archived(archive, box)
 
 
 @pytest.mark.parametrize("held", ["another object", "nothing"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import sqlite3
 from zlib import crc32
@@ -12,6 +13,7 @@ from faults import LARGE, SIZES, assert_all_archived
 from faulty_sftp import PERMISSION_DENIED, status
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
+from scripted_s3 import rewritten
 
 # The tables of the first edition. Its databases have no user_version.
 FIRST_EDITION = """
@@ -167,6 +169,9 @@ def test_of_an_earlier_scripts_files_those_that_s3_lacks_are_uploaded(
     put(bucket, held)
     right = [name for name, content in held.items() if content == contents[name]]
     missing = contents.keys() - set(right)
+    in_2020 = b"<LastModified>2020-09-13T12:26:41.000Z<"
+    listing = rewritten(lambda body: re.sub(b"<LastModified>[^<]*<", in_2020, body))
+    s3.always("ListObjectsV2", listing)
 
     result = archive()
 
@@ -176,6 +181,9 @@ def test_of_an_earlier_scripts_files_those_that_s3_lacks_are_uploaded(
     assert "of an earlier script" in result.stderr
     assert ("are dropped" in result.stderr) == bool(missing)
     assert archive.rows() == {f"./{name}": (len(c), OLD) for name, c in contents.items()}
+    uploaded = dict(archive.query("SELECT path, uploaded_at FROM files"))
+    then = {path for path, uploaded_at in uploaded.items() if uploaded_at == OLD + 1}
+    assert then == {f"./{name}" for name in right}, "the age is that of the object"
     assert_all_archived(archive, box)
     assert archive().counts == (0, 4, 0)
 
@@ -205,10 +213,11 @@ def test_what_s3_holds_as_it_is_now_is_compared_and_not_sent(archive, bucket, si
 
 
 def test_rows_that_these_settings_cannot_have_made_are_dropped(archive, box, bucket):
-    """Cut by position, "xyz.txt" would be the row of the object "z.txt"."""
-    names = ("a", "z.txt", "no size", "half", "no time")
+    """Cut by position, "xyz.txt" would be the row of the object "z.txt". An escape that the
+    name does not need would be the row of "A", whose object is another."""
+    names = ("a", "z.txt", "no size", "half", "no time", "A")
     fill(box.root, dict.fromkeys(names, b"cc"))
-    put(bucket, {name: b"cc" for name in names if name != "z.txt"})
+    put(bucket, {name: b"cc" for name in names if name != "z.txt"} | {"A": b"!!"})
     rows = [
         ("./a", 2, OLD),
         ("xyz.txt", 2, OLD),
@@ -220,13 +229,14 @@ def test_rows_that_these_settings_cannot_have_made_are_dropped(archive, box, buc
         ("./no size", None, OLD),
         ("./half", 2, OLD + 0.5),
         ("./no time", 2, None),
+        ("./\u201b41", 2, OLD),
     ]
     earlier_database(archive, rows)
 
     result = archive()
 
-    # Not there are z.txt and folder/b. Not sure about are all but ./a.
-    assert (result.status, result.counts, result.compared) == (0, (2, 1, 0), 3), result.stderr
+    # Not there are z.txt and folder/b, and A is another. Not sure about are all but ./a.
+    assert (result.status, result.counts, result.compared) == (0, (3, 1, 0), 3), result.stderr
     assert_all_archived(archive, box)
     assert len(archive.rows()) == len(names) + 1
     assert archive("verify").status == 0
@@ -389,6 +399,17 @@ def test_new_source_pays_for_nothing_that_is_there(archive_of, box, s3, setting)
     archive.assert_invariant()
     assert archive(constants=SIZES).counts == (0, 7, 0), "it is tied to the new source"
     assert archive("verify").status == 0
+
+
+def test_new_source_that_is_not_reached_leaves_the_state_as_it_is(archive, box):
+    """Its user may be mistyped."""
+    archive()
+    rows = archive.rows()
+
+    assert archive("run", "--new-source", HETZNER_USER="mistyped").status == 1
+
+    assert archive.rows() == rows
+    assert archive().counts == (0, 2, 0)
 
 
 def test_new_source_without_any_change_does_no_harm(archive, s3):

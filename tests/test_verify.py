@@ -135,8 +135,9 @@ def test_large_object_with_other_bytes_is_found_by_its_etag(archive, box):
     assert other.strip('"') in result.failures[0]
 
 
-def test_another_storage_class_is_a_note_and_no_reason_to_upload(archive):
-    """A lifecycle rule may have moved the object."""
+def test_another_storage_class_is_a_note_and_no_reason_to_upload(archive, box, s3):
+    """A lifecycle rule may have moved the object. What is known of its content still holds:
+    if the file is touched, S3 need not be asked."""
     spoil(archive, "wrong class")
     assert archive.objects()["bad"][2] == "STANDARD"
     before = len(archive.bucket.writes())
@@ -151,6 +152,10 @@ def test_another_storage_class_is_a_note_and_no_reason_to_upload(archive):
     assert archive().counts == (0, 3, 0)
     assert archive.bucket.writes()[before:] == []
     assert "another storage class" not in archive("verify").stderr
+    os.utime(box.root / "bad", (OLD + 5, OLD + 5))
+    s3.requests.clear()
+    assert archive().compared == 1
+    assert s3.requests.total() == 0
 
 
 def test_version_whose_answer_was_lost_is_left_to_the_next_run(archive, box, s3):
@@ -166,6 +171,8 @@ def test_version_whose_answer_was_lost_is_left_to_the_next_run(archive, box, s3)
     result = archive("verify")
     assert (result.status, failed(result)) == (0, [])
     assert counts(result) == {"to compare": 2}
+    known = archive.query("SELECT DISTINCT etag, crc32 FROM objects")
+    assert known == [(None, None)], "nothing is said of the content"
 
     assert (archive().counts, archive.contents()["kept"]) == ((1, 0, 0), b"new")
     assert_all_archived(archive, box)
@@ -259,14 +266,17 @@ def test_state_of_an_earlier_script_is_left_as_it_is(archive, store):
     assert archive.rows() == rows
 
 
-def test_bucket_of_another_state_is_refused(archive, box):
+@pytest.mark.parametrize(("prefix", "other"), [("", "other/"), ("mine/", "")])
+def test_bucket_of_another_state_is_refused(archive, box, prefix, other):
     fill(box.root, {"a": b"1"})
-    archive()
+    archive(S3_PREFIX=prefix)
 
-    result = archive("verify", "--repair", S3_PREFIX="other/")
-
-    assert result.status == 1
-    assert "S3_PREFIX" in result.stderr
+    for command in (["verify", "--repair"], ["plan"], ["status"]):
+        result = archive(*command, S3_PREFIX=other)
+        assert result.status == (0 if command == ["status"] else 1)
+        pinned, wanted = prefix or "(empty)", other or "(empty)"
+        told = f"the state belongs to S3_PREFIX={pinned}, but the setting is {wanted}: "
+        assert told in result.stderr
     assert len(archive.rows()) == 1
 
 
