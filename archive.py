@@ -79,7 +79,7 @@ from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Generic, NamedTuple, NoReturn, TextIO, TypeVar
-from urllib.parse import quote, quote_plus, urlsplit
+from urllib.parse import parse_qs, quote, quote_plus, urlsplit
 
 try:
     import boto3
@@ -2563,8 +2563,8 @@ class MultipartClient:
         if not self.upload_id:
             answer = self._send(self._client.create_multipart_upload, request)
             self.may_leave_another = answer["ResponseMetadata"].get("RetryAttempts", 0) > 0
-            self._note_upload_id(answer["UploadId"])
             self.upload_id = answer["UploadId"]
+        self._note_upload_id(self.upload_id)
         return {"UploadId": self.upload_id}
 
     def upload_part(self, PartNumber: int, **request: Any) -> Any:
@@ -2649,6 +2649,7 @@ class Bucket:
         # The number of requests that were sent, by storage class and kind (see COUNTED).
         self.requests: Counter[tuple[str, str]] = Counter()
         self._counting = threading.Lock()
+        self._upload_classes: dict[str, str] = {}  # by upload id
         settings = botocore.config.Config(
             connect_timeout=S3_CONNECT_LIMIT,
             read_timeout=S3_READ_LIMIT,
@@ -2691,9 +2692,14 @@ class Bucket:
     def _count(self, event_name: str, request: Any, **_: Any) -> None:
         kind = COUNTED.get(event_name.rpartition(".")[2])
         if kind is not None:
-            name = request.headers.get("x-amz-storage-class") or self._config.storage_class
+            query = parse_qs(urlsplit(request.url).query)
+            (upload_id,) = query.get("uploadId", [""])
+            storage_class = self._upload_classes.get(upload_id, self._config.storage_class)
+            storage_class = request.headers.get("x-amz-storage-class", storage_class)
+            if isinstance(storage_class, bytes):
+                storage_class = storage_class.decode()
             with self._counting:
-                self.requests[name.decode() if isinstance(name, bytes) else name, kind] += 1
+                self.requests[storage_class, kind] += 1
 
     def _arguments(self, operation: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a request: the bucket, those of S3_EXTRA_ARGS that this operation
@@ -2755,7 +2761,12 @@ class Bucket:
         config.max_in_memory_upload_chunks = job.plan.parts_at_once  # not in the constructor
         arguments = self._config.extra_args | self._upload_arguments(file.size, file.mtime)
         arguments |= {"ChecksumType": "FULL_OBJECT", "MpuObjectSize": file.size}
-        client = MultipartClient(self._client, read, unfinished, part_size, note_upload_id)
+
+        def note(upload_id: str) -> None:
+            self._upload_classes[upload_id] = self._config.class_of(file.size)
+            note_upload_id(upload_id)
+
+        client = MultipartClient(self._client, read, unfinished, part_size, note)
         source = SimpleNamespace(read=client.read)  # which s3transfer reads as a stream
         try:
             with s3_errors():
@@ -3362,7 +3373,7 @@ def job_cost(job: Job, config: Config, prices: Prices) -> tuple[float, float]:
     object that it overwrites early."""
     size, record, early = job.file.size, job.record, 0.0
     lists = int(job.begun is not None)  # its parts, or its uploads
-    requests = {"head": job.heads, "list": lists, **job.plan.requests(size)}
+    requests = {"head": job.heads + lists, "list": lists, **job.plan.requests(size)}
     if record is not None:
         age_days = (time.time() - (record.uploaded_at or 0)) / DAY
         early = prices.early(recorded_class(record, config), record.size, age_days)

@@ -199,6 +199,31 @@ def test_signal_ends_a_run_that_waits_for_s3(archive, box, s3, moto):
     assert_all_archived(archive, box)
 
 
+def test_the_same_signal_again_is_no_reason_to_end_without_a_summary(archive, box, s3):
+    """A terminal that closes sends SIGHUP, and so does its shell; sudo passes SIGTERM on."""
+    write(box.root / "f", SMALL)
+    puts = s3.always("PutObject", hang)
+    running = archive.start(constants={"STOP_LIMIT": 1})
+    wait_for(lambda: puts.fired)
+    running.process.send_signal(signal.SIGHUP)
+    running.process.send_signal(signal.SIGTERM)
+    running.process.send_signal(signal.SIGHUP)
+    result = running.wait(timeout=10)
+    assert result.status in (128 + signal.SIGHUP, 128 + signal.SIGTERM)
+    assert result.summary
+    assert archive.query("SELECT status FROM runs") == [(result.status,)]
+
+
+def test_part_of_an_upload_that_has_ended_is_not_tried_again(archive, box, s3):
+    """While its body, which is too large for the buffers, is still under way, another part is
+    refused."""
+    write(box.root / "big", 32 * MIB)
+    s3.on("UploadPart", first(lambda: time.sleep(1)))
+    s3.on("UploadPart", error(400, "Odd"), nth=2)
+    assert_failed(archive(constants={**SIZES, "PART_SIZE": 16 * MIB}), {"big": "Odd"})
+    assert s3.requests["UploadPart"] == 2
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_signal_while_s3_does_what_was_asked_leaves_nothing_half_done(
     archive, box, s3, operation

@@ -214,8 +214,10 @@ def test_all_comes_back_bit_for_bit_with_its_times_when_the_state_is_lost(place,
     assert not archive.state_db.exists()
     if place.kind == "folder":
         assert box.connections == connections  # the bucket is all that is needed
+    s3.requests.clear()
     third = archive("restore", *place.arguments)
     assert third.status == 0, third.stderr
+    assert s3.requests["HeadObject"] == len(expected)  # the mtime of each, once
     assert f"Already there  : {len(expected)}\n" in third.stdout
 
 

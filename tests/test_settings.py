@@ -222,6 +222,8 @@ BAD_VALUES = [
         "HETZNER_HOST": "",
         "HETZNER_PORT": "0",
         "HETZNER_USER": "",
+        "HETZNER_HOST": "box.example.com:23",
+        "HETZNER_USER": "u1@box.example.com",
         "S3_BUCKET": "s3://bucket",
         "S3_PREFIX": "a/../b/",
         "STORAGE_CLASS": "deep archive",
