@@ -402,11 +402,7 @@ def test_etags_of_the_usual_part_sizes_are_recognised(archive, box, s3, bucket, 
     lots = random.Random(SEED)
     monkeypatch.setattr(moto.s3.models, "S3_UPLOAD_PART_MIN_SIZE", 1)
     sizes = "archive.PART_SIZES = sorted(size // 1024 for size in archive.PART_SIZES)"
-    scaled = {
-        "SMALL_FILE": 48 * KIB,
-        "PART_SIZE": 16 * KIB,
-        "COMPARE_BLOCK": KIB,
-    }
+    scaled = {"SMALL_FILE": 48 * KIB, "PART_SIZE": 16 * KIB, "COMPARE_BLOCK": KIB}
     for number in range(40):
         part = (5, 6, 7, 8, 10, 12, 14, 16, 20, 32)[number % 10] * KIB
         whole = lots.randrange(1, 9) * part

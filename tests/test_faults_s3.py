@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import threading
 import time
 
 import faulty_sftp
@@ -20,7 +21,17 @@ from faults import (
     write,
 )
 from faulty_sftp import PERMISSION_DENIED, FaultyBox, one_file
-from scripted_s3 import Exchange, error, first, hang, headers, lost_answer, no_checksums, reset
+from scripted_s3 import (
+    Exchange,
+    error,
+    first,
+    hang,
+    headers,
+    lost_answer,
+    no_checksums,
+    reset,
+    until,
+)
 
 IMPATIENT = {**SIZES, "S3_CONNECT_LIMIT": 1, "S3_READ_LIMIT": 1, "S3_ATTEMPTS": 2}
 
@@ -218,8 +229,10 @@ def test_part_of_an_upload_that_has_ended_is_not_tried_again(archive, box, s3):
     """While its body, which is too large for the buffers, is still under way, another part is
     refused."""
     write(box.root / "big", 32 * MIB)
-    s3.on("UploadPart", first(lambda: time.sleep(1)))
-    s3.on("UploadPart", error(400, "Odd"), nth=2)
+    refused = threading.Event()
+    soon = threading.Timer(1, refused.set)
+    s3.on("UploadPart", until(refused))
+    s3.on("UploadPart", first(soon.start, then=error(400, "Odd")), nth=2)
     assert_failed(archive(constants={**SIZES, "PART_SIZE": 16 * MIB}), {"big": "Odd"})
     assert s3.requests["UploadPart"] == 2
 

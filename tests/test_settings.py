@@ -222,8 +222,6 @@ BAD_VALUES = [
         "HETZNER_HOST": "",
         "HETZNER_PORT": "0",
         "HETZNER_USER": "",
-        "HETZNER_HOST": "box.example.com:23",
-        "HETZNER_USER": "u1@box.example.com",
         "S3_BUCKET": "s3://bucket",
         "S3_PREFIX": "a/../b/",
         "STORAGE_CLASS": "deep archive",
@@ -234,6 +232,8 @@ BAD_VALUES = [
         "AWS_ENDPOINT_URL": "ftp://127.0.0.1",
     },
     {
+        "HETZNER_HOST": "box.example.com:23",
+        "HETZNER_USER": "u1@box.example.com",
         "HETZNER_PORT": "65536",
         "S3_BUCKET": "bucket/folder",
         "MAX_RUNTIME": "10\u017f",  # a long s
