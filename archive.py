@@ -156,7 +156,7 @@ COMMIT_LIMIT = 60  # for such a lock later: `plan` may be copying the database
 COMMIT_PAUSE = 1  # between commits of finished files while the walk finds no new one
 STOP_LIMIT = 5  # for work under way after a signal
 EXIT_GRACE = 3  # until the process is ended after STOP_LIMIT
-RUNTIME_GRACE = 40  # for parts under way after MAX_RUNTIME
+RUNTIME_GRACE = 40  # for what is on its way to S3 after MAX_RUNTIME
 
 TRIES = 5  # of an operation on the box, before its file is reported as failed
 SHARED_TRIES = 2  # after these it is tried alone: no other operation may begin
@@ -1070,7 +1070,8 @@ class Batch:
 
     def lose(self, reason: str) -> None:
         self._lost = reason
-        self._ended.release()
+        if self._missing:
+            self._ended.release()
 
     def results(self) -> list[Any]:
         """The replies as from decode_reply, in the order of the requests.  Waits for all of
@@ -1551,8 +1552,8 @@ class StorageBox:
         return False
 
     def list_folder(self, path: bytes, limit: float = math.inf) -> list[Entry] | None:
-        """The entries of a folder, sorted by name; None if there are more than `limit` or as
-        many; FileError."""
+        """The entries of a folder, sorted by name; None if there are `limit` or more;
+        FileError."""
         return self.retry_reading(path, lambda session: read_folder(session, path, limit))
 
     def space(self) -> tuple[int, int] | None:
@@ -1567,8 +1568,8 @@ class StorageBox:
 
 
 def is_recent(file: RemoteFile, began: float) -> bool:
-    """Whether the file was modified within RECENT seconds of being read, which `began` then,
-    so that a second change could have kept its size and mtime."""
+    """Whether the file was modified later than RECENT seconds before its reading `began`: a
+    second change could have kept its size and mtime."""
     return began - RECENT <= file.mtime <= time.time() + RECENT
 
 
@@ -1719,10 +1720,8 @@ class FileReader:
                 )
             self._is_open, self.file = True, after
         elif before != after or not is_regular:
-            was, now = (
-                f"{before.size:,} bytes of mtime {before.mtime}",
-                f"{after.size:,} of {after.mtime}",
-            )
+            was = f"{before.size:,} bytes of mtime {before.mtime}"
+            now = f"{after.size:,} of {after.mtime}"
             raise FileError(f"changed while it was read: {was}, then {now}", CHANGED)
 
 
@@ -2175,17 +2174,16 @@ class State:
             if job.plan.is_multipart and not job.resumes:
                 is_unsure = job.compares or is_recent(job.file, time.time())
                 mtime = None if is_unsure else job.file.mtime
-                statements.append(self._upload_statement(job, mtime))
+                row = (job.key, path, job.file.size, mtime, job.plan.part_size)
+                insert = "INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?, NULL)"
+                statements.append((insert, *row))
         self._commit(*statements)
 
     def note_upload(self, job: Job) -> None:
-        """Notes an upload for a large file whose comparison was cut off: the next run begins
-        it.  An upload can be continued, but a comparison would begin again every night."""
-        self._commit(self._upload_statement(job, job.file.mtime))
-
-    def _upload_statement(self, job: Job, mtime: int | None) -> tuple[Any, ...]:
-        row = (job.key, path_text(job.file.path), job.file.size, mtime, job.plan.part_size)
-        return ("INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?, NULL)", *row)
+        """Notes that a large file whose comparison was cut off is to be uploaded by the next
+        run: an upload can be continued, a comparison would begin again every night."""
+        update = "UPDATE uploads SET mtime = ? WHERE key = ?"
+        self._commit((update, job.file.mtime, job.key))
 
     def note_upload_id(self, key: str, upload_id: str) -> None:
         """Notes the id of an upload before its first part is sent.  For any thread."""
@@ -2389,7 +2387,7 @@ def retry_pause(
     have a small number of retries for all requests together."""
     is_transient = isinstance(caught_exception, (aws.ConnectionError, aws.HTTPClientError))
     if type(caught_exception) is aws.HTTPClientError:
-        is_transient = False  # reading the body has failed: the upload has ended
+        is_transient = False  # the body could not be read, because its upload has failed
     if response is not None:
         code, status = response[1].get("Error", {}).get("Code"), response[0].status_code
         is_transient = code in TRANSIENT_CODES or status in TRANSIENT_STATUSES
@@ -2418,7 +2416,8 @@ def s3_errors() -> Iterator[None]:
             raise Fatal(f"S3 refused {refusal}; {remedy}", code) from None
         if error.operation_name.startswith(("Assume", "GetSession", "GetRole", "CreateToken")):
             raise Fatal(f"no AWS credentials: {refusal}", code) from None
-        if answer.get("HTTPStatusCode") in TRANSIENT_STATUSES:
+        is_transient = code in TRANSIENT_CODES and code != "BadDigest"
+        if is_transient or answer.get("HTTPStatusCode") in TRANSIENT_STATUSES:
             raise FileError(f"S3 refused {refusal}", UNAVAILABLE) from None
         hint = "; perhaps the credentials have expired" if code == "400" else ""  # of a HEAD
         raise FileError(f"S3 refused {refusal}{hint}", code) from None
@@ -2531,6 +2530,7 @@ class MultipartClient:
         self._client, self._read, self._note_upload_id = client, read, note_upload_id
         self.upload_id, self._stored = unfinished or ("", [])
         self._part_crcs: list[int] = []  # of the parts that this run sends
+        self._sent: list[int] = []  # the numbers of those that S3 has stored
         self._error: Exception | None = None  # of a request
         self.crc32 = 0  # of all parts that are stored or were read
         for part in self._stored:
@@ -2546,31 +2546,41 @@ class MultipartClient:
         """The next part.  s3transfer calls this on one thread, in order."""
         if self._error is not None:  # the upload has failed: do not read the rest
             raise self._error
-        data = self._read(amount)
+        try:
+            data = self._read(amount)
+        except Stopped:
+            # s3transfer would cut off the parts under way, and after an error that is not an
+            # Exception it would wait for ever.
+            while self._error is None and len(self._sent) < len(self._part_crcs):
+                time.sleep(0.1)
+            raise FileError("the run ended before it was done", UNFINISHED) from None
         if data:
             self._part_crcs.append(zlib.crc32(data))
             self.crc32 = crc32_combine(self.crc32, self._part_crcs[-1], len(data))
         return data
 
-    def _send(self, operation: Callable[..., Any], request: Mapping[str, Any]) -> Any:
+    def _send(self, operation: Callable[..., Any], *values: Any, **request: Any) -> Any:
         try:
-            return operation(**request)
+            with s3_errors():
+                return operation(*values, **request)
         except Exception as error:
             self._error = error
             raise
 
     def create_multipart_upload(self, **request: Any) -> Any:
         if not self.upload_id:
-            answer = self._send(self._client.create_multipart_upload, request)
+            answer = self._send(self._client.create_multipart_upload, **request)
             self.may_leave_another = answer["ResponseMetadata"].get("RetryAttempts", 0) > 0
             self.upload_id = answer["UploadId"]
-        self._note_upload_id(self.upload_id)
+        self._send(self._note_upload_id, self.upload_id)
         return {"UploadId": self.upload_id}
 
     def upload_part(self, PartNumber: int, **request: Any) -> Any:
         request["ChecksumCRC32"] = crc_text(self._part_crcs[PartNumber - 1])
         request["PartNumber"] = PartNumber + len(self._stored)
-        return self._send(self._client.upload_part, request)
+        answer = self._send(self._client.upload_part, **request)
+        self._sent.append(PartNumber)
+        return answer
 
     def complete_multipart_upload(self, MultipartUpload: Any, **request: Any) -> Any:
         self.is_completing, before = True, len(self._stored)
@@ -2749,7 +2759,7 @@ class Bucket:
     ) -> StoredObject:  # fmt: skip
         """Uploads a large file in parts, after those of the unfinished upload; `read` returns
         the rest of its bytes.  If the upload fails, its parts stay for the next run, unless
-        the file has changed or S3 has refused to complete it."""
+        the file has changed while it was read, or S3 has refused to complete it."""
         key, file, part_size = job.key, job.file, job.plan.part_size
         rest = file.size - (len(unfinished.parts) * part_size if unfinished else 0)
         config = TransferConfig(
@@ -3171,8 +3181,8 @@ class Parallel(Generic[Item, Result]):
 
     A FileError of `work` is an outcome.  Fatal, Stopped, and SAME_FAILURES with one code in a
     row close the box.  These errors, and a FileError of the items, are raised once the work
-    under way was yielded.  After Stopped, only work that ends within STOP_LIMIT is, or
-    without a signal within RUNTIME_GRACE."""
+    under way was yielded.  After Fatal and Stopped, it is waited for only for STOP_LIMIT if
+    there was a signal, else for RUNTIME_GRACE."""
 
     work: Callable[[Item], Result]
     box: StorageBox
@@ -3212,7 +3222,7 @@ class Parallel(Generic[Item, Result]):
             has_signal = self.box.stopping.signal is not None
             end = time.monotonic() + (STOP_LIMIT if has_signal else RUNTIME_GRACE)
             while self._under_way:
-                if isinstance(self._failure, Stopped) and time.monotonic() > end:
+                if not isinstance(self._failure, FileError) and time.monotonic() > end:
                     break
                 yield self._collect()
             yield self._ready  # which a signal may have left in _collect
@@ -3321,7 +3331,7 @@ def make_job(
     key = object_key(config.prefix, relative_path(config.remote_path, file.path))
     plan = plan_upload(file.size, config.memory_limit)
     begun, version = uploads.get(key), (file.size, file.mtime, plan.part_size)
-    resumes = begun is not None and plan.is_multipart and begun[:3] == version
+    resumes = begun is not None and begun[:3] == version
     return Job(file, key, plan, state.find(file.path), begun, resumes)
 
 
@@ -3708,9 +3718,11 @@ class Run:
             part_size = job.plan.part_size
             unfinished = self._bucket.unfinished_upload(job.key, upload_id, part_size)
             may_be_complete = unfinished is None  # and S3's answer got lost
-        elif job.begun:  # parts of another version, or an id that got lost with S3's answer
+        elif job.begun:  # it has parts of another version, or its id may have got lost
             self._bucket.abort_upload(job.key, upload_id)
         found = self._object_to_compare(job) if job.compares or may_be_complete else None
+        if found and may_be_complete and found.mtime != job.file.mtime:
+            found = None  # an earlier version: the upload was not completed, but aborted
         # An mtime in the object's metadata is as good as a row of ours, unless the upload came
         # so soon after it that a later change could have the same mtime.
         if found and found.mtime == job.file.mtime < found.uploaded_at - RECENTLY_STORED:
@@ -3739,9 +3751,8 @@ class Run:
         enough if this program has read the content; else S3 gets a HEAD."""
         record = job.record
         if record and record.knows_content:
-            storage_class, uploaded_at = record.storage_class or "", record.uploaded_at or 0
-            etag = record.etag or ""
-            return StoredObject(job.key, record.size, uploaded_at, storage_class, etag)
+            texts = record.storage_class or "", record.etag or ""
+            return StoredObject(job.key, record.size, record.uploaded_at or 0, *texts)
         found = self._bucket.head(job.key)
         return found if found and found.size == job.file.size else None
 
@@ -3826,8 +3837,7 @@ def run(context: Context, options: argparse.Namespace) -> int:
     """Archives the box: 0, or 3 if something is incomplete.  With --dry-run, it is `plan`."""
     if options.dry_run:
         return plan(context, options)
-    config, stopping, report = context.config, context.box.stopping, Report()
-    status = FATAL
+    config, stopping, report, status = context.config, context.box.stopping, Report(), FATAL
     spending = Spending(context)
     # What is on its way to S3 then still gets RUNTIME_GRACE.
     out_of_time = threading.Timer(config.max_runtime or 0, context.box.close)
@@ -4329,7 +4339,7 @@ class Restore:
     """Downloads what can be read, and asks S3 to restore cold objects, in passes."""
 
     def __init__(self, context: Context, options: argparse.Namespace):
-        """Fatal; FileError."""
+        """Creates the folder to restore to; Fatal, FileError."""
         self._context, self._options = context, options
         self._config, self._bucket = context.config, context.bucket
         self._paths = wanted_paths(options.path, context.config.remote_path)

@@ -541,6 +541,41 @@ def test_parts_of_a_file_that_changed_while_it_was_read_are_of_no_use(archive, b
     assert_all_archived(archive, box)
 
 
+def test_upload_that_a_comparison_has_led_to_goes_on_in_the_next_run(archive, box, s3):
+    write(box.root / "big", 8 * PART)
+    archive(constants=SIZES)
+    other_content(box.root / "big")
+    s3.parts.clear()
+    s3.on("UploadPart", first_in_s3(archive.terminate), nth=3)
+    cut_off = archive(constants={**IN_ORDER, "READ_WINDOW": MIB})
+    assert (cut_off.status, cut_off.counts[0]) == (143, 0)
+    assert archive(constants=SIZES).counts == (1, 0, 0)
+    assert sent(s3) == dict.fromkeys(range(1, 9), 1)
+    assert s3.requests["CreateMultipartUpload"] == 2
+    assert_all_archived(archive, box)
+
+
+def test_earlier_version_is_not_read_for_in_place_of_an_upload_that_was_aborted(
+    archive, box, s3, bucket
+):
+    """As by a lifecycle rule. The file was to be sent, not to be compared."""
+    write(box.root / "big", BIG)
+    archive(constants=SIZES)
+    other_content(box.root / "big")
+    s3.on("UploadPart", first_in_s3(archive.kill, reset), nth=3)
+    assert archive.start(constants=IN_ORDER).wait().status == -9
+    wait_for(lambda: not s3.under_way)
+    # What a run notes whose comparison was cut off.
+    archive.execute("UPDATE uploads SET mtime = ?", 1_700_000_005)
+    (upload_id,) = bucket.upload_ids()
+    upload = {"Bucket": bucket.name, "Key": "big", "UploadId": upload_id}
+    bucket.client.abort_multipart_upload(**upload)
+    box.handed_out = 0
+    assert archive(constants=SIZES).counts == (1, 0, 0)
+    assert box.handed_out == BIG
+    assert_all_archived(archive, box)
+
+
 def test_upload_that_s3_cannot_begin_costs_no_reading_of_the_whole_file(archive, box, s3):
     write(box.root / "big", 20 * PART)
     s3.always("CreateMultipartUpload", error(400, "Odd"))
