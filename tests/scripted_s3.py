@@ -264,6 +264,10 @@ class ScriptedS3:
         self.server.shutdown()
         self.server.server_close()
 
+    def take_little_ahead(self):
+        """Of a body that nobody reads, connections from now on take up 64 KiB only."""
+        self.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
+
     def on(self, operation, fault, key=None, nth=1, times=1):
         """Let requests of that operation (None: any), about `key` (None: any), meet
         `fault`: the `nth` of them and the ones after, `times` in all. Returns the

@@ -26,7 +26,7 @@ from faults import (
 )
 from faulty_sftp import PERMISSION_DENIED, first, freeze, status
 from relay import Relay
-from scripted_s3 import error, hang, lost_answer, reset, rewritten
+from scripted_s3 import error, hang, lost_answer, reset, rewritten, until
 from scripted_s3 import first as first_in_s3
 
 PART = SIZES["PART_SIZE"]
@@ -206,6 +206,29 @@ def test_limits_after_max_runtime_are_less_than_a_minute_together(archive, box):
     write(box.root / "f", SMALL)
     total = "assert archive.RUNTIME_GRACE + archive.STOP_LIMIT < 60"
     assert archive.start(before=total).wait().status == 0
+
+
+@pytest.mark.parametrize("how", ["another file", "MAX_RUNTIME"])
+def test_part_that_is_under_way_when_the_run_has_to_end_is_sent(archive, box, s3, how):
+    """And the run ends then, though the end is seen by s3transfer's threads, too."""
+    s3.take_little_ahead()
+    write(box.root / "big", 8 * PART)
+    write(box.root / "small", SMALL)
+    ending = threading.Event()
+    soon = threading.Timer(2, ending.set)
+    s3.on("UploadPart", first_in_s3(soon.start, then=until(ending)))
+    settings = {"BANDWIDTH_LIMIT": "10M"}
+    if how == "MAX_RUNTIME":
+        settings["MAX_RUNTIME"] = "1s"
+    else:
+        s3.on("PutObject", first_in_s3(lambda: time.sleep(1), then=error(403, "AccessDenied")))
+    running = archive.start(constants={**SIZES, "READ_WINDOW": MIB}, **settings)
+    result = running.wait(timeout=15)
+    assert result.status == (1 if how == "another file" else 3), result.stderr
+    assert 0 < s3.requests["UploadPart"] < 8
+    assert archive(constants=SIZES).status == 0
+    assert sent(s3) == dict.fromkeys(range(1, 9), 1)
+    assert_all_archived(archive, box)
 
 
 # --- Beginning anew ---------------------------------------------------------
