@@ -240,28 +240,20 @@ class Prices:
     def month(self, storage_class: str, files: int, size: int) -> float:
         """A month's storage of `files` objects with `size` bytes in all, and of the 40 KB that
         S3 adds to each cold object ("Amazon S3 pricing", note on archived objects)."""
-        if storage_class not in COLD_CLASSES:
-            return self._cost(size / GIB, storage_class, "month")
-        standard = self._cost(files * OVERHEAD_IN_STANDARD / GIB, "STANDARD", "month")
-        size += files * OVERHEAD_IN_CLASS
+        cold = files if storage_class in COLD_CLASSES else 0
+        standard = self._cost(cold * OVERHEAD_IN_STANDARD / GIB, "STANDARD", "month")
+        size += cold * OVERHEAD_IN_CLASS
         return standard + self._cost(size / GIB, storage_class, "month")
 
-    def upload(self, storage_class: str, requests: Mapping[str, int]) -> float:
-        """Requests of these kinds.  PUT and Complete have the price of a PUT into the class,
-        Create that of a part, HEAD that of a GET (S3 user guide, "Multipart upload and
-        pricing"), and listings that of a PUT into STANDARD."""
-        puts = requests.get("put", 0) + requests.get("complete", 0)
-        parts = requests.get("create", 0) + requests.get("part", 0)
+    def requests(self, storage_class: str, counts: Mapping[str, int]) -> float:
+        """These numbers of requests, by kind.  PUT and Complete have the price of a PUT into
+        the class, Create that of a part, HEAD that of a GET (S3 user guide, "Multipart upload
+        and pricing"), and listings that of a PUT into STANDARD."""
+        puts = counts.get("put", 0) + counts.get("complete", 0)
+        parts = counts.get("create", 0) + counts.get("part", 0)
         cost = self._cost(puts, storage_class, "put") + self._cost(parts, storage_class, "part")
-        cost += self._cost(requests.get("list", 0), "STANDARD", "put")
-        return (cost + self._cost(requests.get("head", 0), "get")) / 1000
-
-    def requests(self, sent: Mapping[tuple[str, str], int]) -> float:
-        """All of Bucket.requests, which other threads may be changing."""
-        return sum(
-            self.upload(storage_class, {name: n})
-            for (storage_class, name), n in [*sent.items()]
-        )
+        cost += self._cost(counts.get("list", 0), "STANDARD", "put")
+        return (cost + self._cost(counts.get("head", 0), "get")) / 1000
 
     def early(self, storage_class: str, size: int, age_days: float) -> float:
         """The charge for overwriting an object at this age: its storage for the rest of the
@@ -314,6 +306,15 @@ class Fatal(ArchiveError):
 
 class FileError(ArchiveError):
     """One file, folder or object failed; the others go on."""
+
+
+@contextlib.contextmanager
+def fatal_os_errors(subject: str, status: int = FATAL) -> Iterator[None]:
+    """Turns the error of a file that cannot be read or written into Fatal."""
+    try:
+        yield
+    except (OSError, UnicodeDecodeError) as error:
+        raise Fatal(f"{subject}: {error}", status=status) from None
 
 
 VANISHED = "vanished"  # the file was deleted after it was listed; this is not a failure
@@ -464,7 +465,6 @@ class UploadPlan(NamedTuple):
         return self.parts_at_once > 0
 
     def requests(self, size: int) -> dict[str, int]:
-        """The number of requests for `size` bytes, by kind."""
         if not self.is_multipart:
             return {"put": 1}
         return {"create": 1, "part": -(-size // self.part_size), "complete": 1}
@@ -543,24 +543,6 @@ def possible_part_sizes(etag: str, size: int) -> set[int]:
     return {part for part in sizes if str(max(1, -(-size // part))) == count}
 
 
-def matching_crc32(etag: str, size: int, blocks: Iterable[bytes]) -> int | None:
-    """The CRC-32 of a file of `size` bytes if it has this ETag, else None.  All blocks but the
-    last have COMPARE_BLOCK bytes, so that none is in two parts."""
-    md5s = {part_size: [md5()] for part_size in possible_part_sizes(etag, size)}  # of parts
-    offset = crc32 = 0
-    for block in blocks:
-        for part_size, parts in md5s.items():
-            if offset and offset % part_size == 0:
-                parts.append(md5())
-            parts[-1].update(block)
-        offset, crc32 = offset + len(block), zlib.crc32(block, crc32)
-    for parts in md5s.values():
-        whole = md5(b"".join(part.digest() for part in parts)).hexdigest()
-        if etag in (parts[0].hexdigest(), f"{whole}-{len(parts)}"):
-            return crc32
-    return None
-
-
 # -------------------------------------------------------------------- Settings
 #
 # The parse_ functions turn the text of a setting into its value.  Their ValueError says what
@@ -578,24 +560,27 @@ def parse_size(text: str, minimum: int = 1) -> int:
     return size
 
 
+def parse_match(pattern: str, expected: str, text: str) -> str:
+    if not re.fullmatch(pattern, text):
+        raise ValueError(f"expected {expected}")
+    return text
+
+
 def parse_usd(text: str) -> float:
-    if not re.fullmatch(r"\d{1,6}(\.\d+)?|\.\d+", text.strip(), re.A):
-        raise ValueError("expected USD like 5 or 0.25")
-    return float(text)
+    pattern = r"(?a)\d{1,6}(\.\d+)?|\.\d+"
+    return float(parse_match(pattern, "USD like 5 or 0.25", text.strip()))
 
 
 def parse_duration(text: str) -> int:
     """Seconds of `90s`, `1h30m`, `2d` or `45`."""
-    if not re.fullmatch(r"\d+|(\d+\s*[smhd]\s*)+", text.strip(), re.I | re.A):
-        raise ValueError("expected a time like 90m or 6h")
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}
-    return sum(int(n) * units[u.lower()] for n, u in re.findall(r"(\d+)\s*(\w?)", text))
+    pattern, units = r"(?a)\d+|(\d+\s*[smhd]\s*)+", {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    text = parse_match(pattern, "a time like 90m or 6h", text.strip().lower())
+    return sum(int(n) * units[u or "s"] for n, u in re.findall(r"(\d+)\s*(\w?)", text))
 
 
 def parse_bool(text: str) -> bool:
-    word = text.strip().lower()
-    if word not in ("true", "yes", "on", "1", "false", "no", "off", "0"):
-        raise ValueError("expected true or false")
+    words = "true|yes|on|1|false|no|off|0"
+    word = parse_match(words, "true or false", text.strip().lower())
     return word in ("true", "yes", "on", "1")
 
 
@@ -603,12 +588,6 @@ def parse_int(low: int, high: int, text: str) -> int:
     if not re.fullmatch(r"\d{1,9}", text.strip()) or not low <= int(text) <= high:
         raise ValueError(f"expected a whole number from {low} to {high}")
     return int(text)
-
-
-def parse_match(pattern: str, expected: str, text: str) -> str:
-    if not re.fullmatch(pattern, text):
-        raise ValueError(f"expected {expected}")
-    return text
 
 
 def parse_folder(text: str) -> bytes:
@@ -765,7 +744,6 @@ class Config:
         return f"s3://{self.bucket}/{self.prefix}"
 
     def class_of(self, size: int) -> str:
-        """The storage class that a file of `size` bytes is uploaded into."""
         if self.small_files_class and size < (self.small_files_below or 0):
             return self.small_files_class
         return self.storage_class
@@ -787,10 +765,8 @@ def read_settings(env_file: Path | None, environ: Mapping[str, str]) -> dict[str
     cannot be read.  A variable of the environment replaces the file's, even if it is empty."""
     settings: dict[str, str] = {}
     if env_file is not None:
-        try:
+        with fatal_os_errors(f"cannot read the env file {env_file}", USAGE):
             text = env_file.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise Fatal(f"cannot read the env file {env_file}: {error}", status=USAGE) from None
         # load_dotenv() would expand ${...}, which may be part of a password, and skip a
         # line that it cannot read.
         for binding in dotenv.parser.parse_stream(io.StringIO(text)):
@@ -1278,13 +1254,10 @@ def known_host_name(config: Config) -> str:
 def known_host_keys(config: Config) -> tuple[Keys, Keys]:
     """The keys that known_hosts has for the box, and all keys that it revokes.  A line that
     paramiko does not know is skipped; Fatal if the file cannot be read."""
-    known, revoked, entries = [], [], []
-    try:
+    known, revoked, entries, text = [], [], [], ""
+    file = f"HETZNER_KNOWN_HOSTS {config.known_hosts}"
+    with fatal_os_errors(file), contextlib.suppress(FileNotFoundError):
         text = config.known_hosts.read_text("utf-8", "replace")
-    except FileNotFoundError:
-        text = ""
-    except OSError as error:
-        raise Fatal(f"HETZNER_KNOWN_HOSTS {config.known_hosts}: {error}") from None
     for line in (" ".join(line.split()) for line in text.splitlines()):
         # HostKeys.load() stops at a line that it does not know, and keeps one key per type.
         with contextlib.suppress(Exception):
@@ -1392,39 +1365,33 @@ def log_in(config: Config, transport: paramiko.Transport) -> None:
     raise Fatal(f"{config.host}:{config.port} refused {message}")
 
 
-def read_private_key(path: Path, passphrase: bytes | None) -> paramiko.PKey:
-    """The key in `path`, in any form: paramiko does not read PKCS#8, and would also read a
-    certificate beside the key, which may have expired."""
-    text = path.read_bytes()
-    is_openssh = b"BEGIN OPENSSH" in text
-    key = (
-        serialization.load_ssh_private_key(text, passphrase)
-        if is_openssh
-        else serialization.load_pem_private_key(text, passphrase)
-    )
-    form = serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH
-    pem = key.private_bytes(*form, serialization.NoEncryption()).decode()
-    for key_class in (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey):
-        with contextlib.suppress(paramiko.SSHException):
-            return key_class.from_private_key(io.StringIO(pem))
-    raise UnsupportedAlgorithm("no SSH key")
-
-
 def load_private_key(path: Path, passphrase: str | None) -> paramiko.PKey:
-    """As read_private_key; Fatal that says what is wrong with the file."""
+    """The key in `path`, in any form: paramiko does not read PKCS#8, and would also read a
+    certificate beside the key, which may have expired.  Fatal says what is wrong with it."""
+    secret = passphrase.encode() if passphrase else None
+    reason = "is not a private key in OpenSSH's or PEM form (a .pub file is none, and "
+    reason += "puttygen converts PuTTY's)"
+    reason += ", or HETZNER_KEY_PASSPHRASE is wrong" if secret else ""
     try:
-        return read_private_key(path, passphrase.encode() if passphrase else None)
+        text = path.read_bytes()
+        key = (
+            serialization.load_ssh_private_key(text, secret)
+            if b"BEGIN OPENSSH" in text
+            else serialization.load_pem_private_key(text, secret)
+        )
+        form = serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH
+        pem = key.private_bytes(*form, serialization.NoEncryption()).decode()
+        for key_class in (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey):
+            with contextlib.suppress(paramiko.SSHException):
+                return key_class.from_private_key(io.StringIO(pem))
     except OSError as error:
         reason = f"cannot be read: {error}"
-    except (TypeError, paramiko.PasswordRequiredException):
+    except TypeError:
         reason = "needs its passphrase: set HETZNER_KEY_PASSPHRASE"
-        if passphrase:
+        if secret:
             reason = "has no passphrase, but HETZNER_KEY_PASSPHRASE is set"
-    except (ValueError, paramiko.SSHException, UnsupportedAlgorithm):
-        reason = "is not a private key in OpenSSH's or PEM form (a .pub file is none, and "
-        reason += "puttygen converts PuTTY's)"
-        if passphrase:
-            reason += ", or HETZNER_KEY_PASSPHRASE is wrong"
+    except (ValueError, UnsupportedAlgorithm):
+        pass  # the reason is the one above
     raise Fatal(f"HETZNER_KEY_FILE {path} {reason}")
 
 
@@ -1529,27 +1496,23 @@ class StorageBox:
             return self.retry(operation, session)
         except SFTPError as error:
             refusal = error
-        if refusal.code == FX_NO_SUCH_FILE:
-            try:
-                self.attributes(path)
-            except SFTPError as gone:
-                if gone.code == FX_NO_SUCH_FILE:
-                    raise FileError("vanished before it was read", VANISHED) from None
+        if refusal.code == FX_NO_SUCH_FILE and self.find(path) is None:
+            raise FileError("vanished before it was read", VANISHED)
         if refusal.code == FX_PERMISSION_DENIED:
             raise FileError("the box denies permission to read it")
         raise FileError(f"the box cannot open it: {refusal}")
 
-    def attributes(self, path: bytes) -> Attributes:
-        """The attributes of `path` itself, even if it is a link; SFTPError, FileError."""
+    def find(self, path: bytes) -> Attributes | None:
+        """The attributes of `path` itself, even if it is a link; None if nothing has this
+        path; FileError."""
         request = simple_request(FXP_LSTAT, path)
-        found: Attributes = self.retry(lambda session: session.ask_one(request))
+        try:
+            found: Attributes = self.retry(lambda session: session.ask_one(request))
+        except SFTPError as error:
+            if error.code == FX_NO_SUCH_FILE:
+                return None
+            raise FileError(f"the box cannot look it up: {error}") from None
         return found
-
-    def exists(self, path: bytes) -> bool:
-        with contextlib.suppress(SFTPError, FileError):
-            self.attributes(path)
-            return True
-        return False
 
     def list_folder(self, path: bytes, limit: float = math.inf) -> list[Entry] | None:
         """The entries of a folder, sorted by name; None if there are `limit` or more;
@@ -1786,9 +1749,12 @@ class PathFilter:
         return item is not None
 
     def _exists(self, path: str) -> bool:
-        forms = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
-        names = (form.encode("utf-8", "surrogateescape") for form in forms)
-        return any(self._box.exists(join(self._root, name)) for name in names)
+        for form in ("NFC", "NFD"):
+            name = unicodedata.normalize(form, path).encode("utf-8", "surrogateescape")
+            with contextlib.suppress(FileError):
+                if self._box.find(join(self._root, name)):
+                    return True
+        return False
 
     def unmatched(self) -> set[str]:
         """Items that matched nothing and do not exist.  One that exists may be in a hidden
@@ -1980,17 +1946,6 @@ class PastRun(NamedTuple):
     spent: float | None = None  # USD
 
 
-def pins_of(config: Config) -> dict[str, str]:
-    """The settings that a state is pinned to, by name: with others, files would count as
-    archived that are not."""
-    return {
-        "S3_BUCKET": config.bucket,
-        "S3_PREFIX": config.prefix,
-        "HETZNER_USER": config.user,
-        "REMOTE_PATH": path_text(config.remote_path),
-    }
-
-
 @contextlib.contextmanager
 def state_errors(path: Path) -> Iterator[None]:
     """Turns an sqlite3.Error into Fatal."""
@@ -2030,6 +1985,27 @@ class BegunUpload(NamedTuple):
     upload_id: str | None  # None until S3 has given one
 
 
+@dataclass
+class Count:
+    files: int = 0
+    bytes: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.files:,} ({format_size(self.bytes)})"
+
+
+class Counts(dict[str, Count]):
+    """By storage class, or by what a run does."""
+
+    def add(self, name: str, size: int, files: int = 1) -> None:
+        count = self.setdefault(name, Count())
+        count.files, count.bytes = count.files + files, count.bytes + size
+
+    def total(self) -> Count:
+        counts = self.values()
+        return Count(sum(count.files for count in counts), sum(count.bytes for count in counts))
+
+
 class State:
     """The state database, for one thread.  Methods raise Fatal, and commit what they write."""
 
@@ -2037,6 +2013,13 @@ class State:
         """Opens the database, or makes it.  With `copy`, it opens a temporary copy instead,
         which is empty if there is no database; changes are lost."""
         path = self._path = config.state_db
+        # With other settings than these, files would count as archived that are not.
+        self._pins = {
+            "S3_BUCKET": config.bucket,
+            "S3_PREFIX": config.prefix,
+            "HETZNER_USER": config.user,
+            "REMOTE_PATH": path_text(config.remote_path),
+        }
         with state_errors(path):
             if not copy:
                 create_private(path)
@@ -2113,11 +2096,12 @@ class State:
         """Whether the state still has to be made from the bucket's listing."""
         return not self._rows("SELECT 1 FROM meta WHERE name = 'S3_BUCKET'")
 
-    def check_pins(self, pins: Mapping[str, str]) -> None:
-        """Fatal if the state belongs to another source or destination than `pins`."""
+    def check_pins(self, but: tuple[str, ...] = ()) -> None:
+        """Fatal if the state belongs to another source or destination than the settings,
+        those named in `but` excepted."""
         known = dict(self._rows("SELECT name, value FROM meta"))
-        for name, value in pins.items():
-            if known.get(name, value) != value:
+        for name, value in self._pins.items():
+            if name not in but and known.get(name, value) != value:
                 pinned, wanted = (printable(text) or "(empty)" for text in (known[name], value))
                 remedy = "give the other one a STATE_DB and S3_PREFIX of its own"
                 if name in SOURCE_PINS:
@@ -2125,10 +2109,10 @@ class State:
                 reason = f"the state belongs to {name}={pinned}, but the setting is {wanted}"
                 raise Fatal(f"{reason}: set it back, or {remedy}")
 
-    def pin(self, pins: Mapping[str, str]) -> None:
+    def pin(self) -> None:
         """Notes which source and destination the state belongs to."""
         insert = "INSERT OR REPLACE INTO meta VALUES (?, ?)"
-        self._commit(*((insert, *pin) for pin in pins.items()))
+        self._commit(*((insert, *pin) for pin in self._pins.items()))
 
     def forget_source(self) -> None:
         """Deletes all rows of files and the pins: the state `is_new` then.  Unfinished
@@ -2206,7 +2190,6 @@ class State:
     # Unfinished uploads
 
     def uploads(self) -> dict[str, BegunUpload]:
-        """Uploads that were begun and not completed, by key."""
         rows = self._rows("SELECT key, size, mtime, part_size, upload_id FROM uploads")
         return {key: BegunUpload(*values) for key, *values in rows}
 
@@ -2229,7 +2212,6 @@ class State:
         self._commit(*((insert, path_text(file.path)) for file in files))
 
     def unseen(self) -> Iterator[Record]:
-        """The rows of files that were not noted as seen."""
         return self.records("path NOT IN (SELECT path FROM temp.seen)")
 
     def known_gone(self) -> set[str]:
@@ -2256,12 +2238,14 @@ class State:
                 statements += row_statements(path, record.size, record.mtime, updated)
         self._commit(*statements)
 
-    def totals(self) -> list[tuple[str | None, int, int]]:
-        """Tuples of storage class (None if it is not known), number of files, and bytes."""
-        return self._rows(
-            "SELECT storage_class, count(*), coalesce(sum(size), 0)"
-            " FROM files JOIN objects USING (path) GROUP BY 1 ORDER BY 2 DESC"
-        )
+    def archived(self, config: Config) -> Counts:
+        """The archived files by storage class; STORAGE_CLASS where none was recorded."""
+        query = "SELECT coalesce(storage_class, ?), sum(size), count(*)"
+        query += " FROM files JOIN objects USING (path) GROUP BY 1 ORDER BY 3 DESC"
+        counts = Counts()
+        for row in self._rows(query, config.storage_class):
+            counts.add(*row)
+        return counts
 
     def record_run(self, run: PastRun) -> None:
         """Adds or replaces a run.  When a run begins, this shows that the state is writable."""
@@ -2281,7 +2265,6 @@ class State:
 def row_statements(
     path: str, size: int, mtime: int | None, found: StoredObject
 ) -> list[Statement]:
-    """Statements that write the rows of a file and its object."""
     file_row = (path, size, mtime, found.uploaded_at)
     object_row = (path, found.key, found.etag, found.crc32, found.storage_class or None)
     return [
@@ -2312,7 +2295,7 @@ def has_locks(path: Path) -> bool:
 def copied_state(config: Config) -> Iterator[State]:
     """A copy of the state, which belongs to these settings.  Changes are lost.  Fatal."""
     with contextlib.closing(State(config, copy=True)) as state:
-        state.check_pins(pins_of(config))
+        state.check_pins()
         yield state
 
 
@@ -2371,7 +2354,7 @@ CREDENTIAL_ERRORS = (
     *(OSError, EOFError),  # no such file or program; nobody is there to be asked for a code
 )
 
-# The requests of a run that cost money, with their kinds in Prices.upload.
+# The requests of a run that cost money, with their kinds in Prices.requests.
 COUNTED = {"PutObject": "put", "CreateMultipartUpload": "create", "UploadPart": "part"}
 COUNTED |= {"CompleteMultipartUpload": "complete", "HeadObject": "head"}
 COUNTED |= {"ListObjectsV2": "list", "ListMultipartUploads": "list", "ListParts": "list"}
@@ -2462,19 +2445,21 @@ def crc32_of(answer: Mapping[str, Any]) -> int | None:
 
 
 def stored_object(key: str, answer: Mapping[str, Any]) -> StoredObject:
-    """The object that the answer to a HEAD or GET describes."""
+    """The object that an entry of a listing or the answer to a HEAD or GET describes."""
     # Some servers change the case of header names.
-    metadata = {name.lower(): value for name, value in answer["Metadata"].items()}
+    metadata = {name.lower(): value for name, value in answer.get("Metadata", {}).items()}
     mtime = re.fullmatch(r"(-?\d{1,12})(\.\d*)?", metadata.get("mtime", ""))
     uploaded_at = answer["LastModified"].timestamp() if "LastModified" in answer else 0
     return StoredObject(
         key=key,
-        size=answer["ContentLength"],
+        size=answer["Size"] if "Size" in answer else answer["ContentLength"],
         uploaded_at=math.floor(uploaded_at),
         storage_class=answer.get("StorageClass", "STANDARD"),
         etag=etag_of(answer),
         crc32=crc32_of(answer),
         mtime=int(mtime[1]) if mtime else None,
+        thaw_state=thaw_state_of(answer),
+        version_id=answer.get("VersionId"),
     )
 
 
@@ -2499,15 +2484,11 @@ def versions_at(entries: Iterable[Mapping[str, Any]], at: float) -> Iterator[Map
     second they count as older, since a file too many is better than one too few.
     """
     for _, group in itertools.groupby(entries, itemgetter("Key")):
-        oldest_first = [*group][::-1]
-        oldest_first.sort(key=lambda e: (e["IsLatest"], e["LastModified"], "ETag" in e))
-        current = None
-        for entry in oldest_first:
-            if entry["LastModified"].timestamp() > at:
-                break
-            current = entry
-        if current and "ETag" in current:  # a delete marker has none
-            yield current
+        versions = [*group][::-1]  # the oldest first
+        versions.sort(key=lambda e: (e["IsLatest"], e["LastModified"], "ETag" in e))
+        past = [*itertools.takewhile(lambda e: e["LastModified"].timestamp() <= at, versions)]
+        if past and "ETag" in past[-1]:  # a delete marker has none
+            yield past[-1]
 
 
 class UnfinishedUpload(NamedTuple):
@@ -2873,18 +2854,8 @@ class Bucket:
             kinds = "Versions", "DeleteMarkers"
             entries = versions_at(self._list("list_object_versions", *kinds, **listing), at)
         for entry in entries:
-            key, size = entry["Key"], entry["Size"]
-            if key.endswith("/") and not size:
-                continue
-            yield StoredObject(
-                key=key,
-                size=size,
-                uploaded_at=math.floor(entry["LastModified"].timestamp()),
-                storage_class=entry.get("StorageClass", "STANDARD"),
-                etag=etag_of(entry),
-                thaw_state=thaw_state_of(entry),
-                version_id=entry.get("VersionId"),
-            )
+            if entry["Size"] or not entry["Key"].endswith("/"):
+                yield stored_object(entry["Key"], entry)
 
     def head(self, key: str, version_id: str | None = None) -> StoredObject | None:
         """The object, which may be cold; None if there is none."""
@@ -3006,7 +2977,7 @@ def take_over(config: Config, bucket: Bucket, state: State) -> None:
         log.warning(message, config.state_db, f"{counts.total():,}", config.url)
     if gone:
         log.warning("%s of its rows have no object there, and are dropped", f"{gone:,}")
-    state.pin(pins_of(config))
+    state.pin()
 
 
 # ---------------------------------------------------------------------- Output
@@ -3050,21 +3021,18 @@ def start_logging(config: Config, level: int, bars: bool, results: TextIO) -> No
     LOG_FILE; Fatal if LOG_FILE cannot be written."""
     logging.raiseExceptions = False  # no traceback for a full disk or a closed pipe
     stderr, stdout = Console(sys.stderr), Console(results)
+    stderr.setFormatter(Formatter("%(prefix)s%(message)s", config.secrets))
+    stdout.setFormatter(Formatter("%(message)s", config.secrets))
     stderr.setLevel(level)
     hidden = {results_log.name, files_log.name if bars else ""}
     stderr.addFilter(lambda record: record.name not in hidden)
-    handlers: list[tuple[logging.Handler, str]] = [(stderr, "%(prefix)s%(message)s")]
-    handlers.append((stdout, "%(message)s"))
     results_log.handlers, log.handlers = [stdout], [stderr]
     if config.log_file is not None:
-        try:
+        with fatal_os_errors("LOG_FILE cannot be written", USAGE):
             file = LogFile(config.log_file, maxBytes=10 * MIB, backupCount=5, encoding="utf-8")
-        except OSError as error:
-            raise Fatal(f"LOG_FILE cannot be written: {error}", status=USAGE) from None
-        handlers.append((file, "%(asctime)s %(levelname)-8s %(message)s"))
+        form = "%(asctime)s %(levelname)-8s %(message)s"
+        file.setFormatter(Formatter(form, config.secrets))
         log.addHandler(file)
-    for handler, form in handlers:
-        handler.setFormatter(Formatter(form, config.secrets))
     log.setLevel(min(level, logging.INFO))
     log.propagate = False
     # paramiko logs every broken connection with a traceback.
@@ -3086,15 +3054,6 @@ def show_table(title: str, rows: Rows) -> None:
     for label, value in rows:
         text = f"{value:,}" if isinstance(value, int) else str(value)
         show(f"{label:<{width}}: {format_usd(value) if isinstance(value, float) else text}")
-
-
-def json_rows(rows: Rows) -> dict[str, object]:
-    """The rows of a table for JSON, by their labels in snake case."""
-    values: dict[str, object] = {}
-    for label, value in rows:
-        name = re.sub(r"\W+", "_", label.lower()).strip("_")
-        values[name] = json_usd(value) if isinstance(value, float) else value
-    return values
 
 
 def json_usd(usd: float) -> float | None:
@@ -3138,7 +3097,6 @@ class Progress:
             self._bar.refresh()
 
     def moved(self, size: int) -> None:
-        """Adds bytes to those that have been moved."""
         self._bar.update(size)
 
     def close(self) -> None:
@@ -3150,8 +3108,6 @@ class Progress:
 
 @dataclass
 class Context:
-    """The settings, the box, the bucket and the progress bars, for every command."""
-
     config: Config
     box: StorageBox
     bucket: Bucket
@@ -3163,8 +3119,11 @@ class Context:
         return Prices(self.bucket.region, self.config.prices)
 
     def show_summary(self, title: str, rows: Rows) -> None:
+        """Shows a table, whose labels in snake case are the names in JSON."""
         rows = list(rows)
-        self.summary.update(json_rows(rows))
+        for label, value in rows:
+            name = re.sub(r"\W+", "_", label.lower()).strip("_")
+            self.summary[name] = json_usd(value) if isinstance(value, float) else value
         show_table(title, rows)
 
 
@@ -3335,45 +3294,11 @@ def make_job(
     return Job(file, key, plan, state.find(file.path), begun, resumes)
 
 
-@dataclass
-class Count:
-    files: int = 0
-    bytes: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.files:,} ({format_size(self.bytes)})"
-
-
-class Counts(dict[str, Count]):
-    """By storage class, or by what a run does."""
-
-    def add(self, name: str, size: int, files: int = 1) -> None:
-        count = self.setdefault(name, Count())
-        count.files, count.bytes = count.files + files, count.bytes + size
-
-    def total(self) -> Count:
-        counts = self.values()
-        return Count(sum(count.files for count in counts), sum(count.bytes for count in counts))
-
-
-def recorded_class(record: Record, config: Config) -> str:
-    """The storage class of the row's object; STORAGE_CLASS if none was recorded."""
-    return record.storage_class or config.storage_class
-
-
-def archived_counts(state: State, config: Config) -> Counts:
-    """The archived files by storage class; STORAGE_CLASS where none was recorded."""
-    counts = Counts()
-    for storage_class, files, size in state.totals():
-        counts.add(storage_class or config.storage_class, size, files)
-    return counts
-
-
 def month_cost(prices: Prices, counts: Counts) -> float:
     return sum(prices.month(name, c.files, c.bytes) for name, c in counts.items())
 
 
-def restore_cost(prices: Prices, counts: Counts, tier: str, days: int) -> float:
+def restore_cost(prices: Prices, counts: Counts, tier: str, days: int = DAYS_RESTORED) -> float:
     """USD for restored copies of all objects that stay for `days`."""
     return sum(prices.restore(n, tier, c.files, c.bytes, days) for n, c in counts.items())
 
@@ -3386,8 +3311,9 @@ def job_cost(job: Job, config: Config, prices: Prices) -> tuple[float, float]:
     requests = {"head": job.heads + lists, "list": lists, **job.plan.requests(size)}
     if record is not None:
         age_days = (time.time() - (record.uploaded_at or 0)) / DAY
-        early = prices.early(recorded_class(record, config), record.size, age_days)
-    return prices.upload(config.class_of(size), requests), early
+        storage_class = record.storage_class or config.storage_class
+        early = prices.early(storage_class, record.size, age_days)
+    return prices.requests(config.class_of(size), requests), early
 
 
 MARKS = {"new": "+", "changed": "*", "to_compare": "?", "gone": "-", "failing": "!"}
@@ -3404,7 +3330,7 @@ class Forecast(WalkReport):
         super().__init__()
         self._context, self._config, self._state = context, context.config, state
         self._uploads, self._on_file, self.prices = state.uploads(), on_file, context.prices
-        self.afterwards = archived_counts(state, context.config)
+        self.afterwards = state.archived(context.config)
         names = ("new", "changed", "to_compare", "unchanged")
         self.counts = Counts({name: Count() for name in names})
         self.gone = Counts()  # by class: archived, but not on the box any more
@@ -3430,12 +3356,12 @@ class Forecast(WalkReport):
         for record in self._state.unseen():
             path = unescape(record.path)
             if not walk.leaves_out(path):
-                self.gone.add(recorded_class(record, self._config), record.size)
+                storage_class = record.storage_class or self._config.storage_class
+                self.gone.add(storage_class, record.size)
                 self.gone_paths.add(record.path)
                 self._on_file("gone", path, "")
 
     def _add_page(self, page: list[RemoteFile]) -> None:
-        """Adds what a run would do with these files."""
         pending = self._state.unrecorded(page)
         size = sum(f.size for f in page) - sum(f.size for f in pending)
         self.counts.add("unchanged", size, len(page) - len(pending))
@@ -3452,7 +3378,7 @@ class Forecast(WalkReport):
                 self._on_file("to_compare", file.path, "")
                 self.counts.add("to_compare", file.size)
                 self.requests["head"] += job.heads
-                self.upload += self.prices.upload(storage_class, {"head": job.heads})
+                self.upload += self.prices.requests(storage_class, {"head": job.heads})
                 continue
             change = "changed" if record else "new"
             self._on_file(change, file.path, "")
@@ -3464,24 +3390,20 @@ class Forecast(WalkReport):
             self.upload, self.early = self.upload + cost, self.early + early
             self.afterwards.add(storage_class, file.size)
             if record:
-                self.afterwards.add(recorded_class(record, self._config), -record.size, -1)
+                overwritten = record.storage_class or self._config.storage_class
+                self.afterwards.add(overwritten, -record.size, -1)
 
     def usd(self) -> dict[str, float]:
         """Amounts by their names in JSON."""
         prices, after, archived = self.prices, self.afterwards, self.afterwards.total()
-        index = sum(
-            prices.month(name, c.files, 0) for name, c in after.items() if name in COLD_CLASSES
-        )
+        index = sum(prices.month(name, c.files, 0) for name, c in after.items())
         return {
             "upload": self.upload,
             "overwritten_early": self.early,
             "storage_a_month": month_cost(prices, after),
             "of_it_per_object": index,
             "gone_a_month": month_cost(prices, self.gone),
-            **{
-                f"full_restore_{tier}": restore_cost(prices, after, tier, DAYS_RESTORED)
-                for tier in TIERS
-            },
+            **{f"full_restore_{tier}": restore_cost(prices, after, tier) for tier in TIERS},
             "full_download": prices.download(archived.files, archived.bytes),
         }
 
@@ -3489,8 +3411,8 @@ class Forecast(WalkReport):
         """USD saved of the upload and of a month, if files below TINY_FILE went into
         CLASS_FOR_TINY."""
         prices, tiny, other = self.prices, self.tiny.total(), CLASS_FOR_TINY
-        uploads = (prices.upload(name, {"put": c.files}) for name, c in self.tiny.items())
-        upload = sum(uploads) - prices.upload(other, {"put": tiny.files})
+        uploads = (prices.requests(name, {"put": c.files}) for name, c in self.tiny.items())
+        upload = sum(uploads) - prices.requests(other, {"put": tiny.files})
         month = month_cost(prices, self.tiny) - prices.month(other, tiny.files, tiny.bytes)
         return upload, month
 
@@ -3536,7 +3458,6 @@ class Forecast(WalkReport):
         yield "Download of all", f"{format_usd(usd['full_download'])} out of AWS"
 
     def warn(self) -> None:
-        """Logs what the user may not expect."""
         self.warn_of_unmatched()
         usd, archived = self.usd(), self.afterwards.total()
         upload, month = self.tiny_savings()
@@ -3580,8 +3501,6 @@ def plan(context: Context, options: argparse.Namespace) -> int:
 
 
 class Report(WalkReport):
-    """What a run has done."""
-
     def __init__(self) -> None:
         super().__init__()
         self.started_at, self.began = int(time.time()), time.monotonic()
@@ -3615,16 +3534,16 @@ class Spending:
         self._early = 0.0  # for objects that were overwritten early
         self._reserved = 0.0  # for the jobs that have begun, and the requests before
         for name in {config.storage_class, config.small_files_class or config.storage_class}:
-            cost = self._prices.upload(name, {"put": 1, "part": 1}) + self._prices.early(
-                name, 1, 0
-            )
+            cost = self._prices.requests(name, {"put": 1, "part": 1})
+            cost += self._prices.early(name, 1, 0)
             if config.max_cost is not None and math.isnan(cost):
                 remedy = f"set {name}.put, {name}.part and {name}.month in PRICES"
                 raise Fatal(f"MAX_COST: what {name} costs is not known: {remedy}", status=USAGE)
 
     @property
     def total(self) -> float:
-        return self._prices.requests(self._requests) + self._early
+        sent, cost = [*self._requests.items()], self._prices.requests  # threads change it
+        return self._early + sum(cost(name, {kind: n}) for (name, kind), n in sent)
 
     def begin(self) -> None:
         """Called before the first job."""
@@ -3647,7 +3566,7 @@ class Spending:
         if is_upload:
             self._early += early
         else:
-            asked = self._prices.upload("", {"head": job.heads})
+            asked = self._prices.requests("", {"head": job.heads})
             self._reserved -= requests + early - asked
 
 
@@ -3783,7 +3702,6 @@ class Run:
             return Archived(reader.file, stored, reader.is_recent, is_upload=True)
 
     def _settle(self, outcomes: list[Outcome[Job, Archived | None]]) -> None:
-        """Commits and counts what has finished."""
         report = self._report
         self._state.record(archived for _, archived, _ in outcomes if archived)
         for job, archived, error in outcomes:
@@ -3809,9 +3727,21 @@ class Run:
 
 
 def match_content(found: StoredObject, blocks: Iterable[bytes]) -> StoredObject | None:
-    """The object with the CRC-32 of these blocks, if they are its content; else None."""
-    crc32 = matching_crc32(found.etag, found.size, blocks)
-    return None if crc32 is None else found._replace(crc32=crc32)
+    """The object with the CRC-32 of these blocks, if they have its size and ETag; else None.
+    All but the last have COMPARE_BLOCK bytes, so that none is in two parts."""
+    md5s = {size: [md5()] for size in possible_part_sizes(found.etag, found.size)}  # of parts
+    offset = crc32 = 0
+    for block in blocks:
+        for part_size, parts in md5s.items():
+            if offset and offset % part_size == 0:
+                parts.append(md5())
+            parts[-1].update(block)
+        offset, crc32 = offset + len(block), zlib.crc32(block, crc32)
+    for parts in md5s.values():
+        whole = md5(b"".join(part.digest() for part in parts)).hexdigest()
+        if found.etag in (parts[0].hexdigest(), f"{whole}-{len(parts)}"):
+            return found._replace(crc32=crc32)
+    return None
 
 
 def check_changes(context: Context, state: State) -> None:
@@ -3823,7 +3753,7 @@ def check_changes(context: Context, state: State) -> None:
         return
     forecast = Forecast(context, state)
     forecast.walk_box()
-    before = archived_counts(state, context.config).total().files
+    before = state.archived(context.config).total().files
     gone = len(forecast.gone_paths - state.known_gone())
     if (forecast.altered + gone) * 100 > limit * before:
         found = f"{forecast.altered:,} have changed and {gone:,} are gone"
@@ -3843,12 +3773,11 @@ def run(context: Context, options: argparse.Namespace) -> int:
     out_of_time = threading.Timer(config.max_runtime or 0, context.box.close)
     out_of_time.daemon = True
     with locked(config), contextlib.closing(State(config)) as state:
-        pins = pins_of(config)
         if options.new_source:
             context.box.session()  # fails with a mistyped user, before the state is emptied
-            state.check_pins({name: pins[name] for name in pins.keys() - SOURCE_PINS})
+            state.check_pins(but=SOURCE_PINS)
             state.forget_source()
-        state.check_pins(pins)
+        state.check_pins()
         state.record_run(PastRun(report.started_at))
         try:
             if config.max_runtime is not None:
@@ -3896,14 +3825,18 @@ def try_or_none(question: Callable[[], T]) -> tuple[T | None, str]:
         return None, NOT_KNOWN
 
 
-def wanted_paths(given: Iterable[str], root: bytes) -> list[bytes]:
-    """The `given` paths, absolute or relative to REMOTE_PATH, as relative ones, without those
-    below another one.  Empty for all files.  Fatal for /, unless that is REMOTE_PATH."""
+def wanted_paths(context: Context, options: argparse.Namespace) -> list[bytes]:
+    """The paths given, absolute or relative to REMOTE_PATH, as relative ones, without those
+    below another one.  Empty for all files.  Fatal for /, unless that is REMOTE_PATH, and for
+    --at if the bucket has never kept versions."""
+    root = context.config.remote_path
     start = join(root, b"")
-    names = [os.fsencode(path).rstrip(b"/") for path in given]
+    names = [os.fsencode(path).rstrip(b"/") for path in options.path]
     if b"" in names and root != b"/":  # a script may have left a variable empty: $FOLDER/
         message = f"/ is not below REMOTE_PATH {printable(root)}: name no path for all"
         raise Fatal(message, status=USAGE)
+    if options.at is not None and not context.bucket.versioning():
+        raise Fatal("--at: the bucket is not versioned, and has no earlier versions")
     inner = {name.removeprefix(start).removeprefix(b"./") for name in names}
     if inner & {b"", b"."} or {root, join(b".", root)} & set(names):
         return []
@@ -3935,17 +3868,10 @@ def select_objects(
             yield path, None
 
 
-def check_versions(bucket: Bucket, at: float | None) -> None:
-    """Fatal if `at` is a time, and the bucket has never kept versions of its objects."""
-    if at is not None and not bucket.versioning():
-        raise Fatal("--at: the bucket is not versioned, and has no earlier versions")
-
-
 def ls(context: Context, options: argparse.Namespace) -> int:
     """Lists the archived objects, one per line; 0, or 3 if a path has none."""
     config, listed, status = context.config, Count(), 0
-    paths = wanted_paths(options.path, config.remote_path)
-    check_versions(context.bucket, options.at)
+    paths = wanted_paths(context, options)
     for name, found in select_objects(config, context.bucket, paths, options.at):
         if found is None:
             log_failure(name, "nothing is archived under this path")
@@ -3982,7 +3908,7 @@ def status(context: Context, options: argparse.Namespace) -> int:
     def read_state() -> tuple[Counts, list[PastRun], float]:
         with copied_state(config) as state:
             spent = state.spent_since(time.time() - 30 * DAY)
-            return archived_counts(state, config), state.last_runs(5), spent
+            return state.archived(config), state.last_runs(5), spent
 
     known, no_state = try_or_none(read_state)
     counts, runs, spent = known or (Counts(), [], 0.0)
@@ -4056,7 +3982,7 @@ def verify(context: Context, options: argparse.Namespace) -> int:
         if state.is_new:
             reason = f"{config.state_db} is missing, or an earlier script's"
             raise Fatal(f"{reason}: archive.py run makes the state, or takes it over")
-        state.check_pins(pins_of(config))
+        state.check_pins()
         bar = stack.enter_context(context.progress.counting("verifying"))
         for verdict, reason, path, found, record in reconcile(config, context.bucket, state):
             bar.update(1)
@@ -4147,12 +4073,10 @@ class LocalFolder:
     def __init__(self, folder: str):
         """Creates the folder if it is missing; Fatal if files cannot be created in it."""
         self._folder = Path(os.path.expanduser(folder))  # no shell expands it in --to=~/x
-        try:
+        with fatal_os_errors(f"{printable(folder)} cannot be written to"):
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self._folder):
                 pass
-        except OSError as error:
-            raise Fatal(f"{printable(folder)} cannot be written to: {error}") from None
 
     def _path(self, name: bytes) -> Path:
         return self._folder / os.fsdecode(name)
@@ -4225,12 +4149,7 @@ class BoxFolder:
         return space[1] if space else None
 
     def find(self, name: bytes) -> Attributes | None:
-        try:
-            return self._box.attributes(join(self._folder, name))
-        except SFTPError as error:
-            if error.code == FX_NO_SUCH_FILE:
-                return None
-            raise FileError(f"the box cannot look it up: {error}") from None
+        return self._box.find(join(self._folder, name))
 
     def store(self, name: bytes, mtime: int, blocks: Blocks, overwrite: bool) -> None:
         """As LocalFolder.store; Fatal if the box is full."""
@@ -4342,8 +4261,7 @@ class Restore:
         """Creates the folder to restore to; Fatal, FileError."""
         self._context, self._options = context, options
         self._config, self._bucket = context.config, context.bucket
-        self._paths = wanted_paths(options.path, context.config.remote_path)
-        check_versions(context.bucket, options.at)
+        self._paths = wanted_paths(context, options)
         to, to_box = options.to, options.to_box
         self._target: LocalFolder | BoxFolder
         self._target = (
@@ -4365,7 +4283,10 @@ class Restore:
         self._show_estimate(cold, ready + busy)
         with contextlib.ExitStack() as stack:
             if cold and options.manifest:
-                self._manifest = stack.enter_context(open_manifest(options.manifest))
+                path = options.manifest
+                stack.enter_context(fatal_os_errors(f"--manifest {path}", USAGE))
+                file = path.open("w", newline="", encoding="ascii")
+                self._manifest = stack.enter_context(file)
             elif cold:
                 if not options.yes and not confirm("Ask S3 to restore these objects?"):
                     message = "nothing was asked for: it costs money; run it again with --yes"
@@ -4591,16 +4512,6 @@ def restore(context: Context, options: argparse.Namespace) -> int:
             context.box.stopping.check()
 
 
-@contextlib.contextmanager
-def open_manifest(path: Path) -> Iterator[TextIO]:
-    """A new file for `--manifest`; Fatal."""
-    try:
-        with path.open("w", newline="", encoding="ascii") as file:
-            yield file
-    except OSError as error:
-        raise Fatal(f"--manifest {path}: {error}", status=USAGE) from None
-
-
 def confirm(question: str) -> bool:
     """Whether the user answers yes; False without a terminal."""
     if not (sys.stdin and sys.stdin.isatty()):
@@ -4649,20 +4560,21 @@ def make_parser() -> argparse.ArgumentParser:
     add_level("-q", "--quiet", const=logging.WARNING, help=quiet)
     commands = parser.add_subparsers(metavar="COMMAND", dest="command")
 
-    def add(function: Command, text: str, example: str) -> argparse.ArgumentParser:
+    def add(function: Command, text: str, example: str, **flags: str) -> Parser:
         about, end = f"{text[0].upper()}{text[1:]}.", f"example: archive.py {example}"
         name = function.__name__
         command = commands.add_parser(name, help=text, description=about, epilog=end)
         command.set_defaults(function=function)
+        for flag, effect in flags.items():
+            command.add_argument(f"--{flag}", action="store_true", help=effect)
         return command
 
     summary = "the summary as JSON, and nothing else on stdout"
-    command = add(run, "archive what is new or changed (the default)", "-q")
+    command = add(run, "archive what is new or changed (the default)", "-q", json=summary)
     dry_run = "the same as plan --list"
     command.add_argument("-n", "--dry-run", action="store_true", help=dry_run)
     new_source = "the files are at another HETZNER_USER or REMOTE_PATH now: compare them"
     command.add_argument("--new-source", action="store_true", help=new_source)
-    command.add_argument("--json", action="store_true", help=summary)
     command.set_defaults(list=True)  # for --dry-run
     text = "what run would do and what it would cost; changes nothing"
     output = add(plan, text, "plan --list").add_mutually_exclusive_group()
@@ -4670,20 +4582,15 @@ def make_parser() -> argparse.ArgumentParser:
     output.add_argument("--list", action="store_true", help=files)
     output.add_argument("--json", action="store_true", help="as JSON")
     text = "what is archived, from the bucket's listing"
-    command = add(ls, text, "ls photos/2024 --at 30d")
-    add_selection(command)
-    command.add_argument("--json", action="store_true", help="as JSON, an object a line")
+    add_selection(add(ls, text, "ls photos/2024 --at 30d", json="as JSON, an object a line"))
     text = "what is archived, its cost, the last runs, the box's room"
-    command = add(status, text, "status --json")
-    command.add_argument("--json", action="store_true", help="as JSON")
+    add(status, text, "status --json", json="as JSON")
     text = "compare the state with the bucket's listing; downloads nothing"
-    command = add(verify, text, "verify --repair")
     repair = "correct the state: the next run uploads or compares what differs"
-    command.add_argument("--repair", action="store_true", help=repair)
+    add(verify, text, "verify --repair", repair=repair)
     text = "bring files back; run it again until it ends with 0"
-    command = add(restore, text, "restore photos/2024 letters/will.pdf --to drill")
-    add_restore(command)
-    command.add_argument("--json", action="store_true", help=summary)
+    example = "restore photos/2024 letters/will.pdf --to drill"
+    add_restore(add(restore, text, example, json=summary))
     text = "try settings, box, bucket and permissions, with the remedy for each"
     add(check, text, "--env-file other.env check")
     defaults = {"new_source": False, "dry_run": False, "json": False}
@@ -4692,7 +4599,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_selection(command: argparse.ArgumentParser) -> None:
-    """The arguments that select archived objects."""
     path = "file or folder as on the box (default: all)"
     command.add_argument("path", nargs="*", type=path_argument, metavar="PATH", help=path)
     when = "as it was then: a date, a time, or an age like 30d (for versioned buckets)"
@@ -4700,7 +4606,6 @@ def add_selection(command: argparse.ArgumentParser) -> None:
 
 
 def add_restore(command: argparse.ArgumentParser) -> None:
-    """The arguments of `restore`."""
     add_selection(command)
     add = command.add_argument
     place = command.add_mutually_exclusive_group(required=True)

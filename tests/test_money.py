@@ -79,7 +79,7 @@ def test_every_figure_of_the_table_is_the_published_one(program, region):
     prices, published = program.Prices(region, {}), PUBLISHED[region]
 
     def requests(storage_class, **numbers):
-        return prices.upload(storage_class, numbers)
+        return prices.requests(storage_class, numbers)
 
     def restore(storage_class, tier, files, size):
         return prices.restore(storage_class, tier, files, size, 0)
@@ -126,7 +126,7 @@ def test_ohio_costs_what_virginia_does(program):
         yield prices.download(1_000, 200 * GB)
         for kind in kinds:
             yield from (prices.month(kind, 1_000, GB), prices.early(kind, GB, 0))
-            yield from (prices.upload(kind, {name: 1}) for name in REQUESTS)
+            yield from (prices.requests(kind, {name: 1}) for name in REQUESTS)
             tiers = ("bulk", "standard")
             yield from (prices.restore(kind, tier, 1_000, GB, 7) for tier in tiers)
 
@@ -143,7 +143,7 @@ def test_frankfurt_costs_what_was_worked_out_by_hand(program):
     # 200 PUTs 0.012, 1 Create and 64 parts 65 x 0.0000054 = 0.000351, 1 Complete 0.00006,
     # 10 HEADs 0.0000043: together 0.0124153.
     requests = {"put": 200, "create": 1, "part": 64, "complete": 1, "head": 10}
-    assert prices.upload(COLD, requests) == near(0.0124153)
+    assert prices.requests(COLD, requests) == near(0.0124153)
     # Of 100 GB after 120 days, 60 are left, two months: 2 x 100 x 0.0018 = 0.36, and the
     # index 2 x (0.000000186920166015625 + 0.000000054931640625) = 0.00000048370361328125.
     assert prices.early(COLD, 100 * GB, 120) == near(0.36000048370361328125)
@@ -163,7 +163,7 @@ def test_stockholm_costs_what_was_worked_out_by_hand(program):
     assert prices.month(COLD, 1_000_000, 2048 * GB) == near(2.2332084765625)
     # 200 PUTs 0.011, 65 x 0.000005 = 0.000325, 1 Complete 0.000055, 10 HEADs 0.000004.
     requests = {"put": 200, "create": 1, "part": 64, "complete": 1, "head": 10}
-    assert prices.upload(COLD, requests) == near(0.011384)
+    assert prices.requests(COLD, requests) == near(0.011384)
     # 2 x 100 x 0.00099 = 0.198, the index 2 x 0.0000002056884765625.
     assert prices.early(COLD, 100 * GB, 120) == near(0.198000411376953125)
     # Copies 200 x 0.023 / 2 = 2.30. Bulk: 4 x 0.025 = 0.10, 200 x 0.003 = 0.60; Standard:
@@ -198,21 +198,14 @@ def test_upload_costs_each_kind_of_request_at_its_own_price(prices):
     # 3 PUTs 0.00015, 2 Creates 0.00001, 131 parts 0.000655, 2 Completes 0.0001,
     # 2 HEADs 0.0000008: together 0.0009158.
     requests = {"put": 3, "create": 2, "part": 131, "complete": 2, "head": 2}
-    assert prices.upload(COLD, requests) == near(0.0009158)
+    assert prices.requests(COLD, requests) == near(0.0009158)
 
 
 def test_listing_costs_a_put_into_standard_whatever_the_class(program):
     frankfurt, virginia = (program.Prices(r, {}) for r in ("eu-central-1", "us-east-1"))
     for kind in (COLD, "STANDARD", "ONEZONE_IA"):
-        assert virginia.upload(kind, {"list": 1_000}) == near(0.005)
-        assert frankfurt.upload(kind, {"list": 1_000}) == near(0.0054)
-
-
-def test_requests_by_class_cost_what_each_class_costs(prices):
-    # 10 PUTs 0.0005 and one HEAD 0.0000004; 10 PUTs into STANDARD 0.00005.
-    sent = {(COLD, "put"): 10, (COLD, "head"): 1, ("STANDARD", "put"): 10}
-    assert prices.requests(sent) == near(0.0005504)
-    assert prices.requests({}) == 0
+        assert virginia.requests(kind, {"list": 1_000}) == near(0.005)
+        assert frankfurt.requests(kind, {"list": 1_000}) == near(0.0054)
 
 
 @pytest.mark.parametrize(
@@ -260,14 +253,14 @@ def test_download_costs_its_requests_and_what_is_beyond_100_gb(prices):
 
 def test_what_has_no_price_is_unknown_and_not_free(prices):
     assert math.isnan(prices.month("ONEZONE_IA", 1, GB))
-    assert math.isnan(prices.upload("ONEZONE_IA", {"put": 1}))
+    assert math.isnan(prices.requests("ONEZONE_IA", {"put": 1}))
     assert math.isnan(prices.early("ONEZONE_IA", GB, 0))
     assert math.isnan(prices.restore("ONEZONE_IA", "bulk", 1, GB, 7))
 
 
 def test_nothing_of_a_class_without_prices_costs_nothing(prices):
     assert prices.month("STANDARD_IA", 0, 0) == 0
-    assert prices.upload("STANDARD_IA", {}) == 0
+    assert prices.requests("STANDARD_IA", {}) == 0
     assert prices.restore("STANDARD_IA", "bulk", 0, 0, 7) == 0
 
 
@@ -280,7 +273,7 @@ def test_prices_that_are_set_replace_the_built_in_ones_and_no_others(program):
     # 10 GB x 0.0018 = 0.018; 10 GB beyond the free 100 x 0.05 = 0.5.
     assert prices.month(COLD, 0, 10 * GB) == near(0.018)
     assert prices.download(0, 110 * GB) == near(0.5)
-    assert prices.upload(COLD, {"put": 1_000}) == near(0.05)
+    assert prices.requests(COLD, {"put": 1_000}) == near(0.05)
     assert "PRICES" in prices.note
 
 
@@ -292,7 +285,7 @@ def test_class_without_built_in_prices_takes_those_that_are_set(program):
 
     # 10 GB x 0.004, and nothing for each object, as it is not cold.
     assert prices.month("GLACIER_IR", 1_000, 10 * GB) == near(0.04)
-    assert prices.upload("GLACIER_IR", {"put": 1_000}) == near(0.02)
+    assert prices.requests("GLACIER_IR", {"put": 1_000}) == near(0.02)
     # Of its 90 days 60 are left, of 30 days 15.
     assert prices.early("GLACIER_IR", 10 * GB, 30) == near(0.08)
     assert prices.early("STANDARD_IA", 10 * GB, 15) == near(0.0625)
@@ -310,7 +303,7 @@ def test_a_region_without_prices_is_told_whose_it_gets(program, region):
 
     assert "eu-north-1" in known.note
     assert "PRICES" not in known.note
-    assert unknown.upload(COLD, {"put": 1_000}) == near(0.05)
+    assert unknown.requests(COLD, {"put": 1_000}) == near(0.05)
     assert "us-east-1" in unknown.note
     assert "PRICES" in unknown.note
     assert (region or "your region") in unknown.note
