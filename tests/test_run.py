@@ -432,7 +432,8 @@ def until(condition, limit=30):
 def test_a_second_run_ends_with_11_and_touches_nothing(slow):
     slow.relay.freeze(after=8 * MIB)
     first = slow.start(constants=SMALL_PARTS)
-    until(lambda: slow.relay.frozen and slow.bucket.uploads())
+    noted = "SELECT 1 FROM uploads WHERE upload_id IS NOT NULL"
+    until(lambda: slow.relay.frozen and slow.bucket.uploads() and slow.query(noted))
     database = slow.state_db.read_bytes()
 
     with (
