@@ -2362,21 +2362,27 @@ COUNTED |= {"ListObjectsV2": "list", "ListMultipartUploads": "list", "ListParts"
 Read = Callable[[int], bytes]  # the next bytes of a file, as FileReader.read
 
 
+def is_transient(operation: str, code: str | None, status: int) -> bool:
+    """Whether S3's refusal may pass.  BadDigest of Complete does not: the stored parts are
+    other bytes than were read."""
+    if code == "BadDigest" and operation == "CompleteMultipartUpload":
+        return False
+    return code in TRANSIENT_CODES or status in TRANSIENT_STATUSES
+
+
 def retry_pause(
     attempts: int, operation: Any, response: Any, caught_exception: Any, **_: Any
 ) -> float | None:
     """For botocore's needs-retry event: the seconds to wait before the request is sent
     again, or None.  boto3 itself would retry for fewer reasons, wait less than a second, and
     have a small number of retries for all requests together."""
-    is_transient = isinstance(caught_exception, (aws.ConnectionError, aws.HTTPClientError))
+    may_pass = isinstance(caught_exception, (aws.ConnectionError, aws.HTTPClientError))
     if type(caught_exception) is aws.HTTPClientError:
-        is_transient = False  # the body could not be read, because its upload has failed
+        may_pass = False  # the body could not be read, because its upload has failed
     if response is not None:
-        code, status = response[1].get("Error", {}).get("Code"), response[0].status_code
-        is_transient = code in TRANSIENT_CODES or status in TRANSIENT_STATUSES
-        if code == "BadDigest" and operation.name == "CompleteMultipartUpload":
-            is_transient = False  # the stored parts are other bytes than were read
-    if not is_transient or attempts >= S3_ATTEMPTS:
+        code = response[1].get("Error", {}).get("Code")
+        may_pass = is_transient(operation.name, code, response[0].status_code)
+    if not may_pass or attempts >= S3_ATTEMPTS:
         return None
     return random.uniform(0.5, 1.5) * (1 << attempts - 1)  # not all at once
 
@@ -2399,8 +2405,7 @@ def s3_errors() -> Iterator[None]:
             raise Fatal(f"S3 refused {refusal}; {remedy}", code) from None
         if error.operation_name.startswith(("Assume", "GetSession", "GetRole", "CreateToken")):
             raise Fatal(f"no AWS credentials: {refusal}", code) from None
-        is_transient = code in TRANSIENT_CODES and code != "BadDigest"
-        if is_transient or answer.get("HTTPStatusCode") in TRANSIENT_STATUSES:
+        if is_transient(error.operation_name, code, answer.get("HTTPStatusCode", 0)):
             raise FileError(f"S3 refused {refusal}", UNAVAILABLE) from None
         hint = "; perhaps the credentials have expired" if code == "400" else ""  # of a HEAD
         raise FileError(f"S3 refused {refusal}{hint}", code) from None
@@ -2683,12 +2688,12 @@ class Bucket:
     def _count(self, event_name: str, request: Any, **_: Any) -> None:
         kind = COUNTED.get(event_name.rpartition(".")[2])
         if kind is not None:
-            query = parse_qs(urlsplit(request.url).query)
-            (upload_id,) = query.get("uploadId", [""])
-            storage_class = self._upload_classes.get(upload_id, self._config.storage_class)
-            storage_class = request.headers.get("x-amz-storage-class", storage_class)
+            storage_class = request.headers.get("x-amz-storage-class")
             if isinstance(storage_class, bytes):
                 storage_class = storage_class.decode()
+            if storage_class is None:  # a part, for example, does not name its class
+                (upload_id,) = parse_qs(urlsplit(request.url).query).get("uploadId", [""])
+                storage_class = self._upload_classes.get(upload_id, self._config.storage_class)
             with self._counting:
                 self.requests[storage_class, kind] += 1
 
@@ -2823,14 +2828,14 @@ class Bucket:
     def abort_upload(self, key: str, upload_id: str | None) -> bool:
         """Aborts an unfinished upload of `key`, or all of them if its id is not known: their
         parts cost money.  Returns False after a warning if S3 refuses."""
-        ids = [upload_id] if upload_id else []
+        uploads: Iterable[Any] = [{"Key": key, "UploadId": upload_id}]
+        if not upload_id:
+            uploads = self._list("list_multipart_uploads", "Uploads", Prefix=key)
         try:
-            if not upload_id:
-                uploads = self._list("list_multipart_uploads", "Uploads", Prefix=key)
-                ids = [upload["UploadId"] for upload in uploads if upload["Key"] == key]
-            for one in ids:
-                upload = {"Key": key, "UploadId": one}
-                self._request("abort_multipart_upload", *NOT_FOUND, **upload)
+            for one in uploads:
+                if one["Key"] == key:  # the listing also has keys that begin alike
+                    ours = {"Key": key, "UploadId": one["UploadId"]}
+                    self._request("abort_multipart_upload", *NOT_FOUND, **ours)
             return True
         except ArchiveError as error:
             message = "the unfinished upload of %s (id %s) could not be aborted: %s; its parts "
@@ -3532,7 +3537,7 @@ class Spending:
         self._prices = context.prices
         self._requests = context.bucket.requests  # those that were sent
         self._early = 0.0  # for objects that were overwritten early
-        self._reserved = 0.0  # for the jobs that have begun, and the requests before
+        self.reserved = 0.0  # for the jobs that have begun, and the requests before
         for name in {config.storage_class, config.small_files_class or config.storage_class}:
             cost = self._prices.requests(name, {"put": 1, "part": 1})
             cost += self._prices.early(name, 1, 0)
@@ -3545,15 +3550,11 @@ class Spending:
         sent, cost = [*self._requests.items()], self._prices.requests  # threads change it
         return self._early + sum(cost(name, {kind: n}) for (name, kind), n in sent)
 
-    def begin(self) -> None:
-        """Called before the first job."""
-        self._reserved = self.total
-
     def reserve(self, job: Job) -> bool:
         """Reserves the job's cost.  Returns False after a warning if MAX_COST is too low."""
         limit, cost = self._config.max_cost, sum(job_cost(job, self._config, self._prices))
-        self._reserved += cost
-        if limit is None or self._reserved <= limit:
+        self.reserved += cost
+        if limit is None or self.reserved <= limit:
             return True
         message = "MAX_COST is %s, and %s may cost %s: it and the rest are left to the next run"
         path = printable(job.file.path)
@@ -3567,7 +3568,7 @@ class Spending:
             self._early += early
         else:
             asked = self._prices.requests("", {"head": job.heads})
-            self._reserved -= requests + early - asked
+            self.reserved -= requests + early - asked
 
 
 class Run:
@@ -3589,7 +3590,7 @@ class Run:
         # waits for the box.  With TRANSFERS=1, a file is read and sent after the other.
         threads, limit = 2 * self._config.transfers - 1, self._config.memory_limit
         pool = Parallel(self._transfer, self._box, threads, lambda j: j.plan.memory, limit)
-        self._spending.begin()
+        self._spending.reserved = self._spending.total
         with contextlib.closing(pool.outcomes(self._jobs())) as outcomes:
             for finished in outcomes:
                 with self._box.stopping.deferred():
@@ -3795,7 +3796,7 @@ def run(context: Context, options: argparse.Namespace) -> int:
             else:
                 status, report.ended_early = INCOMPLETE, "MAX_RUNTIME was over"
                 log.warning("MAX_RUNTIME is over: the rest is left to the next run")
-        except Exception:
+        except Exception:  # of any kind: the summary names it, and it is passed on
             report.ended_early = "by an error"
             raise
         finally:
@@ -4081,8 +4082,7 @@ class LocalFolder:
     def _path(self, name: bytes) -> Path:
         return self._folder / os.fsdecode(name)
 
-    def free_space(self) -> int | None:
-        """Free bytes; None if they are not known."""
+    def free_space(self) -> int:
         return shutil.disk_usage(self._folder).free
 
     def find(self, name: bytes) -> Attributes | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import OLD, earlier_database
 from conftest import fill as fill_tree
-from faults import LARGE, SIZES, SMALL, assert_all_archived, wait_for, write
+from faults import LARGE, SIZES, SMALL, assert_all_archived, scripted_fixtures, wait_for, write
 from faulty_sftp import first
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
@@ -19,15 +19,7 @@ from scripted_s3 import error, hang, reset
 IMPATIENT = {"LOCKED_LIMIT": 1, "COMMIT_LIMIT": 1}
 
 
-@pytest.fixture
-def box(faulty_box):
-    return faulty_box
-
-
-@pytest.fixture
-def scripted(archive_of, box, s3):
-    """An Archive whose requests to S3 are counted, and answered by script."""
-    return archive_of(box, AWS_ENDPOINT_URL=s3.url)
+box, scripted = scripted_fixtures()  # beside `archive`, which asks S3 directly
 
 
 @pytest.fixture
