@@ -2511,9 +2511,11 @@ class MultipartClient:
 
     def __init__(
         self, client: Any, read: Read, unfinished: UnfinishedUpload | None, part_size: int,
-        note_upload_id: Callable[[str], None],
+        note_upload: Callable[[str, bool], None],
     ):  # fmt: skip
-        self._client, self._read, self._note_upload_id = client, read, note_upload_id
+        """Before the first part, `note_upload` gets the upload's id, and whether S3 may have
+        begun another one, whose id got lost with the answer."""
+        self._client, self._read, self._note_upload = client, read, note_upload
         self.upload_id, self._stored = unfinished or ("", [])
         self._part_crcs: list[int] = []  # of the parts that this run sends
         self._sent: list[int] = []  # the numbers of those that S3 has stored
@@ -2522,7 +2524,6 @@ class MultipartClient:
         for part in self._stored:
             self.crc32 = crc32_combine(self.crc32, crc32_of(part) or 0, part_size)
         self.is_completing = False
-        self.may_leave_another = False  # an upload whose id got lost with S3's answer
         self.answer: Mapping[str, Any] = {}  # to CompleteMultipartUpload
 
     def __getattr__(self, name: str) -> Any:
@@ -2554,11 +2555,12 @@ class MultipartClient:
             raise
 
     def create_multipart_upload(self, **request: Any) -> Any:
+        is_retried = False
         if not self.upload_id:
             answer = self._send(self._client.create_multipart_upload, **request)
-            self.may_leave_another = answer["ResponseMetadata"].get("RetryAttempts", 0) > 0
+            is_retried = answer["ResponseMetadata"].get("RetryAttempts", 0) > 0
             self.upload_id = answer["UploadId"]
-        self._send(self._note_upload_id, self.upload_id)
+        self._send(self._note_upload, self.upload_id, is_retried)
         return {"UploadId": self.upload_id}
 
     def upload_part(self, PartNumber: int, **request: Any) -> Any:
@@ -2758,8 +2760,10 @@ class Bucket:
         arguments = self._config.extra_args | self._upload_arguments(file.size, file.mtime)
         arguments |= {"ChecksumType": "FULL_OBJECT", "MpuObjectSize": file.size}
 
-        def note(upload_id: str) -> None:
+        def note(upload_id: str, may_be_two: bool) -> None:
             self._upload_classes[upload_id] = self._config.class_of(file.size)
+            if may_be_two:
+                self.abort_upload(key, but=upload_id)
             note_upload_id(upload_id)
 
         client = MultipartClient(self._client, read, unfinished, part_size, note)
@@ -2776,8 +2780,6 @@ class Bucket:
             if client.upload_id and (is_refused or error.code == CHANGED):
                 self.abort_upload(key, client.upload_id)
             raise
-        if client.may_leave_another:
-            self.abort_upload(key, None)
         return self._confirm(key, client.answer, file.size, client.crc32)
 
     def _upload_arguments(self, size: int, mtime: int) -> dict[str, Any]:
@@ -2825,16 +2827,16 @@ class Bucket:
             return None
         return UnfinishedUpload(upload_id, parts)
 
-    def abort_upload(self, key: str, upload_id: str | None) -> bool:
-        """Aborts an unfinished upload of `key`, or all of them if its id is not known: their
+    def abort_upload(self, key: str, upload_id: str | None = None, but: str = "") -> bool:
+        """Aborts an unfinished upload of `key`, or all but one if its id is not known: their
         parts cost money.  Returns False after a warning if S3 refuses."""
         uploads: Iterable[Any] = [{"Key": key, "UploadId": upload_id}]
         if not upload_id:
             uploads = self._list("list_multipart_uploads", "Uploads", Prefix=key)
         try:
             for one in uploads:
-                if one["Key"] == key:  # the listing also has keys that begin alike
-                    ours = {"Key": key, "UploadId": one["UploadId"]}
+                ours = {"Key": key, "UploadId": one["UploadId"]}  # some keys only begin alike
+                if one["Key"] == key and one["UploadId"] != but:
                     self._request("abort_multipart_upload", *NOT_FOUND, **ours)
             return True
         except ArchiveError as error:

@@ -482,12 +482,17 @@ def test_upload_that_could_not_be_looked_for_is_not_left_for_ever(archive, box, 
     assert_all_archived(archive, box)
 
 
-def test_upload_whose_first_answer_was_lost_is_aborted_in_the_end(archive, box, s3, bucket):
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_upload_whose_first_answer_was_lost_is_aborted(archive, box, s3, bucket, is_refused):
     """The request was made again, so that there are two, and one id is not known."""
     write(box.root / "big", LARGE)
     s3.on("CreateMultipartUpload", lost_answer)
-    assert archive(constants=SIZES).status == 0
+    if is_refused:
+        s3.on("CompleteMultipartUpload", error(400, "BadDigest"))
+    assert archive(constants=SIZES).status == (3 if is_refused else 0)
     assert s3.requests["CreateMultipartUpload"] == 2
+    assert bucket.upload_ids() == set()
+    assert archive(constants=SIZES).status == 0
     assert bucket.upload_ids() == set()
     assert_all_archived(archive, box)
 
