@@ -75,7 +75,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Generic, NamedTuple, NoReturn, TextIO, TypeVar
@@ -2939,12 +2939,11 @@ class Bucket:
 def compare_listing(config: Config, bucket: Bucket, state: State) -> Iterator[Comparison]:
     """Compares the bucket's listing with the state, both of which are sorted by key.  Objects
     whose key no path can have are not ours, and skipped."""
-    objects, records = bucket.objects(config.prefix), state.records()
-    next_object, next_record = next(objects, None), next(records, None)
-    while next_object or next_record:
-        key = min(one.key for one in (next_object, next_record) if one)
-        found = next_object if next_object and next_object.key == key else None
-        record = next_record if next_record and next_record.key == key else None
+    by_key, objects = attrgetter("key"), bucket.objects(config.prefix)
+    entries: Iterator[Any] = heapq.merge(objects, state.records(), key=by_key)
+    for key, group in itertools.groupby(entries, by_key):
+        of_type = {type(entry): entry for entry in group}
+        found, record = of_type.get(StoredObject), of_type.get(Record)
         relative, reason = unescape(key[len(config.prefix) :]), ""
         if record is None:
             verdict, reason = NOT_RECORDED, "in the bucket, but not recorded"
@@ -2962,8 +2961,6 @@ def compare_listing(config: Config, bucket: Bucket, state: State) -> Iterator[Co
             if object_key(config.prefix, relative) == key:
                 path = path_text(join(config.remote_path, relative))
                 yield Comparison(verdict, reason, path, found, record)
-        next_object = next(objects, None) if found else next_object
-        next_record = next(records, None) if record else next_record
 
 
 def reconcile(config: Config, bucket: Bucket, state: State) -> Iterator[Comparison]:
