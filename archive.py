@@ -2582,58 +2582,6 @@ class MultipartClient:
         """Does nothing.  s3transfer calls it after an error."""
 
 
-class Download:
-    """An object that is being read.  `stored` is what S3 says about it."""
-
-    def __init__(self, request: Callable[..., Any], found: StoredObject):
-        """Sends the GET, with Bucket._request; FileError."""
-        parameters = {"Key": found.key, "VersionId": found.version_id}
-        self._request = partial(request, "get_object", **parameters)
-        answer = self._get(ChecksumMode="ENABLED")
-        self.stored, self._etag = stored_object(found.key, answer), answer["ETag"]
-        self._body = answer["Body"]  # the one to read next, None once it was read
-
-    def blocks(self) -> Iterator[bytes]:
-        """The object's bytes in blocks, from the start at each call.  A broken download is
-        continued.  FileError at the end if the size or CRC-32 is not what S3 has answered."""
-        stored = self.stored
-        offset = crc32 = failures = 0
-        while offset < stored.size:
-            body, self._body = self._body or self._get_from(offset), None
-            reason = "it ended early"
-            try:
-                for block in body.iter_chunks(DOWNLOAD_BLOCK):
-                    offset, crc32, failures = offset + len(block), zlib.crc32(block, crc32), 0
-                    yield block
-            except (aws.BotoCoreError, urllib3.exceptions.HTTPError) as error:
-                reason = str(error)
-            failures += 1  # since the last block
-            if offset < stored.size and failures >= S3_ATTEMPTS:
-                at = f"{offset:,} of {stored.size:,} bytes"
-                raise FileError(f"S3 broke off at {at}: {reason}")
-        if offset != stored.size:
-            raise FileError(f"S3 sent {offset:,} bytes, not {stored.size:,}")
-        if stored.crc32 not in (None, crc32):
-            both = f"{crc_text(crc32)}, not {crc_text(stored.crc32)}"
-            raise FileError(f"damaged on its way: its CRC-32 is {both}")
-
-    def _get_from(self, offset: int) -> Any:
-        """The bytes from `offset` on, of the same version of the object."""
-        answer = self._get(IfMatch=self._etag, Range=f"bytes={offset}-")
-        span = answer.get("ContentRange", "everything")
-        if not span.startswith(f"bytes {offset}-"):
-            raise FileError(f"S3 sent {span}, not the bytes from {offset:,} on")
-        return answer["Body"]
-
-    def _get(self, **more: str) -> Any:
-        try:
-            return self._request(**more)
-        except Fatal as error:
-            if error.code == DENIED:  # perhaps only to this object
-                raise FileError(str(error), error.code) from None
-            raise
-
-
 PROBE = ".archive-check/"  # to try permissions with: no file has it, as it ends in a slash
 
 
@@ -2885,9 +2833,15 @@ class Bucket:
             raise
         return bool(answer["ResponseMetadata"]["HTTPStatusCode"] == 200)
 
-    def download(self, found: StoredObject) -> Download:
-        """Begins a download; FileError (INVALID_STATE) if the object is cold."""
-        return Download(self._request, found)
+    def get(self, found: StoredObject, **more: str) -> Any:
+        """S3's answer to a GET."""
+        version = {"Key": found.key, "VersionId": found.version_id}
+        try:
+            return self._request("get_object", **version, **more)
+        except Fatal as error:
+            if error.code == DENIED:  # perhaps only to this object
+                raise FileError(str(error), error.code) from None
+            raise
 
     # The bucket itself
 
@@ -2931,6 +2885,50 @@ class Bucket:
         request = {"Days": 1, "GlacierJobParameters": {"Tier": "Bulk"}}
         restore = partial(ask, "restore_object", *NOT_FOUND, Key=key, RestoreRequest=request)
         yield "s3:RestoreObject", restore
+
+
+class Download:
+    """An object that is being read.  `stored` is what S3 says about it."""
+
+    def __init__(self, bucket: Bucket, found: StoredObject):
+        """Sends the GET; FileError (INVALID_STATE) if the object is cold."""
+        self._bucket, self._found = bucket, found
+        answer = bucket.get(found, ChecksumMode="ENABLED")
+        self.stored = stored_object(found.key, answer)
+        self._body = answer["Body"]  # the one to read next, None once it was read
+
+    def blocks(self) -> Iterator[bytes]:
+        """The object's bytes in blocks, from the start at each call.  A broken download is
+        continued.  FileError at the end if the size or CRC-32 is not what S3 has answered."""
+        stored = self.stored
+        offset = crc32 = failures = 0
+        while offset < stored.size:
+            body, self._body = self._body or self._body_from(offset), None
+            reason = "it ended early"
+            try:
+                for block in body.iter_chunks(DOWNLOAD_BLOCK):
+                    offset, crc32, failures = offset + len(block), zlib.crc32(block, crc32), 0
+                    yield block
+            except (aws.BotoCoreError, urllib3.exceptions.HTTPError) as error:
+                reason = str(error)
+            failures += 1  # since the last block
+            if offset < stored.size and failures >= S3_ATTEMPTS:
+                at = f"{offset:,} of {stored.size:,} bytes"
+                raise FileError(f"S3 broke off at {at}: {reason}")
+        if offset != stored.size:
+            raise FileError(f"S3 sent {offset:,} bytes, not {stored.size:,}")
+        if stored.crc32 not in (None, crc32):
+            both = f"{crc_text(crc32)}, not {crc_text(stored.crc32)}"
+            raise FileError(f"damaged on its way: its CRC-32 is {both}")
+
+    def _body_from(self, offset: int) -> Any:
+        """The bytes from `offset` on, of the same version of the object."""
+        span = {"IfMatch": f'"{self.stored.etag}"', "Range": f"bytes={offset}-"}
+        answer = self._bucket.get(self._found, **span)
+        sent = answer.get("ContentRange", "everything")
+        if not sent.startswith(f"bytes {offset}-"):
+            raise FileError(f"S3 sent {sent}, not the bytes from {offset:,} on")
+        return answer["Body"]
 
 
 # Comparing the state with the bucket
@@ -4466,7 +4464,7 @@ class Restore:
         if label != READY:
             return label
         try:
-            download = self._bucket.download(found)
+            download = Download(self._bucket, found)
 
             def counted_blocks() -> Iterator[bytes]:
                 for block in download.blocks():
