@@ -2582,9 +2582,6 @@ class MultipartClient:
         """Does nothing.  s3transfer calls it after an error."""
 
 
-PROBE = ".archive-check/"  # to try permissions with: no file has it, as it ends in a slash
-
-
 class Bucket:
     """The bucket, below the prefix.  No object is ever deleted; only unfinished uploads of
     keys that the program uses are aborted.  Methods raise FileError and Fatal."""
@@ -2862,29 +2859,30 @@ class Bucket:
         """`Enabled`, `Suspended`, or empty if the bucket has never kept earlier versions."""
         return str(self._request("get_bucket_versioning").get("Status", ""))
 
-    def permission_probes(self) -> Iterator[tuple[str, Callable[[], object]]]:
-        """Each permission that is needed, and a call that raises without it.  Called in this
+    def permission_probes(self) -> dict[str, Callable[[], object]]:
+        """Each permission that is needed, with a call that raises without it.  Called in this
         order, they leave nothing behind: s3:PutObject aborts the upload that it begins.  Only
         `restore` needs s3:RestoreObject."""
-        key, prefix, ask = self.prefix + PROBE, self.prefix, self._request
-        nothing = {"Key": key, "UploadId": "none"}
+        key = self.prefix + ".archive-check/"  # no file has it, as it ends in a slash
+
+        def ask(operation: str, **request: Any) -> Callable[[], object]:
+            return partial(self._request, operation, *NOT_FOUND, **request)
 
         def upload() -> None:
             arguments = self._upload_arguments(SMALL_FILE, 0)  # the class may be refused
-            upload_id = ask("create_multipart_upload", Key=key, **arguments)["UploadId"]
-            ask("abort_multipart_upload", *NOT_FOUND, Key=key, UploadId=upload_id)
+            answer = self._request("create_multipart_upload", Key=key, **arguments)
+            ask("abort_multipart_upload", Key=key, UploadId=answer["UploadId"])()
 
-        yield "s3:ListBucket", partial(ask, "list_objects_v2", Prefix=prefix, MaxKeys=1)
-        yield "s3:GetObject", partial(ask, "head_object", *NOT_FOUND, Key=key)
-        uploads = partial(ask, "list_multipart_uploads", Prefix=prefix, MaxUploads=1)
-        yield "s3:ListBucketMultipartUploads", uploads
-        yield "s3:ListMultipartUploadParts", partial(ask, "list_parts", *NOT_FOUND, **nothing)
-        abort = partial(ask, "abort_multipart_upload", *NOT_FOUND, **nothing)
-        yield "s3:AbortMultipartUpload", abort
-        yield "s3:PutObject", upload
-        request = {"Days": 1, "GlacierJobParameters": {"Tier": "Bulk"}}
-        restore = partial(ask, "restore_object", *NOT_FOUND, Key=key, RestoreRequest=request)
-        yield "s3:RestoreObject", restore
+        job = {"Days": 1, "GlacierJobParameters": {"Tier": "Bulk"}}
+        return {
+            "s3:ListBucket": ask("list_objects_v2", Prefix=self.prefix, MaxKeys=1),
+            "s3:GetObject": ask("head_object", Key=key),
+            "s3:ListBucketMultipartUploads": ask("list_multipart_uploads", Prefix=self.prefix),
+            "s3:ListMultipartUploadParts": ask("list_parts", Key=key, UploadId="none"),
+            "s3:AbortMultipartUpload": ask("abort_multipart_upload", Key=key, UploadId="none"),
+            "s3:PutObject": upload,
+            "s3:RestoreObject": ask("restore_object", Key=key, RestoreRequest=job),
+        }
 
 
 class Download:
@@ -4037,7 +4035,7 @@ def check(context: Context, _options: argparse.Namespace) -> int:
     if not attempt("Storage Box (host key, login, SFTP)", context.box.session):
         root = config.remote_path
         attempt(f"REMOTE_PATH {printable(root)}", lambda: context.box.list_folder(root))
-    for permission, probe in bucket.permission_probes():
+    for permission, probe in bucket.permission_probes().items():
         code = attempt(permission, probe)
         # Another error would repeat.  Without the permission to abort, s3:PutObject would
         # leave an upload behind.
