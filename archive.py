@@ -3175,14 +3175,12 @@ class Parallel(Generic[Item, Result]):
                 yield self._collect()
                 self._check()
         except (ArchiveError, Stopped) as error:  # of `items`, of _check, or by a signal
-            self._failure = self._failure or error
+            self._failure, limit = self._failure or error, math.inf
             if not isinstance(self._failure, FileError):
                 self.box.close()
-            has_signal = self.box.stopping.signal is not None
-            end = time.monotonic() + (STOP_LIMIT if has_signal else RUNTIME_GRACE)
-            while self._under_way:
-                if not isinstance(self._failure, FileError) and time.monotonic() > end:
-                    break
+                limit = RUNTIME_GRACE if self.box.stopping.signal is None else STOP_LIMIT
+            end = time.monotonic() + limit
+            while self._under_way and time.monotonic() < end:
                 yield self._collect()
             yield self._ready  # which a signal may have left in _collect
             raise self._failure from None
@@ -3221,11 +3219,11 @@ class Parallel(Generic[Item, Result]):
 
     def _collect(self) -> list[Outcome[Item, Result]]:
         """The outcomes of finished work; waits at most COMMIT_PAUSE for the first one."""
+        timeout = COMMIT_PAUSE
         with contextlib.suppress(queue.Empty):
-            outcome = self._finished.get(timeout=COMMIT_PAUSE)
             while True:
-                self._take(*outcome)
-                outcome = self._finished.get_nowait()
+                self._take(*self._finished.get(timeout=timeout))
+                timeout = 0
         outcomes, self._ready = self._ready, []
         return outcomes
 
