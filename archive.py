@@ -3073,28 +3073,24 @@ def print_line(text: str) -> None:
         raise Stopped from None
 
 
-BAR = {"dynamic_ncols": True, "leave": False}
-
-
 class Progress:
     """tqdm bars on a terminal, for the bytes that are moved and the files that are counted."""
 
     def __init__(self, shown: bool):
-        self._shown = shown
+        self._tqdm = partial(tqdm, disable=not shown, dynamic_ncols=True, leave=False)
         self._bar = tqdm(disable=True)  # until `expect` is called
 
     def counting(self, doing: str) -> Any:
         """A bar to be updated with each number of files."""
-        return tqdm(desc=doing, disable=not self._shown, unit=" files", **BAR)
+        return self._tqdm(desc=doing, unit=" files")
 
     def expect(self, size: int) -> None:
         """Adds bytes to the number of those that will be moved."""
-        if self._shown and self._bar.disable:
+        if self._bar.disable:
             unit = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
-            self._bar = tqdm(desc="all files", total=0, **unit, **BAR)
-        if self._shown and size:
-            self._bar.total += size
-            self._bar.refresh()
+            self._bar = self._tqdm(desc="all files", total=0, **unit)
+        self._bar.total += size
+        self._bar.refresh()
 
     def moved(self, size: int) -> None:
         self._bar.update(size)
