@@ -2647,13 +2647,11 @@ class Bucket:
     def _arguments(self, operation: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a request: the bucket, those of S3_EXTRA_ARGS that this operation
         has, and those `parameters` that are not None."""
-        meta, extra = self._client.meta, self._config.extra_args
-        if extra:
-            model = meta.service_model.operation_model(meta.method_to_api_mapping[operation])
-            members = model.input_shape.members
-            extra = {name: value for name, value in extra.items() if name in members}
+        meta, extra = self._client.meta, self._config.extra_args.items()
+        model = meta.service_model.operation_model(meta.method_to_api_mapping[operation])
+        known = {name: value for name, value in extra if name in model.input_shape.members}
         given = {name: value for name, value in parameters.items() if value is not None}
-        return {"Bucket": self._name, **extra, **given}
+        return {"Bucket": self._name, **known, **given}
 
     def _request(self, operation: str, *allowed: str, **parameters: Any) -> Any:
         """S3's answer; None if it refuses with one of the codes `allowed`."""
@@ -2822,12 +2820,11 @@ class Bucket:
         try:
             answer = self._request("restore_object", RestoreRequest=request, **version)
         except FileError as error:
-            if error.code == "RestoreAlreadyInProgress":
-                return False
-            # Both say that the object needs no restore, or was restored already.
-            if error.code in ("ObjectAlreadyInActiveTierError", INVALID_STATE):
-                return True
-            raise
+            # The last two say that the object needs no restore, or was restored already.
+            codes = "RestoreAlreadyInProgress", "ObjectAlreadyInActiveTierError", INVALID_STATE
+            if error.code not in codes:
+                raise
+            return error.code != codes[0]
         return bool(answer["ResponseMetadata"]["HTTPStatusCode"] == 200)
 
     def get(self, found: StoredObject, **more: str) -> Any:
