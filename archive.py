@@ -2439,10 +2439,6 @@ class StoredObject(NamedTuple):
     version_id: str | None = None  # None for the current version
 
 
-def etag_of(answer: Mapping[str, Any]) -> str:
-    return str(answer.get("ETag", "")).strip('"')
-
-
 def crc32_of(answer: Mapping[str, Any]) -> int | None:
     """The CRC-32 in an answer, None unless it is that of the whole object."""
     text = answer.get("ChecksumCRC32") or "-"  # with a dash: a checksum of the parts' CRCs
@@ -2460,7 +2456,7 @@ def stored_object(key: str, answer: Mapping[str, Any]) -> StoredObject:
         size=answer["Size"] if "Size" in answer else answer["ContentLength"],
         uploaded_at=math.floor(uploaded_at),
         storage_class=answer.get("StorageClass", "STANDARD"),
-        etag=etag_of(answer),
+        etag=str(answer.get("ETag", "")).strip('"'),
         crc32=crc32_of(answer),
         mtime=int(mtime[1]) if mtime else None,
         thaw_state=thaw_state_of(answer),
@@ -2735,19 +2731,20 @@ class Bucket:
     def _confirm(self, key: str, answer: Any, size: int, crc32: int) -> StoredObject:
         """The object that S3 has stored; FileError if it is not what was read.  A server
         whose answer has no CRC-32 may not have checked it, and gets a HEAD."""
-        stored_crc, etag = crc32_of(answer), etag_of(answer)
-        if stored_crc is None:
-            found = self.head(key)
-            if found is None or found.size != size:
-                raise FileError(f"S3 holds {found.size if found else 0:,} bytes, read {size:,}")
-            stored_crc, etag = found.crc32, found.etag
-            if stored_crc is None and not self._has_warned:
+        now, storage_class = datetime.now(timezone.utc), self._config.class_of(size)
+        known = {"Size": size, "LastModified": now, "StorageClass": storage_class}
+        stored = stored_object(key, {**answer, **known})
+        if stored.crc32 is None:
+            stored = self.head(key) or stored._replace(size=0)
+            if stored.size != size:
+                raise FileError(f"S3 holds {stored.size:,} bytes, read {size:,}")
+            if stored.crc32 is None and not self._has_warned:
                 self._has_warned = True
                 log.warning("this S3 server gives no CRC-32: only sizes are compared")
-        if stored_crc not in (None, crc32):
-            raise FileError(f"S3 holds CRC-32 {crc_text(stored_crc)}, read {crc_text(crc32)}")
-        storage_class = self._config.class_of(size)
-        return StoredObject(key, size, int(time.time()), storage_class, etag, crc32)
+        if stored.crc32 not in (None, crc32):
+            both = f"{crc_text(stored.crc32)}, read {crc_text(crc32)}"
+            raise FileError(f"S3 holds CRC-32 {both}")
+        return stored._replace(crc32=crc32)
 
     # Unfinished uploads
 
