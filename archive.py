@@ -2334,9 +2334,6 @@ REMEDIES = {  # by error code, for refusals that every request would meet
     "InvalidToken": "renew the credentials",
     "InvalidAccessKeyId": "correct AWS_ACCESS_KEY_ID",
     "SignatureDoesNotMatch": "correct AWS_SECRET_ACCESS_KEY",
-    "AllAccessDisabled": "the account is disabled: ask AWS",
-    "AccountProblem": "the account has a problem: ask AWS",
-    "NotSignedUp": "sign the account up for S3",
 }
 OTHER_REGION = ("PermanentRedirect", "IllegalLocationConstraintException")
 # The answer to a HEAD has no body.  Its error code is the HTTP status.
