@@ -2568,7 +2568,7 @@ class MultipartClient:
         sent = [p | {"PartNumber": p["PartNumber"] + before} for p in MultipartUpload["Parts"]]
         request["MultipartUpload"] = {"Parts": self._stored + sent}
         request["ChecksumCRC32"] = crc_text(self.crc32)
-        self.answer = self._client.complete_multipart_upload(**request)
+        self.answer = self._send(self._client.complete_multipart_upload, **request)
         return self.answer
 
     def abort_multipart_upload(self, **_: Any) -> None:
@@ -2705,8 +2705,7 @@ class Bucket:
         client = MultipartClient(self._client, read, unfinished, part_size, note)
         source = SimpleNamespace(read=client.read)  # which s3transfer reads as a stream
         try:
-            with s3_errors():
-                upload_fileobj(client, source, self._name, key, arguments, progress, config)
+            upload_fileobj(client, source, self._name, key, arguments, progress, config)
         except FileError as error:
             is_refused = client.is_completing and error.code != UNAVAILABLE
             # If S3's answer to Complete got lost, a retry gets NoSuchUpload.
