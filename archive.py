@@ -79,7 +79,7 @@ from operator import attrgetter, itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Generic, NamedTuple, NoReturn, TextIO, TypeVar
-from urllib.parse import parse_qs, quote, quote_plus, urlsplit
+from urllib.parse import quote, quote_plus, urlsplit
 
 try:
     import boto3
@@ -2585,7 +2585,6 @@ class Bucket:
         # The number of requests that were sent, by storage class and kind (see COUNTED).
         self.requests: Counter[tuple[str, str]] = Counter()
         self._counting = threading.Lock()
-        self._upload_classes: dict[str, str] = {}  # by upload id
         settings = botocore.config.Config(
             connect_timeout=S3_CONNECT_LIMIT,
             read_timeout=S3_READ_LIMIT,
@@ -2628,12 +2627,10 @@ class Bucket:
     def _count(self, event_name: str, request: Any, **_: Any) -> None:
         kind = COUNTED.get(event_name.rpartition(".")[2])
         if kind is not None:
-            storage_class = request.headers.get("x-amz-storage-class")
+            default = self._config.storage_class  # for parts, which do not name their class
+            storage_class = request.headers.get("x-amz-storage-class", default)
             if isinstance(storage_class, bytes):
                 storage_class = storage_class.decode()
-            if storage_class is None:  # a part, for example, does not name its class
-                (upload_id,) = parse_qs(urlsplit(request.url).query).get("uploadId", [""])
-                storage_class = self._upload_classes.get(upload_id, self._config.storage_class)
             with self._counting:
                 self.requests[storage_class, kind] += 1
 
@@ -2697,7 +2694,6 @@ class Bucket:
         arguments |= {"ChecksumType": "FULL_OBJECT", "MpuObjectSize": file.size}
 
         def note(upload_id: str, may_be_two: bool) -> None:
-            self._upload_classes[upload_id] = self._config.class_of(file.size)
             if may_be_two:
                 self.abort_upload(key, but=upload_id)
             note_upload_id(upload_id)

@@ -490,21 +490,6 @@ def test_plan_counts_each_class_at_its_own_price(archive_of, s3):
     assert usd["full_restore_bulk"] == pytest.approx(0.031567, abs=1e-6)
 
 
-def test_parts_of_a_file_in_its_own_class_cost_what_that_class_costs(archive, box, s3):
-    """The listing, Create, two parts and Complete into STANDARD are 5 x 0.000005; the run that
-    goes on sends a part again, lists the parts, and completes it."""
-    write(box.root / "large", LARGE)
-    settings = {"SMALL_FILES_BELOW": "2G", "SMALL_FILES_CLASS": "STANDARD"}
-    s3.on("CompleteMultipartUpload", error(503, "SlowDown"))
-    assert archive(constants={**SMALL_PARTS, "S3_ATTEMPTS": 1}, **settings).status == 3
-    assert spent(archive) == near(0.000025)
-    next_second(archive)
-
-    assert archive(constants=SMALL_PARTS, **settings).counts == (1, 0, 0)
-
-    assert spent(archive) == near(0.000015)
-
-
 @pytest.mark.parametrize("name", BY_SIZE)
 def test_one_of_both_settings_alone_is_a_fault(archive, name):
     result = archive(**{name: BY_SIZE[name]})
