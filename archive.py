@@ -3185,6 +3185,7 @@ class Parallel(Generic[Item, Result]):
             code = type(other).__name__
             error = FileError(f"unexpected {code}: {other}", code)
         if isinstance(error, Fatal):
+            self._failure = error
             self.box.close()  # at once, so that the other threads begin no new work
         if error is not None:  # a traceback would keep the file's bytes in memory
             error.__traceback__ = error.__context__ = None
@@ -3212,10 +3213,8 @@ class Parallel(Generic[Item, Result]):
     def _take(self, item: Item, result: Result | None, error: ArchiveError | None) -> None:
         self._under_way -= 1
         self._memory_in_use -= self.memory(item)
-        if isinstance(error, Fatal):  # which has closed the box: others got Stopped by that
-            self._failure = error
-            return
-        self._ready.append((item, result, error))
+        if not isinstance(error, Fatal):
+            self._ready.append((item, result, error))
         code = error.code if error else ""
         if code not in (VANISHED, CHANGED, UNFINISHED):
             self._codes.append(code)
