@@ -2351,7 +2351,8 @@ CREDENTIAL_ERRORS = (
     *(OSError, EOFError),  # no such file or program; nobody is there to be asked for a code
 )
 
-# The requests of a run that cost money, with their kinds in Prices.requests.
+# The requests of a run that cost money, with their kinds in Prices.requests.  One that is
+# repeated after an error counts once.
 COUNTED = {"PutObject": "put", "CreateMultipartUpload": "create", "UploadPart": "part"}
 COUNTED |= {"CompleteMultipartUpload": "complete", "HeadObject": "head"}
 COUNTED |= {"ListObjectsV2": "list", "ListMultipartUploads": "list", "ListParts": "list"}
@@ -2582,8 +2583,7 @@ class Bucket:
     def __init__(self, config: Config, retries: bool = True):
         self._config, self._name, self.prefix = config, config.bucket, config.prefix
         self._has_warned = False  # that this server gives no CRC-32
-        # The number of requests that were sent, by storage class and kind (see COUNTED).
-        self.requests: Counter[tuple[str, str]] = Counter()
+        self.requests = Counter[tuple[str, str]]()  # by storage class and kind of COUNTED
         self._counting = threading.Lock()
         settings = botocore.config.Config(
             connect_timeout=S3_CONNECT_LIMIT,
@@ -2616,7 +2616,7 @@ class Bucket:
         if retries:
             events.register_first("needs-retry.s3", retry_pause)
         events.register("before-send.s3", self._note_secrets)
-        events.register("before-send.s3", self._count)
+        events.register("before-call.s3", self._count)
 
     def _note_secrets(self, **_: Any) -> None:
         """Hides the credentials.  Those of a role exist only once a request is signed."""
@@ -2624,13 +2624,11 @@ class Bucket:
         for secret in map(held.get, ("secret_key", "_secret_key", "token", "_token")):
             add_secret(self._config.secrets, secret)
 
-    def _count(self, event_name: str, request: Any, **_: Any) -> None:
-        kind = COUNTED.get(event_name.rpartition(".")[2])
+    def _count(self, model: Any, params: Any, **_: Any) -> None:
+        kind = COUNTED.get(model.name)
         if kind is not None:
             default = self._config.storage_class  # for parts, which do not name their class
-            storage_class = request.headers.get("x-amz-storage-class", default)
-            if isinstance(storage_class, bytes):
-                storage_class = storage_class.decode()
+            storage_class = params["headers"].get("x-amz-storage-class", default)
             with self._counting:
                 self.requests[storage_class, kind] += 1
 
