@@ -2326,16 +2326,15 @@ def locked(config: Config, suffix: str = ".lock") -> Iterator[None]:
 REMEDIES = {  # by error code, for refusals that every request would meet
     DENIED: "the credentials may not do this: see the README's IAM policy",
     "NoSuchBucket": "create the bucket, or correct S3_BUCKET",
-    "PermanentRedirect": "set AWS_REGION to the bucket's region",
-    "AuthorizationHeaderMalformed": "correct AWS_REGION (the bucket's) or AWS_ACCESS_KEY_ID",
-    "IllegalLocationConstraintException": "set AWS_REGION to the bucket's region",
+    "PermanentRedirect": "set AWS_REGION to {region}",
+    "AuthorizationHeaderMalformed": "set AWS_REGION to {region}, or correct AWS_ACCESS_KEY_ID",
+    "IllegalLocationConstraintException": "set AWS_REGION to {region}",
     "RequestTimeTooSkewed": "set this machine's clock",
     "ExpiredToken": "renew the credentials",
     "InvalidToken": "renew the credentials",
     "InvalidAccessKeyId": "correct AWS_ACCESS_KEY_ID",
     "SignatureDoesNotMatch": "correct AWS_SECRET_ACCESS_KEY",
 }
-OTHER_REGION = ("PermanentRedirect", "IllegalLocationConstraintException")
 # The answer to a HEAD has no body.  Its error code is the HTTP status.
 HEAD_CODES = {"403": DENIED, "301": "PermanentRedirect"}
 NOT_FOUND = ("404", "NoSuchKey", "NoSuchUpload")
@@ -2398,14 +2397,15 @@ def s3_errors() -> Iterator[None]:
         refusal = f"{error.operation_name}: {code}{bucket} {details.get('Message', '')}"
         answer = error.response["ResponseMetadata"]
         if code in REMEDIES:
-            region = answer.get("HTTPHeaders", {}).get("x-amz-bucket-region")
-            remedy = REMEDIES[code] + (f", {region}" if code in OTHER_REGION and region else "")
+            headers = answer.get("HTTPHeaders", {})
+            region = headers.get("x-amz-bucket-region", "the bucket's region")
+            remedy = REMEDIES[code].format(region=region)
             raise Fatal(f"S3 refused {refusal}; {remedy}", code) from None
         if error.operation_name.startswith(("Assume", "GetSession", "GetRole", "CreateToken")):
             raise Fatal(f"no AWS credentials: {refusal}", code) from None
-        if is_transient(error.operation_name, code, answer.get("HTTPStatusCode", 0)):
-            raise FileError(f"S3 refused {refusal}", UNAVAILABLE) from None
         hint = "; perhaps the credentials have expired" if code == "400" else ""  # of a HEAD
+        if is_transient(error.operation_name, code, answer.get("HTTPStatusCode", 0)):
+            code = UNAVAILABLE
         raise FileError(f"S3 refused {refusal}{hint}", code) from None
     except (aws.ConnectionError, aws.HTTPClientError) as error:
         reason = f"S3 does not answer: {error}; check the network and AWS_REGION"
