@@ -2500,8 +2500,7 @@ class UnfinishedUpload(NamedTuple):
 class MultipartClient:
     """Stands in for boto3's client in upload_fileobj, for one large file.  It continues an
     upload after the parts that an earlier run has stored.  It sends the CRC-32 of each part,
-    and at the end that of the file, so that S3 refuses to complete an upload of other bytes.
-    It never aborts an upload: the next run continues it."""
+    and at the end that of the file, so that S3 refuses to complete an upload of other bytes."""
 
     def __init__(
         self, client: Any, read: Read, unfinished: UnfinishedUpload | None, part_size: int,
@@ -2573,7 +2572,7 @@ class MultipartClient:
         return self.answer
 
     def abort_multipart_upload(self, **_: Any) -> None:
-        """Does nothing.  s3transfer calls it after an error."""
+        """Does nothing after an error: the next run continues the upload."""
 
 
 class Bucket:
@@ -2597,7 +2596,6 @@ class Bucket:
             s3={"payload_signing_enabled": False},
             # boto3 would compose its own for each request: a tenth of a small PUT's CPU time.
             user_agent=f"archive.py/{VERSION}",
-            tcp_keepalive=True,
         )
         try:
             with s3_errors():
