@@ -3134,9 +3134,7 @@ class Parallel(Generic[Item, Result]):
         self._codes: deque[str] = deque(maxlen=SAME_FAILURES)  # of the latest outcomes
         self._failure: BaseException | None = None
 
-    def outcomes(
-        self, items: Iterable[Item | None]
-    ) -> Generator[list[Outcome[Item, Result]], None, None]:
+    def outcomes(self, items: Iterable[Item | None]) -> Generator[list[Outcome[Item, Result]]]:
         """Finished work, in lists.  An item of None starts nothing, but lets finished work be
         yielded."""
         pool = ThreadPoolExecutor(self.threads)
