@@ -2350,8 +2350,7 @@ CREDENTIAL_ERRORS = (
     *(OSError, EOFError),  # no such file or program; nobody is there to be asked for a code
 )
 
-# The requests of a run that cost money, with their kinds in Prices.requests.  One that is
-# repeated after an error counts once.
+# Requests that cost money, with their kinds in Prices.requests; repetitions do not count.
 COUNTED = {"PutObject": "put", "CreateMultipartUpload": "create", "UploadPart": "part"}
 COUNTED |= {"CompleteMultipartUpload": "complete", "HeadObject": "head"}
 COUNTED |= {"ListObjectsV2": "list", "ListMultipartUploads": "list", "ListParts": "list"}
@@ -2721,18 +2720,17 @@ class Bucket:
         whose answer has no CRC-32 may not have checked it, and gets a HEAD."""
         now, storage_class = datetime.now(timezone.utc), self._config.class_of(size)
         known = {"Size": size, "LastModified": now, "StorageClass": storage_class}
-        stored = stored_object(key, {**answer, **known})
-        if stored.crc32 is None:
-            stored = self.head(key) or stored._replace(size=0)
-            if stored.size != size:
-                raise FileError(f"S3 holds {stored.size:,} bytes, read {size:,}")
-            if stored.crc32 is None and not self._has_warned:
+        found = stored_object(key, {**answer, **known})
+        if found.crc32 is None:
+            found = self.head(key) or found._replace(size=0)
+            if found.size != size:
+                raise FileError(f"S3 holds {found.size:,} bytes, read {size:,}")
+            if found.crc32 is None and not self._has_warned:
                 self._has_warned = True
                 log.warning("this S3 server gives no CRC-32: only sizes are compared")
-        if stored.crc32 not in (None, crc32):
-            both = f"{crc_text(stored.crc32)}, read {crc_text(crc32)}"
-            raise FileError(f"S3 holds CRC-32 {both}")
-        return stored._replace(crc32=crc32)
+        if found.crc32 not in (None, crc32):
+            raise FileError(f"S3 holds CRC-32 {crc_text(found.crc32)}, read {crc_text(crc32)}")
+        return found._replace(crc32=crc32)
 
     # Unfinished uploads
 
@@ -3021,10 +3019,7 @@ def start_logging(config: Config, level: int, bars: bool, results: TextIO) -> No
     logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)
 
 
-def show(text: str) -> None:
-    """Writes a line of a result to stdout and LOG_FILE."""
-    results_log.info("%s", text)
-
+show = partial(results_log.info, "%s")  # writes a line of a result to stdout and LOG_FILE
 
 Rows = Iterable[tuple[str, object]]  # of a table: a label and a value; a float is USD
 
