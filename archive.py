@@ -2346,8 +2346,7 @@ TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504, *range(520, 528))
 CREDENTIAL_ERRORS = (
     *(aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError),
     *(aws.ProfileNotFound, aws.TokenRetrievalError, aws.SSOError),
-    *(aws.RefreshWithMFAUnsupportedError, aws.UnauthorizedSSOTokenError),
-    *(OSError, EOFError),  # no such file or program; nobody is there to be asked for a code
+    *(aws.RefreshWithMFAUnsupportedError, EOFError, OSError),  # no such file or program
 )
 
 # Requests that cost money, with their kinds in Prices.requests; repetitions do not count.
@@ -2878,9 +2877,9 @@ class Download:
     def blocks(self) -> Iterator[bytes]:
         """The object's bytes in blocks, from the start at each call.  A broken download is
         continued.  FileError at the end if the size or CRC-32 is not what S3 has answered."""
-        stored = self.stored
+        stored, size = self.stored, self.stored.size
         offset = crc32 = failures = 0
-        while offset < stored.size:
+        while offset < size:
             body, self._body = self._body or self._body_from(offset), None
             reason = "it ended early"
             try:
@@ -2890,11 +2889,10 @@ class Download:
             except (aws.BotoCoreError, urllib3.exceptions.HTTPError) as error:
                 reason = str(error)
             failures += 1  # since the last block
-            if offset < stored.size and failures >= S3_ATTEMPTS:
-                at = f"{offset:,} of {stored.size:,} bytes"
-                raise FileError(f"S3 broke off at {at}: {reason}")
-        if offset != stored.size:
-            raise FileError(f"S3 sent {offset:,} bytes, not {stored.size:,}")
+            if offset < size and failures >= S3_ATTEMPTS:
+                raise FileError(f"S3 broke off at {offset:,} of {size:,} bytes: {reason}")
+        if offset != size:
+            raise FileError(f"S3 sent {offset:,} bytes, not {size:,}")
         if stored.crc32 not in (None, crc32):
             both = f"{crc_text(crc32)}, not {crc_text(stored.crc32)}"
             raise FileError(f"damaged on its way: its CRC-32 is {both}")
@@ -3010,8 +3008,7 @@ def start_logging(config: Config, level: int, bars: bool, results: TextIO) -> No
     if config.log_file is not None:
         with fatal_os_errors("LOG_FILE cannot be written", USAGE):
             file = LogFile(config.log_file, maxBytes=10 * MIB, backupCount=5, encoding="utf-8")
-        form = "%(asctime)s %(levelname)-8s %(message)s"
-        file.setFormatter(Formatter(form, config.secrets))
+        file.setFormatter(Formatter("%(asctime)s %(levelname)-8s %(message)s", config.secrets))
         log.addHandler(file)
     log.setLevel(min(level, logging.INFO))
     log.propagate = False
