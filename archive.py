@@ -2358,8 +2358,7 @@ Read = Callable[[int], bytes]  # the next bytes of a file, as FileReader.read
 
 
 def is_transient(operation: str, code: str | None, status: int) -> bool:
-    """Whether S3's refusal may pass.  BadDigest of Complete does not: the stored parts are
-    other bytes than were read."""
+    """Whether S3's refusal may pass.  BadDigest of Complete does not: S3 has other bytes."""
     if code == "BadDigest" and operation == "CompleteMultipartUpload":
         return False
     return code in TRANSIENT_CODES or status in TRANSIENT_STATUSES
@@ -3127,8 +3126,7 @@ class Parallel(Generic[Item, Result]):
         self._failure: BaseException | None = None
 
     def outcomes(self, items: Iterable[Item | None]) -> Generator[list[Outcome[Item, Result]]]:
-        """Finished work, in lists.  An item of None starts nothing, but lets finished work be
-        yielded."""
+        """Finished work, in lists.  An item of None only lets finished work be yielded."""
         pool = ThreadPoolExecutor(self.threads)
         try:
             for item in items:
