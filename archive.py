@@ -1027,36 +1027,22 @@ def raise_if_refused(result: Any) -> Any:
 class Batch:
     """Requests that were sent together, and their replies."""
 
-    def __init__(self, requests: tuple[Request, ...]):
-        self.sent_at = time.monotonic()
-        self._types = [packet_type for packet_type, _ in requests]
-        self._replies = [memoryview(b"")] * len(requests)
-        self._missing = len(requests)
-        self._lost: str | None = None  # the reason, once the session has ended
-        # Held until the last reply has arrived: much faster than an Event or a Future.
-        self._ended = threading.Lock()
-        if requests:
-            self._ended.acquire()
-
-    def deliver(self, index: int, packet: memoryview) -> None:
-        self._replies[index] = packet
-        self._missing -= 1
-        if not self._missing:
-            self._ended.release()
-
-    def lose(self, reason: str) -> None:
-        self._lost = reason
-        if self._missing:
-            self._ended.release()
+    def __init__(self, session: Session):
+        self._session, self.sent_at = session, time.monotonic()
+        self.types: dict[int, int] = {}  # by request id, in the order of the requests
+        self.replies: dict[int, memoryview] = {}  # by request id
+        # The session holds it until the last reply has arrived, or until the session has
+        # ended.  This is much faster than an Event or a Future.
+        self.waiting = threading.Lock()
 
     def results(self) -> list[Any]:
         """The replies as from decode_reply, in the order of the requests.  Waits for all of
         them; the session ends a wait that is too long, with ConnectionLost."""
-        with self._ended:
-            if self._lost is not None:
-                raise ConnectionLost(self._lost)
+        with self.waiting:
+            if len(self.replies) < len(self.types):
+                raise ConnectionLost(self._session.lost)
         try:
-            return list(map(decode_reply, self._types, self._replies))
+            return [decode_reply(kind, self.replies[i]) for i, kind in self.types.items()]
         except (struct.error, IndexError) as error:
             raise ConnectionLost(f"the box sent a malformed reply: {error}") from None
 
@@ -1091,7 +1077,7 @@ class Session:
         # Guards `_owed` and `lost`, and is never held while waiting for the box.
         self._lock = threading.Lock()
         self._ids = itertools.count(1)
-        self._owed: dict[int, tuple[Batch, int]] = {}  # by request id, oldest first
+        self._owed: dict[int, Batch] = {}  # by request id, oldest first
         self.lost: str | None = None  # the reason, once the session has ended
         channel.in_buffer = Pipe()
         channel.settimeout(SILENCE_LIMIT)
@@ -1103,15 +1089,16 @@ class Session:
 
     def send(self, *requests: Request) -> Batch:
         """Sends requests together, without waiting for the replies."""
-        batch, packets = Batch(requests), bytearray()
+        batch, packets = Batch(self), bytearray()
         with self._lock:
-            if self.lost is not None:
-                batch.lose(self.lost)
-                return batch
-            for index, (packet_type, payload) in enumerate(requests):
+            for packet_type, payload in requests:
                 request_id = next(self._ids) & 0xFFFFFFFF
-                self._owed[request_id] = batch, index
+                batch.types[request_id] = packet_type
                 packets += HEADER.pack(len(payload) + 5, packet_type, request_id) + payload
+            if self.lost is not None or not requests:
+                return batch
+            batch.waiting.acquire()
+            self._owed |= dict.fromkeys(batch.types, batch)
         try:
             with self._sending:
                 self._channel.sendall(packets)
@@ -1134,17 +1121,20 @@ class Session:
                 return
             self.lost = one_line(reason)
             owed, self._owed = self._owed, {}
-        for batch in {batch for batch, _ in owed.values()}:
-            batch.lose(self.lost)
+        for batch in set(owed.values()):
+            batch.waiting.release()
         # Transport.close() waits for a thread that may be blocked in a send.
         threading.Thread(target=self._transport.close, daemon=True).start()
 
     def _receive(self, packets: Iterator[memoryview]) -> None:
         try:
             for packet in packets:
+                (request_id,) = U32.unpack_from(packet, 1)
                 with self._lock:  # each batch ends once, here or in `close`
-                    batch, index = self._owed.pop(U32.unpack_from(packet, 1)[0])
-                batch.deliver(index, packet)
+                    batch = self._owed.pop(request_id)
+                batch.replies[request_id] = packet
+                if len(batch.replies) == len(batch.types):
+                    batch.waiting.release()
         except KeyError:
             self.close("the box replied to a request that was not made")
         except Exception as error:  # of any kind: no thread may wait for ever
@@ -1179,7 +1169,7 @@ class Session:
             except TimeoutError:
                 data = b""
             with self._lock:
-                oldest, _ = next(iter(self._owed.values()), (None, 0))
+                oldest = next(iter(self._owed.values()), None)
             limit = REPLY_LIMIT if data else SILENCE_LIMIT
             if oldest is not None and time.monotonic() - oldest.sent_at >= limit:
                 raise ConnectionLost(f"the box did not reply for {limit} s")
