@@ -1142,22 +1142,18 @@ class Session:
 
     def _packets(self) -> Iterator[memoryview]:
         """The packets that the box sends, without their length; ConnectionLost at the end."""
-        unread = memoryview(b"")
+        unread = bytearray()
         while True:
             while len(unread) < 4:
-                unread = memoryview(bytes(unread) + self._receive_bytes())
-            missing = 4 + U32.unpack_from(unread)[0]
-            if not 9 <= missing <= MAX_PACKET:
+                unread += self._receive_bytes()
+            end = 4 + U32.unpack_from(unread)[0]
+            if not 9 <= end <= MAX_PACKET:
                 begin = bytes(unread[:4])
                 raise ConnectionLost(f"the box sent {begin!r}, which does not begin a reply")
-            pieces = []  # of a large packet; joining them one by one would be slow
-            while missing > len(unread):
-                pieces.append(unread)
-                missing -= len(unread)
-                unread = memoryview(self._receive_bytes())
-            pieces.append(unread[:missing])
-            unread = unread[missing:]
-            yield memoryview(b"".join(pieces))[4:]
+            while len(unread) < end:
+                unread += self._receive_bytes()
+            yield memoryview(unread[4:end])
+            del unread[:end]
 
     def _receive_bytes(self) -> bytes:
         """The next bytes from the box; ConnectionLost at the end, or if a reply is overdue."""
