@@ -886,11 +886,9 @@ FXP_EXTENDED_REPLY = 201
 FX_OK, FX_EOF, FX_NO_SUCH_FILE, FX_PERMISSION_DENIED, FX_FAILURE = 0, 1, 2, 3, 4
 FOR_READING, FOR_WRITING = 1, 2 | 8 | 16  # FXF_READ; FXF_WRITE, FXF_CREAT, FXF_TRUNC
 ATTR_SIZE, ATTR_UIDGID, ATTR_PERMISSIONS, ATTR_ACMODTIME, ATTR_EXTENDED = 1, 2, 4, 8, 1 << 31
-ATTR_ALL = ATTR_SIZE | ATTR_UIDGID | ATTR_PERMISSIONS | ATTR_ACMODTIME
 
 U32, U64 = struct.Struct(">I"), struct.Struct(">Q")
 HEADER = struct.Struct(">IBI")  # length of what follows, type, request id
-ALL_ATTRS = struct.Struct(">QIIIII")  # size, uid, gid, permissions, atime, mtime
 NO_ATTRIBUTES = U32.pack(0)
 
 
@@ -956,9 +954,6 @@ def decode_attributes(body: bytes | memoryview, at: int) -> tuple[Attributes, in
     """The attributes that begin at the offset `at`, and the offset where they end."""
     (flags,) = U32.unpack_from(body, at)
     at += 4
-    if flags == ATTR_ALL:  # nearly always
-        size, _, _, mode, _, mtime = ALL_ATTRS.unpack_from(body, at)
-        return Attributes(size, mtime, mode), at + ALL_ATTRS.size
     size = mtime = mode = None
     if flags & ATTR_SIZE:
         (size,), at = U64.unpack_from(body, at), at + 8
@@ -966,7 +961,7 @@ def decode_attributes(body: bytes | memoryview, at: int) -> tuple[Attributes, in
         at += 8
     if flags & ATTR_PERMISSIONS:
         (mode,), at = U32.unpack_from(body, at), at + 4
-    if flags & ATTR_ACMODTIME:
+    if flags & ATTR_ACMODTIME:  # two times
         (mtime,), at = U32.unpack_from(body, at + 4), at + 8
     if flags & ATTR_EXTENDED:
         (count,), at = U32.unpack_from(body, at), at + 4
