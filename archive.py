@@ -146,7 +146,6 @@ PAGE = 2_000  # files per query or commit of the state
 # Limits of all waits, and pauses, in seconds.
 CONNECT_LIMIT = 30  # for TCP, and again from SSH's banner to the SFTP session
 SILENCE_LIMIT = 60  # for any byte from the box while it owes a reply
-REPLY_LIMIT = 900  # for one reply while others arrive
 RECONNECT_PAUSES = (0, 1, 2, 4, 8, 15)  # before each attempt to connect to the box
 FAILURE_PAUSE = 0.1  # after the answer FAILURE: too many files may have been open
 KEEPALIVE = 60  # the box closes idle sessions, and a part may take minutes to upload
@@ -1063,7 +1062,7 @@ class Pipe(queue.SimpleQueue[bytes]):
 class Session:
     """One SFTP channel, shared by many threads.  A thread of its own receives the replies and
     delivers each to its batch.  It ends the session if a reply is missing and the box has sent
-    nothing for SILENCE_LIMIT, or if one reply is missing for REPLY_LIMIT."""
+    nothing for SILENCE_LIMIT."""
 
     def __init__(self, transport: paramiko.Transport, channel: paramiko.Channel):
         """Exchanges versions; ConnectionLost if the box does not answer in SFTP."""
@@ -1153,19 +1152,14 @@ class Session:
     def _receive_bytes(self) -> bytes:
         """The next bytes from the box; ConnectionLost at the end, or if a reply is overdue."""
         while True:
-            try:
-                data: bytes = self._channel.recv(SSH_PACKET)
-                if not data:
-                    raise ConnectionLost("the box closed the connection")
-            except TimeoutError:
-                data = b""
+            with contextlib.suppress(TimeoutError):
+                if data := self._channel.recv(SSH_PACKET):
+                    return bytes(data)
+                raise ConnectionLost("the box closed the connection")
             with self._lock:
                 oldest = next(iter(self._owed.values()), None)
-            limit = REPLY_LIMIT if data else SILENCE_LIMIT
-            if oldest is not None and time.monotonic() - oldest.sent_at >= limit:
-                raise ConnectionLost(f"the box did not reply for {limit} s")
-            if data:
-                return data
+            if oldest and time.monotonic() - oldest.sent_at >= SILENCE_LIMIT:
+                raise ConnectionLost(f"the box did not reply for {SILENCE_LIMIT} s")
 
 
 # ----------------------------------------------------------------------- Login
