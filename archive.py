@@ -1342,11 +1342,8 @@ def log_in(config: Config, transport: paramiko.Transport) -> None:
 
 def load_private_key(path: Path, passphrase: str | None) -> paramiko.PKey:
     """The key in `path`, in any form: paramiko does not read PKCS#8, and would also read a
-    certificate beside the key, which may have expired.  Fatal says what is wrong with it."""
+    certificate beside the key, which may have expired.  Fatal."""
     secret = passphrase.encode() if passphrase else None
-    reason = "is not a private key in OpenSSH's or PEM form (a .pub file is none, and "
-    reason += "puttygen converts PuTTY's)"
-    reason += ", or HETZNER_KEY_PASSPHRASE is wrong" if secret else ""
     try:
         text = path.read_bytes()
         key = (
@@ -1359,15 +1356,13 @@ def load_private_key(path: Path, passphrase: str | None) -> paramiko.PKey:
         for key_class in (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey):
             with contextlib.suppress(paramiko.SSHException):
                 return key_class.from_private_key(io.StringIO(pem))
-    except OSError as error:
-        reason = f"cannot be read: {error}"
-    except TypeError:
-        reason = "needs its passphrase: set HETZNER_KEY_PASSPHRASE"
-        if secret:
-            reason = "has no passphrase, but HETZNER_KEY_PASSPHRASE is set"
-    except (ValueError, UnsupportedAlgorithm):
-        pass  # the reason is the one above
-    raise Fatal(f"HETZNER_KEY_FILE {path} {reason}")
+        raise ValueError("no type of key that SSH uses")
+    except (OSError, TypeError, ValueError, UnsupportedAlgorithm) as error:
+        raise Fatal(
+            f"HETZNER_KEY_FILE {path}: {error}; it has to be a private key in OpenSSH's or PEM "
+            "form (a .pub file is none, and puttygen converts PuTTY's), and "
+            "HETZNER_KEY_PASSPHRASE its passphrase, or not set if it has none"
+        ) from None
 
 
 # ----------------------------------------------------------------- Storage Box
