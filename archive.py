@@ -1229,7 +1229,7 @@ def known_host_name(config: Config) -> str:
 def known_host_keys(config: Config) -> tuple[Keys, Keys]:
     """The keys that known_hosts has for the box, and all keys that it revokes.  A line that
     paramiko does not know is skipped; Fatal if the file cannot be read."""
-    known, revoked, entries, text = [], [], [], ""
+    revoked, entries, text = [], [], ""
     file = f"HETZNER_KNOWN_HOSTS {config.known_hosts}"
     with fatal_os_errors(file), contextlib.suppress(FileNotFoundError):
         text = config.known_hosts.read_text("utf-8", "replace")
@@ -1241,28 +1241,26 @@ def known_host_keys(config: Config) -> tuple[Keys, Keys]:
                 revoked.append(entry.key)
             elif line[0] not in "#@":
                 entries.append((entry.hostnames, entry.key))
+
+    def keys_of(name: str) -> Keys:
+        return [key for patterns, key in entries if matches_host(patterns, name.lower())]
+
     # A line for the bare host counts only if no line names this port.
-    for name in (known_host_name(config), config.host):
-        known = [key for patterns, key in entries if matches_host(patterns, name.lower())]
-        if known:
-            break
-    return known, revoked
+    return keys_of(known_host_name(config)) or keys_of(config.host), revoked
 
 
 def matches_host(patterns: list[str], name: str) -> bool:
     """Whether a line of known_hosts with these patterns is about the host.  A pattern may be
     a hash, have wildcards, or exclude hosts with a ! (sshd(8), SSH_KNOWN_HOSTS FILE FORMAT)."""
-    matched = False
-    for pattern in patterns:
+
+    def matches(pattern: str) -> bool:
         if pattern.startswith("|1|"):
-            matched |= paramiko.HostKeys.hash_host(name, pattern) == pattern
-            continue
-        escaped = re.escape(pattern.removeprefix("!").lower())  # [host]:23 is no wildcard
-        if re.fullmatch(escaped.replace(r"\*", ".*").replace(r"\?", "."), name):
-            if pattern.startswith("!"):
-                return False
-            matched = True
-    return matched
+            return bool(paramiko.HostKeys.hash_host(name, pattern) == pattern)
+        literal = pattern.lower().replace("[", "[[]")  # [host]:23 is no set of characters
+        return fnmatch.fnmatchcase(name, literal)
+
+    excluded = (pattern[1:] for pattern in patterns if pattern.startswith("!"))
+    return any(map(matches, patterns)) and not any(map(matches, excluded))
 
 
 def prefer_algorithms(options: paramiko.SecurityOptions, known: Keys) -> None:
