@@ -1166,14 +1166,14 @@ class Session:
 
 # The host keys of *.your-storagebox.de, the same for all boxes (Hetzner's page "SSH host
 # keys"): ED25519 on port 23, RSA on port 22, ECDSA.
-STORAGE_BOX = ".your-storagebox.de"
 STORAGE_BOX_KEYS = (
     "SHA256:XqONwb1S0zuj5A1CDxpOSuD2hnAArV1A3wKY7Z3sdgM",
     "SHA256:EMlfI8GsRIfpVkoW1H2u0zYVpFGKkIMKHFZIRkf2ioI",
     "SHA256:oDHZqKXnoMtgvPBjjC57pcuFez28roaEuFcfwyg8O5c",
 )
-CONNECT_REMEDY = "check HETZNER_HOST and HETZNER_PORT (23 for SSH, or 22), and that SSH support"
-CONNECT_REMEDY += " and external reachability are switched on in Hetzner's console"
+CONNECT_REMEDY = "check HETZNER_HOST and HETZNER_PORT (23 for SSH, or 22), that SSH support and"
+CONNECT_REMEDY += " external reachability are switched on in Hetzner's console, and that the"
+CONNECT_REMEDY += " Storage Box has fewer than the 10 connections that it allows"
 Keys = list[paramiko.PKey]
 
 
@@ -1185,8 +1185,7 @@ def connect(config: Config) -> Session:
         sock = socket.create_connection((config.host, config.port), CONNECT_LIMIT)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # requests are small
     except (OSError, UnicodeError) as error:
-        message = f"no connection to {address}: {error}; {CONNECT_REMEDY}"
-        raise ConnectionLost(message) from None
+        raise ConnectionLost(f"no connection to {address}: {error}; {CONNECT_REMEDY}") from None
     transport = paramiko.Transport(
         sock, default_window_size=SSH_WINDOW, default_max_packet_size=SSH_PACKET
     )
@@ -1209,14 +1208,8 @@ def connect(config: Config) -> Session:
         if isinstance(error, Fatal) and watchdog.is_alive():
             raise  # else it was the watchdog that hung up, and another attempt may help
         reason = str(error) or "the connection was closed"
-        if "banner" in reason or "protocol version" in reason:  # not an SSH server
-            reason += f"; {CONNECT_REMEDY}"
-        if "open channel" in reason:
-            reason += "; a Storage Box allows 10 connections: end others"
-        reason = f"no SFTP session with {address}: {reason}"
-        if isinstance(error, paramiko.IncompatiblePeer):
-            raise Fatal(reason) from None
-        raise ConnectionLost(reason) from None
+        message = f"no SFTP session with {address}: {reason}; {CONNECT_REMEDY}"
+        raise ConnectionLost(message) from None
     finally:
         watchdog.cancel()
 
@@ -1281,7 +1274,7 @@ def check_host_key(config: Config, key: paramiko.PKey, known: Keys, revoked: Key
     path = shlex.quote(str(config.known_hosts))
     if key in revoked:
         raise Fatal(f"{subject}, which is revoked in {file}")
-    is_storage_box = config.host.lower().endswith(STORAGE_BOX)
+    is_storage_box = config.host.lower().endswith(".your-storagebox.de")
     if key in known or (is_storage_box and key.fingerprint in STORAGE_BOX_KEYS):
         return
     if known:
