@@ -595,8 +595,7 @@ def parse_folder(text: str) -> bytes:
 
 
 def parse_bucket(text: str) -> str:
-    likely = re.search(r"^(?:s3://(?:.*@)?|arn:aws:s3:::)([^/@:]{3,})", text)
-    expected = f"the bare name of a bucket, like {likely[1] if likely else 'my-archive'}"
+    expected = "the bare name of a bucket, like my-archive"
     return parse_match(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]", expected, text)
 
 
@@ -679,9 +678,7 @@ def parse_time(text: str) -> float:
 
 def parse_path(text: str) -> Path:
     text = os.fsdecode(text.encode("utf-8", "surrogateescape"))  # names need not be UTF-8
-    with contextlib.suppress(RuntimeError):
-        return Path(text).expanduser()
-    return Path(text.removeprefix("~/"))  # a container or system user without a home
+    return Path(os.path.expanduser(text))  # Path.expanduser() fails for a user without a home
 
 
 CLASSES = (*COLD_CLASSES, "STANDARD", *OTHER_CLASSES)
@@ -769,15 +766,14 @@ def read_settings(env_file: Path | None, environ: Mapping[str, str]) -> dict[str
         # load_dotenv() would expand ${...}, which may be part of a password, and skip a
         # line that it cannot read.
         for binding in dotenv.parser.parse_stream(io.StringIO(text)):
-            if binding.error or (binding.key is not None and binding.value is None):
+            if binding.key is not None and binding.value is not None:
+                settings[binding.key] = binding.value
+            elif binding.key is not None or binding.error:
                 source, line = binding.original  # with the empty lines before it
                 line += source[: -len(source.lstrip())].count("\n")
                 raise Fatal(f"{env_file}, line {line}: expected NAME=value", status=USAGE)
-            if binding.key is not None:
-                value = binding.value or ""
-                if binding.key in AWS_FILES and value:
-                    value = str(env_file.absolute().parent / parse_path(value))
-                settings[binding.key] = value
+        for name in filter(settings.get, AWS_FILES):
+            settings[name] = str(env_file.absolute().parent / parse_path(settings[name]))
     ours = (n for n in environ if n in SETTINGS or n.startswith(("HETZNER_", "AWS_")))
     # Python decodes the environment by the locale, which may not be UTF-8.
     raw = {name: os.fsencode(environ[name]) for name in ours}
@@ -862,11 +858,9 @@ def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
 
 def config_warnings(config: Config, env_file: Path | None) -> Iterator[str]:
     """Warnings about settings that are valid, but probably not intended."""
-    if config.prefix and not config.prefix.endswith("/"):
-        names = f"keys will begin {config.prefix}name, not {config.prefix}/name"
-        yield f"S3_PREFIX {config.prefix!r} does not end in a slash: {names}"
-    if config.prefix.startswith("/"):
-        yield f"S3_PREFIX {config.prefix!r} begins with a slash, and so will all keys"
+    if config.prefix and not re.fullmatch(r"[^/].*/", config.prefix):
+        usual = "usual is a slash at its end, and none at its beginning"
+        yield f"S3_PREFIX {config.prefix!r}: keys will begin {config.prefix}name; {usual}"
     if env_file and os.name == "posix" and env_file.stat().st_mode & 0o077:
         yield f"{env_file} can be read by others: chmod 600 {env_file}"
 
