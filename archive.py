@@ -1262,21 +1262,20 @@ def prefer_algorithms(options: paramiko.SecurityOptions, known: Keys) -> None:
 
 def check_host_key(config: Config, key: paramiko.PKey, known: Keys, revoked: Keys) -> None:
     """Fatal unless `key` is known for the box.  No credential has been sent yet."""
-    address, shown = f"{config.host}:{config.port}", f"{key.get_name()} {key.fingerprint}"
-    subject = f"the host key of {address} is {shown}"
-    file = f"HETZNER_KNOWN_HOSTS {config.known_hosts}"
+    shown = f"{key.get_name()} {key.fingerprint}"
+    subject = f"the host key of {config.host}:{config.port} is {shown}"
     path = shlex.quote(str(config.known_hosts))
     if key in revoked:
-        raise Fatal(f"{subject}, which is revoked in {file}")
+        raise Fatal(f"{subject}, which is revoked in HETZNER_KNOWN_HOSTS {path}")
     is_storage_box = config.host.lower().endswith(".your-storagebox.de")
     if key in known or (is_storage_box and key.fingerprint in STORAGE_BOX_KEYS):
         return
     if known:
         expected = ", ".join(f"{other.get_name()} {other.fingerprint}" for other in known)
         raise Fatal(
-            f"{subject}: it has changed, {file} has {expected}; somebody may be intercepting "
-            "the connection: only if you know that the change is right, remove the old key "
-            f"with: ssh-keygen -R {shlex.quote(known_host_name(config))} -f {path}"
+            f"{subject}: it has changed, HETZNER_KNOWN_HOSTS has {expected}; somebody may be "
+            "intercepting the connection: only if you know that the change is right, remove "
+            f"the old key with: ssh-keygen -R {shlex.quote(known_host_name(config))} -f {path}"
         )
     # The key that was seen.  ssh-keyscan would ask again, and could get another one.
     line = f"{known_host_name(config)} {key.get_name()} {key.get_base64()}"
@@ -1291,15 +1290,13 @@ def check_host_key(config: Config, key: paramiko.PKey, known: Keys, revoked: Key
 def log_in(config: Config, transport: paramiko.Transport) -> None:
     """Logs in with the key file and the password if they are set, else with the SSH agent.
     Fatal if the box accepts none of them, or hangs up."""
-    attempts: list[tuple[str, Callable[[], list[str]]]] = []
+    attempts: list[tuple[str, Callable[[str, Any], list[str]], object]] = []
     if config.key_file:
         key = load_private_key(config.key_file, config.key_passphrase)
-        name = f"HETZNER_KEY_FILE {config.key_file}"
-        attempts.append((name, partial(transport.auth_publickey, config.user, key)))
+        attempts.append((f"HETZNER_KEY_FILE {config.key_file}", transport.auth_publickey, key))
     if config.password:
         # paramiko also answers keyboard-interactive with it, if the box offers only that.
-        login = partial(transport.auth_password, config.user, config.password)
-        attempts.append(("HETZNER_PASSWORD", login))
+        attempts.append(("HETZNER_PASSWORD", transport.auth_password, config.password))
     if not attempts:
         try:  # paramiko would wait for ever for an agent that does not answer
             listing = ThreadPoolExecutor(1).submit(lambda: paramiko.Agent().get_keys())
@@ -1308,15 +1305,15 @@ def log_in(config: Config, transport: paramiko.Transport) -> None:
             remedy = "restart it, or set HETZNER_KEY_FILE"
             raise Fatal(f"the SSH agent does not answer: {remedy}") from None
         name = f"the SSH agent's keys ({len(keys)})"
-        attempts = [(name, partial(transport.auth_publickey, config.user, k)) for k in keys]
-    tried = " and ".join(dict.fromkeys(name for name, _ in attempts)) or "an empty SSH agent"
+        attempts = [(name, transport.auth_publickey, key) for key in keys]
+    tried = " and ".join(dict.fromkeys(name for name, *_ in attempts)) or "an empty SSH agent"
     message = f"the login of {config.user} with {tried}: correct HETZNER_USER or that"
     if config.key_file or not config.password:
         message += "; a Storage Box takes the public key in RFC 4716 form (ssh-keygen -e) on "
         message += f"port 22, in OpenSSH's on port 23: HETZNER_PORT is {config.port}"
-    for name, attempt in attempts:
+    for name, authenticate, credential in attempts:
         with contextlib.suppress(paramiko.AuthenticationException):
-            if others := attempt():
+            if others := authenticate(config.user, credential):
                 message += f"; {name} was right, but {' or '.join(others)} is wanted as well"
         if transport.is_authenticated():
             return
