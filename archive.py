@@ -109,10 +109,8 @@ VERSION = "2.0"  # "Upgrading" in the README says what changes with the first nu
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
-# S3's limits, from "Amazon S3 multipart upload limits" and "Naming Amazon S3 objects" in
-# the S3 user guide.
-MAX_PARTS = 10_000
-MAX_KEY_BYTES = 1024
+MAX_PARTS = 10_000  # S3 user guide, "Amazon S3 multipart upload limits"
+MAX_KEY_BYTES = 1024  # S3 user guide, "Naming Amazon S3 objects"
 # Part sizes of this and of other programs, ascending from S3's minimum of 5 MiB to its
 # maximum of 5 GiB: 5 MiB (rclone), 6, 7 and 8 MiB (boto3, AWS CLI), and their doubles.  The
 # ETag of an upload in parts can be compared with a file only if the part size is known.
@@ -334,26 +332,20 @@ class StopEvent(threading.Event):
     `signal` is its number, and Stopped is raised on the main thread, which sets the event."""
 
     signal: int | None = None
-    _is_deferred = False
+    is_deferred = False  # the signal handler does not raise Stopped then
 
     def check(self) -> None:
         if self.is_set():
             raise Stopped
 
-    def signalled(self, number: int) -> None:
-        """Called by the signal handler."""
-        self.signal = number
-        if not self._is_deferred:
-            raise Stopped
-
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
         """For the main thread: a signal raises Stopped after this block, not inside it."""
-        before, self._is_deferred = self.signal, True
+        before, self.is_deferred = self.signal, True
         try:
             yield
         finally:
-            self._is_deferred = False
+            self.is_deferred = False
         if self.signal != before:
             raise Stopped
 
@@ -492,8 +484,7 @@ def plan_upload(size: int, memory_limit: int) -> UploadPlan:
 
 
 # A CRC is a polynomial modulo another one.  The highest bit is the coefficient of x**0.
-CRC32_POLYNOMIAL = 0xEDB88320
-X_0, X_8 = 1 << 31, 1 << 23  # x**0 and x**8
+CRC32_POLYNOMIAL, X_8 = 0xEDB88320, 1 << 23  # X_8 is x**8
 
 
 def multiply(first: int, second: int) -> int:
@@ -509,12 +500,12 @@ def crc32_combine(first: int, second: int, length: int) -> int:
     """The CRC-32 of two byte strings joined, of which the second has `length` bytes.  Each
     byte that is appended multiplies the first one's by x**8 (crc32_combine in zlib).  A
     second pass over all bytes would take 7 % of the CPU time."""
-    power, square = X_0, X_8
+    power = X_8
     while length:
         if length & 1:
-            power = multiply(power, square)
-        square, length = multiply(square, square), length >> 1
-    return multiply(first, power) ^ second
+            first = multiply(first, power)
+        power, length = multiply(power, power), length >> 1
+    return first ^ second
 
 
 def crc_text(crc32: int) -> str:
@@ -671,8 +662,7 @@ def parse_time(text: str) -> float:
         else:
             seconds = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text)).timestamp()
     if not 0 <= seconds <= time.time():
-        examples = "2026-11-30, 2026-11-30T18:00 or 30d"
-        raise ValueError(f"expected a time in the past, like {examples}")
+        raise ValueError("expected a time in the past like 2026-11-30, 2026-11-30T18:00 or 30d")
     return seconds
 
 
@@ -683,10 +673,9 @@ def parse_path(text: str) -> Path:
 
 CLASSES = (*COLD_CLASSES, "STANDARD", *OTHER_CLASSES)
 parse_class = partial(parse_match, "|".join(CLASSES), "one of " + ", ".join(CLASSES))
+NAME_OR_IPV6 = r"[^/\s@:]+|[\da-fA-F.]*:[\da-fA-F.]*:[\da-fA-F:.%]*"
 host_expected = "a bare host name without a port, like u12345.your-storagebox.de"
-parse_host = partial(
-    parse_match, r"[^/\s@:]+|[\da-fA-F.]*:[\da-fA-F.]*:[\da-fA-F:.%]*", host_expected
-)
+parse_host = partial(parse_match, NAME_OR_IPV6, host_expected)
 parse_user = partial(parse_match, r"[^\s@]+", "a bare user name, like u12345-sub1")
 REQUIRED = object()
 SECRETS = ["HETZNER_PASSWORD", "HETZNER_KEY_PASSPHRASE", "AWS_SECRET_ACCESS_KEY"]
@@ -4565,7 +4554,9 @@ def handle_signals(stopping: StopEvent) -> None:
         cut_off = threading.Timer(STOP_LIMIT + EXIT_GRACE, os._exit, [128 + number])
         cut_off.daemon = True
         cut_off.start()
-        stopping.signalled(number)
+        stopping.signal = number
+        if not stopping.is_deferred:
+            raise Stopped
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
