@@ -535,8 +535,7 @@ def possible_part_sizes(etag: str, size: int) -> set[int]:
 
 # -------------------------------------------------------------------- Settings
 #
-# The parse_ functions turn the text of a setting into its value.  Their ValueError says what
-# was expected.
+# A parse_ function returns a setting's value; its ValueError says what was expected.
 
 
 def parse_size(text: str, minimum: int = 1) -> int:
@@ -738,11 +737,9 @@ class Config:
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 AWS_FILES = ["AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"]
 AWS_FILES += ["AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"]
-SETTINGS = (
-    *(f.metadata["name"] for f in dataclasses.fields(Config) if f.metadata),
-    "EXCLUDE_DIRS",  # the earlier script's name of EXCLUDE_PATHS
-    *("AWS_PROFILE", "AWS_ACCESS_KEY_ID", *SECRETS, *AWS_FILES),
-)
+SETTINGS = [f.metadata["name"] for f in dataclasses.fields(Config) if f.metadata]
+SETTINGS += ["EXCLUDE_DIRS"]  # the earlier script's name of EXCLUDE_PATHS
+SETTINGS += ["AWS_PROFILE", "AWS_ACCESS_KEY_ID", *SECRETS, *AWS_FILES]
 
 
 def read_settings(env_file: Path | None, environ: Mapping[str, str]) -> dict[str, str]:
@@ -774,10 +771,8 @@ def setting_faults(settings: Mapping[str, str], environ: Mapping[str, str]) -> I
     accepts, and for settings that need another one.  A message never contains the value."""
     for name, value in settings.items():
         is_aws = name.startswith("AWS_")
-        if (name in SECRETS or is_aws) and re.search(r"[\0-\x1f\x7f]", value):
-            yield f"{name}: contains a line break or another control character"
-        if name in SECRETS and re.search("[\udc80-\udcff]", value):
-            yield f"{name}: is not UTF-8"
+        if (name in SECRETS or is_aws) and re.search("[\0-\x1f\x7f\udc80-\udcff]", value):
+            yield f"{name}: contains a line break, another control character or invalid UTF-8"
         if name in SETTINGS or name.upper() in PROXIES:
             continue
         # An unknown AWS_ name is left to boto3, unless it looks like a typo of one of ours; in
@@ -1169,9 +1164,7 @@ def connect(config: Config) -> Session:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # requests are small
     except (OSError, UnicodeError) as error:
         raise ConnectionLost(f"no connection to {address}: {error}; {CONNECT_REMEDY}") from None
-    transport = paramiko.Transport(
-        sock, default_window_size=SSH_WINDOW, default_max_packet_size=SSH_PACKET
-    )
+    transport = paramiko.Transport(sock, SSH_WINDOW, SSH_PACKET)
     # paramiko would wait for ever if the server froze while it starts the subsystem.
     watchdog = threading.Timer(CONNECT_LIMIT, transport.close)
     watchdog.daemon = True

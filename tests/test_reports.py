@@ -66,7 +66,10 @@ def test_secret_that_boto3_finds_by_itself_is_hidden_as_well(archive, box, s3):
 def test_secret_that_is_not_utf8_is_a_fault_that_does_not_show_it(archive):
     result = archive(HETZNER_PASSWORD=os.fsdecode(b"canary\xff"))
     assert result.status == 2
-    assert result.stderr == "error: HETZNER_PASSWORD: is not UTF-8\n"
+    assert result.stderr == (
+        "error: HETZNER_PASSWORD: contains a line break, another control character or "
+        "invalid UTF-8\n"
+    )
     assert "canary" not in result.output + result.log
 
 
