@@ -863,10 +863,10 @@ FXP_EXTENDED_REPLY = 201
 FX_OK, FX_EOF, FX_NO_SUCH_FILE, FX_PERMISSION_DENIED, FX_FAILURE = 0, 1, 2, 3, 4
 FOR_READING, FOR_WRITING = 1, 2 | 8 | 16  # FXF_READ; FXF_WRITE, FXF_CREAT, FXF_TRUNC
 ATTR_SIZE, ATTR_UIDGID, ATTR_PERMISSIONS, ATTR_ACMODTIME, ATTR_EXTENDED = 1, 2, 4, 8, 1 << 31
+NO_ATTRIBUTES = 0
 
 U32, U64 = struct.Struct(">I"), struct.Struct(">Q")
 HEADER = struct.Struct(">IBI")  # length of what follows, type, request id
-NO_ATTRIBUTES = U32.pack(0)
 
 
 class ConnectionLost(Exception):
@@ -901,22 +901,20 @@ Request = tuple[int, bytes]  # packet type, and the bytes after the request id
 Entry = tuple[bytes, Attributes]  # of a folder: a name and its attributes
 
 
-def encode_string(data: bytes) -> bytes:
-    """`data` as an SSH string: its length comes first."""
-    return U32.pack(len(data)) + data
-
-
-def simple_request(packet_type: int, *names: bytes) -> Request:
-    """A request whose arguments are only paths or a handle."""
-    return packet_type, b"".join(map(encode_string, names))
+def simple_request(packet_type: int, *fields: bytes | int) -> Request:
+    """A request of strings, each behind its length, and numbers of 32 bits, of which an offset
+    is two: `*divmod(offset, 1 << 32)`."""
+    pack = U32.pack
+    encoded = (pack(f) if isinstance(f, int) else pack(len(f)) + f for f in fields)
+    return packet_type, b"".join(encoded)
 
 
 def open_request(path: bytes, flags: int) -> Request:
-    return FXP_OPEN, encode_string(path) + U32.pack(flags) + NO_ATTRIBUTES
+    return simple_request(FXP_OPEN, path, flags, NO_ATTRIBUTES)
 
 
 def read_request(handle: bytes, offset: int, size: int) -> Request:
-    return FXP_READ, encode_string(handle) + U64.pack(offset) + U32.pack(size)
+    return simple_request(FXP_READ, handle, *divmod(offset, 1 << 32), size)
 
 
 def decode_string(body: memoryview) -> memoryview:
@@ -4093,7 +4091,7 @@ class BoxFolder:
         mkdirs = []
         for folder, attributes in zip(folders, found):
             if isinstance(attributes, SFTPError):
-                mkdirs.append((FXP_MKDIR, encode_string(folder) + NO_ATTRIBUTES))
+                mkdirs.append(simple_request(FXP_MKDIR, folder, NO_ATTRIBUTES))
                 continue
             mode = attributes.mode or 0
             if stat.S_ISREG(mode):
@@ -4123,13 +4121,13 @@ def write_file(
         for block in blocks:
             for start in range(0, len(block), WRITE_SIZE):
                 piece = block[start : start + WRITE_SIZE]
-                write = FXP_WRITE, encode_string(handle) + U64.pack(at) + encode_string(piece)
+                write = simple_request(FXP_WRITE, handle, *divmod(at, 1 << 32), piece)
                 batches.append(session.send(write))
                 at += len(piece)
             while len(batches) > WRITES_AHEAD:
                 raise_if_refused(batches.popleft().results()[0])
-        times = U32.pack(ATTR_ACMODTIME) + 2 * U32.pack(mtime)
-        batches.append(session.send((FXP_FSETSTAT, encode_string(handle) + times)))
+        times = simple_request(FXP_FSETSTAT, handle, ATTR_ACMODTIME, mtime, mtime)
+        batches.append(session.send(times))
         for batch in batches:
             raise_if_refused(batch.results()[0])
     finally:
