@@ -544,8 +544,7 @@ def parse_size(text: str, minimum: int = 1) -> int:
     unit = " KMGT".index(match[2].upper() or " ") if match else 0
     size = int(float(match[1]) * 1024**unit) if match else 0
     if size < minimum:
-        at_least = f", at least {minimum // MIB}M" if minimum > 1 else ""
-        raise ValueError(f"expected bytes like 128M or 2G{at_least}")
+        raise ValueError(f"expected bytes like 128M or 2G, at least {minimum:,}")
     return size
 
 
@@ -599,9 +598,8 @@ def parse_prefix(text: str) -> str:
 
 def parse_endpoint(text: str) -> str:
     url = urlsplit(text)
-    is_local = url.hostname in ("localhost", "127.0.0.1", "::1")
-    schemes = ("https", "http") if is_local else ("https",)
-    if not url.hostname or url.scheme not in schemes or "@" in url.netloc:
+    is_local = url.scheme == "http" and url.hostname in ("localhost", "127.0.0.1", "::1")
+    if not url.hostname or not (is_local or url.scheme == "https") or "@" in url.netloc:
         raise ValueError("expected an https:// URL (http:// only to this machine), no login")
     return text
 
@@ -622,20 +620,15 @@ def parse_prices(text: str) -> dict[str, float]:
 
 
 # The names of boto3's ExtraArgs, without those that this program sets itself.
-EXTRA_ARGS = [
-    name
-    for name in S3Transfer.ALLOWED_UPLOAD_ARGS
-    if not name.startswith(("Checksum", "Metadata", "MpuObjectSize", "StorageClass"))
-]
+OURS = ("Checksum", "Metadata", "MpuObjectSize", "StorageClass")
+EXTRA_ARGS = [name for name in S3Transfer.ALLOWED_UPLOAD_ARGS if not name.startswith(OURS)]
 
 
 def parse_extra_args(text: str) -> dict[str, str]:
     """Values by name, of `ServerSideEncryption=aws:kms, Tagging=kind=backup`, or of a JSON
     object, whose values may have commas.  A message never has text that may be a key's."""
-    pairs: dict[Any, Any] = {}
     if text.lstrip().startswith("{"):
-        with contextlib.suppress(ValueError):
-            pairs = json.loads(text)
+        pairs: dict[str, Any] = json.loads(text)
     else:
         items = (item.partition("=") for item in parse_list(text))
         pairs = {name.strip(): value.strip() for name, _, value in items}
@@ -646,8 +639,6 @@ def parse_extra_args(text: str) -> dict[str, str]:
             raise ValueError(f"{shown} is none of {', '.join(EXTRA_ARGS)}")
         if not (isinstance(value, str) and value and value.isascii() and value.isprintable()):
             raise ValueError(f"{name} has no value of printable ASCII characters")
-    if text and not pairs:
-        raise ValueError("expected Name=value, or a JSON object")
     return pairs
 
 
@@ -672,9 +663,9 @@ def parse_path(text: str) -> Path:
 
 CLASSES = (*COLD_CLASSES, "STANDARD", *OTHER_CLASSES)
 parse_class = partial(parse_match, "|".join(CLASSES), "one of " + ", ".join(CLASSES))
-NAME_OR_IPV6 = r"[^/\s@:]+|[\da-fA-F.]*:[\da-fA-F.]*:[\da-fA-F:.%]*"
+# No port, which would be behind the only colon; IPv6 addresses have more of them.
 host_expected = "a bare host name without a port, like u12345.your-storagebox.de"
-parse_host = partial(parse_match, NAME_OR_IPV6, host_expected)
+parse_host = partial(parse_match, r"[^/\s@:]+|[^/\s@]*:[^/\s@]*:[^/\s@]*", host_expected)
 parse_user = partial(parse_match, r"[^\s@]+", "a bare user name, like u12345-sub1")
 REQUIRED = object()
 SECRETS = ["HETZNER_PASSWORD", "HETZNER_KEY_PASSPHRASE", "AWS_SECRET_ACCESS_KEY"]
