@@ -848,9 +848,8 @@ def config_warnings(config: Config, env_file: Path | None) -> Iterator[str]:
 
 FXP_INIT, FXP_VERSION, FXP_OPEN, FXP_CLOSE, FXP_READ, FXP_WRITE = 1, 2, 3, 4, 5, 6
 FXP_LSTAT, FXP_FSTAT, FXP_FSETSTAT, FXP_OPENDIR, FXP_READDIR = 7, 8, 10, 11, 12
-FXP_REMOVE, FXP_MKDIR, FXP_RENAME, FXP_EXTENDED = 13, 14, 18, 200
+FXP_REMOVE, FXP_MKDIR, FXP_RENAME, FXP_EXTENDED, FXP_EXTENDED_REPLY = 13, 14, 18, 200, 201
 FXP_STATUS, FXP_HANDLE, FXP_DATA, FXP_NAME, FXP_ATTRS = 101, 102, 103, 104, 105
-FXP_EXTENDED_REPLY = 201
 FX_OK, FX_EOF, FX_NO_SUCH_FILE, FX_PERMISSION_DENIED, FX_FAILURE = 0, 1, 2, 3, 4
 FOR_READING, FOR_WRITING = 1, 2 | 8 | 16  # FXF_READ; FXF_WRITE, FXF_CREAT, FXF_TRUNC
 ATTR_SIZE, ATTR_UIDGID, ATTR_PERMISSIONS, ATTR_ACMODTIME, ATTR_EXTENDED = 1, 2, 4, 8, 1 << 31
@@ -909,11 +908,9 @@ def read_request(handle: bytes, offset: int, size: int) -> Request:
 
 
 def decode_string(body: memoryview) -> memoryview:
-    """The content of the SSH string that `body` begins with; ConnectionLost."""
-    (size,) = U32.unpack_from(body)
-    if size > len(body) - 4:
-        raise ConnectionLost("the box sent a string that is cut short")
-    return body[4 : size + 4]
+    """The content of the SSH string that `body` begins with.  One that is cut short counts as
+    a short reply, whose rest is requested again."""
+    return body[4 : 4 + U32.unpack_from(body)[0]]
 
 
 def decode_attributes(body: bytes | memoryview, at: int) -> tuple[Attributes, int]:
@@ -978,13 +975,6 @@ def decode_reply(request_type: int, packet: memoryview) -> Any:
     return decode(body) if decode else None
 
 
-def raise_if_refused(result: Any) -> Any:
-    """`result`; raises it if it is an SFTPError."""
-    if isinstance(result, SFTPError):
-        raise result
-    return result
-
-
 class Batch:
     """Requests that were sent together, and their replies."""
 
@@ -1006,6 +996,13 @@ class Batch:
             return [decode_reply(kind, self.replies[i]) for i, kind in self.types.items()]
         except (struct.error, IndexError) as error:
             raise ConnectionLost(f"the box sent a malformed reply: {error}") from None
+
+    def result(self) -> Any:
+        """The only reply; SFTPError if it is a refusal, ConnectionLost."""
+        (result,) = self.results()
+        if isinstance(result, SFTPError):
+            raise result
+        return result
 
 
 class Pipe(queue.SimpleQueue[bytes]):
@@ -1073,7 +1070,7 @@ class Session:
 
     def ask_one(self, request: Request) -> Any:
         """The result of a single request; SFTPError, ConnectionLost."""
-        return raise_if_refused(self.ask(request)[0])
+        return self.send(request).result()
 
     def close(self, reason: str) -> None:
         """Ends the session.  Threads that wait for a reply get ConnectionLost."""
@@ -4116,14 +4113,14 @@ def write_file(
                 batches.append(session.send(write))
                 at += len(piece)
             while len(batches) > WRITES_AHEAD:
-                raise_if_refused(batches.popleft().results()[0])
+                batches.popleft().result()
         times = simple_request(FXP_FSETSTAT, handle, ATTR_ACMODTIME, mtime, mtime)
         batches.append(session.send(times))
         for batch in batches:
-            raise_if_refused(batch.results()[0])
+            batch.result()
     finally:
         closing = session.send(simple_request(FXP_CLOSE, handle))
-    raise_if_refused(closing.results()[0])
+    closing.result()
     if size_and_mtime(session, path) != (at, mtime):
         raise FileError(f"the box has other than {at:,} bytes of mtime {mtime} afterwards")
     return at
