@@ -196,15 +196,14 @@ us-east-1 .00099 .05 .005 .023 .005 .0004 .0036 .03 .0025 .025 .02 .1 .01 .05 .0
 us-east-2 .00099 .05 .005 .023 .005 .0004 .0036 .03 .0025 .025 .02 .1 .01 .05 .09
 us-west-2 .00099 .05 .005 .023 .005 .0004 .0036 .03 .0025 .025 .02 .1 .01 .05 .09
 """
-PRICED_ALIKE = {"GLACIER.part": "DEEP_ARCHIVE.part", "STANDARD.part": "STANDARD.put"}
-FREE = {"GLACIER.bulk.gb": 0.0, "GLACIER.bulk.request": 0.0}
-PRICE_NAMES = REGION_PRICES.splitlines()[1].split()[1:]
-OTHER_CLASSES = ["GLACIER_IR", "STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING"]
-OTHER_CLASSES += ["REDUCED_REDUNDANCY"]
-OTHERS = [f"{name}.{what}" for name in OTHER_CLASSES for what in ("month", "put", "part")]
-ALL_PRICE_NAMES = (*PRICE_NAMES, *PRICED_ALIKE, *FREE, *OTHERS)  # which PRICES may set
-
 COLD_CLASSES = ("DEEP_ARCHIVE", "GLACIER")  # must be restored before they can be read
+CLASSES = [*COLD_CLASSES, "STANDARD", "GLACIER_IR", "STANDARD_IA", "ONEZONE_IA"]
+CLASSES += ["INTELLIGENT_TIERING", "REDUCED_REDUNDANCY"]
+PRICE_NAMES = REGION_PRICES.splitlines()[1].split()[1:]
+FREE = {"GLACIER.bulk.gb": 0.0, "GLACIER.bulk.request": 0.0}
+OF_CLASSES = [f"{name}.{what}" for name in CLASSES for what in ("month", "put", "part")]
+ALL_PRICE_NAMES = list(dict.fromkeys([*PRICE_NAMES, *FREE, *OF_CLASSES]))  # for PRICES
+
 # S3 adds to each cold object: 8 KB at STANDARD's price, and 32 KB at the class's own.
 OVERHEAD_IN_STANDARD, OVERHEAD_IN_CLASS = 8 * KIB, 32 * KIB
 MINIMUM_DAYS = {"DEEP_ARCHIVE": 180, "GLACIER": 90, "GLACIER_IR": 90}  # that are charged
@@ -222,7 +221,7 @@ class Prices:
         table = {name: dict(zip(PRICE_NAMES, map(float, usd))) for name, *usd in rows}
         self.region = region if region in table else "us-east-1"
         usd = table[self.region] | FREE
-        usd |= {name: usd[same] for name, same in PRICED_ALIKE.items()}
+        usd |= {"GLACIER.part": usd["DEEP_ARCHIVE.part"], "STANDARD.part": usd["STANDARD.put"]}
         self._usd = usd | dict(overrides)
         self.note = f"estimates, prices of {PRICES_OF} for {self.region}"
         if self.region != region:
@@ -661,7 +660,6 @@ def parse_path(text: str) -> Path:
     return Path(os.path.expanduser(text))  # Path.expanduser() fails for a user without a home
 
 
-CLASSES = (*COLD_CLASSES, "STANDARD", *OTHER_CLASSES)
 parse_class = partial(parse_match, "|".join(CLASSES), "one of " + ", ".join(CLASSES))
 # No port, which would be behind the only colon; IPv6 addresses have more of them.
 host_expected = "a bare host name without a port, like u12345.your-storagebox.de"
@@ -915,8 +913,7 @@ def decode_string(body: memoryview) -> memoryview:
 
 def decode_attributes(body: bytes | memoryview, at: int) -> tuple[Attributes, int]:
     """The attributes that begin at the offset `at`, and the offset where they end."""
-    (flags,) = U32.unpack_from(body, at)
-    at += 4
+    (flags,), at = U32.unpack_from(body, at), at + 4
     size = mtime = mode = None
     if flags & ATTR_SIZE:
         (size,), at = U64.unpack_from(body, at), at + 8
@@ -1196,12 +1193,10 @@ def known_host_keys(config: Config) -> tuple[Keys, Keys]:
                 revoked.append(entry.key)
             elif line[0] not in "#@":
                 entries.append((entry.hostnames, entry.key))
-
-    def keys_of(name: str) -> Keys:
-        return [key for patterns, key in entries if matches_host(patterns, name.lower())]
-
     # A line for the bare host counts only if no line names this port.
-    return keys_of(known_host_name(config)) or keys_of(config.host), revoked
+    names = known_host_name(config).lower(), config.host.lower()
+    with_port, bare = ([key for hosts, key in entries if matches_host(hosts, n)] for n in names)
+    return with_port or bare, revoked
 
 
 def matches_host(patterns: list[str], name: str) -> bool:
