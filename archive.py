@@ -672,8 +672,7 @@ SECRETS += ["AWS_SESSION_TOKEN", "AWS_CONTAINER_AUTHORIZATION_TOKEN"]
 def setting(name: str, parse: Callable[[str], Any] = str, default: object = None) -> Any:
     """A field of Config that is read from the setting `name`.  `default` is text to parse,
     None if the setting may be missing, or REQUIRED."""
-    metadata = {"name": name, "parse": parse, "default": default}
-    return field(metadata=metadata, repr=name not in SECRETS)
+    return field(metadata={"setting": (name, parse, default)}, repr=name not in SECRETS)
 
 
 @dataclass(frozen=True)
@@ -725,7 +724,7 @@ class Config:
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 AWS_FILES = ["AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"]
 AWS_FILES += ["AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"]
-SETTINGS = [f.metadata["name"] for f in dataclasses.fields(Config) if f.metadata]
+SETTINGS = [f.metadata["setting"][0] for f in dataclasses.fields(Config) if f.metadata]
 SETTINGS += ["EXCLUDE_DIRS"]  # the earlier script's name of EXCLUDE_PATHS
 SETTINGS += ["AWS_PROFILE", "AWS_ACCESS_KEY_ID", *SECRETS, *AWS_FILES]
 
@@ -803,7 +802,7 @@ def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
         add_secret(secrets, settings.get(name))
     values: dict[str, Any] = {}
     for option in (f for f in dataclasses.fields(Config) if f.metadata):
-        name, parse, default = (option.metadata[key] for key in ("name", "parse", "default"))
+        name, parse, default = option.metadata["setting"]
         text = settings.get(name) or default
         if name == "LOG_FILE" and settings.get(name) == "":
             text = None  # no log file
@@ -1087,31 +1086,30 @@ class Session:
             self.close(str(error) or "the box closed the connection")
 
     def _packets(self) -> Iterator[memoryview]:
-        """The packets that the box sends, without their length; ConnectionLost at the end."""
+        """The packets that the box sends, without their length.  ConnectionLost at the end, or
+        if a reply is overdue."""
         unread = bytearray()
         while True:
-            while len(unread) < 4:
-                unread += self._receive_bytes()
-            end = 4 + U32.unpack_from(unread)[0]
-            if not 9 <= end <= MAX_PACKET:
-                begin = bytes(unread[:4])
-                raise ConnectionLost(f"the box sent {begin!r}, which does not begin a reply")
-            while len(unread) < end:
-                unread += self._receive_bytes()
-            yield memoryview(unread[4:end])
-            del unread[:end]
-
-    def _receive_bytes(self) -> bytes:
-        """The next bytes from the box; ConnectionLost at the end, or if a reply is overdue."""
-        while True:
-            with contextlib.suppress(TimeoutError):
-                if data := self._channel.recv(SSH_PACKET):
-                    return bytes(data)
+            try:
+                data = self._channel.recv(SSH_PACKET)
+            except TimeoutError:
+                with self._lock:
+                    oldest = next(iter(self._owed.values()), None)
+                if oldest and time.monotonic() - oldest.sent_at >= SILENCE_LIMIT:
+                    raise ConnectionLost(f"the box was silent for {SILENCE_LIMIT} s") from None
+                continue
+            if not data:
                 raise ConnectionLost("the box closed the connection")
-            with self._lock:
-                oldest = next(iter(self._owed.values()), None)
-            if oldest and time.monotonic() - oldest.sent_at >= SILENCE_LIMIT:
-                raise ConnectionLost(f"the box did not reply for {SILENCE_LIMIT} s")
+            unread += data
+            while len(unread) >= 4:
+                end = 4 + U32.unpack_from(unread)[0]
+                if not 9 <= end <= MAX_PACKET:
+                    begin = bytes(unread[:4])
+                    raise ConnectionLost(f"the box sent {begin!r}, which begins no reply")
+                if len(unread) < end:
+                    break
+                yield memoryview(unread[4:end])
+                del unread[:end]
 
 
 # ----------------------------------------------------------------------- Login
@@ -1141,7 +1139,6 @@ def connect(config: Config) -> Session:
     transport = paramiko.Transport(sock, SSH_WINDOW, SSH_PACKET)
     # paramiko would wait for ever if the server froze while it starts the subsystem.
     watchdog = threading.Timer(CONNECT_LIMIT, transport.close)
-    watchdog.daemon = True
     watchdog.start()
     try:
         known, revoked = known_host_keys(config)
