@@ -890,8 +890,7 @@ Entry = tuple[bytes, Attributes]  # of a folder: a name and its attributes
 def simple_request(packet_type: int, *fields: bytes | int) -> Request:
     """A request of strings, each behind its length, and numbers of 32 bits, of which an offset
     is two: `*divmod(offset, 1 << 32)`."""
-    pack = U32.pack
-    encoded = (pack(f) if isinstance(f, int) else pack(len(f)) + f for f in fields)
+    encoded = (U32.pack(f) if isinstance(f, int) else U32.pack(len(f)) + f for f in fields)
     return packet_type, b"".join(encoded)
 
 
@@ -1213,8 +1212,7 @@ def prefer_algorithms(options: paramiko.SecurityOptions, known: Keys) -> None:
 
 def check_host_key(config: Config, key: paramiko.PKey, known: Keys, revoked: Keys) -> None:
     """Fatal unless `key` is known for the box.  No credential has been sent yet."""
-    shown = f"{key.get_name()} {key.fingerprint}"
-    subject = f"the host key of {config.host}:{config.port} is {shown}"
+    subject = f"{config.host}:{config.port} has the host key {key.get_name()} {key.fingerprint}"
     path = shlex.quote(str(config.known_hosts))
     if key in revoked:
         raise Fatal(f"{subject}, which is revoked in HETZNER_KNOWN_HOSTS {path}")
