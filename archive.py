@@ -581,11 +581,6 @@ def parse_folder(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape").rstrip(b"/") or b"/"
 
 
-def parse_bucket(text: str) -> str:
-    expected = "the bare name of a bucket, like my-archive"
-    return parse_match(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]", expected, text)
-
-
 def parse_prefix(text: str) -> str:
     if {".", ".."} & set(text.split("/")[:-1]) or KEY_ESCAPES.search(text):
         raise ValueError("expected no . or .. segment and no control character")
@@ -664,6 +659,8 @@ parse_class = partial(parse_match, "|".join(CLASSES), "one of " + ", ".join(CLAS
 host_expected = "a bare host name without a port, like u12345.your-storagebox.de"
 parse_host = partial(parse_match, r"[^/\s@:]+|[^/\s@]*:[^/\s@]*:[^/\s@]*", host_expected)
 parse_user = partial(parse_match, r"[^\s@]+", "a bare user name, like u12345-sub1")
+bucket_expected = "the bare name of a bucket, like my-archive"
+parse_bucket = partial(parse_match, r"(?ai)[a-z0-9][\w.-]{1,253}[a-z0-9]", bucket_expected)
 REQUIRED = object()
 SECRETS = ["HETZNER_PASSWORD", "HETZNER_KEY_PASSPHRASE", "AWS_SECRET_ACCESS_KEY"]
 SECRETS += ["AWS_SESSION_TOKEN", "AWS_CONTAINER_AUTHORIZATION_TOKEN"]
@@ -772,8 +769,7 @@ def setting_faults(settings: Mapping[str, str], environ: Mapping[str, str]) -> I
         yield "SMALL_FILES_BELOW and SMALL_FILES_CLASS: set both, or none"
     # On Windows no variable shows whether there is an agent.
     has_agent = environ.get("SSH_AUTH_SOCK") or sys.platform == "win32"
-    has_login = settings.get("HETZNER_PASSWORD") or settings.get("HETZNER_KEY_FILE")
-    if not has_login and not has_agent:
+    if not (has_agent or settings.get("HETZNER_PASSWORD") or settings.get("HETZNER_KEY_FILE")):
         yield "HETZNER_PASSWORD or HETZNER_KEY_FILE: set one, or start an SSH agent"
 
 
@@ -957,8 +953,7 @@ REPLIES: dict[int, tuple[int, Callable[[memoryview], Any]]] = {
 def decode_reply(request_type: int, packet: memoryview) -> Any:
     """The content of a reply to a request of this type: a handle, data, attributes, entries,
     an extension's bytes, or None for success.  A refusal is returned as SFTPError, not
-    raised: the other replies of its batch may be useful.  ConnectionLost if the reply is of
-    another type."""
+    raised: the other replies of its batch may be useful.  ConnectionLost for other types."""
     packet_type, body = packet[0], packet[5:]
     expected, decode = REPLIES.get(request_type, (FXP_STATUS, None))
     if packet_type == FXP_STATUS and (code := U32.unpack_from(body)[0]) != FX_OK:
@@ -1018,9 +1013,8 @@ class Pipe(queue.SimpleQueue[bytes]):
 
 
 class Session:
-    """One SFTP channel, shared by many threads.  A thread of its own receives the replies and
-    delivers each to its batch.  It ends the session if a reply is missing and the box has sent
-    nothing for SILENCE_LIMIT."""
+    """One SFTP channel, shared by many threads.  Its own thread delivers the replies, and ends
+    the session if the box owes one, but has sent nothing for SILENCE_LIMIT."""
 
     def __init__(self, transport: paramiko.Transport, channel: paramiko.Channel):
         """Exchanges versions; ConnectionLost if the box does not answer in SFTP."""
