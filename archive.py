@@ -282,6 +282,7 @@ def format_usd(usd: float) -> str:
 
 # ---------------------------------------------------------------------- Errors
 
+
 FATAL, USAGE, INCOMPLETE, LOCKED, THAWING = 1, 2, 3, 11, 75  # exit statuses, see STATUSES
 
 
@@ -1052,6 +1053,14 @@ class Session:
             self.close(f"sending failed: {str(error) or 'the connection was closed'}")
         return batch
 
+    def ask(self, *requests: Request) -> list[Any]:
+        """Sends requests together and waits for the results; ConnectionLost."""
+        return self.send(*requests).results()
+
+    def ask_one(self, request: Request) -> Any:
+        """The result of a single request; SFTPError, ConnectionLost."""
+        return self.send(request).result()
+
     def close(self, reason: str) -> None:
         """Ends the session.  Threads that wait for a reply get ConnectionLost."""
         with self._lock:
@@ -1402,7 +1411,7 @@ class StorageBox:
         path; FileError."""
         request = simple_request(FXP_LSTAT, path)
         try:
-            found: Attributes = self.retry(lambda session: session.send(request).result())
+            found: Attributes = self.retry(lambda session: session.ask_one(request))
         except SFTPError as error:
             if error.code == FX_NO_SUCH_FILE:
                 return None
@@ -1418,7 +1427,7 @@ class StorageBox:
         """Bytes used and free on the file system of REMOTE_PATH; None if the server does not
         know this request (statvfs@openssh.com)."""
         request = simple_request(FXP_EXTENDED, b"statvfs@openssh.com", self._config.remote_path)
-        (reply,) = self.retry(lambda session: session.send(request).results())
+        (reply,) = self.retry(lambda session: session.ask(request))
         if isinstance(reply, SFTPError):
             return None
         _, block_size, blocks, free, available, *_ = struct.unpack_from(">11Q", reply)
@@ -1494,7 +1503,7 @@ class FileReader:
         # In a new session, or if replies were dropped after CLOSE was sent, it is opened again.
         if session is not self._session or not (self._handle or self._batches):
             self._handle = b""  # it may be another file's handle in the new session
-            self._handle = session.send(open_request(self.file.path, FOR_READING)).result()
+            self._handle = session.ask_one(open_request(self.file.path, FOR_READING))
             self._session = session
             self._drop_requests()
         while self._handle and self._requested < self._received + READ_WINDOW:
@@ -1586,14 +1595,13 @@ class FileReader:
 def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | None:
     """As StorageBox.list_folder, with several READDIRs at a time.  SFTPError if the folder
     cannot be read, FileError if it has no end, ConnectionLost."""
-    handle = session.send(simple_request(FXP_OPENDIR, path)).result()
+    handle = session.ask_one(simple_request(FXP_OPENDIR, path))
     names: dict[bytes, Attributes] = {}  # a name may come twice while the folder changes
     ended, count = False, READDIRS_PER_BATCH
     try:
         while not ended:
             before = len(names)
-            readdirs = [simple_request(FXP_READDIR, handle)] * count
-            for result in session.send(*readdirs).results():
+            for result in session.ask(*[simple_request(FXP_READDIR, handle)] * count):
                 if not isinstance(result, SFTPError):
                     names.update(result)
                 elif result.code == FX_EOF or ended:
@@ -3989,9 +3997,8 @@ class BoxFolder:
 
         def write_probe(session: Session) -> None:
             self._make_folders(session, probe)
-            handle = session.send(open_request(probe, FOR_WRITING)).result()
-            session.send(simple_request(FXP_CLOSE, handle))
-            session.send(simple_request(FXP_REMOVE, probe)).results()
+            handle = session.ask_one(open_request(probe, FOR_WRITING))
+            session.ask(simple_request(FXP_CLOSE, handle), simple_request(FXP_REMOVE, probe))
 
         try:
             box.retry(write_probe)
@@ -4020,12 +4027,12 @@ class BoxFolder:
             self._make_folders(session, path)
             # What a killed pass has left; ProFTPD lets nobody write to a file anew.
             session.send(simple_request(FXP_REMOVE, partial_path))
-            handle = session.send(open_request(partial_path, FOR_WRITING)).result()
+            handle = session.ask_one(open_request(partial_path, FOR_WRITING))
             try:  # from here on, trying again would fetch it from S3 again
                 written = write_file(session, handle, partial_path, mtime, blocks())
                 if overwrite:
-                    session.send(simple_request(FXP_REMOVE, path)).results()
-                session.send(simple_request(FXP_RENAME, partial_path, path)).result()
+                    session.ask(simple_request(FXP_REMOVE, path))
+                session.ask_one(simple_request(FXP_RENAME, partial_path, path))
             except SFTPError as error:
                 raise FileError(f"the box cannot store it: {error}") from None
             # A request of a lost session may have been carried out just now.
@@ -4041,8 +4048,7 @@ class BoxFolder:
             free = None
             with contextlib.suppress(Fatal, Stopped, FileError):
                 free = self.free_space()  # before the partial file is deleted
-                remove = simple_request(FXP_REMOVE, partial_path)
-                self._box.retry(lambda session: session.send(remove).results())
+                self._box.retry(lambda s: s.ask(simple_request(FXP_REMOVE, partial_path)))
             if free is not None and free < MIB:
                 raise Fatal(f"{error}; the box is full") from None
             raise
@@ -4053,7 +4059,7 @@ class BoxFolder:
         above = list(itertools.accumulate(path.split(b"/"), join))[:-1]
         folders = [folder for folder in above if folder]
         lstats = [simple_request(FXP_LSTAT, folder) for folder in folders]
-        found = session.send(*lstats).results()
+        found = session.ask(*lstats)
         mkdirs = []
         for folder, attributes in zip(folders, found):
             if isinstance(attributes, SFTPError):
@@ -4064,15 +4070,15 @@ class BoxFolder:
                 raise FileError(f"{printable(folder)} is a file on the box, not a folder")
             if stat.S_ISLNK(mode) and folder.startswith(join(self._folder, b"")):
                 raise FileError(THROUGH_LINK)
-        refused = [result for result in session.send(*mkdirs).results() if result]
+        refused = [result for result in session.ask(*mkdirs) if result]
         # Another thread may have created the same folder meanwhile.
-        if refused and isinstance(session.send(lstats[-1]).results()[0], SFTPError):
+        if refused and isinstance(session.ask(lstats[-1])[0], SFTPError):
             raise refused[0]
 
 
 def size_and_mtime(session: Session, path: bytes) -> tuple[int | None, int | None]:
     """The size and mtime of a file on the box, or (None, None)."""
-    (found,) = session.send(simple_request(FXP_LSTAT, path)).results()
+    (found,) = session.ask(simple_request(FXP_LSTAT, path))
     return found[:2] if isinstance(found, Attributes) else (None, None)
 
 
