@@ -1449,17 +1449,15 @@ class FileReader:
     only if the file still has its first size and mtime.  FSTAT shows whether it was changed,
     LSTAT whether another file was renamed over it.  Anything else is a FileError.
 
-    A small file takes two round trips: OPEN; then FSTAT, READs, FSTAT, LSTAT and CLOSE.
+    A small file takes two round trips: OPEN and LSTAT; then READs, FSTAT, LSTAT and CLOSE.
     """
 
     def __init__(self, box: StorageBox, listed: RemoteFile, offset: int = 0):
         """Opens the file; FileError, also if it has grown by more than MAX_GROWTH since it
         was listed, because no memory is reserved for that."""
-        self._box, self._began = box, time.time()
-        self.file = listed  # the first FSTAT replaces it
+        self._box, self._path, self._began = box, listed.path, time.time()
         self.is_recent = False  # set at the end of the file
-        self.is_verified = False  # whether it was read to its end and had not changed
-        self._is_open = False
+        self._is_verified = False  # whether it was read to its end and had not changed
         self._delivered = self._received = self._requested = offset
         self._arrived: deque[memoryview] = deque()
         self._batches: deque[tuple[Batch, list[tuple[int, int]]]] = deque()
@@ -1467,9 +1465,11 @@ class FileReader:
         self._session: Session | None = None
         self._handle = b""  # empty once its CLOSE has been sent
         try:
-            while not self._is_open:
-                self._advance()
-        except BaseException:
+            self.file = box.retry_reading(self._path, self._open)
+            if self.file.size > listed.size + MAX_GROWTH:
+                sizes = f"{listed.size:,} bytes when it was listed, now {self.file.size:,}"
+                raise FileError(f"changed: {sizes}")
+        except FileError:
             self.close()
             raise
 
@@ -1478,14 +1478,15 @@ class FileReader:
         left = self.file.size - self._delivered
         missing = amount = left if amount < 0 else min(amount, left)
         data = io.BytesIO(bytes(amount))  # getvalue() copies nothing, join() would
-        while missing or (amount == left and not self.is_verified):
-            if not missing or not self._arrived:
+        while missing:
+            while not self._arrived:
                 self._advance()
-                continue
             piece = self._arrived.popleft()
             if len(piece) > missing:
                 self._arrived.appendleft(piece[missing:])
             missing -= data.write(piece[:missing])
+        while amount == left and not self._is_verified:
+            self._advance()
         self._delivered += amount
         return data.getvalue()
 
@@ -1495,17 +1496,23 @@ class FileReader:
             self._session.send(simple_request(FXP_CLOSE, self._handle))
         self._handle = b""
 
+    def _open(self, session: Session) -> RemoteFile:
+        """Opens the file in this session, and returns what its path leads to."""
+        self._session, self._handle = session, b""  # handles of another session end with it
+        self._drop_requests()
+        lstat = simple_request(FXP_LSTAT, self._path)
+        handle, found = session.ask(open_request(self._path, FOR_READING), lstat)
+        self._handle = raise_if_refused(handle)
+        return self._file_now(found)
+
     def _advance(self) -> None:
         """Fills the window with requests, and takes the replies to the oldest batch."""
-        self._box.retry_reading(self.file.path, self._exchange, self._session)
+        self._box.retry_reading(self._path, self._exchange, self._session)
 
     def _exchange(self, session: Session) -> None:
         # In a new session, or if replies were dropped after CLOSE was sent, it is opened again.
         if session is not self._session or not (self._handle or self._batches):
-            self._handle = b""  # it may be another file's handle in the new session
-            self._handle = session.ask_one(open_request(self.file.path, FOR_READING))
-            self._session = session
-            self._drop_requests()
+            self._check_unchanged(self._open(session))
         while self._handle and self._requested < self._received + READ_WINDOW:
             self._request(session)
         if not self._take_batch():
@@ -1517,17 +1524,17 @@ class FileReader:
         self._requested = self._received
 
     def _request(self, session: Session) -> None:
-        """Sends an FSTAT and some READs, and after the last READ also the requests that show
-        whether the file has changed, and its CLOSE."""
-        start, step = self._requested, self._read_size
-        end = min(self.file.size, start + READS_PER_BATCH * step)
+        """Sends some READs, and an FSTAT that shows whether the file has changed.  After the
+        last READ there are an LSTAT, a READ beyond the end, and the CLOSE."""
+        start, step, size = self._requested, self._read_size, self.file.size
+        end = min(size, start + READS_PER_BATCH * step)
         spans = [(at, min(step, end - at)) for at in range(start, end, step)]
-        fstat = simple_request(FXP_FSTAT, self._handle)
-        requests = [fstat, *(read_request(self._handle, *span) for span in spans)]
-        if end == self.file.size:
-            requests.append(read_request(self._handle, end, 1))  # the size may be too small
-            requests += [fstat, simple_request(FXP_LSTAT, self.file.path)]
-            requests += [simple_request(FXP_CLOSE, self._handle)]
+        requests = [read_request(self._handle, *span) for span in spans]
+        requests.append(simple_request(FXP_FSTAT, self._handle))
+        if end == size:
+            requests.append(simple_request(FXP_LSTAT, self._path))
+            requests.append(read_request(self._handle, size, 1))  # the size may be too small
+            requests.append(simple_request(FXP_CLOSE, self._handle))
             self._handle = b""
         self._box.pace(end - start)
         self._batches.append((session.send(*requests), spans))
@@ -1536,20 +1543,17 @@ class FileReader:
     def _take_batch(self) -> bool:
         """Takes the replies to the oldest batch; whether those after them are useful."""
         batch, spans = self._batches.popleft()
-        fstat, *results = batch.results()
-        listed_size = self.file.size
-        self._check_attributes(fstat)
-        if self.file.size != listed_size:  # the spans were made for the listed size
-            return False
+        results = batch.results()
+        fstat, *last = results[len(spans) :]
+        self._check_unchanged(self._file_now(fstat))
         if not all(self._take(*span, data) for span, data in zip(spans, results)):
             return False
-        if len(results) > len(spans):
-            beyond, *checks, _ = results[len(spans) :]
-            for reply in checks:
-                self._check_attributes(reply)
+        if last:
+            lstat, beyond, _ = last
+            self._check_unchanged(self._file_now(lstat))
             if isinstance(beyond, memoryview) and beyond:
                 raise FileError(f"has more than {self.file.size:,} bytes, its size on the box")
-            self.is_verified, self.is_recent = True, is_recent(self.file, self._began)
+            self._is_verified, self.is_recent = True, is_recent(self.file, self._began)
         return True
 
     def _take(self, offset: int, size: int, data: Any) -> bool:
@@ -1568,28 +1572,19 @@ class FileReader:
             self._read_size = max(len(data), MIN_READ_SIZE)
         return len(data) == size
 
-    def _check_attributes(self, reply: Attributes | SFTPError) -> None:
-        """The first call opens the reader: it notes the size and mtime.  FileError if a later
-        reply differs, or if it is not a file any more."""
-        if isinstance(reply, SFTPError):
-            if reply.code == FX_NO_SUCH_FILE:
-                raise FileError("vanished while it was read", VANISHED)
-            raise FileError(f"the box does not tell its size: {reply}")
-        size, mtime, mode = reply
-        if size is None or mtime is None:
-            raise FileError("the box does not tell its size and time")
-        before, after = self.file, RemoteFile(self.file.path, size, mtime)
-        is_regular = stat.S_ISREG(mode or stat.S_IFREG)
-        if not self._is_open and is_regular:
-            if size > before.size + MAX_GROWTH:
-                raise FileError(
-                    f"changed: {before.size:,} bytes when it was listed, now {size:,}"
-                )
-            self._is_open, self.file = True, after
-        elif before != after or not is_regular:
-            was = f"{before.size:,} bytes of mtime {before.mtime}"
-            now = f"{after.size:,} of {after.mtime}"
-            raise FileError(f"changed while it was read: {was}, then {now}", CHANGED)
+    def _file_now(self, reply: Attributes | SFTPError) -> RemoteFile:
+        """The file with the size and mtime of the reply to an LSTAT or FSTAT; FileError."""
+        if isinstance(reply, SFTPError) and reply.code == FX_NO_SUCH_FILE:
+            raise FileError("vanished while it was read", VANISHED)
+        if isinstance(reply, SFTPError) or reply.size is None or reply.mtime is None:
+            raise FileError(f"the box does not tell its size and time: {reply}")
+        return RemoteFile(self._path, reply.size, reply.mtime)
+
+    def _check_unchanged(self, now: RemoteFile) -> None:
+        if now != self.file:
+            was = f"{self.file.size:,} bytes of mtime {self.file.mtime}"
+            reason = f"changed while it was read: {was}, then {now.size:,} of {now.mtime}"
+            raise FileError(reason, CHANGED)
 
 
 def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | None:
