@@ -1805,10 +1805,6 @@ CREATE TABLE runs (started_at INTEGER PRIMARY KEY, ended_at INTEGER, status INTE
     uploaded INTEGER, skipped INTEGER, failed INTEGER, bytes INTEGER, spent REAL);
 CREATE TABLE gone (path TEXT PRIMARY KEY) WITHOUT ROWID;
 """
-SELECT_RECORDS = (
-    "SELECT path, size, mtime, uploaded_at, key, etag, crc32, storage_class"
-    " FROM files JOIN objects USING (path)"
-)
 SOURCE_PINS = ("HETZNER_USER", "REMOTE_PATH")
 
 
@@ -1857,8 +1853,6 @@ def state_errors(path: Path) -> Iterator[None]:
             remedy += "temporary files (TMPDIR), and the number of open files"
         raise Fatal(f"the state database {path} cannot be used: {error}; {remedy}") from None
 
-
-Statement = str | tuple[Any, ...]  # SQL, or SQL and its values
 
 # How the listing and the state agree about a key: labels of `verify`'s table.
 AGREE, NO_OBJECT, WRONG_SIZE = "Agree", "Missing", "Wrong size"
@@ -1957,10 +1951,10 @@ class State:
             return None
 
         self._db.create_function("key_of", 1, key_of, deterministic=True)
-        tables = {name for (name,) in self._rows("SELECT name FROM sqlite_master")}
+        tables = {name for (name,) in self._execute("SELECT name FROM sqlite_master")}
         old = tables & {"objects", "recheck", "replacing", "uploads", "meta", "runs", "gone"}
         unsure = "true" if "meta" in tables else "typeof(mtime) != 'integer'"
-        self._commit(
+        statements = (
             *(f"DROP TABLE {name}" for name in old),
             *SCHEMA.split(";"),
             "DELETE FROM files WHERE typeof(path) != 'text' OR typeof(size) != 'integer'"
@@ -1970,20 +1964,20 @@ class State:
             "INSERT INTO objects (path, key) SELECT path, key_of(path) FROM files",
             f"PRAGMA user_version = {STATE_VERSION}",
         )
+        with self._transaction():
+            for statement in statements:
+                self._execute(statement)
 
-    def _rows(self, query: str, *values: Any) -> list[Any]:
+    def _execute(self, statement: str, *values: Any) -> list[Any]:
+        """The rows that the statement returns.  It is committed, unless in a transaction."""
         with state_errors(self._path):
-            return self._db.execute(query, values).fetchall()
+            return self._db.execute(statement, values).fetchall()
 
-    def _commit(self, *statements: Statement) -> None:
-        """Executes the statements in one transaction."""
-        if not statements:
-            return
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
         with state_errors(self._path), self._db:  # which commits or rolls back
             self._db.execute("BEGIN IMMEDIATE")
-            for statement in statements:
-                sql, *values = (statement,) if isinstance(statement, str) else statement
-                self._db.execute(sql, values)
+            yield
 
     def close(self) -> None:
         self._db.close()
@@ -1993,12 +1987,12 @@ class State:
     @property
     def is_new(self) -> bool:
         """Whether the state still has to be made from the bucket's listing."""
-        return not self._rows("SELECT 1 FROM meta WHERE name = 'S3_BUCKET'")
+        return not self._execute("SELECT 1 FROM meta WHERE name = 'S3_BUCKET'")
 
     def check_pins(self, but: tuple[str, ...] = ()) -> None:
         """Fatal if the state belongs to another source or destination than the settings,
         those named in `but` excepted."""
-        known = dict(self._rows("SELECT name, value FROM meta"))
+        known = dict(self._execute("SELECT name, value FROM meta"))
         for name, value in self._pins.items():
             if name not in but and known.get(name, value) != value:
                 pinned, wanted = (printable(text) or "(empty)" for text in (known[name], value))
@@ -2010,15 +2004,17 @@ class State:
 
     def pin(self) -> None:
         """Notes which source and destination the state belongs to."""
-        insert = "INSERT OR REPLACE INTO meta VALUES (?, ?)"
-        self._commit(*((insert, *pin) for pin in self._pins.items()))
+        with self._transaction():
+            pins = self._pins.items()
+            self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", pins)
 
     def forget_source(self) -> None:
         """Deletes all rows of files and the pins: the state `is_new` then.  Unfinished
         uploads may have parts of the old source's files, and are not continued."""
-        tables = ("files", "objects", "meta", "gone")
-        deletions = (f"DELETE FROM {table}" for table in tables)
-        self._commit("UPDATE uploads SET mtime = NULL", *deletions)
+        with self._transaction():
+            self._execute("UPDATE uploads SET mtime = NULL")
+            for table in ("files", "objects", "meta", "gone"):
+                self._execute(f"DELETE FROM {table}")
 
     # Files
 
@@ -2027,14 +2023,18 @@ class State:
         by_path = {path_text(file.path): file for file in files}
         paths = "SELECT value FROM json_each(?)"  # of any number of paths
         query = f"SELECT path, size, mtime FROM files WHERE path IN ({paths})"
-        rows = set(self._rows(query, json.dumps([*by_path])))
+        rows = set(self._execute(query, json.dumps([*by_path])))
         return [
             file for path, file in by_path.items() if (path, file.size, file.mtime) not in rows
         ]
 
     def find(self, path: bytes) -> Record | None:
-        rows = self._rows(f"{SELECT_RECORDS} WHERE path = ?", path_text(path))
-        return Record(*rows[0]) if rows else None
+        found = self._records("path = ?", path_text(path))
+        return found[0] if found else None
+
+    def _records(self, condition: str, *values: Any) -> list[Record]:
+        query = f"SELECT {', '.join(Record._fields)} FROM files JOIN objects USING (path)"
+        return [Record(*row) for row in self._execute(f"{query} WHERE {condition}", *values)]
 
     def note_begun(self, jobs: Iterable[Job]) -> None:
         """Notes which files may be read and sent from now on.
@@ -2046,27 +2046,24 @@ class State:
         file the parts belong to.  None is noted if the file is compared first, or was modified
         so recently that its parts could be of different versions.
         """
-        statements: list[Statement] = []
-        for job in jobs:
-            path = path_text(job.file.path)
-            if job.record is not None:
-                statements += [
-                    ("UPDATE files SET mtime = NULL WHERE path = ?", path),
-                    ("UPDATE objects SET etag = NULL, crc32 = NULL WHERE path = ?", path),
-                ]
-            if job.plan.is_multipart and not job.resumes:
-                is_unsure = job.compares or is_recent(job.file, time.time())
-                mtime = None if is_unsure else job.file.mtime
-                row = (job.key, path, job.file.size, mtime, job.plan.part_size)
-                insert = "INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?, NULL)"
-                statements.append((insert, *row))
-        self._commit(*statements)
+        forget = "UPDATE objects SET etag = NULL, crc32 = NULL WHERE path = ?"
+        insert = "INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?, NULL)"
+        with self._transaction():
+            for job in jobs:
+                path, size = path_text(job.file.path), job.file.size
+                if job.record is not None:
+                    self._execute("UPDATE files SET mtime = NULL WHERE path = ?", path)
+                    self._execute(forget, path)
+                if job.plan.is_multipart and not job.resumes:
+                    is_unsure = job.compares or is_recent(job.file, time.time())
+                    mtime = None if is_unsure else job.file.mtime
+                    self._execute(insert, job.key, path, size, mtime, job.plan.part_size)
 
     def note_upload(self, job: Job) -> None:
         """Notes that a large file whose comparison was cut off is to be uploaded by the next
         run: an upload can be continued, a comparison would begin again every night."""
         update = "UPDATE uploads SET mtime = ? WHERE key = ?"
-        self._commit((update, job.file.mtime, job.key))
+        self._execute(update, job.file.mtime, job.key)
 
     def note_upload_id(self, key: str, upload_id: str) -> None:
         """Notes the id of an upload before its first part is sent.  For any thread."""
@@ -2079,97 +2076,89 @@ class State:
     def record(self, archived: Iterable[Archived]) -> None:
         """Commits files that S3 has acknowledged, or was found to hold already.  The
         invariant depends on this method, which must be called only with such files."""
-        statements: list[Statement] = []
-        for done in archived:
-            path, mtime = path_text(done.file.path), None if done.is_recent else done.file.mtime
-            statements += row_statements(path, done.file.size, mtime, done.stored)
-            statements.append(("DELETE FROM uploads WHERE key = ?", done.stored.key))
-        self._commit(*statements)
+        with self._transaction():
+            for done in archived:
+                file, mtime = done.file, None if done.is_recent else done.file.mtime
+                self._store(path_text(file.path), file.size, mtime, done.stored)
+                self.forget_upload(done.stored.key)
+
+    def _store(self, path: str, size: int, mtime: int | None, found: StoredObject) -> None:
+        file_row = (path, size, mtime, found.uploaded_at)
+        object_row = (path, found.key, found.etag, found.crc32, found.storage_class or None)
+        self._execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", *file_row)
+        self._execute("INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?, ?)", *object_row)
 
     # Unfinished uploads
 
     def uploads(self) -> dict[str, BegunUpload]:
-        rows = self._rows("SELECT key, size, mtime, part_size, upload_id FROM uploads")
+        rows = self._execute("SELECT key, size, mtime, part_size, upload_id FROM uploads")
         return {key: BegunUpload(*values) for key, *values in rows}
 
     def forget_upload(self, key: str) -> None:
-        self._commit(("DELETE FROM uploads WHERE key = ?", key))
+        self._execute("DELETE FROM uploads WHERE key = ?", key)
 
     # All rows
 
     def records(self, condition: str = "true") -> Iterator[Record]:
         """Rows sorted by key, as S3's listings are.  The caller may change those it has got."""
-        query = f"{SELECT_RECORDS} WHERE {condition} AND key > ? ORDER BY key LIMIT {PAGE}"
         last = ""
-        while rows := [Record(*row) for row in self._rows(query, last)]:
-            yield from rows
-            last = rows[-1].key
+        while page := self._records(f"{condition} AND key > ? ORDER BY key LIMIT {PAGE}", last):
+            yield from page
+            last = page[-1].key
 
     def note_seen(self, files: Iterable[RemoteFile]) -> None:
         """Notes that these files are on the box, until the database is closed."""
-        insert = "INSERT OR IGNORE INTO temp.seen VALUES (?)"
-        self._commit(*((insert, path_text(file.path)) for file in files))
+        rows = [(path_text(file.path),) for file in files]
+        with self._transaction():
+            self._db.executemany("INSERT OR IGNORE INTO temp.seen VALUES (?)", rows)
 
     def unseen(self) -> Iterator[Record]:
         return self.records("path NOT IN (SELECT path FROM temp.seen)")
 
     def known_gone(self) -> set[str]:
         """Paths of the files that were gone when MAX_CHANGED last let a run go on."""
-        return {path for (path,) in self._rows("SELECT path FROM gone")}
+        return {path for (path,) in self._execute("SELECT path FROM gone")}
 
     def note_gone(self, paths: Iterable[str]) -> None:
         """Adds paths to `known_gone`, and drops those of files that were noted as seen."""
-        drop = "DELETE FROM gone WHERE path IN (SELECT path FROM temp.seen)"
-        insert = "INSERT OR IGNORE INTO gone VALUES (?)"
-        self._commit(drop, *((insert, path) for path in paths))
+        with self._transaction():
+            self._execute("DELETE FROM gone WHERE path IN (SELECT path FROM temp.seen)")
+            rows = [(path,) for path in paths]
+            self._db.executemany("INSERT OR IGNORE INTO gone VALUES (?)", rows)
 
     def apply(self, comparisons: Iterable[Comparison]) -> None:
         """Brings rows in line with the bucket's listing."""
-        statements: list[Statement] = []
-        for verdict, _, path, found, record in comparisons:
-            if found is None:
-                statements.append(("DELETE FROM files WHERE path = ?", path))
-                statements.append(("DELETE FROM objects WHERE path = ?", path))
-            elif record is None or verdict in (WRONG_SIZE, WRONG_ETAG):
-                statements += row_statements(path, found.size, None, found)
-            elif (record.etag, record.storage_class) != (found.etag, found.storage_class):
-                updated = found._replace(crc32=record.crc32)
-                statements += row_statements(path, record.size, record.mtime, updated)
-        self._commit(*statements)
+        with self._transaction():
+            for verdict, _, path, found, record in comparisons:
+                if found is None:
+                    self._execute("DELETE FROM files WHERE path = ?", path)
+                    self._execute("DELETE FROM objects WHERE path = ?", path)
+                elif record is None or verdict in (WRONG_SIZE, WRONG_ETAG):
+                    self._store(path, found.size, None, found)
+                elif (record.etag, record.storage_class) != (found.etag, found.storage_class):
+                    updated = found._replace(crc32=record.crc32)
+                    self._store(path, record.size, record.mtime, updated)
 
     def archived(self, config: Config) -> Counts:
         """The archived files by storage class; STORAGE_CLASS where none was recorded."""
-        query = "SELECT coalesce(storage_class, ?), sum(size), count(*)"
-        query += " FROM files JOIN objects USING (path) GROUP BY 1 ORDER BY 3 DESC"
-        counts = Counts()
-        for row in self._rows(query, config.storage_class):
-            counts.add(*row)
-        return counts
+        query = "SELECT coalesce(storage_class, ?), count(*), sum(size)"
+        query += " FROM files JOIN objects USING (path) GROUP BY 1 ORDER BY 2 DESC"
+        rows = self._execute(query, config.storage_class)
+        return Counts({name: Count(files, size) for name, files, size in rows})
 
     def record_run(self, run: PastRun) -> None:
         """Adds or replaces a run.  When a run begins, this shows that the state is writable."""
-        self._commit(("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *run))
+        self._execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *run)
 
     def last_runs(self, count: int) -> list[PastRun]:
         """The last runs, the latest first."""
         query = "SELECT * FROM runs ORDER BY started_at DESC LIMIT ?"
-        return [PastRun(*row) for row in self._rows(query, count)]
+        return [PastRun(*row) for row in self._execute(query, count)]
 
     def spent_since(self, seconds: float) -> float:
         """USD that were spent by runs which began after this time since the epoch."""
         query = "SELECT coalesce(sum(spent), 0) FROM runs WHERE started_at >= ?"
-        return float(self._rows(query, seconds)[0][0])
-
-
-def row_statements(
-    path: str, size: int, mtime: int | None, found: StoredObject
-) -> list[Statement]:
-    file_row = (path, size, mtime, found.uploaded_at)
-    object_row = (path, found.key, found.etag, found.crc32, found.storage_class or None)
-    return [
-        ("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", *file_row),
-        ("INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?, ?)", *object_row),
-    ]
+        return float(self._execute(query, seconds)[0][0])
 
 
 def create_private(path: Path) -> None:
