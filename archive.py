@@ -1329,18 +1329,15 @@ class StorageBox:
                 raise self._given_up
             if self._session is None or self._session.lost is not None:
                 self._session = self._connect()
-            session = self._session
-        if self.stopping.is_set():  # `close` may not have seen this session
-            session.close("stopped")
-        return session
+            self.stopping.check()  # `close` may not have seen this session
+            return self._session
 
     def pace(self, size: int) -> None:
         """Waits until `size` more bytes may be read, within BANDWIDTH_LIMIT."""
-        if self._config.bandwidth_limit is not None:
+        if limit := self._config.bandwidth_limit:
             with self._pace_lock:
                 now = time.monotonic()
-                earliest = max(self._next_read, now)
-                self._next_read = earliest + size / self._config.bandwidth_limit
+                self._next_read = max(self._next_read, now) + size / limit
                 delay = self._next_read - now
             self.stopping.wait(delay)
 
@@ -1399,12 +1396,11 @@ class StorageBox:
         try:
             return self.retry(operation, session)
         except SFTPError as error:
-            refusal = error
-        if refusal.code == FX_NO_SUCH_FILE and self.find(path) is None:
-            raise FileError("vanished before it was read", VANISHED)
-        if refusal.code == FX_PERMISSION_DENIED:
-            raise FileError("the box denies permission to read it")
-        raise FileError(f"the box cannot open it: {refusal}")
+            if error.code == FX_NO_SUCH_FILE and self.find(path) is None:
+                raise FileError("vanished before it was read", VANISHED) from None
+            if error.code == FX_PERMISSION_DENIED:
+                raise FileError("the box denies permission to read it") from None
+            raise FileError(f"the box cannot open it: {error}") from None
 
     def find(self, path: bytes) -> Attributes | None:
         """The attributes of `path` itself, even if it is a link; None if nothing has this
@@ -1709,7 +1705,6 @@ class Walk:
     def __iter__(self) -> Iterator[list[RemoteFile]]:
         """Lists of at most PAGE files, and an empty list after each COMMIT_PAUSE without a
         file.  Fatal if REMOTE_PATH itself cannot be listed, Stopped."""
-        self._box.session()
         waiting = [self._root]
         begun: deque[tuple[bytes, Future[list[Entry] | None]]] = deque()
         pool = ThreadPoolExecutor(LISTINGS_AT_ONCE)
