@@ -1609,6 +1609,9 @@ def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | No
     return sorted(entry for entry in names.items() if entry[0] not in (b".", b".."))
 
 
+nfc = partial(unicodedata.normalize, "NFC")
+
+
 class PathFilter:
     """Which entries the walk skips: hidden ones and those of EXCLUDE_PATHS.
 
@@ -1623,46 +1626,39 @@ class PathFilter:
         self._box = box
         self._items: dict[str, str] = {}  # by path or glob
         self._globs: list[tuple[re.Pattern[str], str]] = []  # and the item that each is of
-        self._unmatched = set(config.exclude)  # items that have matched nothing yet
+        # Items that match nothing and do not exist: what exists may be in a hidden folder.
+        self.unmatched: set[str] = set()
         start = join(self._root, b"").decode("utf-8", "surrogateescape")
         for item in config.exclude:
             whole = nfc(item.rstrip("/").removeprefix(start).removeprefix("./").lstrip("/"))
-            for path in {whole, whole.removeprefix("**/")}:  # **/ is the top, too
+            paths = {whole, whole.removeprefix("**/")}  # **/ is the top, too
+            existing = set(filter(self._exists, paths))
+            if not existing:
+                self.unmatched.add(item)
+            for path in paths:
                 self._items[path] = item
-                if set("*?[") & set(path) and not self._exists(path):
+                if set("*?[") & set(path) and path not in existing:
                     self._globs.append((re.compile(fnmatch.translate(path)), item))
 
     def is_excluded(self, path: bytes) -> bool:
-        """Whether an item excludes the path; notes that item for `unmatched`."""
+        """Whether an item excludes the path; removes that item from `unmatched`."""
         if not self._items:
             return False
         text = nfc(relative_path(self._root, path).decode("utf-8", "surrogateescape"))
         matching = (item for glob, item in self._globs if glob.match(text))
         item = self._items.get(text) or next(matching, None)
-        if item is not None:
-            self._unmatched.discard(item)
+        self.unmatched.discard(item or "")
         return item is not None
 
     def _exists(self, path: str) -> bool:
-        for form in ("NFC", "NFD"):
-            name = unicodedata.normalize(form, path).encode("utf-8", "surrogateescape")
+        for text in {path, unicodedata.normalize("NFD", path)} - {""}:
             with contextlib.suppress(FileError):
-                if self._box.find(join(self._root, name)):
+                if self._box.find(join(self._root, text.encode("utf-8", "surrogateescape"))):
                     return True
         return False
 
-    def unmatched(self) -> set[str]:
-        """Items that matched nothing and do not exist.  One that exists may be in a hidden
-        folder."""
-        items = ((path, item) for path, item in self._items.items() if item in self._unmatched)
-        return self._unmatched - {item for path, item in items if path and self._exists(path)}
-
     def is_hidden(self, name: bytes) -> bool:
         return name.startswith(b".") and not self._include_hidden
-
-
-def nfc(text: str) -> str:
-    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 class WalkReport:
@@ -1726,7 +1722,7 @@ class Walk:
                     files = [self._file_of(path, *entry, folders) for entry in page]
                     yield [file for file in files if file is not None]
                 waiting += reversed(folders)
-            self._report.unmatched = self._filter.unmatched()
+            self._report.unmatched = self._filter.unmatched
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
