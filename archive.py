@@ -2189,13 +2189,11 @@ def locked(config: Config, suffix: str = ".lock") -> Iterator[None]:
         db = sqlite3.connect(path, timeout=0, isolation_level=None)
         db.execute("BEGIN EXCLUSIVE")
     except sqlite3.Error as error:
-        reason, remedy = str(error), "check its permissions, and those of its folder"
-        if "locked" in reason and has_locks(path.with_name(f"{path.name}.{os.getpid()}")):
+        if "locked" in str(error) and has_locks(path.with_name(f"{path.name}.{os.getpid()}")):
             raise Fatal(f"another run is at work: it holds {path}", status=LOCKED) from None
-        if "open" not in reason and "readonly" not in reason:
-            remedy = "perhaps its file system has no locks, as some network shares: put "
-            remedy += "STATE_DB on a local disk"
-        raise Fatal(f"the lock {path} cannot be taken: {reason}; {remedy}") from None
+        remedy = "check its permissions, and those of its folder; if its file system has no "
+        remedy += "locks, as some network shares, put STATE_DB on a local disk"
+        raise Fatal(f"the lock {path} cannot be taken: {error}; {remedy}") from None
     with contextlib.closing(db):
         yield
 
