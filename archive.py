@@ -1640,15 +1640,17 @@ class PathFilter:
                 if set("*?[") & set(path) and path not in existing:
                     self._globs.append((re.compile(fnmatch.translate(path)), item))
 
-    def is_excluded(self, path: bytes) -> bool:
-        """Whether an item excludes the path; removes that item from `unmatched`."""
-        if not self._items:
-            return False
-        text = nfc(relative_path(self._root, path).decode("utf-8", "surrogateescape"))
-        matching = (item for glob, item in self._globs if glob.match(text))
-        item = self._items.get(text) or next(matching, None)
-        self.unmatched.discard(item or "")
-        return item is not None
+    def label(self, path: bytes) -> str:
+        """The label under which an entry that is skipped is counted; empty for others.  An
+        item that excludes the entry is removed from `unmatched`."""
+        if self._items:
+            text = nfc(relative_path(self._root, path).decode("utf-8", "surrogateescape"))
+            matching = (item for glob, item in self._globs if glob.match(text))
+            if item := self._items.get(text) or next(matching, None):
+                self.unmatched.discard(item)
+                return "Excluded"
+        is_hidden = path.rpartition(b"/")[2].startswith(b".")
+        return "Hidden entries" if is_hidden and not self._include_hidden else ""
 
     def _exists(self, path: str) -> bool:
         for text in {path, unicodedata.normalize("NFD", path)} - {""}:
@@ -1656,9 +1658,6 @@ class PathFilter:
                 if self._box.find(join(self._root, text.encode("utf-8", "surrogateescape"))):
                     return True
         return False
-
-    def is_hidden(self, name: bytes) -> bool:
-        return name.startswith(b".") and not self._include_hidden
 
 
 class WalkReport:
@@ -1719,24 +1718,18 @@ class Walk:
                 folders: list[bytes] = []
                 for start in range(0, len(entries), PAGE):
                     page = entries[start : start + PAGE]
-                    files = [self._file_of(path, *entry, folders) for entry in page]
-                    yield [file for file in files if file is not None]
+                    yield [*self._files(path, page, folders)]
                 waiting += reversed(folders)
-            self._report.unmatched = self._filter.unmatched
+            self._report.unmatched = self._filter.unmatched.copy()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def leaves_out(self, path: bytes) -> bool:
         """Whether the walk does not reach this path, because it or a folder above it is
         hidden or excluded, or could not be listed."""
-        root = join(self._root, b"")
-        names = path.removeprefix(root).split(b"/")
-        paths = list(itertools.accumulate(names, join, initial=root))[1:]
-        return (
-            any(map(self._filter.is_hidden, names))
-            or any(map(self._filter.is_excluded, paths))
-            or bool(self._report.unlisted.intersection(paths))
-        )
+        names = relative_path(self._root, path).split(b"/")
+        _, *paths = itertools.accumulate(names, join, initial=self._root)
+        return any(path in self._report.unlisted or self._filter.label(path) for path in paths)
 
     def _entries(self, path: bytes, listing: Future[list[Entry] | None]) -> list[Entry] | None:
         """The result of the listing.  A failure is reported, and gives no entries; Fatal if it
@@ -1756,29 +1749,27 @@ class Walk:
                 self._report.add_failure(path, f"this folder cannot be listed: {error}")
             return []
 
-    def _file_of(
-        self, folder: bytes, name: bytes, attributes: Attributes, folders: list[bytes]
-    ) -> RemoteFile | None:
-        """The file to archive, if the entry is one.  A folder is added to `folders`."""
-        path, (size, mtime, mode) = join(folder, name), attributes
-        file_type = stat.S_IFMT(mode or 0)
-        if not name or b"/" in name or len(path) > MAX_PATH_BYTES:
-            self._report.add_failure(path[:MAX_PATH_BYTES], "no file can have this name")
-        elif self._filter.is_excluded(path):
-            self._report.left_out["Excluded"] += 1
-        elif self._filter.is_hidden(name):
-            self._report.left_out["Hidden entries"] += 1
-        elif file_type == stat.S_IFDIR:
-            folders.append(path)
-        elif file_type == stat.S_IFREG and size is not None and mtime is not None:
-            return RemoteFile(path, size, mtime)
-        elif file_type in (stat.S_IFREG, 0):
-            self._report.unlisted.add(path)
-            self._report.add_failure(path, "the box does not tell its type, size and time")
-        else:
-            is_link = file_type == stat.S_IFLNK
-            self._report.left_out["Links" if is_link else "Special files"] += 1
-        return None
+    def _files(
+        self, folder: bytes, entries: list[Entry], folders: list[bytes]
+    ) -> Iterator[RemoteFile]:
+        """The files to archive among the entries of a folder.  Its folders are added to
+        `folders`."""
+        for name, (size, mtime, mode) in entries:
+            path, file_type = join(folder, name), stat.S_IFMT(mode or 0)
+            if not name or b"/" in name or len(path) > MAX_PATH_BYTES:
+                self._report.add_failure(path[:MAX_PATH_BYTES], "no file can have this name")
+            elif label := self._filter.label(path):
+                self._report.left_out[label] += 1
+            elif file_type == stat.S_IFDIR:
+                folders.append(path)
+            elif file_type == stat.S_IFREG and size is not None and mtime is not None:
+                yield RemoteFile(path, size, mtime)
+            elif file_type in (stat.S_IFREG, 0):
+                self._report.unlisted.add(path)
+                self._report.add_failure(path, "the box does not tell its type, size and time")
+            else:
+                is_link = file_type == stat.S_IFLNK
+                self._report.left_out["Links" if is_link else "Special files"] += 1
 
 
 # ----------------------------------------------------------------------- State
