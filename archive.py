@@ -1884,9 +1884,10 @@ class Counts(dict[str, Count]):
 class State:
     """The state database, for one thread.  Methods raise Fatal, and commit what they write."""
 
-    def __init__(self, config: Config, copy: bool = False):
+    def __init__(self, config: Config, new_source: bool = False, copy: bool = False):
         """Opens the database, or makes it.  With `copy`, it opens a temporary copy instead,
-        which is empty if there is no database; changes are lost."""
+        which is empty if there is no database; changes are lost.  Fatal if it belongs to
+        another destination, or to another source and that is not the `new_source`."""
         path = self._path = config.state_db
         # With other settings than these, files would count as archived that are not.
         self._pins = {
@@ -1918,6 +1919,7 @@ class State:
                 self._upgrade(config)
             self._db.execute("CREATE TEMP TABLE seen (path TEXT PRIMARY KEY) WITHOUT ROWID")
             self._db.execute(f"PRAGMA busy_timeout = {COMMIT_LIMIT * 1000}")
+        self._check_pins(but=SOURCE_PINS if new_source else ())
 
     def _upgrade(self, config: Config) -> None:
         """Makes the tables.  Of an earlier script's database it keeps the rows of `files`
@@ -1971,9 +1973,8 @@ class State:
         """Whether the state still has to be made from the bucket's listing."""
         return not self._execute("SELECT 1 FROM meta WHERE name = 'S3_BUCKET'")
 
-    def check_pins(self, but: tuple[str, ...] = ()) -> None:
-        """Fatal if the state belongs to another source or destination than the settings,
-        those named in `but` excepted."""
+    def _check_pins(self, but: tuple[str, ...]) -> None:
+        """Fatal if a setting is another than the state belongs to, but for those named."""
         known = dict(self._execute("SELECT name, value FROM meta"))
         for name, value in self._pins.items():
             if name not in but and known.get(name, value) != value:
@@ -2159,14 +2160,6 @@ def has_locks(path: Path) -> bool:
         return False
     finally:
         path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def copied_state(config: Config) -> Iterator[State]:
-    """A copy of the state, which belongs to these settings.  Changes are lost.  Fatal."""
-    with contextlib.closing(State(config, copy=True)) as state:
-        state.check_pins()
-        yield state
 
 
 @contextlib.contextmanager
@@ -3313,7 +3306,7 @@ def plan(context: Context, options: argparse.Namespace) -> int:
 
     if options.list:
         context.progress = Progress(shown=False)  # a bar would be drawn between the lines
-    with copied_state(context.config) as state:
+    with contextlib.closing(State(context.config, copy=True)) as state:
         if state.is_new:
             take_over(context.config, context.bucket, state)
         forecast = Forecast(context, state, show_file)
@@ -3599,12 +3592,10 @@ def run(context: Context, options: argparse.Namespace) -> int:
     # What is on its way to S3 then still gets RUNTIME_GRACE.
     out_of_time = threading.Timer(config.max_runtime or 0, context.box.close)
     out_of_time.daemon = True
-    with locked(config), contextlib.closing(State(config)) as state:
+    with locked(config), contextlib.closing(State(config, options.new_source)) as state:
         if options.new_source:
             context.box.session()  # fails with a mistyped user, before the state is emptied
-            state.check_pins(but=SOURCE_PINS)
             state.forget_source()
-        state.check_pins()
         state.record_run(PastRun(report.started_at))
         try:
             if config.max_runtime is not None:
@@ -3733,7 +3724,7 @@ def status(context: Context, options: argparse.Namespace) -> int:
     config, bucket, prices = context.config, context.bucket, context.prices
 
     def read_state() -> tuple[Counts, list[PastRun], float]:
-        with copied_state(config) as state:
+        with contextlib.closing(State(config, copy=True)) as state:
             spent = state.spent_since(time.time() - 30 * DAY)
             return state.archived(config), state.last_runs(5), spent
 
@@ -3805,11 +3796,10 @@ def verify(context: Context, options: argparse.Namespace) -> int:
         if repair:
             stack.enter_context(locked(config))
         copy = not repair or not config.state_db.exists()  # verify creates no database
-        state = stack.enter_context(contextlib.closing(State(config, copy)))
+        state = stack.enter_context(contextlib.closing(State(config, copy=copy)))
         if state.is_new:
             reason = f"{config.state_db} is missing, or an earlier script's"
             raise Fatal(f"{reason}: archive.py run makes the state, or takes it over")
-        state.check_pins()
         bar = stack.enter_context(context.progress.counting("verifying"))
         for verdict, reason, path, found, record in reconcile(config, context.bucket, state):
             bar.update(1)
@@ -3854,8 +3844,8 @@ def check(context: Context, _options: argparse.Namespace) -> int:
         return ""
 
     def try_state() -> None:
-        with locked(config), copied_state(config):
-            pass
+        with locked(config):
+            State(config, copy=True).close()
 
     def advise(name: str, question: Callable[[], bool], advice: str) -> None:
         answer, unknown = try_or_none(question)
