@@ -1397,7 +1397,7 @@ class StorageBox:
             return self.retry(operation, session)
         except SFTPError as error:
             if error.code == FX_NO_SUCH_FILE and self.find(path) is None:
-                raise FileError("vanished before it was read", VANISHED) from None
+                raise FileError("it is not on the box", VANISHED) from None
             if error.code == FX_PERMISSION_DENIED:
                 raise FileError("the box denies permission to read it") from None
             raise FileError(f"the box cannot open it: {error}") from None
@@ -1738,9 +1738,7 @@ class Walk:
             return listing.result()
         except FileError as error:
             if path == self._root:
-                gone = error.code == VANISHED
-                reason = "there is no such folder on the box" if gone else error
-                message = f"REMOTE_PATH {printable(path)} cannot be listed: {reason}"
+                message = f"REMOTE_PATH {printable(path)} cannot be listed: {error}"
                 raise Fatal(message) from None
             if error.code == VANISHED:
                 self._report.left_out["Vanished"] += 1
@@ -3836,8 +3834,7 @@ def check(context: Context, _options: argparse.Namespace) -> int:
         except ArchiveError as error:
             # Another run holds the lock, or restore may have other credentials.
             harmless = error.status == LOCKED or name == "s3:RestoreObject"
-            reason = "there is no such folder on the box" if error.code == VANISHED else error
-            line("note" if harmless else "WRONG", f"{name}: {reason}")
+            line("note" if harmless else "WRONG", f"{name}: {error}")
             wrong += not harmless
             return error.code or "error"
         line("ok", name)
