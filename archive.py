@@ -1502,17 +1502,27 @@ class FileReader:
         return self._file_now(found)
 
     def _advance(self) -> None:
-        """Fills the window with requests, and takes the replies to the oldest batch."""
         self._box.retry_reading(self._path, self._exchange, self._session)
 
     def _exchange(self, session: Session) -> None:
+        """Fills the window with requests, and takes the replies to the oldest batch."""
         # In a new session, or if replies were dropped after CLOSE was sent, it is opened again.
         if session is not self._session or not (self._handle or self._batches):
             self._check_unchanged(self._open(session))
         while self._handle and self._requested < self._received + READ_WINDOW:
             self._request(session)
-        if not self._take_batch():
+        batch, spans = self._batches.popleft()
+        results = batch.results()
+        fstat, *last = results[len(spans) :]
+        self._check_unchanged(self._file_now(fstat))
+        if not all(self._take(*span, data) for span, data in zip(spans, results)):
             self._drop_requests()
+        elif last:
+            lstat, beyond, _ = last
+            self._check_unchanged(self._file_now(lstat))
+            if isinstance(beyond, memoryview) and beyond:
+                raise FileError(f"has more than {self.file.size:,} bytes, its size on the box")
+            self._is_verified, self.is_recent = True, is_recent(self.file, self._began)
 
     def _drop_requests(self) -> None:
         """Ignores the replies under way; the next request continues after what was received."""
@@ -1536,24 +1546,9 @@ class FileReader:
         self._batches.append((session.send(*requests), spans))
         self._requested = end
 
-    def _take_batch(self) -> bool:
-        """Takes the replies to the oldest batch; whether those after them are useful."""
-        batch, spans = self._batches.popleft()
-        results = batch.results()
-        fstat, *last = results[len(spans) :]
-        self._check_unchanged(self._file_now(fstat))
-        if not all(self._take(*span, data) for span, data in zip(spans, results)):
-            return False
-        if last:
-            lstat, beyond, _ = last
-            self._check_unchanged(self._file_now(lstat))
-            if isinstance(beyond, memoryview) and beyond:
-                raise FileError(f"has more than {self.file.size:,} bytes, its size on the box")
-            self._is_verified, self.is_recent = True, is_recent(self.file, self._began)
-        return True
-
     def _take(self, offset: int, size: int, data: Any) -> bool:
-        """Takes the reply to a READ of `size` bytes; whether it has all of them."""
+        """Takes the reply to a READ of `size` bytes; whether it has all of them.  If not, those
+        to later READs are of no use."""
         if isinstance(data, SFTPError):
             if data.code != FX_EOF:
                 raise FileError(f"reading failed: {data}")
