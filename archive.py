@@ -1619,8 +1619,7 @@ class PathFilter:
     def __init__(self, config: Config, box: StorageBox):
         self._root, self._include_hidden = config.remote_path, config.include_hidden
         self._box = box
-        self._items: dict[str, str] = {}  # by path or glob
-        self._globs: list[tuple[re.Pattern[str], str]] = []  # and the item that each is of
+        self._patterns: dict[str, re.Pattern[str]] = {}  # by item
         # Items that match nothing and do not exist: what exists may be in a hidden folder.
         self.unmatched: set[str] = set()
         start = join(self._root, b"").decode("utf-8", "surrogateescape")
@@ -1630,19 +1629,18 @@ class PathFilter:
             existing = set(filter(self._exists, paths))
             if not existing:
                 self.unmatched.add(item)
-            for path in paths:
-                self._items[path] = item
-                if set("*?[") & set(path) and path not in existing:
-                    self._globs.append((re.compile(fnmatch.translate(path)), item))
+            patterns = [*map(re.escape, existing), *map(fnmatch.translate, paths - existing)]
+            self._patterns[item] = re.compile("|".join(patterns))
 
     def label(self, path: bytes) -> str:
-        """The label under which an entry that is skipped is counted; empty for others.  An
-        item that excludes the entry is removed from `unmatched`."""
-        if self._items:
+        """The label under which an entry that is skipped is counted; empty for others.
+        Items that exclude the entry are removed from `unmatched`."""
+        if self._patterns:
             text = nfc(relative_path(self._root, path).decode("utf-8", "surrogateescape"))
-            matching = (item for glob, item in self._globs if glob.match(text))
-            if item := self._items.get(text) or next(matching, None):
-                self.unmatched.discard(item)
+            patterns = self._patterns.items()
+            items = {item for item, pattern in patterns if pattern.fullmatch(text)}
+            if items:
+                self.unmatched -= items
                 return "Excluded"
         is_hidden = path.rpartition(b"/")[2].startswith(b".")
         return "Hidden entries" if is_hidden and not self._include_hidden else ""
