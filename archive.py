@@ -2003,12 +2003,16 @@ class State:
         ]
 
     def find(self, path: bytes) -> Record | None:
-        found = self._records("path = ?", path_text(path))
-        return found[0] if found else None
+        return next(self.records("path = ?", path_text(path)), None)
 
-    def _records(self, condition: str, *values: Any) -> list[Record]:
+    def records(self, condition: str = "true", *values: Any) -> Iterator[Record]:
+        """Rows sorted by key, as S3's listings are.  The caller may change those it has got."""
         query = f"SELECT {', '.join(Record._fields)} FROM files JOIN objects USING (path)"
-        return [Record(*row) for row in self._execute(f"{query} WHERE {condition}", *values)]
+        query += f" WHERE {condition} AND key > ? ORDER BY key LIMIT {PAGE}"
+        last = ""
+        while page := [Record(*row) for row in self._execute(query, *values, last)]:
+            yield from page
+            last = page[-1].key
 
     def note_begun(self, jobs: Iterable[Job]) -> None:
         """Notes which files may be read and sent from now on.
@@ -2036,16 +2040,14 @@ class State:
     def note_upload(self, job: Job) -> None:
         """Notes that a large file whose comparison was cut off is to be uploaded by the next
         run: an upload can be continued, a comparison would begin again every night."""
-        update = "UPDATE uploads SET mtime = ? WHERE key = ?"
-        self._execute(update, job.file.mtime, job.key)
+        self._execute("UPDATE uploads SET mtime = ? WHERE key = ?", job.file.mtime, job.key)
 
     def note_upload_id(self, key: str, upload_id: str) -> None:
         """Notes the id of an upload before its first part is sent.  For any thread."""
         with state_errors(self._path):
             db = sqlite3.connect(self._path, timeout=COMMIT_LIMIT, isolation_level=None)
             with contextlib.closing(db):
-                update = "UPDATE uploads SET upload_id = ? WHERE key = ?"
-                db.execute(update, (upload_id, key))
+                db.execute("UPDATE uploads SET upload_id = ? WHERE key = ?", (upload_id, key))
 
     def record(self, archived: Iterable[Archived]) -> None:
         """Commits files that S3 has acknowledged, or was found to hold already.  The
@@ -2062,23 +2064,12 @@ class State:
         self._execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", *file_row)
         self._execute("INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?, ?)", *object_row)
 
-    # Unfinished uploads
-
     def uploads(self) -> dict[str, BegunUpload]:
         rows = self._execute("SELECT key, size, mtime, part_size, upload_id FROM uploads")
         return {key: BegunUpload(*values) for key, *values in rows}
 
     def forget_upload(self, key: str) -> None:
         self._execute("DELETE FROM uploads WHERE key = ?", key)
-
-    # All rows
-
-    def records(self, condition: str = "true") -> Iterator[Record]:
-        """Rows sorted by key, as S3's listings are.  The caller may change those it has got."""
-        last = ""
-        while page := self._records(f"{condition} AND key > ? ORDER BY key LIMIT {PAGE}", last):
-            yield from page
-            last = page[-1].key
 
     def note_seen(self, files: Iterable[RemoteFile]) -> None:
         """Notes that these files are on the box, until the database is closed."""
@@ -2097,8 +2088,7 @@ class State:
         """Adds paths to `known_gone`, and drops those of files that were noted as seen."""
         with self._transaction():
             self._execute("DELETE FROM gone WHERE path IN (SELECT path FROM temp.seen)")
-            rows = [(path,) for path in paths]
-            self._db.executemany("INSERT OR IGNORE INTO gone VALUES (?)", rows)
+            self._db.executemany("INSERT OR IGNORE INTO gone VALUES (?)", zip(paths))
 
     def apply(self, comparisons: Iterable[Comparison]) -> None:
         """Brings rows in line with the bucket's listing."""
