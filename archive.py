@@ -1403,8 +1403,7 @@ class StorageBox:
             raise FileError(f"the box cannot open it: {error}") from None
 
     def find(self, path: bytes) -> Attributes | None:
-        """The attributes of `path` itself, even if it is a link; None if nothing has this
-        path; FileError."""
+        """The attributes of `path`, even of a link; None if it does not exist; FileError."""
         request = simple_request(FXP_LSTAT, path)
         try:
             found: Attributes = self.retry(lambda session: session.ask_one(request))
@@ -1415,8 +1414,7 @@ class StorageBox:
         return found
 
     def list_folder(self, path: bytes, limit: float = math.inf) -> list[Entry] | None:
-        """The entries of a folder, sorted by name; None if there are `limit` or more;
-        FileError."""
+        """The entries of a folder, sorted by name; None if `limit` or more; FileError."""
         return self.retry_reading(path, lambda session: read_folder(session, path, limit))
 
     def space(self) -> tuple[int, int] | None:
@@ -1547,16 +1545,13 @@ class FileReader:
         self._requested = end
 
     def _take(self, offset: int, size: int, data: Any) -> bool:
-        """Takes the reply to a READ of `size` bytes; whether it has all of them.  If not, those
-        to later READs are of no use."""
-        if isinstance(data, SFTPError):
-            if data.code != FX_EOF:
-                raise FileError(f"reading failed: {data}")
-            data = b""
+        """Takes the reply to a READ of `size` bytes; whether it has all of them."""
+        if isinstance(data, SFTPError) and data.code != FX_EOF:
+            raise FileError(f"reading failed: {data}")
+        if isinstance(data, SFTPError) or not data:
+            raise FileError(f"ended at {offset:,} of {self.file.size:,} bytes", CHANGED)
         if len(data) > size:
             raise ConnectionLost(f"the box sent {len(data):,} bytes for {size:,}")
-        if not data:
-            raise FileError(f"ended at {offset:,} of {self.file.size:,} bytes", CHANGED)
         self._arrived.append(data)
         self._received += len(data)
         if len(data) < size:  # the server may never send more
@@ -1725,8 +1720,7 @@ class Walk:
         return any(path in self._report.unlisted or self._filter.label(path) for path in paths)
 
     def _entries(self, path: bytes, listing: Future[list[Entry] | None]) -> list[Entry] | None:
-        """The result of the listing.  A failure is reported, and gives no entries; Fatal if it
-        is that of REMOTE_PATH."""
+        """The result of the listing; empty if it failed, and Fatal if REMOTE_PATH's failed."""
         try:
             return listing.result()
         except FileError as error:
@@ -1743,8 +1737,7 @@ class Walk:
     def _files(
         self, folder: bytes, entries: list[Entry], folders: list[bytes]
     ) -> Iterator[RemoteFile]:
-        """The files to archive among the entries of a folder.  Its folders are added to
-        `folders`."""
+        """The files among the entries of `folder`.  Its folders are added to `folders`."""
         for name, (size, mtime, mode) in entries:
             path, file_type = join(folder, name), stat.S_IFMT(mode or 0)
             if not name or b"/" in name or len(path) > MAX_PATH_BYTES:
