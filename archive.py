@@ -3081,15 +3081,28 @@ class Archived(NamedTuple):
     is_upload: bool
 
 
-def make_job(
-    file: RemoteFile, config: Config, state: State, uploads: Mapping[str, BegunUpload]
-) -> Job:
-    """The job for a file that is not recorded; FileError if S3 cannot hold the file."""
-    key = object_key(config.prefix, relative_path(config.remote_path, file.path))
-    plan = plan_upload(file.size, config.memory_limit)
-    begun, version = uploads.get(key), (file.size, file.mtime, plan.part_size)
-    resumes = begun is not None and begun[:3] == version
-    return Job(file, key, plan, state.find(file.path), begun, resumes)
+class Scan(WalkReport):
+    """A walk of the box that finds what is not recorded: the base of Forecast and Run."""
+
+    def __init__(self, context: Context, state: State):
+        super().__init__()
+        self._context, self._config, self._state = context, context.config, state
+        self._uploads = state.uploads()  # without those of the jobs that were made
+
+    def _make_jobs(self, files: list[RemoteFile]) -> Iterator[Job]:
+        """Jobs for files that are not recorded.  One that S3 cannot hold is a failure."""
+        config = self._config
+        for file in files:
+            try:
+                key = object_key(config.prefix, relative_path(config.remote_path, file.path))
+                begun = self._uploads.pop(key, None)
+                plan = plan_upload(file.size, config.memory_limit)
+            except FileError as error:
+                self.add_failure(file.path, error)
+                continue
+            version = file.size, file.mtime, plan.part_size
+            resumes = begun is not None and begun[:3] == version
+            yield Job(file, key, plan, self._state.find(file.path), begun, resumes)
 
 
 def month_cost(prices: Prices, counts: Counts) -> float:
@@ -3117,7 +3130,7 @@ def job_cost(job: Job, config: Config, prices: Prices) -> tuple[float, float]:
 MARKS = {"new": "+", "changed": "*", "to_compare": "?", "gone": "-", "failing": "!"}
 
 
-class Forecast(WalkReport):
+class Forecast(Scan):
     """What a run would do, and what that costs.  `on_file` is called with a mark, a path and
     a reason for each file that is not archived as it is."""
 
@@ -3125,9 +3138,8 @@ class Forecast(WalkReport):
         self, context: Context, state: State,
         on_file: Callable[[str, bytes, object], None] = lambda *_: None,
     ):  # fmt: skip
-        super().__init__()
-        self._context, self._config, self._state = context, context.config, state
-        self._uploads, self._on_file, self.prices = state.uploads(), on_file, context.prices
+        super().__init__(context, state)
+        self._on_file, self.prices = on_file, context.prices
         self.afterwards = state.archived(context.config)
         names = ("new", "changed", "to_compare", "unchanged")
         self.counts = Counts({name: Count() for name in names})
@@ -3163,24 +3175,18 @@ class Forecast(WalkReport):
         pending = self._state.unrecorded(page)
         size = sum(f.size for f in page) - sum(f.size for f in pending)
         self.counts.add("unchanged", size, len(page) - len(pending))
-        for file in pending:
-            try:
-                job = make_job(file, self._config, self._state, self._uploads)
-            except FileError as error:
-                self.add_failure(file.path, error)
-                continue
-            record, storage_class = job.record, self._config.class_of(file.size)
+        for job in self._make_jobs(pending):
+            file, record = job.file, job.record
+            storage_class = self._config.class_of(file.size)
             if record and (record.size != file.size or record.mtime is not None):
                 self.altered += 1
+            change = "to_compare" if job.compares else "changed" if record else "new"
+            self._on_file(change, file.path, "")
+            self.counts.add(change, file.size)
             if job.compares:
-                self._on_file("to_compare", file.path, "")
-                self.counts.add("to_compare", file.size)
                 self.requests["head"] += job.heads
                 self.upload += self.prices.requests(storage_class, {"head": job.heads})
                 continue
-            change = "changed" if record else "new"
-            self._on_file(change, file.path, "")
-            self.counts.add(change, file.size)
             if file.size < TINY_FILE:
                 self.tiny.add(storage_class, file.size)
             self.requests.update(job.plan.requests(file.size))
@@ -3298,29 +3304,6 @@ def plan(context: Context, options: argparse.Namespace) -> int:
 # ------------------------------------------------------------------------- Run
 
 
-class Report(WalkReport):
-    def __init__(self) -> None:
-        super().__init__()
-        self.started_at, self.began = int(time.time()), time.monotonic()
-        self.uploaded = self.unchanged = self.compared = self.bytes_uploaded = 0
-        self.spent = 0.0  # USD
-        self.ended_early = ""  # the reason
-
-    def rows(self) -> Rows:
-        """The summary: five rows that it always has, and others that are left out if empty."""
-        yield "Uploaded files", self.uploaded
-        yield "Skipped files", self.unchanged
-        yield "Failed files", self.failed
-        yield "Bytes uploaded", self.bytes_uploaded
-        yield "Duration (sec)", round(time.monotonic() - self.began)
-        if self.compared:
-            yield "Compared files", self.compared
-        yield from self.left_out_rows()
-        yield "Spent", self.spent
-        if self.ended_early:
-            yield "Ended early", self.ended_early
-
-
 class Spending:
     """What a run spends by its own count, in USD, and what MAX_COST allows it to spend."""
 
@@ -3364,17 +3347,33 @@ class Spending:
             self.reserved -= requests + early - asked
 
 
-class Run:
-    """One pass over the box.  Other threads only read and send files; the main thread walks,
-    decides what to do with each file, and commits what is done."""
+class Run(Scan):
+    """One pass over the box, and its summary.  Other threads only read and send files; the
+    main thread walks, decides what to do with each file, and commits what is done."""
 
-    def __init__(self, context: Context, state: State, report: Report, spending: Spending):
-        self._state, self._report, self._progress = state, report, context.progress
-        self._config, self._box, self._bucket = context.config, context.box, context.bucket
-        self._spending = spending
-        self._uploads = state.uploads()
-        self._seen: set[str] = set()  # keys of these uploads that have a job in this run
+    def __init__(self, context: Context, state: State):
+        """Fatal as Spending."""
+        super().__init__(context, state)
+        self._box, self._bucket, self._progress = context.box, context.bucket, context.progress
+        self.spending = Spending(context)
+        self.started_at, self._began = int(time.time()), time.monotonic()
+        self.uploaded = self.unchanged = self.compared = self.bytes_uploaded = 0
+        self.ended_early = ""  # the reason
         self._turns = threading.Semaphore(self._config.transfers)  # to send files to S3
+
+    def rows(self) -> Rows:
+        """The summary: five rows that it always has, and others that are left out if empty."""
+        yield "Uploaded files", self.uploaded
+        yield "Skipped files", self.unchanged
+        yield "Failed files", self.failed
+        yield "Bytes uploaded", self.bytes_uploaded
+        yield "Duration (sec)", round(time.monotonic() - self._began)
+        if self.compared:
+            yield "Compared files", self.compared
+        yield from self.left_out_rows()
+        yield "Spent", self.spending.total
+        if self.ended_early:
+            yield "Ended early", self.ended_early
 
     def archive(self) -> None:
         """Archives what is new or changed; Fatal, Stopped, after what S3 has acknowledged is
@@ -3383,41 +3382,34 @@ class Run:
         # waits for the box.  With TRANSFERS=1, a file is read and sent after the other.
         threads, limit = 2 * self._config.transfers - 1, self._config.memory_limit
         pool = Parallel(self._transfer, self._box, threads, lambda j: j.plan.memory, limit)
-        self._spending.reserved = self._spending.total
+        self.spending.reserved = self.spending.total
         with contextlib.closing(pool.outcomes(self._jobs())) as outcomes:
             for finished in outcomes:
                 with self._box.stopping.deferred():
                     self._settle(finished)
-        self._report.warn_of_unmatched()
-        if not (self._report.unlisted or self._report.ended_early):
+        self.warn_of_unmatched()
+        if not (self.unlisted or self.ended_early):
             # Unfinished uploads of files that are gone, or are archived by now.
-            for key in self._uploads.keys() - self._seen:
-                if self._bucket.abort_upload(key, self._uploads[key].upload_id):
+            for key, begun in self._uploads.items():
+                if self._bucket.abort_upload(key, begun.upload_id):
                     log.info("aborted the unfinished upload of %s", printable(key))
                     self._state.forget_upload(key)
 
     def _jobs(self) -> Iterator[Job | None]:
         """The files that may have to be uploaded.  A None after each page lets finished files
         be committed although the walk finds no new ones."""
-        for page in Walk(self._box, self._config, self._report):
-            files, jobs = self._state.unrecorded(page), []
-            self._report.unchanged += len(page) - len(files)
+        for page in Walk(self._box, self._config, self):
+            files = self._state.unrecorded(page)
+            self.unchanged += len(page) - len(files)
             if log.isEnabledFor(logging.DEBUG):
                 for file in sorted(set(page) - set(files)):
                     log.debug("unchanged %s", printable(file.path))
-            for file in files:
-                try:
-                    jobs.append(make_job(file, self._config, self._state, self._uploads))
-                except FileError as error:
-                    self._report.add_failure(file.path, error)
-                    relative = relative_path(self._config.remote_path, file.path)
-                    self._seen.add(unchecked_key(self._config.prefix, relative))
-            self._seen.update(job.key for job in jobs if job.begun)
+            jobs = list(self._make_jobs(files))
             self._state.note_begun(jobs)
             self._progress.expect(sum(job.file.size for job in jobs))
             for item in (*jobs, None):
-                if item and not self._spending.reserve(item):
-                    self._report.ended_early = "MAX_COST was reached"
+                if item and not self.spending.reserve(item):
+                    self.ended_early = "MAX_COST was reached"
                     return
                 yield item
 
@@ -3496,28 +3488,27 @@ class Run:
             return Archived(reader.file, stored, reader.is_recent, is_upload=True)
 
     def _settle(self, outcomes: list[Outcome[Job, Archived | None]]) -> None:
-        report = self._report
         self._state.record(archived for _, archived, _ in outcomes if archived)
         for job, archived, error in outcomes:
             path = printable(job.file.path)
             if archived:
-                self._spending.settle(job, archived.is_upload)
+                self.spending.settle(job, archived.is_upload)
             if archived and archived.is_upload:
-                report.uploaded += 1
-                report.bytes_uploaded += archived.file.size
+                self.uploaded += 1
+                self.bytes_uploaded += archived.file.size
                 files_log.info("archived %s (%s bytes)", path, f"{archived.file.size:,}")
             elif archived:
-                report.compared += 1
+                self.compared += 1
                 log.debug("compared %s", path)
             elif error and error.code == VANISHED:
-                report.left_out["Vanished"] += 1
+                self.left_out["Vanished"] += 1
                 log.info("vanished %s", path)
             elif error and error.code == UNFINISHED:
-                is_old = not is_recent(job.file, report.started_at)
+                is_old = not is_recent(job.file, self.started_at)
                 if job.compares and job.plan.is_multipart and is_old:
                     self._state.note_upload(job)
             elif error:
-                report.add_failure(job.file.path, error)
+                self.add_failure(job.file.path, error)
 
 
 def match_content(found: StoredObject, blocks: Iterable[bytes]) -> StoredObject | None:
@@ -3561,8 +3552,7 @@ def run(context: Context, options: argparse.Namespace) -> int:
     """Archives the box: 0, or 3 if something is incomplete.  With --dry-run, it is `plan`."""
     if options.dry_run:
         return plan(context, options)
-    config, stopping, report, status = context.config, context.box.stopping, Report(), FATAL
-    spending = Spending(context)
+    config, stopping, status = context.config, context.box.stopping, FATAL
     # What is on its way to S3 then still gets RUNTIME_GRACE.
     out_of_time = threading.Timer(config.max_runtime or 0, context.box.close)
     out_of_time.daemon = True
@@ -3570,7 +3560,8 @@ def run(context: Context, options: argparse.Namespace) -> int:
         if options.new_source:
             context.box.session()  # fails with a mistyped user, before the state is emptied
             state.forget_source()
-        state.record_run(PastRun(report.started_at))
+        work = Run(context, state)
+        state.record_run(PastRun(work.started_at))
         try:
             if config.max_runtime is not None:
                 out_of_time.start()
@@ -3578,26 +3569,25 @@ def run(context: Context, options: argparse.Namespace) -> int:
                 take_over(config, context.bucket, state)
             context.box.session()
             check_changes(context, state)
-            Run(context, state, report, spending).archive()
-            status = INCOMPLETE if report.failed or report.ended_early else 0
+            work.archive()
+            status = INCOMPLETE if work.failed or work.ended_early else 0
         except Stopped:
             if stopping.signal is not None:
                 status = 128 + stopping.signal
-                report.ended_early = f"by {signal.Signals(stopping.signal).name}"
+                work.ended_early = f"by {signal.Signals(stopping.signal).name}"
             else:
-                status, report.ended_early = INCOMPLETE, "MAX_RUNTIME was over"
+                status, work.ended_early = INCOMPLETE, "MAX_RUNTIME was over"
                 log.warning("MAX_RUNTIME is over: the rest is left to the next run")
         except Exception:  # of any kind: the summary names it, and it is passed on
-            report.ended_early = "by an error"
+            work.ended_early = "by an error"
             raise
         finally:
             out_of_time.cancel()
             with stopping.deferred():
-                counts = (report.uploaded, report.unchanged, report.failed)
-                report.spent = spending.total
-                ended = (int(time.time()), status, *counts, report.bytes_uploaded)
-                context.show_summary("SUMMARY", report.rows())
-                state.record_run(PastRun(report.started_at, *ended, report.spent))
+                context.show_summary("SUMMARY", work.rows())
+                counts = (work.uploaded, work.unchanged, work.failed, work.bytes_uploaded)
+                ended = (int(time.time()), status, *counts, work.spending.total)
+                state.record_run(PastRun(work.started_at, *ended))
     return status
 
 
