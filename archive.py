@@ -3549,9 +3549,7 @@ def check_changes(context: Context, state: State) -> None:
 
 
 def run(context: Context, options: argparse.Namespace) -> int:
-    """Archives the box: 0, or 3 if something is incomplete.  With --dry-run, it is `plan`."""
-    if options.dry_run:
-        return plan(context, options)
+    """Archives the box: 0, or 3 if something is incomplete."""
     config, stopping, status = context.config, context.box.stopping, FATAL
     # What is on its way to S3 then still gets RUNTIME_GRACE.
     out_of_time = threading.Timer(config.max_runtime or 0, context.box.close)
@@ -4337,7 +4335,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_level("-v", "--verbose", const=logging.DEBUG, help="also list unchanged files")
     quiet = "only warnings, failures and the summary"
     add_level("-q", "--quiet", const=logging.WARNING, help=quiet)
-    commands = parser.add_subparsers(metavar="COMMAND", dest="command")
+    commands = parser.add_subparsers(metavar="COMMAND")
 
     def add(function: Command, text: str, example: str, **flags: str) -> Parser:
         about, end = f"{text[0].upper()}{text[1:]}.", f"example: archive.py {example}"
@@ -4350,10 +4348,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     summary = "the summary as JSON, and nothing else on stdout"
     command = add(run, "archive what is new or changed (the default)", "-q", json=summary)
-    dry_run = "the same as plan --list"
-    command.add_argument("-n", "--dry-run", action="store_true", help=dry_run)
     new_source = "the files are at another HETZNER_USER or REMOTE_PATH now: compare them"
     command.add_argument("--new-source", action="store_true", help=new_source)
+    dry_run = "the same as plan --list"
+    command.add_argument(
+        "-n", "--dry-run", action="store_const", dest="function", const=plan, help=dry_run
+    )
     command.set_defaults(list=True)  # for --dry-run
     text = "what run would do and what it would cost; changes nothing"
     output = add(plan, text, "plan --list").add_mutually_exclusive_group()
@@ -4372,8 +4372,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_restore(add(restore, text, example, json=summary))
     text = "try settings, box, bucket and permissions, with the remedy for each"
     add(check, text, "--env-file other.env check")
-    defaults = {"new_source": False, "dry_run": False, "json": False}
-    parser.set_defaults(level=logging.INFO, command="run", function=run, **defaults)
+    parser.set_defaults(level=logging.INFO, function=run, new_source=False, json=False)
     return parser
 
 
@@ -4503,14 +4502,13 @@ def start(argv: list[str] | None) -> int:
 
 def shows_summary_as_json(arguments: argparse.Namespace) -> bool:
     """Whether stdout gets a JSON object at the end, and nothing else."""
-    has_summary = arguments.command in ("run", "restore") and not arguments.dry_run
-    return has_summary and arguments.json
+    return arguments.function in (run, restore) and arguments.json
 
 
 def execute(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
     """Runs the command, and turns what it raises into an exit status."""
     stopping, summary, exit_status = StopEvent(), dict[str, object](), FATAL
-    retries = arguments.command not in ("status", "check")
+    retries = arguments.function not in (status, check)
     box, progress = StorageBox(config, stopping, retries), Progress(bars)
     try:
         handle_signals(stopping)
