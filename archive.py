@@ -3440,10 +3440,8 @@ class Run(Scan):
                 return archived or self._upload_large(job, unfinished)
         with contextlib.closing(FileReader(self._box, job.file)) as reader:
             data = reader.read()
-        if found and found.size == len(data):
-            blocks = iter(partial(io.BytesIO(data).read, COMPARE_BLOCK), b"")
-            if same := match_content(found, blocks):
-                return Archived(reader.file, same, reader.is_recent, is_upload=False)
+        if found and (same := match_content(found, io.BytesIO(data).read)):
+            return Archived(reader.file, same, reader.is_recent, is_upload=False)
         with self._turns:
             if stopping.is_set():
                 return None
@@ -3466,9 +3464,7 @@ class Run(Scan):
         if not possible_part_sizes(found.etag, found.size):
             return None
         with contextlib.closing(FileReader(self._box, job.file)) as reader:
-            if reader.file.size != found.size:
-                return None
-            same = match_content(found, iter(partial(reader.read, COMPARE_BLOCK), b""))
+            same = match_content(found, reader.read)
         return Archived(reader.file, same, reader.is_recent, is_upload=False) if same else None
 
     def _upload_large(self, job: Job, unfinished: UnfinishedUpload | None) -> Archived:
@@ -3511,12 +3507,11 @@ class Run(Scan):
                 self.add_failure(job.file.path, error)
 
 
-def match_content(found: StoredObject, blocks: Iterable[bytes]) -> StoredObject | None:
-    """The object with the CRC-32 of these blocks, if they have its size and ETag; else None.
-    All but the last have COMPARE_BLOCK bytes, so that none is in two parts."""
+def match_content(found: StoredObject, read: Read) -> StoredObject | None:
+    """The object with the CRC-32 of a file, if that has its size and ETag; else None."""
     md5s = {size: [md5()] for size in possible_part_sizes(found.etag, found.size)}  # of parts
     offset = crc32 = 0
-    for block in blocks:
+    while block := read(COMPARE_BLOCK):  # of which parts are multiples
         for part_size, parts in md5s.items():
             if offset and offset % part_size == 0:
                 parts.append(md5())
@@ -3524,7 +3519,8 @@ def match_content(found: StoredObject, blocks: Iterable[bytes]) -> StoredObject 
         offset, crc32 = offset + len(block), zlib.crc32(block, crc32)
     for parts in md5s.values():
         whole = md5(b"".join(part.digest() for part in parts)).hexdigest()
-        if found.etag in (parts[0].hexdigest(), f"{whole}-{len(parts)}"):
+        same_etag = found.etag in (parts[0].hexdigest(), f"{whole}-{len(parts)}")
+        if same_etag and offset == found.size:
             return found._replace(crc32=crc32)
     return None
 
