@@ -2888,9 +2888,9 @@ class Progress:
         self._tqdm = partial(tqdm, disable=not shown, dynamic_ncols=True, leave=False)
         self._bar = tqdm(disable=True)  # until `expect` is called
 
-    def counting(self, doing: str) -> Any:
-        """A bar to be updated with each number of files."""
-        return self._tqdm(desc=doing, unit=" files")
+    def counting(self, doing: str, items: Iterable[T] | None = None) -> Any:
+        """A bar that counts the items it yields, or that is updated with numbers of files."""
+        return self._tqdm(items, doing, unit=" files")
 
     def expect(self, size: int) -> None:
         """Adds bytes to the number of those that will be moved."""
@@ -3750,17 +3750,15 @@ def verify(context: Context, options: argparse.Namespace) -> int:
     config, repair, other_class = context.config, options.repair, 0
     labels = (AGREE, NO_OBJECT, WRONG_SIZE, WRONG_ETAG, NOT_RECORDED)
     counts = Counter(dict.fromkeys(labels, 0))
-    with contextlib.ExitStack() as stack:
-        if repair:
-            stack.enter_context(locked(config))
-        copy = not repair or not config.state_db.exists()  # verify creates no database
-        state = stack.enter_context(contextlib.closing(State(config, copy=copy)))
+    lock = locked(config) if repair else contextlib.nullcontext()
+    copy = not repair or not config.state_db.exists()  # verify creates no database
+    with lock, contextlib.closing(State(config, copy=copy)) as state:
         if state.is_new:
             reason = f"{config.state_db} is missing, or an earlier script's"
             raise Fatal(f"{reason}: archive.py run makes the state, or takes it over")
-        bar = stack.enter_context(context.progress.counting("verifying"))
-        for verdict, reason, path, found, record in reconcile(config, context.bucket, state):
-            bar.update(1)
+        comparisons = reconcile(config, context.bucket, state)
+        bar = context.progress.counting("verifying", comparisons)
+        for verdict, reason, path, found, record in bar:
             counts[verdict] += 1
             if reason:
                 log_failure(unescape(path), reason)
@@ -4075,13 +4073,12 @@ class Restore:
     def _survey(self) -> tuple[int, int, Counts]:
         """Bytes that can be downloaded, bytes that S3 is restoring, and cold objects."""
         cold, sizes, renamed = Counts(), Counter[str](), len(self._other_names)
-        with self._context.progress.counting("looking") as bar:
-            for (_, found), label, _ in self._outcomes(self._label):
-                bar.update(1)
-                if label == NOT_ASKED:
-                    cold.add(found.storage_class, found.size)
-                elif label is not None:
-                    sizes[label] += found.size
+        outcomes = self._outcomes(self._label)
+        for (_, found), label, _ in self._context.progress.counting("looking", outcomes):
+            if label == NOT_ASKED:
+                cold.add(found.storage_class, found.size)
+            elif label is not None:
+                sizes[label] += found.size
         if len(self._other_names) > renamed:  # their labels were those of another name
             return self._survey()
         return sizes[READY], sizes[BUSY], cold
