@@ -3588,6 +3588,7 @@ def run(context: Context, options: argparse.Namespace) -> int:
 # ------------------------------------------------------------------ Inspection
 
 NOT_KNOWN = "not known"
+NOTHING_THERE = "nothing is archived under this path: the exact one, no pattern"
 
 
 def try_or_none(question: Callable[[], T]) -> tuple[T | None, str]:
@@ -3650,7 +3651,7 @@ def ls(context: Context, options: argparse.Namespace) -> int:
     paths = wanted_paths(context, options)
     for name, found in select_objects(config, context.bucket, paths, options.at):
         if found is None:
-            log_failure(name, "nothing is archived under this path")
+            log_failure(name, NOTHING_THERE)
             status = INCOMPLETE
             continue
         listed.files, listed.bytes = listed.files + 1, listed.bytes + found.size
@@ -3968,9 +3969,8 @@ class BoxFolder:
         above = list(itertools.accumulate(path.split(b"/"), join))[:-1]
         folders = [folder for folder in above if folder]
         lstats = [simple_request(FXP_LSTAT, folder) for folder in folders]
-        found = session.ask(*lstats)
         mkdirs = []
-        for folder, attributes in zip(folders, found):
+        for folder, attributes in zip(folders, session.ask(*lstats)):
             if isinstance(attributes, SFTPError):
                 mkdirs.append(simple_request(FXP_MKDIR, folder, NO_ATTRIBUTES))
                 continue
@@ -4033,11 +4033,11 @@ class Restore:
         self._context, self._options = context, options
         self._config, self._bucket = context.config, context.bucket
         self._paths = wanted_paths(context, options)
-        to, to_box = options.to, options.to_box
         self._target: LocalFolder | BoxFolder
-        self._target = (
-            BoxFolder(context.box, os.fsencode(to_box)) if to_box else LocalFolder(to)
-        )
+        if options.to_box:
+            self._target = BoxFolder(context.box, os.fsencode(options.to_box))
+        else:
+            self._target = LocalFolder(options.to)
         self._asked_at: float | None = None  # when S3 was last asked to restore an object
         self._left_out: set[str] = set()  # keys
         self._present: set[str] = set()  # keys whose files are known to be there
@@ -4048,21 +4048,20 @@ class Restore:
         options = self._options
         self._counts = dict.fromkeys((THERE, DONE, ASKED, BUSY, NOT_ASKED, FAILED), 0)
         self._bytes = 0  # restored
-        self._allowed_requests = threading.Semaphore(0)  # one for each object to ask S3 for
         self._manifest: TextIO | None = None  # gets a line of CSV for each cold object
         ready, busy, cold = self._survey()
         self._show_estimate(cold, ready + busy)
+        question = "Ask S3 to restore these objects?"
+        if cold and not (options.manifest or options.yes or confirm(question)):
+            message = "nothing was asked for: it costs money; run it again with --yes"
+            raise Fatal(message, status=USAGE)
+        agreed_to = 0 if options.manifest else cold.total().files
+        self._allowed_requests = threading.Semaphore(agreed_to)
         with contextlib.ExitStack() as stack:
             if cold and options.manifest:
-                path = options.manifest
-                stack.enter_context(fatal_os_errors(f"--manifest {path}", USAGE))
-                file = path.open("w", newline="", encoding="ascii")
+                stack.enter_context(fatal_os_errors(f"--manifest {options.manifest}", USAGE))
+                file = options.manifest.open("w", newline="", encoding="ascii")
                 self._manifest = stack.enter_context(file)
-            elif cold:
-                if not options.yes and not confirm("Ask S3 to restore these objects?"):
-                    message = "nothing was asked for: it costs money; run it again with --yes"
-                    raise Fatal(message, status=USAGE)
-                self._allowed_requests.release(cold.total().files)
             self._context.progress.expect(ready)
             try:
                 self._restore_all()
@@ -4137,10 +4136,8 @@ class Restore:
             then = datetime.fromtimestamp(options.at).astimezone()
             at = f" with --at {then.isoformat(timespec='seconds')}"
         if self._manifest and counts[NOT_ASKED]:
-            message = (
-                "%s lists %s objects: upload it, start an S3 Batch Operations job with it "
-            )
-            message += "(Restore, %d days, %s), then run restore again%s without --manifest"
+            message = "%s lists %s objects: upload it, start an S3 Batch Operations job with "
+            message += "it (Restore, %d days, %s), then run restore again%s without --manifest"
             job = options.days, options.tier.capitalize(), at
             log.warning(message, options.manifest, f"{counts[NOT_ASKED]:,}", *job)
         elif waiting:
@@ -4155,9 +4152,7 @@ class Restore:
         def attempt(selected: Selected) -> str:
             name, found = selected
             if found is None:
-                raise FileError(
-                    "nothing is archived under this path: the exact one, no pattern"
-                )
+                raise FileError(NOTHING_THERE)
             return work(name, found)
 
         pool = Parallel(attempt, self._context.box, self._config.transfers)
