@@ -3621,14 +3621,14 @@ def wanted_paths(context: Context, options: argparse.Namespace) -> list[bytes]:
     return sorted(path for path in inner if not path.startswith(folders))
 
 
-Selected = tuple[bytes, "StoredObject | None"]  # the path of its key, and the object
+Selected = tuple[bytes, StoredObject]  # the path of its key, and the object
 
 
 def select_objects(
-    config: Config, bucket: Bucket, paths: list[bytes], at: float | None
+    config: Config, bucket: Bucket, paths: list[bytes], at: float | None, missing: set[bytes]
 ) -> Iterator[Selected]:
     """The objects at and below these paths, or all if there are no paths, now or at the time
-    `at`.  A path without objects comes with None.  Fatal if nothing is archived."""
+    `at`.  A path without objects is added to `missing`.  Fatal if nothing is archived."""
     for path in paths or [b""]:
         others = config.prefix + path.decode("utf-8", "replace")  # other programs' keys
         is_empty = True
@@ -3642,18 +3642,14 @@ def select_objects(
             reason = "correct S3_BUCKET or S3_PREFIX" if at is None else "correct --at"
             raise Fatal(f"nothing is archived in {config.url}{when}: {reason}")
         if is_empty:
-            yield path, None
+            missing.add(path)
 
 
 def ls(context: Context, options: argparse.Namespace) -> int:
     """Lists the archived objects, one per line; 0, or 3 if a path has none."""
-    config, listed, status = context.config, Count(), 0
-    paths = wanted_paths(context, options)
-    for name, found in select_objects(config, context.bucket, paths, options.at):
-        if found is None:
-            log_failure(name, NOTHING_THERE)
-            status = INCOMPLETE
-            continue
+    listed, paths, missing = Count(), wanted_paths(context, options), set[bytes]()
+    selected = select_objects(context.config, context.bucket, paths, options.at, missing)
+    for name, found in selected:
         listed.files, listed.bytes = listed.files + 1, listed.bytes + found.size
         if options.json:
             utc = datetime.fromtimestamp(found.uploaded_at, timezone.utc)
@@ -3675,7 +3671,9 @@ def ls(context: Context, options: argparse.Namespace) -> int:
             print_line(f"{columns} {state:<9}  {printable(name)}")
     if not options.json:
         print_line(f"{listed.files:,} files, {format_size(listed.bytes)}")
-    return status
+    for path in sorted(missing):
+        log_failure(path, NOTHING_THERE)
+    return INCOMPLETE if missing else 0
 
 
 def status(context: Context, options: argparse.Namespace) -> int:
@@ -4048,6 +4046,7 @@ class Restore:
         options = self._options
         self._counts = dict.fromkeys((THERE, DONE, ASKED, BUSY, NOT_ASKED, FAILED), 0)
         self._bytes = 0  # restored
+        self._missing: set[bytes] = set()  # paths without an object
         self._manifest: TextIO | None = None  # gets a line of CSV for each cold object
         ready, busy, cold = self._survey()
         self._show_estimate(cold, ready + busy)
@@ -4119,6 +4118,9 @@ class Restore:
             elif label == NOT_ASKED and self._manifest is not None:
                 version = "" if found.version_id is None else f",{found.version_id}"
                 self._manifest.write(f"{self._config.bucket},{quote(found.key)}{version}\n")
+        for path in sorted(self._missing):
+            self._counts[FAILED] += 1
+            log_failure(path, NOTHING_THERE)
 
     def _rows(self) -> Rows:
         yield from self._counts.items()
@@ -4148,38 +4150,31 @@ class Restore:
 
     def _outcomes(self, work: Callable[[bytes, StoredObject], str]) -> Iterator[Any]:
         """Each wanted object with the label that `work` returns, or with a FileError."""
-
-        def attempt(selected: Selected) -> str:
-            name, found = selected
-            if found is None:
-                raise FileError(NOTHING_THERE)
-            return work(name, found)
-
-        pool = Parallel(attempt, self._context.box, self._config.transfers)
+        box, threads = self._context.box, self._config.transfers
+        pool: Parallel[Selected, str] = Parallel(lambda one: work(*one), box, threads)
         with contextlib.closing(pool.outcomes(self._wanted())) as outcomes:
             for finished in outcomes:
                 yield from finished
 
-    def _select(self, paths: list[bytes]) -> Iterator[Selected]:
-        return select_objects(self._config, self._bucket, paths, self._options.at)
+    def _select(self, paths: list[bytes], missing: set[bytes]) -> Iterator[Selected]:
+        return select_objects(self._config, self._bucket, paths, self._options.at, missing)
 
     def _wanted(self) -> Iterator[Selected]:
         """The selected objects and the paths to restore them to.  A file whose path is also a
         folder gets a name beside it.  If two keys stand for one path, the key that this
         program writes wins."""
         above: list[tuple[str, bytes]] = []  # earlier keys that the next key begins with
-        for path, found in self._select(self._paths):
-            key = found.key if found else ""
+        for path, found in self._select(self._paths, self._missing):
+            key = found.key
             while above and not key.startswith(above[-1][0]):
                 above.pop()
             for upper, upper_path in above:
                 if key.startswith(upper + "/") and upper not in self._other_names:
                     self._other_names[upper] = self._name_beside(upper_path)
-            if found:
-                above.append((key, path))
+            above.append((key, path))
             our_key = unchecked_key(self._config.prefix, path)
-            if found and our_key != key and key not in self._left_out:
-                same_path = (other.key for _, other in self._select([path]) if other)
+            if our_key != key and key not in self._left_out:
+                same_path = (other.key for _, other in self._select([path], set()))
                 if our_key in same_path:
                     message = "left out %s: %s stands for the same name"
                     log.warning(message, printable(key), our_key)
@@ -4190,7 +4185,7 @@ class Restore:
     def _name_beside(self, path: bytes) -> bytes:
         """A name for an object `x` if there is also `x/y`: one beside that folder."""
         other = path + b".file"
-        while other in self._other_names.values() or next(self._select([other]))[1]:
+        while other in self._other_names.values() or any(self._select([other], set())):
             other += b".file"
         message = "%s is a folder as well: the file of that name is restored as %s"
         log.warning(message, printable(path), printable(other))
