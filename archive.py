@@ -3276,7 +3276,7 @@ class Forecast(Scan):
 
 
 def plan(context: Context, options: argparse.Namespace) -> int:
-    """Shows what `run` would do and cost; changes nothing.  0, or 3 if a file would fail."""
+    """Shows what run would do and cost; changes nothing.  0, or 3 if a file would fail."""
 
     def show_file(what: str, path: bytes, reason: object) -> None:
         if options.list and not options.json:
@@ -3545,7 +3545,7 @@ def check_changes(context: Context, state: State) -> None:
 
 
 def run(context: Context, options: argparse.Namespace) -> int:
-    """Archives the box: 0, or 3 if something is incomplete."""
+    """Archives what is new or changed (the default).  0, or 3 if something is incomplete."""
     config, stopping, status = context.config, context.box.stopping, FATAL
     # What is on its way to S3 then still gets RUNTIME_GRACE.
     out_of_time = threading.Timer(config.max_runtime or 0, context.box.close)
@@ -3646,7 +3646,7 @@ def select_objects(
 
 
 def ls(context: Context, options: argparse.Namespace) -> int:
-    """Lists the archived objects, one per line; 0, or 3 if a path has none."""
+    """Lists what is archived, from the bucket's listing.  0, or 3 if a path has nothing."""
     listed, paths, missing = Count(), wanted_paths(context, options), set[bytes]()
     selected = select_objects(context.config, context.bucket, paths, options.at, missing)
     for name, found in selected:
@@ -3677,7 +3677,8 @@ def ls(context: Context, options: argparse.Namespace) -> int:
 
 
 def status(context: Context, options: argparse.Namespace) -> int:
-    """Shows what is archived, and what the box and the bucket say if they can be reached."""
+    """Shows what is archived, its cost, the last runs, and the box's room.  0, even if the
+    state, the box or the bucket cannot be asked."""
     config, bucket, prices = context.config, context.bucket, context.prices
 
     def read_state() -> tuple[Counts, list[PastRun], float]:
@@ -3777,7 +3778,8 @@ def verify(context: Context, options: argparse.Namespace) -> int:
 
 
 def check(context: Context, _options: argparse.Namespace) -> int:
-    """Tries everything that a run needs, and leaves nothing behind.  0, or 1 if it fails."""
+    """Tries settings, box, bucket and permissions, with the remedy for each.  Nothing is left
+    behind.  0, or 1 if something that a run needs has failed."""
     config, bucket, wrong = context.config, context.bucket, 0
 
     def line(verdict: str, text: str) -> None:
@@ -4253,8 +4255,8 @@ def mtime_of(stored: StoredObject) -> int:
 
 
 def restore(context: Context, options: argparse.Namespace) -> int:
-    """Restores files: 75 while one is cold, 3 if one failed, else 0.  --wait repeats the pass
-    while it gives 75."""
+    """Brings files back; run it again until it ends with 0.  75 while one is cold, 3 if one
+    failed, else 0.  --wait repeats the pass while it gives 75."""
     with locked(context.config, ".restore.lock"):
         work = Restore(context, options)
         while True:
@@ -4294,9 +4296,6 @@ exit statuses:
 """
 
 
-Command = Callable[[Context, argparse.Namespace], int]  # returns the exit status
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
@@ -4320,17 +4319,18 @@ def make_parser() -> argparse.ArgumentParser:
     add_level("-q", "--quiet", const=logging.WARNING, help=quiet)
     commands = parser.add_subparsers(metavar="COMMAND")
 
-    def add(function: Command, text: str, example: str, **flags: str) -> Parser:
-        about, end = f"{text[0].upper()}{text[1:]}.", f"example: archive.py {example}"
+    def add(function: Callable[..., int], example: str, **flags: str) -> Parser:
+        """Adds a command, whose help is the first sentence of the function's docstring."""
+        text, end = (function.__doc__ or "").split(".  ")[0], f"example: archive.py {example}"
         name = function.__name__
-        command = commands.add_parser(name, help=text, description=about, epilog=end)
+        command = commands.add_parser(name, help=text, description=f"{text}.", epilog=end)
         command.set_defaults(function=function)
         for flag, effect in flags.items():
             command.add_argument(f"--{flag}", action="store_true", help=effect)
         return command
 
     summary = "the summary as JSON, and nothing else on stdout"
-    command = add(run, "archive what is new or changed (the default)", "-q", json=summary)
+    command = add(run, "-q", json=summary)
     new_source = "the files are at another HETZNER_USER or REMOTE_PATH now: compare them"
     command.add_argument("--new-source", action="store_true", help=new_source)
     dry_run = "the same as plan --list"
@@ -4338,23 +4338,17 @@ def make_parser() -> argparse.ArgumentParser:
         "-n", "--dry-run", action="store_const", dest="function", const=plan, help=dry_run
     )
     command.set_defaults(list=True)  # for --dry-run
-    text = "what run would do and what it would cost; changes nothing"
-    output = add(plan, text, "plan --list").add_mutually_exclusive_group()
+    output = add(plan, "plan --list").add_mutually_exclusive_group()
     files = "first each file: + new, * changed, ? to compare, - gone from the box, ! failing"
     output.add_argument("--list", action="store_true", help=files)
     output.add_argument("--json", action="store_true", help="as JSON")
-    text = "what is archived, from the bucket's listing"
-    add_selection(add(ls, text, "ls photos/2024 --at 30d", json="as JSON, an object a line"))
-    text = "what is archived, its cost, the last runs, the box's room"
-    add(status, text, "status --json", json="as JSON")
-    text = "compare the state with the bucket's listing; downloads nothing"
+    add_selection(add(ls, "ls photos/2024 --at 30d", json="as JSON, an object a line"))
+    add(status, "status --json", json="as JSON")
     repair = "correct the state: the next run uploads or compares what differs"
-    add(verify, text, "verify --repair", repair=repair)
-    text = "bring files back; run it again until it ends with 0"
+    add(verify, "verify --repair", repair=repair)
     example = "restore photos/2024 letters/will.pdf --to drill"
-    add_restore(add(restore, text, example, json=summary))
-    text = "try settings, box, bucket and permissions, with the remedy for each"
-    add(check, text, "--env-file other.env check")
+    add_restore(add(restore, example, json=summary))
+    add(check, "--env-file other.env check")
     parser.set_defaults(level=logging.INFO, function=run, new_source=False, json=False)
     return parser
 
