@@ -3134,10 +3134,7 @@ class Forecast(Scan):
     """What a run would do, and what that costs.  `on_file` is called with a mark, a path and
     a reason for each file that is not archived as it is."""
 
-    def __init__(
-        self, context: Context, state: State,
-        on_file: Callable[[str, bytes, object], None] = lambda *_: None,
-    ):  # fmt: skip
+    def __init__(self, context: Context, state: State, on_file: Callable[..., None]):
         super().__init__(context, state)
         self._on_file, self.prices = on_file, context.prices
         self.afterwards = state.archived(context.config)
@@ -3198,33 +3195,27 @@ class Forecast(Scan):
                 self.afterwards.add(overwritten, -record.size, -1)
 
     def usd(self) -> dict[str, float]:
-        """Amounts by their names in JSON."""
+        """Amounts by their names in JSON.  `tiny_files_` are what would be saved of the upload
+        and of a month if files below TINY_FILE went into CLASS_FOR_TINY."""
         prices, after, archived = self.prices, self.afterwards, self.afterwards.total()
-        index = sum(prices.month(name, c.files, 0) for name, c in after.items())
+        tiny, other = self.tiny.total(), CLASS_FOR_TINY
+        tiny_puts = (prices.requests(n, {"put": c.files}) for n, c in self.tiny.items())
+        tiny_month = month_cost(prices, self.tiny)
         return {
             "upload": self.upload,
             "overwritten_early": self.early,
             "storage_a_month": month_cost(prices, after),
-            "of_it_per_object": index,
+            "of_it_per_object": sum(prices.month(n, c.files, 0) for n, c in after.items()),
             "gone_a_month": month_cost(prices, self.gone),
             **{f"full_restore_{tier}": restore_cost(prices, after, tier) for tier in TIERS},
             "full_download": prices.download(archived.files, archived.bytes),
+            "tiny_files_upload": sum(tiny_puts) - prices.requests(other, {"put": tiny.files}),
+            "tiny_files_month": tiny_month - prices.month(other, tiny.files, tiny.bytes),
         }
-
-    def tiny_savings(self) -> tuple[float, float]:
-        """USD saved of the upload and of a month, if files below TINY_FILE went into
-        CLASS_FOR_TINY."""
-        prices, tiny, other = self.prices, self.tiny.total(), CLASS_FOR_TINY
-        uploads = (prices.requests(name, {"put": c.files}) for name, c in self.tiny.items())
-        upload = sum(uploads) - prices.requests(other, {"put": tiny.files})
-        month = month_cost(prices, self.tiny) - prices.month(other, tiny.files, tiny.bytes)
-        return upload, month
 
     def json(self) -> dict[str, object]:
         labels = {"hidden": "Hidden entries", "excluded": "Excluded", "links": "Links"}
         labels["special"] = "Special files"
-        upload, month = self.tiny_savings()
-        usd = self.usd() | {"tiny_files_upload": upload, "tiny_files_month": month}
         return {
             **self.counts,
             "gone": self.gone.total(),
@@ -3233,7 +3224,7 @@ class Forecast(Scan):
             "requests": self.requests,
             "afterwards": self.afterwards.total(),
             "tiny_files": self.tiny.total(),
-            "usd": {name: json_usd(amount) for name, amount in usd.items()},
+            "usd": {name: json_usd(amount) for name, amount in self.usd().items()},
             "prices": self.prices.json,
         }
 
@@ -3264,7 +3255,7 @@ class Forecast(Scan):
     def warn(self) -> None:
         self.warn_of_unmatched()
         usd, archived = self.usd(), self.afterwards.total()
-        upload, month = self.tiny_savings()
+        upload, month = usd["tiny_files_upload"], usd["tiny_files_month"]
         if usd["of_it_per_object"] > usd["storage_a_month"] / 2:
             message = "files have %s on average: the 40 KB that S3 adds cost more than they do"
             log.warning(message, format_size(archived.bytes / archived.files))
@@ -3532,7 +3523,7 @@ def check_changes(context: Context, state: State) -> None:
     limit = context.config.max_changed
     if limit is None:
         return
-    forecast = Forecast(context, state)
+    forecast = Forecast(context, state, lambda *_: None)
     forecast.walk_box()
     before = state.archived(context.config).total().files
     gone = len(forecast.gone_paths - state.known_gone())
@@ -3709,22 +3700,20 @@ def status(context: Context, options: argparse.Namespace) -> int:
         }
         show_json(answers)
         return 0
-    used, free = map(format_size, space or (0, 0))
-    box = f"{used} used, {free} free" if space else "the server does not tell"
-    rows: list[tuple[str, object]] = [("Archived", no_state or counts.total())]
+    rows: dict[str, object] = {"Archived": no_state or counts.total()}
     for name, count in counts.items():
         is_set = name in (config.storage_class, config.small_files_class)
-        rows.append((name, count if is_set else f"{count}, not STORAGE_CLASS"))
+        rows[name] = count if is_set else f"{count}, not STORAGE_CLASS"
+    rows["Storage a month"] = no_state or usd
+    rows["Spent in 30 days"] = no_state or spent
+    rows["Box"] = no_space or "the server does not tell"
+    if space:
+        rows["Box"] = "{} used, {} free".format(*map(format_size, space))
+    rows["Unfinished uploads"] = no_count or unfinished
     rule_text = "aborts unfinished uploads" if rule else "none: see the README"
-    rows += [
-        ("Storage a month", no_state or usd),
-        ("Spent in 30 days", no_state or spent),
-        ("Box", no_space or box),
-        ("Unfinished uploads", no_count or unfinished),
-        ("Lifecycle rule", no_rule or rule_text),
-        ("Versioning", no_versions or ("on" if versioning == "Enabled" else "off")),
-    ]
-    show_table("STATUS", rows)
+    rows["Lifecycle rule"] = no_rule or rule_text
+    rows["Versioning"] = no_versions or ("on" if versioning == "Enabled" else "off")
+    show_table("STATUS", rows.items())
     show(f"({prices.note})")
     if known:
         show_runs(runs)
