@@ -3088,6 +3088,7 @@ class Scan(WalkReport):
         super().__init__()
         self._context, self._config, self._state = context, context.config, state
         self._uploads = state.uploads()  # without those of the jobs that were made
+        self.prices = context.prices
 
     def _make_jobs(self, files: list[RemoteFile]) -> Iterator[Job]:
         """Jobs for files that are not recorded.  One that S3 cannot hold is a failure."""
@@ -3104,6 +3105,18 @@ class Scan(WalkReport):
             resumes = begun is not None and begun[:3] == version
             yield Job(file, key, plan, self._state.find(file.path), begun, resumes)
 
+    def _cost(self, job: Job) -> tuple[float, float]:
+        """USD for the requests of an upload, if it comes to that after a comparison, and for
+        the object that it overwrites early."""
+        size, record, early = job.file.size, job.record, 0.0
+        lists = int(job.begun is not None)  # its parts, or its uploads
+        requests = {"head": job.heads + lists, "list": lists, **job.plan.requests(size)}
+        if record is not None:
+            age_days = (time.time() - (record.uploaded_at or 0)) / DAY
+            storage_class = record.storage_class or self._config.storage_class
+            early = self.prices.early(storage_class, record.size, age_days)
+        return self.prices.requests(self._config.class_of(size), requests), early
+
 
 def month_cost(prices: Prices, counts: Counts) -> float:
     return sum(prices.month(name, c.files, c.bytes) for name, c in counts.items())
@@ -3112,19 +3125,6 @@ def month_cost(prices: Prices, counts: Counts) -> float:
 def restore_cost(prices: Prices, counts: Counts, tier: str, days: int = DAYS_RESTORED) -> float:
     """USD for restored copies of all objects that stay for `days`."""
     return sum(prices.restore(n, tier, c.files, c.bytes, days) for n, c in counts.items())
-
-
-def job_cost(job: Job, config: Config, prices: Prices) -> tuple[float, float]:
-    """USD for the requests of an upload, if it comes to that after a comparison, and for the
-    object that it overwrites early."""
-    size, record, early = job.file.size, job.record, 0.0
-    lists = int(job.begun is not None)  # its parts, or its uploads
-    requests = {"head": job.heads + lists, "list": lists, **job.plan.requests(size)}
-    if record is not None:
-        age_days = (time.time() - (record.uploaded_at or 0)) / DAY
-        storage_class = record.storage_class or config.storage_class
-        early = prices.early(storage_class, record.size, age_days)
-    return prices.requests(config.class_of(size), requests), early
 
 
 MARKS = {"new": "+", "changed": "*", "to_compare": "?", "gone": "-", "failing": "!"}
@@ -3136,7 +3136,7 @@ class Forecast(Scan):
 
     def __init__(self, context: Context, state: State, on_file: Callable[..., None]):
         super().__init__(context, state)
-        self._on_file, self.prices = on_file, context.prices
+        self._on_file = on_file
         self.afterwards = state.archived(context.config)
         names = ("new", "changed", "to_compare", "unchanged")
         self.counts = Counts({name: Count() for name in names})
@@ -3187,7 +3187,7 @@ class Forecast(Scan):
             if file.size < TINY_FILE:
                 self.tiny.add(storage_class, file.size)
             self.requests.update(job.plan.requests(file.size))
-            cost, early = job_cost(job, self._config, self.prices)
+            cost, early = self._cost(job)
             self.upload, self.early = self.upload + cost, self.early + early
             self.afterwards.add(storage_class, file.size)
             if record:
@@ -3295,62 +3295,33 @@ def plan(context: Context, options: argparse.Namespace) -> int:
 # ------------------------------------------------------------------------- Run
 
 
-class Spending:
-    """What a run spends by its own count, in USD, and what MAX_COST allows it to spend."""
-
-    def __init__(self, context: Context):
-        """Fatal if there is a MAX_COST, and the price of a class is not known."""
-        config = self._config = context.config
-        self._prices = context.prices
-        self._requests = context.bucket.requests  # those that were sent
-        self._early = 0.0  # for objects that were overwritten early
-        self.reserved = 0.0  # for the jobs that have begun, and the requests before
-        for name in {config.storage_class, config.small_files_class or config.storage_class}:
-            cost = self._prices.requests(name, {"put": 1, "part": 1})
-            cost += self._prices.early(name, 1, 0)
-            if config.max_cost is not None and math.isnan(cost):
-                remedy = f"set {name}.put, {name}.part and {name}.month in PRICES"
-                raise Fatal(f"MAX_COST: what {name} costs is not known: {remedy}", status=USAGE)
-
-    @property
-    def total(self) -> float:
-        sent, cost = [*self._requests.items()], self._prices.requests  # threads change it
-        return self._early + sum(cost(name, {kind: n}) for (name, kind), n in sent)
-
-    def reserve(self, job: Job) -> bool:
-        """Reserves the job's cost.  Returns False after a warning if MAX_COST is too low."""
-        limit, cost = self._config.max_cost, sum(job_cost(job, self._config, self._prices))
-        self.reserved += cost
-        if limit is None or self.reserved <= limit:
-            return True
-        message = "MAX_COST is %s, and %s may cost %s: it and the rest are left to the next run"
-        path = printable(job.file.path)
-        log.warning(message, format_usd(limit), path, format_usd(cost))
-        return False
-
-    def settle(self, job: Job, is_upload: bool) -> None:
-        """Notes that the job's file was uploaded, or was only compared."""
-        requests, early = job_cost(job, self._config, self._prices)
-        if is_upload:
-            self._early += early
-        else:
-            asked = self._prices.requests("", {"head": job.heads})
-            self.reserved -= requests + early - asked
-
-
 class Run(Scan):
     """One pass over the box, and its summary.  Other threads only read and send files; the
     main thread walks, decides what to do with each file, and commits what is done."""
 
     def __init__(self, context: Context, state: State):
-        """Fatal as Spending."""
+        """Fatal if there is a MAX_COST, and the price of a class is not known."""
         super().__init__(context, state)
         self._box, self._bucket, self._progress = context.box, context.bucket, context.progress
-        self.spending = Spending(context)
         self.started_at, self._began = int(time.time()), time.monotonic()
         self.uploaded = self.unchanged = self.compared = self.bytes_uploaded = 0
         self.ended_early = ""  # the reason
         self._turns = threading.Semaphore(self._config.transfers)  # to send files to S3
+        self._early = 0.0  # USD for objects that were overwritten early
+        self._reserved = 0.0  # USD for the jobs that have begun, and the requests before
+        config = self._config
+        for name in {config.storage_class, config.small_files_class or config.storage_class}:
+            cost = self.prices.requests(name, {"put": 1, "part": 1})
+            cost += self.prices.early(name, 1, 0)
+            if config.max_cost is not None and math.isnan(cost):
+                remedy = f"set {name}.put, {name}.part and {name}.month in PRICES"
+                raise Fatal(f"MAX_COST: what {name} costs is not known: {remedy}", status=USAGE)
+
+    @property
+    def spent(self) -> float:
+        """USD that the run has spent by its own count."""
+        cost, sent = self.prices.requests, [*self._bucket.requests.items()]  # threads add some
+        return self._early + sum(cost(name, {kind: n}) for (name, kind), n in sent)
 
     def rows(self) -> Rows:
         """The summary: five rows that it always has, and others that are left out if empty."""
@@ -3362,7 +3333,7 @@ class Run(Scan):
         if self.compared:
             yield "Compared files", self.compared
         yield from self.left_out_rows()
-        yield "Spent", self.spending.total
+        yield "Spent", self.spent
         if self.ended_early:
             yield "Ended early", self.ended_early
 
@@ -3373,7 +3344,7 @@ class Run(Scan):
         # waits for the box.  With TRANSFERS=1, a file is read and sent after the other.
         threads, limit = 2 * self._config.transfers - 1, self._config.memory_limit
         pool = Parallel(self._transfer, self._box, threads, lambda j: j.plan.memory, limit)
-        self.spending.reserved = self.spending.total
+        self._reserved = self.spent
         with contextlib.closing(pool.outcomes(self._jobs())) as outcomes:
             for finished in outcomes:
                 with self._box.stopping.deferred():
@@ -3399,10 +3370,21 @@ class Run(Scan):
             self._state.note_begun(jobs)
             self._progress.expect(sum(job.file.size for job in jobs))
             for item in (*jobs, None):
-                if item and not self.spending.reserve(item):
+                if item and not self._reserve(item):
                     self.ended_early = "MAX_COST was reached"
                     return
                 yield item
+
+    def _reserve(self, job: Job) -> bool:
+        """Reserves the job's cost.  Returns False after a warning if MAX_COST is too low."""
+        limit, cost = self._config.max_cost, sum(self._cost(job))
+        self._reserved += cost
+        if limit is None or self._reserved <= limit:
+            return True
+        message = "MAX_COST is %s, and %s may cost %s: it and the rest are left to the next run"
+        path = printable(job.file.path)
+        log.warning(message, format_usd(limit), path, format_usd(cost))
+        return False
 
     def _transfer(self, job: Job) -> Archived | None:
         """Reads one file, and uploads it unless S3 holds it; None if the run is ending."""
@@ -3477,14 +3459,15 @@ class Run(Scan):
     def _settle(self, outcomes: list[Outcome[Job, Archived | None]]) -> None:
         self._state.record(archived for _, archived, _ in outcomes if archived)
         for job, archived, error in outcomes:
-            path = printable(job.file.path)
-            if archived:
-                self.spending.settle(job, archived.is_upload)
+            path, (requests, early) = printable(job.file.path), self._cost(job)
             if archived and archived.is_upload:
+                self._early += early
                 self.uploaded += 1
                 self.bytes_uploaded += archived.file.size
                 files_log.info("archived %s (%s bytes)", path, f"{archived.file.size:,}")
             elif archived:
+                asked = self.prices.requests("", {"head": job.heads})
+                self._reserved -= requests + early - asked
                 self.compared += 1
                 log.debug("compared %s", path)
             elif error and error.code == VANISHED:
@@ -3571,7 +3554,7 @@ def run(context: Context, options: argparse.Namespace) -> int:
             with stopping.deferred():
                 context.show_summary("SUMMARY", work.rows())
                 counts = (work.uploaded, work.unchanged, work.failed, work.bytes_uploaded)
-                ended = (int(time.time()), status, *counts, work.spending.total)
+                ended = (int(time.time()), status, *counts, work.spent)
                 state.record_run(PastRun(work.started_at, *ended))
     return status
 
