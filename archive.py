@@ -3382,8 +3382,7 @@ class Run(Scan):
         if limit is None or self._reserved <= limit:
             return True
         message = "MAX_COST is %s, and %s may cost %s: it and the rest are left to the next run"
-        path = printable(job.file.path)
-        log.warning(message, format_usd(limit), path, format_usd(cost))
+        log.warning(message, format_usd(limit), printable(job.file.path), format_usd(cost))
         return False
 
     def _transfer(self, job: Job) -> Archived | None:
@@ -3416,8 +3415,7 @@ class Run(Scan):
         if found and (same := match_content(found, io.BytesIO(data).read)):
             return Archived(reader.file, same, reader.is_recent, is_upload=False)
         with self._turns:
-            if stopping.is_set():
-                return None
+            stopping.check()
             stored = self._bucket.put(job.key, data, reader.file.mtime)
         self._progress.moved(len(data))
         return Archived(reader.file, stored, reader.is_recent, is_upload=True)
@@ -4100,9 +4098,8 @@ class Restore:
         yield from self._counts.items()
         yield "Restored bytes", self._bytes
         if self._asked_at is not None:
-            hours = TIERS[self._options.tier]
             yield "Asked at", format_time(self._asked_at)
-            yield "Promised by", format_time(self._asked_at + hours * 3600)
+            yield "Promised by", format_time(self._asked_at + TIERS[self._options.tier] * 3600)
 
     def _conclude(self) -> int:
         """Says what remains to be done, and returns the exit status."""
@@ -4282,8 +4279,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     env_file = "the settings (default: .env beside archive.py)"
     parser.add_argument("--env-file", type=Path, metavar="FILE", help=env_file)
-    version = f"archive.py {VERSION}"
-    parser.add_argument("-V", "--version", action="version", version=version)
+    parser.add_argument("-V", "--version", action="version", version=f"archive.py {VERSION}")
     level = parser.add_mutually_exclusive_group()
     add_level = partial(level.add_argument, dest="level", action="store_const")
     add_level("-v", "--verbose", const=logging.DEBUG, help="also list unchanged files")
