@@ -4403,9 +4403,34 @@ def tune_memory() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command and returns its exit status; nothing is raised."""
+    """Reads the arguments and settings, runs the command, and returns its exit status.
+    Nothing is raised."""
+    default = Path(__file__).resolve().parent / ".env"
+    env_file = default if default.is_file() else None
     try:
-        return start(argv)
+        arguments = make_parser().parse_args(argv)
+        bars = bool(sys.stderr and sys.stderr.isatty()) and arguments.level <= logging.INFO
+        tune_memory()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is
+        env_file = arguments.env_file or env_file
+        config = load_config(env_file, os.environ)
+        results = sys.stderr if shows_summary_as_json(arguments) else sys.stdout
+        start_logging(config, arguments.level, bars, results)
+        for warning in config_warnings(config, env_file):
+            log.warning("%s", warning)
+        # boto3 reads the environment, where an empty variable counts as a value.
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            del os.environ[name]
+        os.environ.update(config.aws_environ)
+        return execute(config, arguments, bars)
+    except Fatal as error:  # of the settings, or of LOG_FILE
+        faults = str(error).splitlines()
+        if not env_file and "HETZNER_HOST" not in os.environ:
+            faults = [f"there is no {default}: copy .env.example to it"]
+        for fault in faults:
+            print(f"error: {fault}", file=sys.stderr)
+        return error.status
     except KeyboardInterrupt:  # before handle_signals
         return 128 + signal.SIGINT
     except SystemExit as end:  # argparse has printed help or a usage error
@@ -4414,35 +4439,6 @@ def main(argv: list[str] | None = None) -> int:
         for stream in filter(None, (sys.stdout, sys.stderr)):
             with contextlib.suppress(OSError):  # closed by its reader
                 stream.flush()
-
-
-def start(argv: list[str] | None) -> int:
-    """Reads the arguments and settings, runs the command, and returns its exit status."""
-    arguments = make_parser().parse_args(argv)
-    bars = bool(sys.stderr and sys.stderr.isatty()) and arguments.level <= logging.INFO
-    tune_memory()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is
-    default = Path(__file__).resolve().parent / ".env"
-    env_file = arguments.env_file or (default if default.is_file() else None)
-    try:
-        config = load_config(env_file, os.environ)
-        results = sys.stderr if shows_summary_as_json(arguments) else sys.stdout
-        start_logging(config, arguments.level, bars, results)
-    except Fatal as error:
-        faults = str(error).splitlines()
-        if not env_file and "HETZNER_HOST" not in os.environ:
-            faults = [f"there is no {default}: copy .env.example to it"]
-        for fault in faults:
-            print(f"error: {fault}", file=sys.stderr)
-        return error.status
-    for warning in config_warnings(config, env_file):
-        log.warning("%s", warning)
-    # boto3 reads the environment, where an empty variable counts as a value.
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        del os.environ[name]
-    os.environ.update(config.aws_environ)
-    return execute(config, arguments, bars)
 
 
 def shows_summary_as_json(arguments: argparse.Namespace) -> bool:
