@@ -3252,8 +3252,7 @@ class Forecast(Scan):
             yield f"Restore, {tier}", f"{cost}, within {hours} hours, for {DAYS_RESTORED} days"
         yield "Download of all", f"{format_usd(usd['full_download'])} out of AWS"
 
-    def warn(self) -> None:
-        self.warn_of_unmatched()
+    def advise(self) -> None:
         usd, archived = self.usd(), self.afterwards.total()
         upload, month = usd["tiny_files_upload"], usd["tiny_files_month"]
         if usd["of_it_per_object"] > usd["storage_a_month"] / 2:
@@ -3282,13 +3281,13 @@ def plan(context: Context, options: argparse.Namespace) -> int:
             take_over(context.config, context.bucket, state)
         forecast = Forecast(context, state, show_file)
         forecast.walk_box()
+    forecast.warn_of_unmatched()
     if options.json:
-        forecast.warn_of_unmatched()
         show_json(forecast.json())
     else:
         show_table("PLAN", forecast.rows())
         show(f"({forecast.prices.note})")
-        forecast.warn()
+        forecast.advise()
     return INCOMPLETE if forecast.failed else 0
 
 
@@ -3533,7 +3532,6 @@ def run(context: Context, options: argparse.Namespace) -> int:
                 out_of_time.start()
             if state.is_new:
                 take_over(config, context.bucket, state)
-            context.box.session()
             check_changes(context, state)
             work.archive()
             status = INCOMPLETE if work.failed or work.ended_early else 0
