@@ -3391,8 +3391,7 @@ class Run(Scan):
             return None
         upload_id, may_be_complete = job.begun and job.begun.upload_id, False
         if upload_id and job.resumes:
-            part_size = job.plan.part_size
-            unfinished = self._bucket.unfinished_upload(job.key, upload_id, part_size)
+            unfinished = self._bucket.unfinished_upload(job.key, upload_id, job.plan.part_size)
             may_be_complete = unfinished is None  # and S3's answer got lost
         elif job.begun:  # it has parts of another version, or its id may have got lost
             self._bucket.abort_upload(job.key, upload_id)
@@ -3664,7 +3663,7 @@ def status(context: Context, options: argparse.Namespace) -> int:
     rule, no_rule, versioning, no_versions = None, no_count, None, no_count
     if no_count != NOT_KNOWN:  # else each request would wait for a timeout
         rule, no_rule = try_or_none(bucket.has_abort_rule)
-        versioning, no_versions = try_or_none(bucket.versioning)
+        versioning, no_versions = try_or_none(lambda: bucket.versioning() == "Enabled")
     if options.json:
         answers = {
             "archived": counts if known else None,
@@ -3675,7 +3674,7 @@ def status(context: Context, options: argparse.Namespace) -> int:
             "box": {"used": space[0], "free": space[1]} if space else None,
             "unfinished_uploads": unfinished,
             "lifecycle_rule": rule,
-            "versioning": None if no_versions else versioning == "Enabled",
+            "versioning": versioning,
         }
         show_json(answers)
         return 0
@@ -3691,7 +3690,7 @@ def status(context: Context, options: argparse.Namespace) -> int:
     rows["Unfinished uploads"] = no_count or unfinished
     rule_text = "aborts unfinished uploads" if rule else "none: see the README"
     rows["Lifecycle rule"] = no_rule or rule_text
-    rows["Versioning"] = no_versions or ("on" if versioning == "Enabled" else "off")
+    rows["Versioning"] = no_versions or ("on" if versioning else "off")
     show_table("STATUS", rows.items())
     show(f"({prices.note})")
     if known:
@@ -3934,8 +3933,7 @@ class BoxFolder:
     def _make_folders(self, session: Session, path: bytes) -> None:
         """Creates the missing folders above `path`.  FileError if one of those below
         `self._folder` is a link, SFTPError if one cannot be created."""
-        above = list(itertools.accumulate(path.split(b"/"), join))[:-1]
-        folders = [folder for folder in above if folder]
+        folders = [f for f in itertools.accumulate(path.split(b"/"), join) if f][:-1]
         lstats = [simple_request(FXP_LSTAT, folder) for folder in folders]
         mkdirs = []
         for folder, attributes in zip(folders, session.ask(*lstats)):
@@ -3964,8 +3962,7 @@ def write_file(
 ) -> int:
     """Writes the new file at `path`, which is open, closes it, and returns its size.
     SFTPError; FileError if the box has another size or mtime then."""
-    batches: deque[Batch] = deque()
-    at = 0
+    batches, at = deque[Batch](), 0
     try:
         for block in blocks:
             for start in range(0, len(block), WRITE_SIZE):
