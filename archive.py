@@ -4119,8 +4119,7 @@ class Restore:
         box, threads = self._context.box, self._config.transfers
         pool: Parallel[Selected, str] = Parallel(lambda one: work(*one), box, threads)
         with contextlib.closing(pool.outcomes(self._wanted())) as outcomes:
-            for finished in outcomes:
-                yield from finished
+            yield from itertools.chain.from_iterable(outcomes)
 
     def _select(self, paths: list[bytes], missing: set[bytes]) -> Iterator[Selected]:
         return select_objects(self._config, self._bucket, paths, self._options.at, missing)
