@@ -282,7 +282,6 @@ def format_usd(usd: float) -> str:
 
 # ---------------------------------------------------------------------- Errors
 
-
 FATAL, USAGE, INCOMPLETE, LOCKED, THAWING = 1, 2, 3, 11, 75  # exit statuses, see STATUSES
 
 
@@ -1053,14 +1052,6 @@ class Session:
             self.close(f"sending failed: {str(error) or 'the connection was closed'}")
         return batch
 
-    def ask(self, *requests: Request) -> list[Any]:
-        """Sends requests together and waits for the results; ConnectionLost."""
-        return self.send(*requests).results()
-
-    def ask_one(self, request: Request) -> Any:
-        """The result of a single request; SFTPError, ConnectionLost."""
-        return self.send(request).result()
-
     def close(self, reason: str) -> None:
         """Ends the session.  Threads that wait for a reply get ConnectionLost."""
         with self._lock:
@@ -1406,7 +1397,7 @@ class StorageBox:
         """The attributes of `path`, even of a link; None if it does not exist; FileError."""
         request = simple_request(FXP_LSTAT, path)
         try:
-            found: Attributes = self.retry(lambda session: session.ask_one(request))
+            found: Attributes = self.retry(lambda session: session.send(request).result())
         except SFTPError as error:
             if error.code == FX_NO_SUCH_FILE:
                 return None
@@ -1421,7 +1412,7 @@ class StorageBox:
         """Bytes used and free on the file system of REMOTE_PATH; None if the server does not
         know this request (statvfs@openssh.com)."""
         request = simple_request(FXP_EXTENDED, b"statvfs@openssh.com", self._config.remote_path)
-        (reply,) = self.retry(lambda session: session.ask(request))
+        (reply,) = self.retry(lambda session: session.send(request).results())
         if isinstance(reply, SFTPError):
             return None
         _, block_size, blocks, free, available, *_ = struct.unpack_from(">11Q", reply)
@@ -1495,8 +1486,11 @@ class FileReader:
         self._session, self._handle = session, b""  # handles of another session end with it
         self._drop_requests()
         lstat = simple_request(FXP_LSTAT, self._path)
-        handle, found = session.ask(open_request(self._path, FOR_READING), lstat)
-        self._handle = raise_if_refused(handle)
+        opened = session.send(open_request(self._path, FOR_READING), lstat)
+        handle, found = opened.results()
+        if isinstance(handle, SFTPError):
+            raise handle
+        self._handle = handle
         return self._file_now(found)
 
     def _advance(self) -> None:
@@ -1576,13 +1570,14 @@ class FileReader:
 def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | None:
     """As StorageBox.list_folder, with several READDIRs at a time.  SFTPError if the folder
     cannot be read, FileError if it has no end, ConnectionLost."""
-    handle = session.ask_one(simple_request(FXP_OPENDIR, path))
+    handle = session.send(simple_request(FXP_OPENDIR, path)).result()
     names: dict[bytes, Attributes] = {}  # a name may come twice while the folder changes
     ended, count = False, READDIRS_PER_BATCH
     try:
         while not ended:
             before = len(names)
-            for result in session.ask(*[simple_request(FXP_READDIR, handle)] * count):
+            readdirs = [simple_request(FXP_READDIR, handle)] * count
+            for result in session.send(*readdirs).results():
                 if not isinstance(result, SFTPError):
                     names.update(result)
                 elif result.code == FX_EOF or ended:
@@ -3874,8 +3869,9 @@ class BoxFolder:
 
         def write_probe(session: Session) -> None:
             self._make_folders(session, probe)
-            handle = session.ask_one(open_request(probe, FOR_WRITING))
-            session.ask(simple_request(FXP_CLOSE, handle), simple_request(FXP_REMOVE, probe))
+            handle = session.send(open_request(probe, FOR_WRITING)).result()
+            session.send(simple_request(FXP_CLOSE, handle))
+            session.send(simple_request(FXP_REMOVE, probe)).results()
 
         try:
             box.retry(write_probe)
@@ -3904,12 +3900,12 @@ class BoxFolder:
             self._make_folders(session, path)
             # What a killed pass has left; ProFTPD lets nobody write to a file anew.
             session.send(simple_request(FXP_REMOVE, partial_path))
-            handle = session.ask_one(open_request(partial_path, FOR_WRITING))
+            handle = session.send(open_request(partial_path, FOR_WRITING)).result()
             try:  # from here on, trying again would fetch it from S3 again
                 written = write_file(session, handle, partial_path, mtime, blocks())
                 if overwrite:
-                    session.ask(simple_request(FXP_REMOVE, path))
-                session.ask_one(simple_request(FXP_RENAME, partial_path, path))
+                    session.send(simple_request(FXP_REMOVE, path)).results()
+                session.send(simple_request(FXP_RENAME, partial_path, path)).result()
             except SFTPError as error:
                 raise FileError(f"the box cannot store it: {error}") from None
             # A request of a lost session may have been carried out just now.
@@ -3925,7 +3921,8 @@ class BoxFolder:
             free = None
             with contextlib.suppress(Fatal, Stopped, FileError):
                 free = self.free_space()  # before the partial file is deleted
-                self._box.retry(lambda s: s.ask(simple_request(FXP_REMOVE, partial_path)))
+                remove = simple_request(FXP_REMOVE, partial_path)
+                self._box.retry(lambda session: session.send(remove).results())
             if free is not None and free < MIB:
                 raise Fatal(f"{error}; the box is full") from None
             raise
@@ -3936,7 +3933,7 @@ class BoxFolder:
         folders = [f for f in itertools.accumulate(path.split(b"/"), join) if f][:-1]
         lstats = [simple_request(FXP_LSTAT, folder) for folder in folders]
         mkdirs = []
-        for folder, attributes in zip(folders, session.ask(*lstats)):
+        for folder, attributes in zip(folders, session.send(*lstats).results()):
             if isinstance(attributes, SFTPError):
                 mkdirs.append(simple_request(FXP_MKDIR, folder, NO_ATTRIBUTES))
                 continue
@@ -3945,15 +3942,15 @@ class BoxFolder:
                 raise FileError(f"{printable(folder)} is a file on the box, not a folder")
             if stat.S_ISLNK(mode) and folder.startswith(join(self._folder, b"")):
                 raise FileError(THROUGH_LINK)
-        refused = [result for result in session.ask(*mkdirs) if result]
+        refused = [result for result in session.send(*mkdirs).results() if result]
         # Another thread may have created the same folder meanwhile.
-        if refused and isinstance(session.ask(lstats[-1])[0], SFTPError):
+        if refused and isinstance(session.send(lstats[-1]).results()[0], SFTPError):
             raise refused[0]
 
 
 def size_and_mtime(session: Session, path: bytes) -> tuple[int | None, int | None]:
     """The size and mtime of a file on the box, or (None, None)."""
-    (found,) = session.ask(simple_request(FXP_LSTAT, path))
+    (found,) = session.send(simple_request(FXP_LSTAT, path)).results()
     return found[:2] if isinstance(found, Attributes) else (None, None)
 
 
