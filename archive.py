@@ -2939,8 +2939,9 @@ class Parallel(Generic[Item, Result]):
 
     A FileError of `work` is an outcome.  Fatal, Stopped, and SAME_FAILURES with one code in a
     row close the box.  These errors, and a FileError of the items, are raised once the work
-    under way was yielded.  After Fatal and Stopped, it is waited for only for STOP_LIMIT if
-    there was a signal, else for RUNTIME_GRACE."""
+    under way was yielded.  After Fatal and Stopped, it is waited for at most RUNTIME_GRACE,
+    and after a signal STOP_LIMIT.  A signal is never raised in the code that takes outcomes:
+    the others would be lost."""
 
     work: Callable[[Item], Result]
     box: StorageBox
@@ -2950,35 +2951,33 @@ class Parallel(Generic[Item, Result]):
 
     def __post_init__(self) -> None:
         self._finished: queue.SimpleQueue[Outcome[Item, Result]] = queue.SimpleQueue()
-        self._ready: list[Outcome[Item, Result]] = []  # collected, and not yet yielded
         self._under_way = self._memory_in_use = 0
         self._codes: deque[str] = deque(maxlen=SAME_FAILURES)  # of the latest outcomes
         self._failure: BaseException | None = None
 
     def outcomes(self, items: Iterable[Item | None]) -> Generator[list[Outcome[Item, Result]]]:
         """Finished work, in lists.  An item of None only lets finished work be yielded."""
-        pool = ThreadPoolExecutor(self.threads)
+        pool, stopping = ThreadPoolExecutor(self.threads), self.box.stopping
         try:
             for item in items:
                 while self._must_wait(item):
-                    yield self._collect()
-                    self._check()
+                    yield from self._hand_over()
                 if item is not None:
                     self._under_way += 1
                     self._memory_in_use += self.memory(item)
                     pool.submit(self._attempt, item)
             while self._under_way:
-                yield self._collect()
-                self._check()
-        except (ArchiveError, Stopped) as error:  # of `items`, of _check, or by a signal
-            self._failure, limit = self._failure or error, math.inf
+                yield from self._hand_over()
+        except (ArchiveError, Stopped) as error:  # of `items`, of _hand_over, or by a signal
+            self._failure, end = self._failure or error, math.inf
             if not isinstance(self._failure, FileError):
                 self.box.close()
-                limit = RUNTIME_GRACE if self.box.stopping.signal is None else STOP_LIMIT
-            end = time.monotonic() + limit
-            while self._under_way and time.monotonic() < end:
-                yield self._collect()
-            yield self._ready  # which a signal may have left in _collect
+                end = time.monotonic() + RUNTIME_GRACE
+            with stopping.deferred():
+                while self._under_way and time.monotonic() < end:
+                    if stopping.signal is not None:
+                        end = min(end, time.monotonic() + STOP_LIMIT)
+                    yield self._collect()
             raise self._failure from None
         finally:
             if self._under_way:
@@ -3014,32 +3013,35 @@ class Parallel(Generic[Item, Result]):
         is_full = self._memory_in_use + self.memory(item) > self.limit
         return is_full or self._under_way == self.threads
 
+    def _hand_over(self) -> Iterator[list[Outcome[Item, Result]]]:
+        """Yields finished work, and raises what ends the rest."""
+        with self.box.stopping.deferred():
+            yield self._collect()
+        if self._failure is not None:
+            raise self._failure
+        self.box.stopping.check()
+
     def _collect(self) -> list[Outcome[Item, Result]]:
         """The outcomes of finished work; waits at most COMMIT_PAUSE for the first one."""
-        timeout = COMMIT_PAUSE
+        outcomes: list[Outcome[Item, Result]] = []
         with contextlib.suppress(queue.Empty):
             while True:
-                self._take(*self._finished.get(timeout=timeout))
-                timeout = 0
-        outcomes, self._ready = self._ready, []
+                pause = 0 if outcomes else COMMIT_PAUSE
+                item, result, error = self._finished.get(timeout=pause)
+                self._note_end(item, error)
+                if not isinstance(error, Fatal):
+                    outcomes.append((item, result, error))
         return outcomes
 
-    def _take(self, item: Item, result: Result | None, error: ArchiveError | None) -> None:
+    def _note_end(self, item: Item, error: ArchiveError | None) -> None:
         self._under_way -= 1
         self._memory_in_use -= self.memory(item)
-        if not isinstance(error, Fatal):
-            self._ready.append((item, result, error))
         code = error.code if error else ""
         if code not in (VANISHED, CHANGED, UNFINISHED):
             self._codes.append(code)
             if code and self._codes.count(code) == SAME_FAILURES and self._failure is None:
                 reason = f"{error}; {SAME_FAILURES} in a row failed like this"
                 self._failure = Fatal(reason, code)
-
-    def _check(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-        self.box.stopping.check()
 
 
 # ------------------------------------------------------------------- Forecast
@@ -3341,8 +3343,7 @@ class Run(Scan):
         self._reserved = self.spent
         with contextlib.closing(pool.outcomes(self._jobs())) as outcomes:
             for finished in outcomes:
-                with self._box.stopping.deferred():
-                    self._settle(finished)
+                self._settle(finished)
         self.warn_of_unmatched()
         if not (self.unlisted or self.ended_early):
             # Unfinished uploads of files that are gone, or are archived by now.
