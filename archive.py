@@ -167,6 +167,10 @@ RECENT, RECENTLY_STORED = 2, 60
 
 # The hours that S3 takes at most (S3 user guide, "Archive retrieval options").
 TIERS = {"bulk": 48, "standard": 12}
+# The first and last mtimes of SFTP, of ext3 and XFS without bigtime, and of ext4, which keep
+# the nearest one instead of others.
+EARLIEST = -(1 << 31)
+TIME_RANGES = ((0, (1 << 32) - 1), (EARLIEST, (1 << 31) - 1), (EARLIEST, 15032385535))
 DAYS_RESTORED = 7  # for which S3 keeps restored copies, by default
 WAIT_PAUSE = 15 * 60  # s between the passes of `restore --wait`
 # Below TINY_FILE, STANDARD costs less than the 40 KB that S3 adds to a cold object.
@@ -715,6 +719,11 @@ class Config:
         if self.small_files_class and size < (self.small_files_below or 0):
             return self.small_files_class
         return self.storage_class
+
+    def upload_settings(self, size: int) -> str:
+        """A hash of the settings that an upload in parts is begun with."""
+        settings = json.dumps([self.class_of(size), self.extra_args], sort_keys=True)
+        return hashlib.sha256(settings.encode()).hexdigest()
 
 
 # All other AWS_ variables, and the proxies, are passed on to boto3.
@@ -1760,7 +1769,8 @@ CREATE TABLE IF NOT EXISTS files
 CREATE TABLE objects (path TEXT PRIMARY KEY, key TEXT NOT NULL UNIQUE, etag TEXT,
     crc32 INTEGER, storage_class TEXT) WITHOUT ROWID;
 CREATE TABLE uploads (key TEXT PRIMARY KEY, path TEXT NOT NULL, size INTEGER NOT NULL,
-    mtime INTEGER, part_size INTEGER NOT NULL, upload_id TEXT) WITHOUT ROWID;
+    mtime INTEGER, part_size INTEGER NOT NULL, settings TEXT NOT NULL, upload_id TEXT)
+    WITHOUT ROWID;
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE runs (started_at INTEGER PRIMARY KEY, ended_at INTEGER, status INTEGER,
     uploaded INTEGER, skipped INTEGER, failed INTEGER, bytes INTEGER, spent REAL);
@@ -1836,6 +1846,7 @@ class BegunUpload(NamedTuple):
     size: int
     mtime: int | None  # the file's; None if the upload must not be continued
     part_size: int
+    settings: str  # as from Config.upload_settings
     upload_id: str | None  # None until S3 has given one
 
 
@@ -2013,7 +2024,7 @@ class State:
         so recently that its parts could be of different versions.
         """
         forget = "UPDATE objects SET etag = NULL, crc32 = NULL WHERE path = ?"
-        insert = "INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?, NULL)"
+        insert = "INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?, ?, NULL)"
         with self._transaction():
             for job in jobs:
                 path, size = path_text(job.file.path), job.file.size
@@ -2023,7 +2034,8 @@ class State:
                 if job.plan.is_multipart and not job.resumes:
                     is_unsure = job.compares or is_recent(job.file, time.time())
                     mtime = None if is_unsure else job.file.mtime
-                    self._execute(insert, job.key, path, size, mtime, job.plan.part_size)
+                    upload = size, mtime, job.plan.part_size, job.settings
+                    self._execute(insert, job.key, path, *upload)
 
     def note_upload(self, job: Job) -> None:
         """Notes that a large file whose comparison was cut off is to be uploaded by the next
@@ -2053,7 +2065,7 @@ class State:
         self._execute("INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?, ?)", *object_row)
 
     def uploads(self) -> dict[str, BegunUpload]:
-        rows = self._execute("SELECT key, size, mtime, part_size, upload_id FROM uploads")
+        rows = self._execute(f"SELECT key, {', '.join(BegunUpload._fields)} FROM uploads")
         return {key: BegunUpload(*values) for key, *values in rows}
 
     def forget_upload(self, key: str) -> None:
@@ -2243,7 +2255,7 @@ def s3_errors() -> Iterator[None]:
         keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         raise Fatal(f"no AWS credentials: {error}; set {keys}") from None
     except aws.BotoCoreError as error:
-        raise FileError(f"S3: {error}", type(error).__name__) from None
+        raise FileError(f"S3: {error}", UNAVAILABLE) from None
 
 
 # Whether S3 lets an object be read: one in a cold class has to be restored first.
@@ -2339,11 +2351,10 @@ class MultipartClient:
         self.upload_id, self._stored = unfinished or ("", [])
         self._part_crcs: list[int] = []  # of the parts that this run sends
         self._sent: list[int] = []  # the numbers of those that S3 has stored
-        self._error: Exception | None = None  # of a request
+        self.error: Exception | None = None  # of a request
         self.crc32 = 0  # of all parts that are stored or were read
         for part in self._stored:
             self.crc32 = crc32_combine(self.crc32, crc32_of(part) or 0, part_size)
-        self.is_completing = False
         self.answer: Mapping[str, Any] = {}  # to CompleteMultipartUpload
 
     def __getattr__(self, name: str) -> Any:
@@ -2351,14 +2362,14 @@ class MultipartClient:
 
     def read(self, amount: int = -1) -> bytes:
         """The next part.  s3transfer calls this on one thread, in order."""
-        if self._error is not None:  # the upload has failed: do not read the rest
-            raise self._error
+        if self.error is not None:  # the upload has failed: do not read the rest
+            raise self.error
         try:
             data = self._read(amount)
         except Stopped:
             # s3transfer would cut off the parts under way, and after an error that is not an
             # Exception it would wait for ever.
-            while self._error is None and len(self._sent) < len(self._part_crcs):
+            while self.error is None and len(self._sent) < len(self._part_crcs):
                 time.sleep(0.1)
             raise FileError("the run ended before it was done", UNFINISHED) from None
         if data:
@@ -2371,7 +2382,7 @@ class MultipartClient:
             with s3_errors():
                 return operation(*values, **request)
         except Exception as error:
-            self._error = error
+            self.error = error
             raise
 
     def create_multipart_upload(self, **request: Any) -> Any:
@@ -2391,7 +2402,7 @@ class MultipartClient:
         return answer
 
     def complete_multipart_upload(self, MultipartUpload: Any, **request: Any) -> Any:
-        self.is_completing, before = True, len(self._stored)
+        before = len(self._stored)
         sent = [p | {"PartNumber": p["PartNumber"] + before} for p in MultipartUpload["Parts"]]
         request["MultipartUpload"] = {"Parts": self._stored + sent}
         request["ChecksumCRC32"] = crc_text(self.crc32)
@@ -2503,7 +2514,7 @@ class Bucket:
     ) -> StoredObject:  # fmt: skip
         """Uploads a large file in parts, after those of the unfinished upload; `read` returns
         the rest of its bytes.  If the upload fails, its parts stay for the next run, unless
-        the file has changed while it was read, or S3 has refused to complete it."""
+        the file has changed while it was read, or S3 has refused a request."""
         key, file, part_size = job.key, job.file, job.plan.part_size
         rest = file.size - (len(unfinished.parts) * part_size if unfinished else 0)
         config = TransferConfig(
@@ -2526,9 +2537,9 @@ class Bucket:
         try:
             upload_fileobj(client, source, self._name, key, arguments, progress, config)
         except FileError as error:
-            is_refused = client.is_completing and error.code != UNAVAILABLE
+            is_refused = client.error is not None and error.code != UNAVAILABLE
             # If S3's answer to Complete got lost, a retry gets NoSuchUpload.
-            found = self.head(key) if is_refused and error.code == "NoSuchUpload" else None
+            found = self.head(key) if error.code == "NoSuchUpload" else None
             if found and (found.size, found.crc32) == (file.size, client.crc32):
                 return found
             if client.upload_id and (is_refused or error.code == CHANGED):
@@ -2816,11 +2827,16 @@ class Console(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 class LogFile(logging.handlers.RotatingFileHandler):
-    """A log that is rotated, and that only its owner can read."""
+    """A log that only its owner can read.  It is rotated, or grows if it cannot be renamed,
+    as a file that is mounted into a container."""
 
     def _open(self) -> io.TextIOWrapper:
         create_private(Path(self.baseFilename))
         return super()._open()
+
+    def rotate(self, source: str, dest: str) -> None:
+        with contextlib.suppress(OSError):
+            super().rotate(source, dest)
 
 
 def start_logging(config: Config, level: int, bars: bool, results: TextIO) -> None:
@@ -2869,11 +2885,13 @@ def show_json(value: object, indent: int | None = 2) -> None:
 
 
 def print_line(text: str) -> None:
-    """Writes a line to stdout only; Stopped if stdout was closed by its reader."""
+    """Writes a line to stdout only; Stopped if its reader has closed it, Fatal."""
     try:
-        print(text)
-    except OSError:
+        print(text, flush=True)
+    except BrokenPipeError:
         raise Stopped from None
+    except OSError as error:
+        raise Fatal(f"stdout cannot be written: {error}") from None
 
 
 class Progress:
@@ -2950,7 +2968,8 @@ class Parallel(Generic[Item, Result]):
     limit: int = 0
 
     def __post_init__(self) -> None:
-        self._finished: queue.SimpleQueue[Outcome[Item, Result]] = queue.SimpleQueue()
+        self._finished: deque[Outcome[Item, Result]] = deque()
+        self._has_finished = threading.Event()  # set whenever one is added
         self._under_way = self._memory_in_use = 0
         self._codes: deque[str] = deque(maxlen=SAME_FAILURES)  # of the latest outcomes
         self._failure: BaseException | None = None
@@ -2977,6 +2996,7 @@ class Parallel(Generic[Item, Result]):
                 while self._under_way and time.monotonic() < end:
                     if stopping.signal is not None:
                         end = min(end, time.monotonic() + STOP_LIMIT)
+                    self._has_finished.wait(COMMIT_PAUSE)
                     yield self._collect()
             raise self._failure from None
         finally:
@@ -3002,11 +3022,12 @@ class Parallel(Generic[Item, Result]):
             self.box.close()  # at once, so that the other threads begin no new work
         if error is not None:  # a traceback would keep the file's bytes in memory
             error.__traceback__ = error.__context__ = None
-        self._finished.put((item, result, error))
+        self._finished.append((item, result, error))
+        self._has_finished.set()
 
     def _must_wait(self, item: Item | None) -> bool:
         """Whether finished work has to be collected before `item` is begun."""
-        if not self._finished.empty():
+        if self._finished:
             return True
         if item is None or not self._under_way:
             return False
@@ -3014,7 +3035,9 @@ class Parallel(Generic[Item, Result]):
         return is_full or self._under_way == self.threads
 
     def _hand_over(self) -> Iterator[list[Outcome[Item, Result]]]:
-        """Yields finished work, and raises what ends the rest."""
+        """Waits for finished work at most COMMIT_PAUSE, and yields it.  Raises what ends the
+        rest of the work."""
+        self._has_finished.wait(COMMIT_PAUSE)
         with self.box.stopping.deferred():
             yield self._collect()
         if self._failure is not None:
@@ -3022,20 +3045,16 @@ class Parallel(Generic[Item, Result]):
         self.box.stopping.check()
 
     def _collect(self) -> list[Outcome[Item, Result]]:
-        """The outcomes of finished work; waits at most COMMIT_PAUSE for the first one."""
-        outcomes: list[Outcome[Item, Result]] = []
-        with contextlib.suppress(queue.Empty):
-            while True:
-                pause = 0 if outcomes else COMMIT_PAUSE
-                item, result, error = self._finished.get(timeout=pause)
-                self._note_end(item, error)
-                if not isinstance(error, Fatal):
-                    outcomes.append((item, result, error))
-        return outcomes
+        """Takes the outcomes of finished work, and notes why the rest has to end."""
+        self._has_finished.clear()
+        outcomes = [self._finished.popleft() for _ in range(len(self._finished))]
+        for item, _, error in outcomes:
+            self._under_way -= 1
+            self._memory_in_use -= self.memory(item)
+            self._note_error(error)
+        return [outcome for outcome in outcomes if not isinstance(outcome[2], Fatal)]
 
-    def _note_end(self, item: Item, error: ArchiveError | None) -> None:
-        self._under_way -= 1
-        self._memory_in_use -= self.memory(item)
+    def _note_error(self, error: ArchiveError | None) -> None:
         code = error.code if error else ""
         if code not in (VANISHED, CHANGED, UNFINISHED):
             self._codes.append(code)
@@ -3054,8 +3073,9 @@ class Job(NamedTuple):
     key: str
     plan: UploadPlan
     record: Record | None  # its row
+    settings: str  # of its upload, as from Config.upload_settings
     begun: BegunUpload | None  # by an earlier run
-    resumes: bool  # that was to be this version of the file, with the same part size
+    resumes: bool  # it was begun for this version of the file, in the same way
 
     @property
     def compares(self) -> bool:
@@ -3098,9 +3118,10 @@ class Scan(WalkReport):
             except FileError as error:
                 self.add_failure(file.path, error)
                 continue
-            version = file.size, file.mtime, plan.part_size
-            resumes = begun is not None and begun[:3] == version
-            yield Job(file, key, plan, self._state.find(file.path), begun, resumes)
+            settings = config.upload_settings(file.size)
+            version = file.size, file.mtime, plan.part_size, settings
+            resumes = begun is not None and begun[:4] == version
+            yield Job(file, key, plan, self._state.find(file.path), settings, begun, resumes)
 
     def _cost(self, job: Job) -> tuple[float, float]:
         """USD for the requests of an upload, if it comes to that after a comparison, and for
@@ -3361,23 +3382,28 @@ class Run(Scan):
             if log.isEnabledFor(logging.DEBUG):
                 for file in sorted(set(page) - set(files)):
                     log.debug("unchanged %s", printable(file.path))
-            jobs = list(self._make_jobs(files))
+            # A file that alone costs more than MAX_COST must not keep back those behind it.
+            jobs = [job for job in self._make_jobs(files) if self._fits(job, reserved=0.0)]
             self._state.note_begun(jobs)
             self._progress.expect(sum(job.file.size for job in jobs))
-            for item in (*jobs, None):
-                if item and not self._reserve(item):
-                    self.ended_early = "MAX_COST was reached"
+            for job in jobs:
+                if not self._fits(job, self._reserved):
                     return
-                yield item
+                self._reserved += sum(self._cost(job))
+                yield job
+            yield None
 
-    def _reserve(self, job: Job) -> bool:
-        """Reserves the job's cost.  Returns False after a warning if MAX_COST is too low."""
+    def _fits(self, job: Job, reserved: float) -> bool:
+        """Whether MAX_COST allows the job beside what is reserved.  Warns of the first one that
+        it does not."""
         limit, cost = self._config.max_cost, sum(self._cost(job))
-        self._reserved += cost
-        if limit is None or self._reserved <= limit:
+        if limit is None or round(reserved + cost - limit, 9) <= 0:
             return True
-        message = "MAX_COST is %s, and %s may cost %s: it and the rest are left to the next run"
-        log.warning(message, format_usd(limit), printable(job.file.path), format_usd(cost))
+        if not self.ended_early:
+            message = "MAX_COST is %s, and %s may cost %s: it is left out, as others may be"
+            path = printable(job.file.path)
+            log.warning(message, format_usd(limit), path, format_usd(cost))
+        self.ended_early = "MAX_COST was reached"
         return False
 
     def _transfer(self, job: Job) -> Archived | None:
@@ -3890,7 +3916,7 @@ class BoxFolder:
     def store(self, name: bytes, mtime: int, blocks: Blocks, overwrite: bool) -> None:
         """As LocalFolder.store; Fatal if the box is full."""
         path, partial_path = (join(self._folder, n) for n in (name, partial_name(name)))
-        mtime = min(max(0, mtime), (1 << 32) - 1)  # SFTP's times are unsigned
+        mtime = min(max(mtime, TIME_RANGES[0][0]), TIME_RANGES[0][1])
         written: int | None = None  # bytes
 
         def write_and_rename(session: Session) -> None:
@@ -4003,7 +4029,7 @@ class Restore:
             self._target = LocalFolder(options.to)
         self._asked_at: float | None = None  # when S3 was last asked to restore an object
         self._left_out: set[str] = set()  # keys
-        self._present: set[str] = set()  # keys whose files are known to be there
+        self._present: set[bytes] = set()  # names of files that are known to be there
         self._other_names: dict[str, bytes] = {}  # by key, of files whose path is a folder now
 
     def one_pass(self) -> int:
@@ -4159,17 +4185,18 @@ class Restore:
         is_windows_name = os.name == "nt" and (b"\\" in name or b":" in name)
         if {b"", b".", b".."} & set(name.split(b"/")) or b"\0" in name or is_windows_name:
             raise FileError("no file can have this name")
-        if found.key in self._present:
+        if name in self._present:
             return THERE
         existing = self._target.find(name)
         if existing is not None:
             if not stat.S_ISREG(existing.mode or 0):
                 raise FileError("something that is not a file has its name")
             mtime = mtime_of(self._bucket.head(found.key, found.version_id) or found)
-            # FAT has only even seconds.  Not every file system has times out of this range.
-            same_mtime = existing.mtime in (mtime, mtime & ~1) or not 0 <= mtime < 1 << 31
+            # FAT has only even seconds.  SFTP and some file systems have a first and last time.
+            nearest = (min(max(mtime, first), last) for first, last in TIME_RANGES)
+            same_mtime = existing.mtime in (mtime, mtime & ~1, *nearest)
             if existing.size == found.size and same_mtime:
-                self._present.add(found.key)
+                self._present.add(name)
                 return THERE
             if not self._options.overwrite:
                 raise FileError(

@@ -105,8 +105,9 @@ def test_going_on_with_an_upload_costs_a_listing_of_its_parts_more(
 ):
     """0.000065 as above, and 0.000005."""
     write(box.root / "large", LARGE)
-    s3.on("UploadPart", error(400, "Odd"))
-    assert archive(constants={**SMALL_PARTS, "PARTS_AT_ONCE": 1}).status == 3
+    s3.on("UploadPart", error(503, "SlowDown"))
+    once = {"PARTS_AT_ONCE": 1, "S3_ATTEMPTS": 1}
+    assert archive(constants={**SMALL_PARTS, **once}).status == 3
     s3.requests.clear()
 
     result = archive(constants=SMALL_PARTS, MAX_COST=limit)
@@ -165,6 +166,31 @@ def test_requests_to_compare_count_against_max_cost(archive, box, s3):
     assert result.compared == 10
     assert s3.requests == {"HeadObject": 10}
     assert spent(archive) == near(0.000004)
+
+
+def test_file_that_costs_more_than_max_cost_does_not_keep_back_the_others(archive, box):
+    """Six months of 100 GB would be paid for."""
+    fill(box.root, {"a": 10, "m": 10})
+    archive()
+    archive.execute("UPDATE files SET size = ? WHERE path = './m'", 100 * GB)
+    fill(box.root, {"m": 11, "z": 10})
+    for _ in range(2):
+        next_second(archive)
+        result = archive(MAX_COST="0.5")
+        assert result.status == 3
+        assert re.search("^Ended early *: MAX_COST", result.stdout, re.MULTILINE)
+        assert "./m may cost $0.59" in result.stderr
+    assert set(archive.objects()) == {"a", "m", "z"}
+    assert archive.objects()["m"][0] == 10
+    # It is not noted as one that has to be compared: MAX_CHANGED still sees its change.
+    assert archive.query("SELECT mtime FROM files WHERE path = './m'") != [(None,)]
+
+
+def test_limit_is_reached_to_the_cent(archive, box):
+    fill(box.root, {"a": 10, "b": 10, "c": 10})
+    archive(EXCLUDE_PATHS="a,b,c")
+    next_second(archive)
+    assert archive(MAX_COST="0.00015").counts == (3, 0, 0)
 
 
 def test_young_objects_that_would_be_overwritten_count_against_max_cost(archive, box, s3):

@@ -77,6 +77,20 @@ def test_run_that_is_killed_again_and_again_ends_complete(archive, box, s3):
     assert_all_archived(archive, box)
 
 
+@pytest.mark.parametrize("at", [30, 150, 333])
+def test_signal_loses_nothing_that_s3_has_stored(archive, box, s3, at):
+    """While small files go up, what has arrived is being committed nearly all the time."""
+    for number in range(400):
+        write(box.root / f"f{number}", 100)
+    s3.on("PutObject", first(archive.terminate), nth=at)
+    ended = archive()
+    assert ended.status == 143
+    assert at <= ended.counts[0] < 400
+    assert archive.rows().keys() == {f"./{key}" for key in archive.objects()}
+    assert archive().status == 0
+    assert {s3.about["PutObject", f"f{number}"] for number in range(400)} == {1}
+
+
 @pytest.mark.parametrize(
     ("operation", "nth"),
     [("CreateMultipartUpload", 1), ("UploadPart", 2), ("CompleteMultipartUpload", 1)],

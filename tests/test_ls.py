@@ -313,3 +313,14 @@ def test_reader_that_has_seen_enough_ends_it_in_silence(archive, s3, form):
 
     assert stderr == ""
     assert s3.requests["ListObjectsV2"] < 10
+
+
+@pytest.mark.parametrize("command", ["ls", "status --json", "plan --list", "run --json"])
+def test_output_that_cannot_be_written_is_an_error(archive, command):
+    stored(archive, {"a": b"a"})
+    redirected = "import sys\nsys.stdout = open('/dev/full', 'w')\n"
+
+    result = archive(*command.split(), before=redirected)
+
+    assert result.status == 1
+    assert "error: stdout cannot be written: [Errno 28]" in result.stderr

@@ -23,7 +23,7 @@ from zlib import crc32
 
 import pytest
 from conftest import CHANGED, MIB, OLD, PROGRAM, Archive, fill, real, tree
-from faults import LARGE, SIZES, wait_for
+from faults import LARGE, SIZES, wait_for, write
 from faulty_sftp import FAILURE, PERMISSION_DENIED, Dropped, FaultyBox, drop, status
 from relay import Relay
 from scripted_s3 import error, first, halfway, headers, no_checksums, rewritten
@@ -285,6 +285,24 @@ def test_times_that_not_every_disk_can_keep_are_no_failure(archive, faulty_box, 
         assert (result.status, result.failures) == (0, []), result.stderr
         ((_, _, mtime),) = whole(faulty_box.root / "back").values()
         assert mtime == 0
+
+
+@HERE_AND_THERE
+def test_other_file_with_a_late_or_early_time_is_not_taken_for_the_right_one(place):
+    late, early = 2_208_988_800, -315_619_200  # 2040 and 1960
+    expected = stored(place.archive, {"late": b"content"}, mtime=late)
+    if place.kind == "folder":
+        expected |= stored(place.archive, {"early": b"content"}, mtime=early)
+    assert place.archive("restore", *place.arguments).status == 0
+    for name in expected:
+        (place.root / name.decode()).write_bytes(b"another")
+        os.utime(place.root / name.decode(), (OLD, OLD))
+
+    assert place.archive("restore", *place.arguments).status == 3
+    assert place.archive("restore", "--overwrite", *place.arguments).status == 0
+    assert whole(place.root) == expected
+    again = place.archive("restore", *place.arguments)
+    assert re.search(f"^Already there *: {len(expected)}$", again.stdout, re.MULTILINE)
 
 
 def test_restored_files_are_as_readable_as_any_new_file(archive, to):
@@ -938,6 +956,19 @@ def test_file_and_folder_of_one_name_both_come_back(place):
         assert found.pop(b"x/y") == expected[b"x/y"]
         [other] = found
         assert other.decode() in result.output
+
+
+def test_file_beside_a_folder_comes_back_though_its_old_place_has_one(archive, to):
+    expected = stored(archive, {"x": b"the file", "x/y": b"in the folder"})
+    write(to / "x", 0)
+    (to / "x").write_bytes(b"the file")
+    os.utime(to / "x", (OLD, OLD))
+
+    result = archive("restore", "--to", to)
+
+    assert result.status == 3
+    assert set(failed(result)) == {"x/y"}
+    assert whole(to) == {b"x": expected[b"x"], b"x.file": expected[b"x"]}
 
 
 # --- It is stopped, killed, or started twice --------------------------------

@@ -497,6 +497,40 @@ def test_upload_whose_first_answer_was_lost_is_aborted(archive, box, s3, bucket,
     assert_all_archived(archive, box)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"STORAGE_CLASS": "STANDARD"},
+        {"SMALL_FILES_BELOW": "1G", "SMALL_FILES_CLASS": "STANDARD"},
+        {"S3_EXTRA_ARGS": "Tagging=kind=backup"},
+    ],
+    ids=str,
+)
+def test_upload_that_was_begun_with_other_settings_is_begun_anew(
+    archive, box, s3, bucket, changed
+):
+    """Its class, encryption and tags are those with which it was begun."""
+    write(box.root / "big", BIG)
+    interrupt(archive, s3)
+    assert archive(constants=SIZES, **changed).counts == (1, 0, 0)
+    assert s3.requests["CreateMultipartUpload"] == 2
+    assert bucket.upload_ids() == set()
+    storage_class = "DEEP_ARCHIVE" if "S3_EXTRA_ARGS" in changed else "STANDARD"
+    assert archive.objects()["big"][2] == storage_class
+    assert archive.query("SELECT storage_class FROM objects") == [(storage_class,)]
+
+
+def test_upload_whose_parts_s3_refuses_is_begun_anew_by_the_next_run(archive, box, s3, bucket):
+    write(box.root / "big", BIG)
+    interrupt(archive, s3)
+    s3.on("UploadPart", error(400, "InvalidRequest"))
+    refused = archive(constants=SIZES)
+    assert_failed(refused, {"big": "InvalidRequest"})
+    assert bucket.upload_ids() == set()
+    assert archive(constants=SIZES).counts == (1, 0, 0)
+    assert_all_archived(archive, box)
+
+
 def test_upload_whose_only_answer_was_lost_is_gone_on_with_or_aborted(archive, box, s3, bucket):
     write(box.root / "big", BIG)
     s3.on("CreateMultipartUpload", first_in_s3(archive.kill, lost_answer))

@@ -432,6 +432,15 @@ def test_the_log_file_holds_all_lines_and_the_summary_of_each_run(archive):
         assert path.stat().st_mode & 0o002 == 0, "it is no one's business but the user's"
 
 
+def test_log_file_that_cannot_be_renamed_grows(archive):
+    """As one that a container has mounted by itself."""
+    archive.log_file.write_bytes(b"x" * (10 << 20))
+    busy = "import os\ndef rename(*_):\n    raise OSError(16, 'busy')\nos.rename = rename\n"
+    for runs in (1, 2):
+        archive(before=busy)
+        assert archive.log_file.read_text().count("SUMMARY") == runs
+
+
 def test_without_a_log_file_none_is_written(archive):
     archive(LOG_FILE="")
 
