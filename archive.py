@@ -2351,7 +2351,7 @@ class MultipartClient:
         self.upload_id, self._stored = unfinished or ("", [])
         self._part_crcs: list[int] = []  # of the parts that this run sends
         self._sent: list[int] = []  # the numbers of those that S3 has stored
-        self.error: Exception | None = None  # of a request
+        self.error: Exception | None = None  # the first one of a request
         self.crc32 = 0  # of all parts that are stored or were read
         for part in self._stored:
             self.crc32 = crc32_combine(self.crc32, crc32_of(part) or 0, part_size)
@@ -2382,7 +2382,7 @@ class MultipartClient:
             with s3_errors():
                 return operation(*values, **request)
         except Exception as error:
-            self.error = error
+            self.error = self.error or error
             raise
 
     def create_multipart_upload(self, **request: Any) -> Any:
@@ -2537,7 +2537,7 @@ class Bucket:
         try:
             upload_fileobj(client, source, self._name, key, arguments, progress, config)
         except FileError as error:
-            is_refused = client.error is not None and error.code != UNAVAILABLE
+            is_refused = error is client.error and error.code != UNAVAILABLE
             # If S3's answer to Complete got lost, a retry gets NoSuchUpload.
             found = self.head(key) if error.code == "NoSuchUpload" else None
             if found and (found.size, found.crc32) == (file.size, client.crc32):

@@ -520,6 +520,26 @@ def test_upload_that_was_begun_with_other_settings_is_begun_anew(
     assert archive.query("SELECT storage_class FROM objects") == [(storage_class,)]
 
 
+def test_parts_stay_if_the_box_fails_while_others_are_on_their_way(archive, box, s3, bucket):
+    """These are cut off by s3transfer, which is no refusal of S3."""
+    write(box.root / "big", BIG)
+    s3.take_little_ahead()
+    has_failed = threading.Event()
+    held = s3.on("UploadPart", until(has_failed))
+
+    def fail():
+        wait_for(lambda: held.fired)
+        threading.Timer(0.5, has_failed.set).start()
+
+    box.on("READ", b"big", first(fail, status(PERMISSION_DENIED)), at=3 * PART)
+    failed = archive(constants={**SIZES, "READ_WINDOW": MIB})
+    assert_failed(failed, {"big": "reading failed"})
+    assert len(bucket.upload_ids()) == 1
+    assert archive(constants=SIZES).counts == (1, 0, 0)
+    assert s3.requests["CreateMultipartUpload"] == 1
+    assert_all_archived(archive, box)
+
+
 def test_upload_whose_parts_s3_refuses_is_begun_anew_by_the_next_run(archive, box, s3, bucket):
     write(box.root / "big", BIG)
     interrupt(archive, s3)
