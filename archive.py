@@ -1762,7 +1762,7 @@ class Walk:
 
 # ----------------------------------------------------------------------- State
 
-STATE_VERSION = 4  # SQLite's user_version of a database that has these tables
+STATE_VERSION = 5  # SQLite's user_version of a database that has these tables
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS files
     (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, uploaded_at INTEGER);

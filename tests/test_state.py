@@ -429,6 +429,17 @@ def test_state_of_a_newer_version_is_refused_and_left_as_it_is(archive):
     assert archive.state_db.read_bytes() == before
 
 
+def test_state_whose_uploads_have_no_settings_is_taken_over(archive, s3):
+    """One of version 4, before an upload in parts was tied to its settings."""
+    archive()
+    archive.execute("ALTER TABLE uploads DROP COLUMN settings")
+    archive.execute("PRAGMA user_version = 4")
+    result = archive()
+    assert (result.status, result.counts, result.compared) == (0, (0, 0, 0), 2), result.stderr
+    assert s3.requests["PutObject"] == 2
+    assert archive().counts == (0, 2, 0)
+
+
 @pytest.mark.parametrize("command", ["plan", "status"])
 def test_another_programs_lock_on_the_state_is_not_waited_for_without_a_limit(archive, command):
     archive()
