@@ -303,6 +303,17 @@ def test_server_without_checksums_that_holds_another_size_is_not_believed(archiv
     assert archive.rows() == {}
 
 
+@pytest.mark.parametrize("size", [0, SMALL])
+def test_object_that_a_server_without_checksums_does_not_have_is_not_recorded(
+    archive, box, s3, size
+):
+    write(box.root / "file", size)
+    s3.always("HeadObject", error(404, "NoSuchKey"))
+    s3.always(None, no_checksums)
+    assert_failed(archive(), {"file": f"S3 holds no object read {size}"})
+    assert archive.rows() == {}
+
+
 def test_small_file_that_was_damaged_on_its_way_is_not_recorded(archive, box, s3):
     for name in ("well", "damaged"):
         write(box.root / name, SMALL)
