@@ -2989,16 +2989,18 @@ class Parallel(Generic[Item, Result]):
             while self._under_way:
                 yield from self._hand_over()
         except (ArchiveError, Stopped) as error:  # of `items`, of _hand_over, or by a signal
-            self._failure, end = self._failure or error, math.inf
-            if not isinstance(self._failure, FileError):
-                self.box.close()
-                end = time.monotonic() + RUNTIME_GRACE
             with stopping.deferred():
+                self._failure, end = self._failure or error, math.inf
+                if not isinstance(self._failure, FileError):
+                    self.box.close()
+                    end = time.monotonic() + RUNTIME_GRACE
                 while self._under_way and time.monotonic() < end:
                     if stopping.signal is not None:
                         end = min(end, time.monotonic() + STOP_LIMIT)
                     self._has_finished.wait(COMMIT_PAUSE)
                     yield self._collect()
+                if not isinstance(self._failure, FileError):  # told though a signal came
+                    raise self._failure from None
             raise self._failure from None
         finally:
             if self._under_way:

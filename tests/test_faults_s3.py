@@ -559,6 +559,25 @@ def test_run_that_is_stopped_while_s3_answers_says_how_it_ended(archive, box, s3
         assert "ExpiredToken" in result.stderr
 
 
+def test_refusal_is_told_though_a_signal_comes_while_the_others_end(archive, box, s3):
+    for name in ("a", "b"):
+        write(box.root / name, SMALL)
+
+    def stop():
+        time.sleep(1)
+        archive.terminate()
+        time.sleep(0.5)
+
+    other = s3.on("PutObject", first(stop), key="b")
+    both = first(lambda: wait_for(lambda: other.fired), error(403, "ExpiredToken"))
+    s3.on("PutObject", both, key="a")
+    result = archive()
+    assert result.status == 143
+    assert "ExpiredToken" in result.stderr
+    assert set(archive.objects()) == {"b"}
+    assert archive.rows().keys() == {"./b"}
+
+
 def test_file_that_s3_takes_while_it_fails_the_others_is_recorded(archive, box, s3):
     write(box.root / "0slow", SMALL)
     for n in range(LIMIT + 10):
