@@ -4475,8 +4475,11 @@ def execute(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
     box, progress = StorageBox(config, stopping, retries), Progress(bars)
     try:
         handle_signals(stopping)
-        context = Context(config, box, Bucket(config, retries), progress, summary)
-        exit_status = arguments.function(context, arguments)
+        with contextlib.ExitStack() as stack:
+            # Later signals are noted, but do not cut off the last message or the JSON.
+            stack.callback(setattr, stopping, "is_deferred", True)
+            context = Context(config, box, Bucket(config, retries), progress, summary)
+            exit_status = arguments.function(context, arguments)
     except Stopped:
         pass
     except ArchiveError as error:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import time
 from datetime import datetime, timedelta
 
@@ -126,6 +127,22 @@ def test_run_that_a_signal_ends_prints_its_summary(archive, faulty_box, s3):
     found = summary(result)
     assert (found["exit_status"], found["ended_early"]) == (143, "by SIGTERM")
     assert found["uploaded_files"] == 0
+
+
+@pytest.mark.parametrize("name", ["StorageBox.close", "Progress.close", "show_json"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_at_the_very_end_does_not_cut_off_the_summary(archive, name, number):
+    """There is no traceback, either: see Archive.result."""
+    at_the_end = f"""
+act = archive.{name}
+def act_and_signal(*values):
+    os.kill(os.getpid(), {int(number)})
+    act(*values)
+archive.{name} = act_and_signal
+"""
+    result = archive.start("run", "--json", before=at_the_end).wait()
+    assert result.status in (0, 128 + number)
+    summary(result)
 
 
 # --- restore --json ---------------------------------------------------------
