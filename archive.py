@@ -2559,12 +2559,12 @@ class Bucket:
         whose answer has no CRC-32 may not have checked it, and gets a HEAD."""
         now, storage_class = datetime.now(timezone.utc), self._config.class_of(size)
         known = {"Size": size, "LastModified": now, "StorageClass": storage_class}
-        found: StoredObject | None = stored_object(key, {**answer, **known})
+        found = stored_object(key, {**answer, **known})
         if found.crc32 is None:
-            found = self.head(key)
-            if found is None or found.size != size:
-                held = f"{found.size:,} bytes" if found else "no object"
+            if (asked := self.head(key)) is None or asked.size != size:
+                held = f"{asked.size:,} bytes" if asked else "no object"
                 raise FileError(f"S3 holds {held}, read {size:,}")
+            found = asked
             if found.crc32 is None and not self._has_warned:
                 self._has_warned = True
                 log.warning("this S3 server gives no CRC-32: only sizes are compared")
