@@ -2183,7 +2183,7 @@ NOT_FOUND = ("404", "NoSuchKey", "NoSuchUpload")
 # Errors that are worth a retry: a body that was cut off or damaged on its way, a conflict
 # with another request, and an overload or defect of a server or proxy.
 TRANSIENT_CODES = ["IncompleteBody", "BadDigest", "OperationAborted", "RequestTimeout"]
-TRANSIENT_CODES += ["XAmzContentSHA256Mismatch"]
+TRANSIENT_CODES += ["XAmzContentSHA256Mismatch", "ThrottlingException"]  # KMS gives 400
 TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504, *range(520, 528))
 CREDENTIAL_ERRORS = (
     *(aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError),
@@ -2960,7 +2960,7 @@ class Parallel(Generic[Item, Result]):
     row close the box.  These errors, and a FileError of the items, are raised once the work
     under way was yielded.  After Fatal and Stopped, it is waited for at most RUNTIME_GRACE,
     and after a signal STOP_LIMIT.  A signal is never raised in the code that takes outcomes:
-    the others would be lost."""
+    those of a list that it has not looked at yet would be lost."""
 
     work: Callable[[Item], Result]
     box: StorageBox
@@ -2999,7 +2999,7 @@ class Parallel(Generic[Item, Result]):
                         end = min(end, time.monotonic() + STOP_LIMIT)
                     self._has_finished.wait(COMMIT_PAUSE)
                     yield self._collect()
-                if not isinstance(self._failure, FileError):  # told though a signal came
+                if not isinstance(self._failure, FileError):  # which a signal must not hide
                     raise self._failure from None
             raise self._failure from None
         finally:

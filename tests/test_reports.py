@@ -403,6 +403,7 @@ def test_file_system_without_locks_is_not_taken_for_another_run(archive, command
 SIZES = {"SMALL_FILE": 1 << 20, "PART_SIZE": 5 << 20}
 PASSING = {
     "cut": error(400, "IncompleteBody"),
+    "busy kms": error(400, "ThrottlingException"),
     "damaged": error(400, "BadDigest"),
     "damaged over http": error(400, "XAmzContentSHA256Mismatch"),
     "in conflict": error(409, "OperationAborted"),
