@@ -417,7 +417,7 @@ def test_refusal_that_passes_is_tried_again(archive, box, s3, operation, size):
     fill(box.root, dict.fromkeys(PASSING, b"x" * size))
     met = [s3.on(operation, fault, key=name, times=2) for name, fault in PASSING.items()]
     result = archive(constants=SIZES, AWS_ENDPOINT_URL=s3.url)
-    assert (result.status, [rule.fired for rule in met]) == (0, [2] * 6), result.stderr
+    assert (result.status, {rule.fired for rule in met}) == (0, {2}), result.stderr
     assert set(archive.objects()) == set(PASSING)
     archive.assert_invariant()
 
