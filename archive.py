@@ -2755,7 +2755,8 @@ def compare_listing(config: Config, bucket: Bucket, state: State) -> Iterator[Co
     """Compares the bucket's listing with the state, both of which are sorted by key.  Objects
     whose key no path can have are not ours, and skipped."""
     by_key, objects = attrgetter("key"), bucket.objects(config.prefix)
-    entries: Iterator[Any] = heapq.merge(objects, state.records(), key=by_key)
+    # Records come first: they are sorted, so that an unsorted listing parts no pair.
+    entries: Iterator[Any] = heapq.merge(state.records(), objects, key=by_key)
     for key, group in itertools.groupby(entries, by_key):
         of_type = {type(entry): entry for entry in group}
         found, record = of_type.get(StoredObject), of_type.get(Record)

@@ -210,6 +210,22 @@ def test_names_in_all_scripts_are_matched_in_the_order_of_the_listing(archive, b
     assert counts(result) == {"agree": expected}
 
 
+def test_nothing_is_sent_again_after_a_listing_that_is_not_sorted(archive, box, s3):
+    fill(box.root, {name: b"x" for name in "abcdefg"})
+    archive()
+
+    def backwards(body):
+        entries = re.findall(rb"<Contents>.*?</Contents>", body, re.DOTALL)
+        return body.replace(b"".join(entries), b"".join(entries[::-1]))
+
+    s3.on("ListObjectsV2", rewritten(backwards))
+    assert archive("verify", "--repair").status == 3
+    sent = s3.requests["PutObject"]
+    assert archive().counts[0] == 0
+    assert s3.requests["PutObject"] == sent
+    assert_all_archived(archive, box)
+
+
 def test_only_what_is_below_the_prefix_is_looked_at(archive, box, store):
     fill(box.root, {"a": b"1"})
     assert archive(S3_PREFIX="mine/").status == 0
