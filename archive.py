@@ -2183,7 +2183,7 @@ NOT_FOUND = ("404", "NoSuchKey", "NoSuchUpload")
 # Errors that are worth a retry: a body that was cut off or damaged on its way, a conflict
 # with another request, and an overload or defect of a server or proxy.
 TRANSIENT_CODES = ["IncompleteBody", "BadDigest", "OperationAborted", "RequestTimeout"]
-TRANSIENT_CODES += ["XAmzContentSHA256Mismatch", "ThrottlingException"]  # KMS gives 400
+TRANSIENT_CODES += ["XAmzContentSHA256Mismatch", "ThrottlingException"]  # by KMS
 TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504, *range(520, 528))
 CREDENTIAL_ERRORS = (
     *(aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError),
@@ -2755,7 +2755,7 @@ def compare_listing(config: Config, bucket: Bucket, state: State) -> Iterator[Co
     """Compares the bucket's listing with the state, both of which are sorted by key.  Objects
     whose key no path can have are not ours, and skipped."""
     by_key, objects = attrgetter("key"), bucket.objects(config.prefix)
-    # Records come first: they are sorted, so that an unsorted listing parts no pair.
+    # Records come first.  As they are sorted, even an unsorted listing separates no pair.
     entries: Iterator[Any] = heapq.merge(state.records(), objects, key=by_key)
     for key, group in itertools.groupby(entries, by_key):
         of_type = {type(entry): entry for entry in group}
@@ -4479,7 +4479,7 @@ def execute(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
     try:
         handle_signals(stopping)
         with contextlib.ExitStack() as stack:
-            # Later signals are noted, but do not cut off the last message or the JSON.
+            # From then on, signals are noted, but cut off neither the message nor the JSON.
             stack.callback(setattr, stopping, "is_deferred", True)
             context = Context(config, box, Bucket(config, retries), progress, summary)
             exit_status = arguments.function(context, arguments)

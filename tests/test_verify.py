@@ -211,7 +211,7 @@ def test_names_in_all_scripts_are_matched_in_the_order_of_the_listing(archive, b
 
 
 def test_nothing_is_sent_again_after_a_listing_that_is_not_sorted(archive, box, s3):
-    fill(box.root, {name: b"x" for name in "abcdefg"})
+    fill(box.root, dict.fromkeys("abcdefg", b"x"))
     archive()
 
     def backwards(body):
