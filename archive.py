@@ -1871,6 +1871,18 @@ class Counts(dict[str, Count]):
         return Count(sum(count.files for count in counts), sum(count.bytes for count in counts))
 
 
+def in_transaction(method: Callable[..., None]) -> Callable[..., None]:
+    """A method of State whose statements are committed together, or not at all.  No context
+    manager in Python: a signal as it begins or ends would leave the transaction open."""
+
+    def call(self: State, *values: Any) -> None:
+        with state_errors(self._path), self._db:  # which commits or rolls back
+            self._db.execute("BEGIN IMMEDIATE")
+            method(self, *values)
+
+    return call
+
+
 class State:
     """The state database, for one thread.  Methods raise Fatal, and commit what they write."""
 
@@ -1911,6 +1923,7 @@ class State:
             self._db.execute(f"PRAGMA busy_timeout = {COMMIT_LIMIT * 1000}")
         self._check_pins(but=SOURCE_PINS if new_source else ())
 
+    @in_transaction
     def _upgrade(self, config: Config) -> None:
         """Makes the tables.  Of an earlier script's database it keeps the rows of `files`
         whose paths are possible with these settings.  With a table `meta`, it is an earlier
@@ -1928,7 +1941,7 @@ class State:
         tables = {name for (name,) in self._execute("SELECT name FROM sqlite_master")}
         old = tables & {"objects", "recheck", "replacing", "uploads", "meta", "runs", "gone"}
         unsure = "true" if "meta" in tables else "typeof(mtime) != 'integer'"
-        statements = (
+        for statement in (
             *(f"DROP TABLE {name}" for name in old),
             *SCHEMA.split(";"),
             "DELETE FROM files WHERE typeof(path) != 'text' OR typeof(size) != 'integer'"
@@ -1937,21 +1950,13 @@ class State:
             "UPDATE files SET uploaded_at = NULL WHERE typeof(uploaded_at) != 'integer'",
             "INSERT INTO objects (path, key) SELECT path, key_of(path) FROM files",
             f"PRAGMA user_version = {STATE_VERSION}",
-        )
-        with self._transaction():
-            for statement in statements:
-                self._execute(statement)
+        ):
+            self._execute(statement)
 
     def _execute(self, statement: str, *values: Any) -> list[Any]:
         """The rows that the statement returns.  It is committed, unless in a transaction."""
         with state_errors(self._path):
             return self._db.execute(statement, values).fetchall()
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        with state_errors(self._path), self._db:  # which commits or rolls back
-            self._db.execute("BEGIN IMMEDIATE")
-            yield
 
     def close(self) -> None:
         self._db.close()
@@ -1975,19 +1980,18 @@ class State:
                 reason = f"the state belongs to {name}={pinned}, but the setting is {wanted}"
                 raise Fatal(f"{reason}: set it back, or {remedy}")
 
+    @in_transaction
     def pin(self) -> None:
         """Notes which source and destination the state belongs to."""
-        with self._transaction():
-            pins = self._pins.items()
-            self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", pins)
+        self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", self._pins.items())
 
+    @in_transaction
     def forget_source(self) -> None:
         """Deletes all rows of files and the pins: the state `is_new` then.  Unfinished
         uploads may have parts of the old source's files, and are not continued."""
-        with self._transaction():
-            self._execute("UPDATE uploads SET mtime = NULL")
-            for table in ("files", "objects", "meta", "gone"):
-                self._execute(f"DELETE FROM {table}")
+        self._execute("UPDATE uploads SET mtime = NULL")
+        for table in ("files", "objects", "meta", "gone"):
+            self._execute(f"DELETE FROM {table}")
 
     # Files
 
@@ -2013,6 +2017,7 @@ class State:
             yield from page
             last = page[-1].key
 
+    @in_transaction
     def note_begun(self, jobs: Iterable[Job]) -> None:
         """Notes which files may be read and sent from now on.
 
@@ -2025,17 +2030,16 @@ class State:
         """
         forget = "UPDATE objects SET etag = NULL, crc32 = NULL WHERE path = ?"
         insert = "INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?, ?, NULL)"
-        with self._transaction():
-            for job in jobs:
-                path, size = path_text(job.file.path), job.file.size
-                if job.record is not None:
-                    self._execute("UPDATE files SET mtime = NULL WHERE path = ?", path)
-                    self._execute(forget, path)
-                if job.plan.is_multipart and not job.resumes:
-                    is_unsure = job.compares or is_recent(job.file, time.time())
-                    mtime = None if is_unsure else job.file.mtime
-                    upload = size, mtime, job.plan.part_size, job.settings
-                    self._execute(insert, job.key, path, *upload)
+        for job in jobs:
+            path, size = path_text(job.file.path), job.file.size
+            if job.record is not None:
+                self._execute("UPDATE files SET mtime = NULL WHERE path = ?", path)
+                self._execute(forget, path)
+            if job.plan.is_multipart and not job.resumes:
+                is_unsure = job.compares or is_recent(job.file, time.time())
+                mtime = None if is_unsure else job.file.mtime
+                upload = size, mtime, job.plan.part_size, job.settings
+                self._execute(insert, job.key, path, *upload)
 
     def note_upload(self, job: Job) -> None:
         """Notes that a large file whose comparison was cut off is to be uploaded by the next
@@ -2049,14 +2053,14 @@ class State:
             with contextlib.closing(db):
                 db.execute("UPDATE uploads SET upload_id = ? WHERE key = ?", (upload_id, key))
 
+    @in_transaction
     def record(self, archived: Iterable[Archived]) -> None:
         """Commits files that S3 has acknowledged, or was found to hold already.  The
         invariant depends on this method, which must be called only with such files."""
-        with self._transaction():
-            for done in archived:
-                file, mtime = done.file, None if done.is_recent else done.file.mtime
-                self._store(path_text(file.path), file.size, mtime, done.stored)
-                self.forget_upload(done.stored.key)
+        for done in archived:
+            file, mtime = done.file, None if done.is_recent else done.file.mtime
+            self._store(path_text(file.path), file.size, mtime, done.stored)
+            self.forget_upload(done.stored.key)
 
     def _store(self, path: str, size: int, mtime: int | None, found: StoredObject) -> None:
         file_row = (path, size, mtime, found.uploaded_at)
@@ -2071,11 +2075,11 @@ class State:
     def forget_upload(self, key: str) -> None:
         self._execute("DELETE FROM uploads WHERE key = ?", key)
 
+    @in_transaction
     def note_seen(self, files: Iterable[RemoteFile]) -> None:
         """Notes that these files are on the box, until the database is closed."""
         rows = [(path_text(file.path),) for file in files]
-        with self._transaction():
-            self._db.executemany("INSERT OR IGNORE INTO temp.seen VALUES (?)", rows)
+        self._db.executemany("INSERT OR IGNORE INTO temp.seen VALUES (?)", rows)
 
     def unseen(self) -> Iterator[Record]:
         return self.records("path NOT IN (SELECT path FROM temp.seen)")
@@ -2084,24 +2088,24 @@ class State:
         """Paths of the files that were gone when MAX_CHANGED last let a run go on."""
         return {path for (path,) in self._execute("SELECT path FROM gone")}
 
+    @in_transaction
     def note_gone(self, paths: Iterable[str]) -> None:
         """Adds paths to `known_gone`, and drops those of files that were noted as seen."""
-        with self._transaction():
-            self._execute("DELETE FROM gone WHERE path IN (SELECT path FROM temp.seen)")
-            self._db.executemany("INSERT OR IGNORE INTO gone VALUES (?)", zip(paths))
+        self._execute("DELETE FROM gone WHERE path IN (SELECT path FROM temp.seen)")
+        self._db.executemany("INSERT OR IGNORE INTO gone VALUES (?)", zip(paths))
 
+    @in_transaction
     def apply(self, comparisons: Iterable[Comparison]) -> None:
         """Brings rows in line with the bucket's listing."""
-        with self._transaction():
-            for verdict, _, path, found, record in comparisons:
-                if found is None:
-                    self._execute("DELETE FROM files WHERE path = ?", path)
-                    self._execute("DELETE FROM objects WHERE path = ?", path)
-                elif record is None or verdict in (WRONG_SIZE, WRONG_ETAG):
-                    self._store(path, found.size, None, found)
-                elif (record.etag, record.storage_class) != (found.etag, found.storage_class):
-                    updated = found._replace(crc32=record.crc32)
-                    self._store(path, record.size, record.mtime, updated)
+        for verdict, _, path, found, record in comparisons:
+            if found is None:
+                self._execute("DELETE FROM files WHERE path = ?", path)
+                self._execute("DELETE FROM objects WHERE path = ?", path)
+            elif record is None or verdict in (WRONG_SIZE, WRONG_ETAG):
+                self._store(path, found.size, None, found)
+            elif (record.etag, record.storage_class) != (found.etag, found.storage_class):
+                updated = found._replace(crc32=record.crc32)
+                self._store(path, record.size, record.mtime, updated)
 
     def archived(self, config: Config) -> Counts:
         """The archived files by storage class; STORAGE_CLASS where none was recorded."""

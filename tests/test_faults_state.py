@@ -4,11 +4,13 @@ import contextlib
 import os
 import random
 import sqlite3
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import OLD, earlier_database
+from conftest import OLD, PROGRAM, earlier_database
 from conftest import fill as fill_tree
 from faults import LARGE, SIZES, SMALL, assert_all_archived, scripted_fixtures, wait_for, write
 from faulty_sftp import first
@@ -63,6 +65,44 @@ def assert_refused(archive, bucket, **settings):
     assert bucket.writes()[before:] == []
     assert str(settings.get("STATE_DB", archive.state_db)) in result.stderr.splitlines()[-1]
     return result
+
+
+# --- A signal ---------------------------------------------------------------
+
+INTERRUPTED = """
+import contextlib, os, random, signal, sys
+sys.path.insert(0, sys.argv[1])
+import archive
+
+def stop(*_):
+    raise archive.Stopped
+
+state = archive.State(archive.load_config(None, os.environ))
+signal.signal(signal.SIGALRM, stop)
+for _ in range(3_000):
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(signal.setitimer, signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 2e-4))
+            while True:
+                state.note_seen([archive.RemoteFile(b"./f", 1, 1)])
+    except archive.Stopped:  # whose traceback still has the frames
+        if state._db.in_transaction:
+            sys.exit("the transaction was left open")
+"""
+
+
+def test_signal_at_any_instant_leaves_no_transaction_open(tmp_path):
+    """What S3 has acknowledged until then is committed by another one."""
+    settings = {
+        "HETZNER_HOST": "localhost",
+        "HETZNER_USER": "u",
+        "HETZNER_PASSWORD": "p",
+        "S3_BUCKET": "bucket",
+        "STATE_DB": str(tmp_path / "state.db"),
+    }
+    command = [sys.executable, "-c", INTERRUPTED, PROGRAM.parent]
+    subprocess.run(command, env=os.environ | settings, check=True)
 
 
 # --- Trouble with the database ----------------------------------------------
