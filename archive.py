@@ -1567,6 +1567,8 @@ class FileReader:
             raise FileError("vanished while it was read", VANISHED)
         if isinstance(reply, SFTPError) or reply.size is None or reply.mtime is None:
             raise FileError(f"the box does not tell its size and time: {reply}")
+        if not stat.S_ISREG(reply.mode or stat.S_IFREG):  # an empty folder may have 0 bytes
+            raise FileError("changed: it is no file any more", CHANGED)
         return RemoteFile(self._path, reply.size, reply.mtime)
 
     def _check_unchanged(self, now: RemoteFile) -> None:

@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import signal
+import stat
 import threading
 import time
 
@@ -822,6 +823,20 @@ def test_file_that_changed_since_it_was_listed_is_archived_as_it_is(archive, box
     archive.assert_invariant()
     assert archive(constants=SIZES).status == 0
     assert_all_archived(archive, box)
+
+
+def test_folder_that_took_the_place_of_a_file_is_not_archived_as_an_empty_one(archive, box):
+    """btrfs gives an empty folder the size 0, and OpenSSH opens a folder like a file."""
+    write(box.root / "f", SMALL)
+    assert archive().status == 0
+    before = archive.objects()
+    write(box.root / "f", SMALL, mtime=1_700_000_001)
+    folder = attributes(mode=stat.S_IFDIR | 0o755, size=0)
+    for kind in ("LSTAT", "FSTAT"):
+        box.always(kind, b"f", folder)
+    box.always("READ", b"f", status(FAILURE))
+    assert_failed(archive(), {"f": "changed"})
+    assert archive.objects() == before
 
 
 def test_two_tiny_replies_do_not_slow_the_rest(archive, box):
