@@ -655,7 +655,7 @@ def parse_time(text: str) -> float:
 
 def parse_path(text: str) -> Path:
     text = os.fsdecode(text.encode("utf-8", "surrogateescape"))  # names need not be UTF-8
-    return Path(os.path.expanduser(text))  # Path.expanduser() fails for a user without a home
+    return Path(os.path.expanduser(text).removeprefix("~/"))  # of a user without a home
 
 
 parse_class = partial(parse_match, "|".join(CLASSES), "one of " + ", ".join(CLASSES))

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -312,6 +313,16 @@ def test_home_folder_is_not_needed_where_no_setting_is_below_it(archive, box):
     result = archive.start(before=missing, HOME=None).wait()
     assert result.status == 0, result.stderr
     assert os.stat(box.root / "file").st_mtime == OLD
+
+
+def test_tilde_of_a_user_without_a_home_makes_no_folder_of_that_name(archive, box):
+    fill(box.root, {"file": b"x"})
+    shutil.copy(box.known_hosts, archive.folder / "known")
+    missing = "import os\nos.path.expanduser = lambda path: path\n"
+    settings = {"HETZNER_KNOWN_HOSTS": "~/known", "STATE_DB": "~/state"}
+    result = archive.start(before=missing, HOME=None, **settings).wait()
+    assert result.status == 0, result.stderr
+    assert (archive.folder / "state").exists() and not (archive.folder / "~").exists()
 
 
 # --- Login ------------------------------------------------------------------
