@@ -1171,7 +1171,9 @@ def known_host_name(config: Config) -> str:
 def known_host_keys(config: Config) -> tuple[Keys, Keys]:
     """The keys that known_hosts has for the box, and all keys that it revokes.  A line that
     paramiko does not know is skipped; Fatal if the file cannot be read."""
-    revoked, entries, text = [], [], ""
+    revoked, text = [], ""
+    names = known_host_name(config).lower(), config.host.lower()
+    known: dict[str, Keys] = {name: [] for name in names}
     file = f"HETZNER_KNOWN_HOSTS {config.known_hosts}"
     with fatal_os_errors(file), contextlib.suppress(FileNotFoundError):
         text = config.known_hosts.read_text("utf-8", "replace")
@@ -1182,11 +1184,10 @@ def known_host_keys(config: Config) -> tuple[Keys, Keys]:
             if line.startswith("@revoked "):
                 revoked.append(entry.key)
             elif line[0] not in "#@":
-                entries.append((entry.hostnames, entry.key))
+                for name in filter(partial(matches_host, entry.hostnames), known):
+                    known[name].append(entry.key)
     # A line for the bare host counts only if no line names this port.
-    names = known_host_name(config).lower(), config.host.lower()
-    with_port, bare = ([key for hosts, key in entries if matches_host(hosts, n)] for n in names)
-    return with_port or bare, revoked
+    return known[names[0]] or known[names[1]], revoked
 
 
 def matches_host(patterns: list[str], name: str) -> bool:

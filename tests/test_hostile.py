@@ -35,6 +35,7 @@ ODD_LINES = (
     "@revoked other.example.com ssh-ed25519 not-base64",
     "other.example.com ssh-ed25519 AAAA=bad",
     "|1|broken ssh-rsa AAAAB3NzaC1yc2EAAAADAQABAAAB",
+    "|1|odd ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIDtqJ7zOtqQtYqOo0CpvDXNlMhV3HeJDpjrASKGLWdop",
     "other.example.com ssh-dss AAAA",
     "other.example.com ssh-rsa AAAAB3NzaC1yc2EAAAADAQABAMkAgYDmGbrv6SgzzgDmGbrv6SgzgA==",
     "one-field",
