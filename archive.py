@@ -764,7 +764,8 @@ def setting_faults(settings: Mapping[str, str], environ: Mapping[str, str]) -> I
     accepts, and for settings that need another one.  A message never contains the value."""
     for name, value in settings.items():
         is_aws = name.startswith("AWS_")
-        if (name in SECRETS or is_aws) and re.search("[\0-\x1f\x7f\udc80-\udcff]", value):
+        odd = "[\0-\x1f\x7f]" if name in AWS_FILES else "[\0-\x1f\x7f\udc80-\udcff]"
+        if (name in SECRETS or is_aws) and re.search(odd, value):
             yield f"{name}: contains a line break, another control character or invalid UTF-8"
         if name in SETTINGS or name.upper() in PROXIES:
             continue

@@ -307,6 +307,15 @@ def test_local_paths_are_taken_byte_for_byte_in_any_locale(archive, box):
     assert {"state.db", "log"} <= {path.name for path in folder.iterdir()}
 
 
+def test_file_of_boto3_may_have_a_name_that_is_not_utf8(archive, box):
+    fill(box.root, {"file": b"x"})
+    config = os.fsdecode(os.fsencode(archive.folder) + b"/B\xfcro")
+    with open(config, "w") as file:
+        file.write("[default]\nregion = eu-west-1\n")
+    result = archive(AWS_CONFIG_FILE=config)
+    assert result.status == 0, result.stderr
+
+
 def test_home_folder_is_not_needed_where_no_setting_is_below_it(archive, box):
     fill(box.root, {"file": b"x"})
     missing = "import os\nos.path.expanduser = lambda path: path\n"
