@@ -3329,7 +3329,6 @@ class Run(Scan):
     main thread walks, decides what to do with each file, and commits what is done."""
 
     def __init__(self, context: Context, state: State):
-        """Fatal if there is a MAX_COST, and the price of a class is not known."""
         super().__init__(context, state)
         self._box, self._bucket, self._progress = context.box, context.bucket, context.progress
         self.started_at, self._began = int(time.time()), time.monotonic()
@@ -3338,13 +3337,6 @@ class Run(Scan):
         self._turns = threading.Semaphore(self._config.transfers)  # to send files to S3
         self._early = 0.0  # USD for objects that were overwritten early
         self._reserved = 0.0  # USD for the jobs that have begun, and the requests before
-        config = self._config
-        for name in {config.storage_class, config.small_files_class or config.storage_class}:
-            cost = self.prices.requests(name, {"put": 1, "part": 1})
-            cost += self.prices.early(name, 1, 0)
-            if config.max_cost is not None and math.isnan(cost):
-                remedy = f"set {name}.put, {name}.part and {name}.month in PRICES"
-                raise Fatal(f"MAX_COST: what {name} costs is not known: {remedy}", status=USAGE)
 
     @property
     def spent(self) -> float:
@@ -3406,13 +3398,15 @@ class Run(Scan):
             yield None
 
     def _fits(self, job: Job, reserved: float) -> bool:
-        """Whether MAX_COST allows the job beside what is reserved.  Warns of the first one that
-        it does not."""
+        """Whether MAX_COST allows the job beside what is reserved; False if a price of it is
+        not known.  Warns of the first one that is not allowed."""
         limit, cost = self._config.max_cost, sum(self._cost(job))
         if limit is None or round(reserved + cost - limit, 9) <= 0:
             return True
         if not self.ended_early:
             message = "MAX_COST is %s, and %s may cost %s: it is left out, as others may be"
+            if math.isnan(cost):
+                message += ": set the prices of its storage class in PRICES"
             path = printable(job.file.path)
             log.warning(message, format_usd(limit), path, format_usd(cost))
         self.ended_early = "MAX_COST was reached"
