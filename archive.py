@@ -2205,6 +2205,7 @@ COUNTED |= {"CompleteMultipartUpload": "complete", "HeadObject": "head"}
 COUNTED |= {"ListObjectsV2": "list", "ListMultipartUploads": "list", "ListParts": "list"}
 
 Read = Callable[[int], bytes]  # the next bytes of a file, as FileReader.read
+NoteId = Callable[[str, str], None]  # gets a key and the id of its upload in parts
 
 
 def is_transient(operation: str, code: str | None, status: int) -> bool:
@@ -2337,11 +2338,11 @@ def versions_at(entries: Iterable[Mapping[str, Any]], at: float) -> Iterator[Map
             yield past[-1]
 
 
-class UnfinishedUpload(NamedTuple):
-    """An upload that can be continued: it has parts from the first one on without a gap."""
+class Upload(NamedTuple):
+    """An upload in parts, and its stored parts from the first one on without a gap."""
 
-    upload_id: str
-    parts: list[dict[str, Any]]  # as CompleteMultipartUpload takes them
+    id: str = ""  # until it is begun
+    parts: tuple[dict[str, Any], ...] = ()  # as CompleteMultipartUpload takes them
 
 
 class MultipartClient:
@@ -2349,20 +2350,16 @@ class MultipartClient:
     upload after the parts that an earlier run has stored.  It sends the CRC-32 of each part,
     and at the end that of the file, so that S3 refuses to complete an upload of other bytes."""
 
-    def __init__(
-        self, client: Any, read: Read, unfinished: UnfinishedUpload | None, part_size: int,
-        note_upload: Callable[[str, bool], None],
-    ):  # fmt: skip
-        """Before the first part, `note_upload` gets the upload's id, and whether S3 may have
-        begun another one, whose id got lost with the answer."""
-        self._client, self._read, self._note_upload = client, read, note_upload
-        self.upload_id, self._stored = unfinished or ("", [])
+    def __init__(self, bucket: Bucket, job: Job, read: Read, upload: Upload, note_id: NoteId):
+        self._bucket, self._client, self._key = bucket, bucket.client, job.key
+        self._read, self._note_id = read, note_id
+        self.upload_id, self._stored = upload
         self._part_crcs: list[int] = []  # of the parts that this run sends
         self._sent: list[int] = []  # the numbers of those that S3 has stored
         self.error: Exception | None = None  # the first one of a request
         self.crc32 = 0  # of all parts that are stored or were read
         for part in self._stored:
-            self.crc32 = crc32_combine(self.crc32, crc32_of(part) or 0, part_size)
+            self.crc32 = crc32_combine(self.crc32, crc32_of(part) or 0, job.plan.part_size)
         self.answer: Mapping[str, Any] = {}  # to CompleteMultipartUpload
 
     def __getattr__(self, name: str) -> Any:
@@ -2394,12 +2391,13 @@ class MultipartClient:
             raise
 
     def create_multipart_upload(self, **request: Any) -> Any:
-        is_retried = False
         if not self.upload_id:
             answer = self._send(self._client.create_multipart_upload, **request)
-            is_retried = answer["ResponseMetadata"].get("RetryAttempts", 0) > 0
             self.upload_id = answer["UploadId"]
-        self._send(self._note_upload, self.upload_id, is_retried)
+            # S3 may have begun another one, whose id got lost with the answer.
+            if answer["ResponseMetadata"].get("RetryAttempts", 0) > 0:
+                self._bucket.abort_upload(self._key, but=self.upload_id)
+            self._send(self._note_id, self._key, self.upload_id)
         return {"UploadId": self.upload_id}
 
     def upload_part(self, PartNumber: int, **request: Any) -> Any:
@@ -2412,7 +2410,7 @@ class MultipartClient:
     def complete_multipart_upload(self, MultipartUpload: Any, **request: Any) -> Any:
         before = len(self._stored)
         sent = [p | {"PartNumber": p["PartNumber"] + before} for p in MultipartUpload["Parts"]]
-        request["MultipartUpload"] = {"Parts": self._stored + sent}
+        request["MultipartUpload"] = {"Parts": [*self._stored, *sent]}
         request["ChecksumCRC32"] = crc_text(self.crc32)
         self.answer = self._send(self._client.complete_multipart_upload, **request)
         return self.answer
@@ -2446,16 +2444,16 @@ class Bucket:
         try:
             with s3_errors():
                 session = boto3.Session(region_name=config.region)
-                self._client = session.client(
+                self.client = session.client(
                     "s3", endpoint_url=config.endpoint_url, config=settings
                 )
                 self._credentials = session.get_credentials()
-            parse_endpoint(self._client.meta.endpoint_url)  # it may be set in ~/.aws
+            parse_endpoint(self.client.meta.endpoint_url)  # it may be set in ~/.aws
         except (ValueError, RuntimeError) as error:
             raise Fatal(f"AWS_ENDPOINT_URL, or the AWS credentials: {error}") from None
-        self.region: str | None = self._client.meta.region_name
+        self.region: str | None = self.client.meta.region_name
         # "Expect: 100-continue" costs every PUT a round trip.
-        events = self._client.meta.events
+        events = self.client.meta.events
         events.unregister("before-call.s3", botocore.handlers.add_expect_header)
         if retries:
             events.register_first("needs-retry.s3", retry_pause)
@@ -2479,7 +2477,7 @@ class Bucket:
     def _arguments(self, operation: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a request: the bucket, those of S3_EXTRA_ARGS that this operation
         has, and those `parameters` that are not None."""
-        meta, extra = self._client.meta, self._config.extra_args.items()
+        meta, extra = self.client.meta, self._config.extra_args.items()
         model = meta.service_model.operation_model(meta.method_to_api_mapping[operation])
         known = {name: value for name, value in extra if name in model.input_shape.members}
         given = {name: value for name, value in parameters.items() if value is not None}
@@ -2490,7 +2488,7 @@ class Bucket:
         arguments = self._arguments(operation, parameters)
         try:
             with s3_errors():
-                return getattr(self._client, operation)(**arguments)
+                return getattr(self.client, operation)(**arguments)
         except FileError as error:
             if error.code not in allowed:
                 raise
@@ -2498,7 +2496,7 @@ class Bucket:
 
     def _list(self, operation: str, *entries: str, **parameters: Any) -> Iterator[Any]:
         """The items of a listing in the lists that are named `entries`, merged by key."""
-        paginator = self._client.get_paginator(operation)
+        paginator = self.client.get_paginator(operation)
         with s3_errors():
             for page in paginator.paginate(**self._arguments(operation, parameters)):
                 lists = (page.get(name, ()) for name in entries)
@@ -2517,14 +2515,14 @@ class Bucket:
         return self._confirm(key, answer, len(data), crc32)
 
     def upload(
-        self, job: Job, read: Read, unfinished: UnfinishedUpload | None,
-        note_upload_id: Callable[[str], None], progress: Callable[[int], None],
-    ) -> StoredObject:  # fmt: skip
-        """Uploads a large file in parts, after those of the unfinished upload; `read` returns
-        the rest of its bytes.  If the upload fails, its parts stay for the next run, unless
-        the file has changed while it was read, or S3 has refused a request."""
+        self, job: Job, read: Read, upload: Upload, note_id: NoteId, progress: Progress
+    ) -> StoredObject:
+        """Uploads a large file in parts, after those that are stored; `read` returns the rest
+        of its bytes.  The id is noted before the first part.  If the upload fails, its parts
+        stay for the next run, unless the file has changed while it was read, or S3 has refused
+        a request."""
         key, file, part_size = job.key, job.file, job.plan.part_size
-        rest = file.size - (len(unfinished.parts) * part_size if unfinished else 0)
+        rest = file.size - len(upload.parts) * part_size
         config = TransferConfig(
             multipart_threshold=min(rest, part_size),  # the size of the first read
             multipart_chunksize=part_size,
@@ -2534,16 +2532,10 @@ class Bucket:
         config.max_in_memory_upload_chunks = job.plan.parts_at_once  # not in the constructor
         arguments = self._config.extra_args | self._upload_arguments(file.size, file.mtime)
         arguments |= {"ChecksumType": "FULL_OBJECT", "MpuObjectSize": file.size}
-
-        def note(upload_id: str, may_be_two: bool) -> None:
-            if may_be_two:
-                self.abort_upload(key, but=upload_id)
-            note_upload_id(upload_id)
-
-        client = MultipartClient(self._client, read, unfinished, part_size, note)
+        client = MultipartClient(self, job, read, upload, note_id)
         source = SimpleNamespace(read=client.read)  # which s3transfer reads as a stream
         try:
-            upload_fileobj(client, source, self._name, key, arguments, progress, config)
+            upload_fileobj(client, source, self._name, key, arguments, progress.moved, config)
         except FileError as error:
             is_refused = error is client.error and error.code != UNAVAILABLE
             # If S3's answer to Complete got lost, a retry gets NoSuchUpload.
@@ -2582,9 +2574,7 @@ class Bucket:
 
     # Unfinished uploads
 
-    def unfinished_upload(
-        self, key: str, upload_id: str, part_size: int
-    ) -> UnfinishedUpload | None:
+    def unfinished_upload(self, key: str, upload_id: str, part_size: int) -> Upload | None:
         """An upload to continue, with its stored parts before the first one that is missing,
         of another size or without a CRC-32; None if S3 does not have this upload any more."""
         parts: list[dict[str, Any]] = []
@@ -2599,7 +2589,7 @@ class Bucket:
             if error.code not in NOT_FOUND:
                 raise
             return None
-        return UnfinishedUpload(upload_id, parts)
+        return Upload(upload_id, tuple(parts))
 
     def abort_upload(self, key: str, upload_id: str | None = None, but: str = "") -> bool:
         """Aborts an unfinished upload of `key`, or all but one if its id is not known: their
@@ -3435,7 +3425,7 @@ class Run(Scan):
                 if stopping.is_set():
                     return None
                 archived = self._compare_large(job, found) if found else None
-                return archived or self._upload_large(job, unfinished)
+                return archived or self._upload_large(job, unfinished or Upload())
         with contextlib.closing(FileReader(self._box, job.file)) as reader:
             data = reader.read()
         if found and (same := match_content(found, io.BytesIO(data).read)):
@@ -3464,20 +3454,19 @@ class Run(Scan):
             same = match_content(found, reader.read)
         return Archived(reader.file, same, reader.is_recent, is_upload=False) if same else None
 
-    def _upload_large(self, job: Job, unfinished: UnfinishedUpload | None) -> Archived:
+    def _upload_large(self, job: Job, upload: Upload) -> Archived:
         """Uploads a large file, after the parts that are stored.  FileError if it has changed
         since it was listed: its stored parts are of that version."""
-        part_size, moved, offset = job.plan.part_size, self._progress.moved, 0
-        if unfinished:
-            if len(unfinished.parts) * part_size >= job.file.size:
-                unfinished.parts.pop()  # upload_fileobj has to send at least one part
-            offset = len(unfinished.parts) * part_size
+        # upload_fileobj has to send at least one part.
+        most = (job.file.size - 1) // job.plan.part_size
+        upload = upload._replace(parts=upload.parts[:most])
+        offset = len(upload.parts) * job.plan.part_size
         with contextlib.closing(FileReader(self._box, job.file, offset)) as reader:
             if reader.file != job.file:
                 raise FileError("changed since it was listed: the next run archives it")
-            moved(offset)
-            note_id = partial(self._state.note_upload_id, job.key)
-            stored = self._bucket.upload(job, reader.read, unfinished, note_id, moved)
+            self._progress.moved(offset)
+            note_id, progress = self._state.note_upload_id, self._progress
+            stored = self._bucket.upload(job, reader.read, upload, note_id, progress)
             return Archived(reader.file, stored, reader.is_recent, is_upload=True)
 
     def _settle(self, outcomes: list[Outcome[Job, Archived | None]]) -> None:
