@@ -2277,10 +2277,10 @@ class StoredObject(NamedTuple):
     key: str
     size: int
     uploaded_at: int  # seconds since the epoch; S3 dates an upload in parts by its beginning
+    mtime: int  # from the metadata, where rclone keeps it, too; else as `uploaded_at`
     storage_class: str
     etag: str
     crc32: int | None = None  # of the whole object
-    mtime: int | None = None  # from the metadata; rclone keeps it there, too
     thaw_state: str = READABLE  # known only from a listing
     version_id: str | None = None  # None for the current version
 
@@ -2296,15 +2296,16 @@ def stored_object(key: str, answer: Mapping[str, Any]) -> StoredObject:
     # Some servers change the case of header names.
     metadata = {name.lower(): value for name, value in answer.get("Metadata", {}).items()}
     mtime = re.fullmatch(r"(-?\d{1,12})(\.\d*)?", metadata.get("mtime", ""))
-    uploaded_at = answer["LastModified"].timestamp() if "LastModified" in answer else 0
+    uploaded = answer["LastModified"].timestamp() if "LastModified" in answer else 0
+    uploaded_at = math.floor(uploaded)
     return StoredObject(
         key=key,
         size=answer["Size"] if "Size" in answer else answer["ContentLength"],
-        uploaded_at=math.floor(uploaded_at),
+        uploaded_at=uploaded_at,
+        mtime=int(mtime[1]) if mtime else uploaded_at,
         storage_class=answer.get("StorageClass", "STANDARD"),
         etag=str(answer.get("ETag", "")).strip('"'),
         crc32=crc32_of(answer),
-        mtime=int(mtime[1]) if mtime else None,
         thaw_state=thaw_state_of(answer),
         version_id=answer.get("VersionId"),
     )
@@ -3441,8 +3442,9 @@ class Run(Scan):
         enough if this program has read the content; else S3 gets a HEAD."""
         record = job.record
         if record and record.knows_content:
-            texts = record.storage_class or "", record.etag or ""
-            return StoredObject(job.key, record.size, record.uploaded_at or 0, *texts)
+            uploaded_at, etag = record.uploaded_at or 0, record.etag or ""
+            known = uploaded_at, uploaded_at, record.storage_class or "", etag
+            return StoredObject(job.key, record.size, *known)
         found = self._bucket.head(job.key)
         return found if found and found.size == job.file.size else None
 
@@ -4188,7 +4190,7 @@ class Restore:
         if existing is not None:
             if not stat.S_ISREG(existing.mode or 0):
                 raise FileError("something that is not a file has its name")
-            mtime = mtime_of(self._bucket.head(found.key, found.version_id) or found)
+            mtime = (self._bucket.head(found.key, found.version_id) or found).mtime
             # FAT has only even seconds.  SFTP and some file systems have a first and last time.
             nearest = (min(max(mtime, first), last) for first, last in TIME_RANGES)
             same_mtime = existing.mtime in (mtime, mtime & ~1, *nearest)
@@ -4222,7 +4224,7 @@ class Restore:
                     self._context.progress.moved(len(block))
                     yield block
 
-            mtime = mtime_of(download.stored)
+            mtime = download.stored.mtime
             self._target.store(name, mtime, counted_blocks, options.overwrite)
         except FileError as error:
             if error.code != INVALID_STATE:
@@ -4232,11 +4234,6 @@ class Restore:
                 raise FileError(reason) from None
             return NOT_ASKED  # S3's copy has expired meanwhile; the next pass asks again
         return DONE
-
-
-def mtime_of(stored: StoredObject) -> int:
-    """The mtime to restore: from S3's metadata, else the time of the upload."""
-    return stored.uploaded_at if stored.mtime is None else stored.mtime
 
 
 def restore(context: Context, options: argparse.Namespace) -> int:
