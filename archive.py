@@ -2704,49 +2704,6 @@ class Bucket:
         }
 
 
-class Download:
-    """An object that is being read.  `stored` is what S3 says about it."""
-
-    def __init__(self, bucket: Bucket, found: StoredObject):
-        """Sends the GET; FileError (INVALID_STATE) if the object is cold."""
-        self._bucket, self._found = bucket, found
-        answer = bucket.get(found, ChecksumMode="ENABLED")
-        self.stored = stored_object(found.key, answer)
-        self._body = answer["Body"]  # the one to read next, None once it was read
-
-    def blocks(self) -> Iterator[bytes]:
-        """The object's bytes in blocks, from the start at each call.  A broken download is
-        continued.  FileError at the end if the size or CRC-32 is not what S3 has answered."""
-        stored, size = self.stored, self.stored.size
-        offset = crc32 = failures = 0
-        while offset < size:
-            body, self._body = self._body or self._body_from(offset), None
-            reason = "it ended early"
-            try:
-                for block in body.iter_chunks(DOWNLOAD_BLOCK):
-                    offset, crc32, failures = offset + len(block), zlib.crc32(block, crc32), 0
-                    yield block
-            except (aws.BotoCoreError, urllib3.exceptions.HTTPError) as error:
-                reason = str(error)
-            failures += 1  # since the last block
-            if offset < size and failures >= S3_ATTEMPTS:
-                raise FileError(f"S3 broke off at {offset:,} of {size:,} bytes: {reason}")
-        if offset != size:
-            raise FileError(f"S3 sent {offset:,} bytes, not {size:,}")
-        if stored.crc32 not in (None, crc32):
-            both = f"{crc_text(crc32)}, not {crc_text(stored.crc32)}"
-            raise FileError(f"damaged on its way: its CRC-32 is {both}")
-
-    def _body_from(self, offset: int) -> Any:
-        """The bytes from `offset` on, of the same version of the object."""
-        span = {"IfMatch": f'"{self.stored.etag}"', "Range": f"bytes={offset}-"}
-        answer = self._bucket.get(self._found, **span)
-        sent = answer.get("ContentRange", "everything")
-        if not sent.startswith(f"bytes {offset}-"):
-            raise FileError(f"S3 sent {sent}, not the bytes from {offset:,} on")
-        return answer["Body"]
-
-
 # Comparing the state with the bucket
 
 
@@ -3817,7 +3774,6 @@ def check(context: Context, _options: argparse.Namespace) -> int:
 # --------------------------------------------------------------------- Restore
 
 THROUGH_LINK = "a folder above it is a link, which may lead anywhere: nothing is written there"
-Blocks = Callable[[], Iterator[bytes]]  # a file's bytes, from the start at each call
 
 
 def partial_name(name: bytes) -> bytes:
@@ -3826,6 +3782,53 @@ def partial_name(name: bytes) -> bytes:
     folder, slash, last = name.rpartition(b"/")
     hidden = b".archive-" + hashlib.sha256(last).hexdigest()[:32].encode() + b".partial"
     return folder + slash + hidden
+
+
+class Download:
+    """An object that is being read."""
+
+    def __init__(self, context: Context, found: StoredObject):
+        """Sends the GET; FileError (INVALID_STATE) if the object is cold."""
+        self._context, self._found = context, found
+        answer = context.bucket.get(found, ChecksumMode="ENABLED")
+        self._stored = stored_object(found.key, answer)
+        self.mtime = self._stored.mtime
+        self._body = answer["Body"]  # the one to read next, None once it was read
+
+    def blocks(self) -> Iterator[bytes]:
+        """The object's bytes in blocks, from the start at each call.  A broken download is
+        continued.  FileError at the end if the size or CRC-32 is not what S3 has answered;
+        Stopped."""
+        stored, size = self._stored, self._stored.size
+        offset = crc32 = failures = 0
+        while offset < size:
+            body, self._body = self._body or self._body_from(offset), None
+            reason = "it ended early"
+            try:
+                for block in body.iter_chunks(DOWNLOAD_BLOCK):
+                    self._context.box.stopping.check()
+                    self._context.progress.moved(len(block))
+                    offset, crc32, failures = offset + len(block), zlib.crc32(block, crc32), 0
+                    yield block
+            except (aws.BotoCoreError, urllib3.exceptions.HTTPError) as error:
+                reason = str(error)
+            failures += 1  # since the last block
+            if offset < size and failures >= S3_ATTEMPTS:
+                raise FileError(f"S3 broke off at {offset:,} of {size:,} bytes: {reason}")
+        if offset != size:
+            raise FileError(f"S3 sent {offset:,} bytes, not {size:,}")
+        if stored.crc32 not in (None, crc32):
+            both = f"{crc_text(crc32)}, not {crc_text(stored.crc32)}"
+            raise FileError(f"damaged on its way: its CRC-32 is {both}")
+
+    def _body_from(self, offset: int) -> Any:
+        """The bytes from `offset` on, of the same version of the object."""
+        span = {"IfMatch": f'"{self._stored.etag}"', "Range": f"bytes={offset}-"}
+        answer = self._context.bucket.get(self._found, **span)
+        sent = answer.get("ContentRange", "everything")
+        if not sent.startswith(f"bytes {offset}-"):
+            raise FileError(f"S3 sent {sent}, not the bytes from {offset:,} on")
+        return answer["Body"]
 
 
 class LocalFolder:
@@ -3855,7 +3858,7 @@ class LocalFolder:
             raise FileError(f"cannot be looked up: {error}") from None
         return Attributes(found.st_size, int(found.st_mtime), found.st_mode)
 
-    def store(self, name: bytes, mtime: int, blocks: Blocks, overwrite: bool) -> None:
+    def store(self, name: bytes, download: Download, overwrite: bool) -> None:
         """Writes the file under another name, and renames it.  FileError, also if there is
         one and not `overwrite`; Fatal if the disk is full."""
         path, partial_path = self._path(name), self._path(partial_name(name))
@@ -3867,13 +3870,13 @@ class LocalFolder:
             partial_path.unlink(missing_ok=True)  # of a pass that was killed
             try:
                 with partial_path.open("xb") as file:
-                    file.writelines(blocks())
+                    file.writelines(download.blocks())
                     file.flush()
                     os.fsync(file.fileno())  # the next pass trusts size and mtime
                     written = os.fstat(file.fileno())
                 if not os.path.samestat(written, partial_path.lstat()):
                     raise FileError("another restore to this folder is writing it")
-                os.utime(partial_path, (mtime, mtime))
+                os.utime(partial_path, (download.mtime, download.mtime))
                 if not overwrite and os.path.lexists(path):
                     raise FileError("another file has appeared there: --overwrite replaces it")
                 partial_path.replace(path)
@@ -3912,10 +3915,10 @@ class BoxFolder:
     def find(self, name: bytes) -> Attributes | None:
         return self._box.find(join(self._folder, name))
 
-    def store(self, name: bytes, mtime: int, blocks: Blocks, overwrite: bool) -> None:
+    def store(self, name: bytes, download: Download, overwrite: bool) -> None:
         """As LocalFolder.store; Fatal if the box is full."""
         path, partial_path = (join(self._folder, n) for n in (name, partial_name(name)))
-        mtime = min(max(mtime, TIME_RANGES[0][0]), TIME_RANGES[0][1])
+        mtime = min(max(download.mtime, TIME_RANGES[0][0]), TIME_RANGES[0][1])
         written: int | None = None  # bytes
 
         def write_and_rename(session: Session) -> None:
@@ -3928,7 +3931,7 @@ class BoxFolder:
             session.send(simple_request(FXP_REMOVE, partial_path))
             handle = session.send(open_request(partial_path, FOR_WRITING)).result()
             try:  # from here on, trying again would fetch it from S3 again
-                written = write_file(session, handle, partial_path, mtime, blocks())
+                written = write_file(session, handle, partial_path, mtime, download.blocks())
                 if overwrite:
                     session.send(simple_request(FXP_REMOVE, path)).results()
                 session.send(simple_request(FXP_RENAME, partial_path, path)).result()
@@ -3939,11 +3942,8 @@ class BoxFolder:
                 raise FileError("the box has something else in its place afterwards")
 
         try:
-            try:
-                self._box.retry(write_and_rename)
-            except SFTPError as error:
-                raise FileError(f"the box cannot store it: {error}") from None
-        except FileError as error:
+            self._box.retry(write_and_rename)
+        except (FileError, SFTPError) as error:
             free = None
             with contextlib.suppress(Fatal, Stopped, FileError):
                 free = self.free_space()  # before the partial file is deleted
@@ -3951,7 +3951,9 @@ class BoxFolder:
                 self._box.retry(lambda session: session.send(remove).results())
             if free is not None and free < MIB:
                 raise Fatal(f"{error}; the box is full") from None
-            raise
+            if isinstance(error, FileError):
+                raise
+            raise FileError(f"the box cannot store it: {error}") from None
 
     def _make_folders(self, session: Session, path: bytes) -> None:
         """Creates the missing folders above `path`.  FileError if one of those below
@@ -4206,26 +4208,16 @@ class Restore:
 
     def _restore_one(self, name: bytes, found: StoredObject) -> str:
         """Downloads the object or asks S3 for it, and returns its label then; FileError."""
-        options, stopping = self._options, self._context.box.stopping
-        label = self._label(name, found)
+        options, label = self._options, self._label(name, found)
         # The user has agreed to a number of requests; more objects may be cold by now.
         if label == NOT_ASKED and self._allowed_requests.acquire(blocking=False):
-            stopping.check()
+            self._context.box.stopping.check()
             can_be_read = self._bucket.request_restore(found, options.tier, options.days)
             label = READY if can_be_read else ASKED
         if label != READY:
             return label
         try:
-            download = Download(self._bucket, found)
-
-            def counted_blocks() -> Iterator[bytes]:
-                for block in download.blocks():
-                    stopping.check()
-                    self._context.progress.moved(len(block))
-                    yield block
-
-            mtime = download.stored.mtime
-            self._target.store(name, mtime, counted_blocks, options.overwrite)
+            self._target.store(name, Download(self._context, found), options.overwrite)
         except FileError as error:
             if error.code != INVALID_STATE:
                 raise
