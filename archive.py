@@ -2838,8 +2838,8 @@ def json_usd(usd: float) -> float | None:
     return None if math.isnan(usd) else round(usd, 6)
 
 
-def show_json(value: object, indent: int | None = 2) -> None:
-    print_line(json.dumps(value, indent=indent, default=vars))
+def show_json(value: object) -> None:
+    print_line(json.dumps(value, indent=2, default=vars))
 
 
 def print_line(text: str) -> None:
@@ -3011,16 +3011,13 @@ class Parallel(Generic[Item, Result]):
         for item, _, error in outcomes:
             self._under_way -= 1
             self._memory_in_use -= self.memory(item)
-            self._note_error(error)
-        return [outcome for outcome in outcomes if not isinstance(outcome[2], Fatal)]
-
-    def _note_error(self, error: ArchiveError | None) -> None:
-        code = error.code if error else ""
-        if code not in (VANISHED, CHANGED, UNFINISHED):
-            self._codes.append(code)
+            code = error.code if error else ""
+            if code not in (VANISHED, CHANGED, UNFINISHED):
+                self._codes.append(code)
             if code and self._codes.count(code) == SAME_FAILURES and self._failure is None:
                 reason = f"{error}; {SAME_FAILURES} in a row failed like this"
                 self._failure = Fatal(reason, code)
+        return [outcome for outcome in outcomes if not isinstance(outcome[2], Fatal)]
 
 
 # ------------------------------------------------------------------- Forecast
@@ -3572,10 +3569,11 @@ Selected = tuple[bytes, StoredObject]  # the path of its key, and the object
 
 
 def select_objects(
-    config: Config, bucket: Bucket, paths: list[bytes], at: float | None, missing: set[bytes]
+    context: Context, at: float | None, paths: list[bytes], missing: set[bytes]
 ) -> Iterator[Selected]:
     """The objects at and below these paths, or all if there are no paths, now or at the time
     `at`.  A path without objects is added to `missing`.  Fatal if nothing is archived."""
+    config, bucket = context.config, context.bucket
     for path in paths or [b""]:
         others = config.prefix + path.decode("utf-8", "replace")  # other programs' keys
         is_empty = True
@@ -3595,8 +3593,7 @@ def select_objects(
 def ls(context: Context, options: argparse.Namespace) -> int:
     """Lists what is archived, from the bucket's listing.  0, or 3 if a path has nothing."""
     listed, paths, missing = Count(), wanted_paths(context, options), set[bytes]()
-    selected = select_objects(context.config, context.bucket, paths, options.at, missing)
-    for name, found in selected:
+    for name, found in select_objects(context, options.at, paths, missing):
         listed.files, listed.bytes = listed.files + 1, listed.bytes + found.size
         if options.json:
             utc = datetime.fromtimestamp(found.uploaded_at, timezone.utc)
@@ -3610,7 +3607,7 @@ def ls(context: Context, options: argparse.Namespace) -> int:
                 "etag": found.etag,
                 "version_id": found.version_id,
             }
-            show_json(line, indent=None)
+            print_line(json.dumps(line))
         else:
             uploaded = f"{datetime.fromtimestamp(found.uploaded_at):%Y-%m-%d %H:%M}"
             state = found.thaw_state if found.thaw_state in (RESTORING, RESTORED) else ""
@@ -4023,6 +4020,7 @@ class Restore:
         self._context, self._options = context, options
         self._config, self._bucket = context.config, context.bucket
         self._paths = wanted_paths(context, options)
+        self._select = partial(select_objects, context, options.at)
         self._target: LocalFolder | BoxFolder
         if options.to_box:
             self._target = BoxFolder(context.box, os.fsencode(options.to_box))
@@ -4145,9 +4143,6 @@ class Restore:
         pool: Parallel[Selected, str] = Parallel(lambda one: work(*one), box, threads)
         with contextlib.closing(pool.outcomes(self._wanted())) as outcomes:
             yield from itertools.chain.from_iterable(outcomes)
-
-    def _select(self, paths: list[bytes], missing: set[bytes]) -> Iterator[Selected]:
-        return select_objects(self._config, self._bucket, paths, self._options.at, missing)
 
     def _wanted(self) -> Iterator[Selected]:
         """The selected objects and the paths to restore them to.  A file whose path is also a
