@@ -3331,22 +3331,19 @@ class Run(Scan):
             if log.isEnabledFor(logging.DEBUG):
                 for file in sorted(set(page) - set(files)):
                     log.debug("unchanged %s", printable(file.path))
-            # A file that alone costs more than MAX_COST must not keep back those behind it.
-            jobs = [job for job in self._make_jobs(files) if self._fits(job, reserved=0.0)]
+            jobs = [*filter(self._fits, self._make_jobs(files))]
             self._state.note_begun(jobs)
             self._progress.expect(sum(job.file.size for job in jobs))
-            for job in jobs:
-                if not self._fits(job, self._reserved):
-                    return
+            for job in filter(self._fits, jobs):  # beside those before it
                 self._reserved += sum(self._cost(job))
                 yield job
             yield None
 
-    def _fits(self, job: Job, reserved: float) -> bool:
+    def _fits(self, job: Job) -> bool:
         """Whether MAX_COST allows the job beside what is reserved; False if a price of it is
         not known.  Warns of the first one that is not allowed."""
         limit, cost = self._config.max_cost, sum(self._cost(job))
-        if limit is None or round(reserved + cost - limit, 9) <= 0:
+        if limit is None or round(self._reserved + cost - limit, 9) <= 0:
             return True
         if not self.ended_early:
             message = "MAX_COST is %s, and %s may cost %s: it is left out, as others may be"
