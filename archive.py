@@ -2595,14 +2595,13 @@ class Bucket:
     def abort_upload(self, key: str, upload_id: str | None = None, but: str = "") -> bool:
         """Aborts an unfinished upload of `key`, or all but one if its id is not known: their
         parts cost money.  Returns False after a warning if S3 refuses."""
-        uploads: Iterable[Any] = [{"Key": key, "UploadId": upload_id}]
-        if not upload_id:
-            uploads = self._list("list_multipart_uploads", "Uploads", Prefix=key)
         try:
-            for one in uploads:
-                ours = {"Key": key, "UploadId": one["UploadId"]}  # some keys only begin alike
-                if one["Key"] == key and one["UploadId"] != but:
-                    self._request("abort_multipart_upload", *NOT_FOUND, **ours)
+            ids = {upload_id}
+            if not upload_id:
+                uploads = self._list("list_multipart_uploads", "Uploads", Prefix=key)
+                ids = {one["UploadId"] for one in uploads if one["Key"] == key} - {but}
+            for one in ids:
+                self._request("abort_multipart_upload", *NOT_FOUND, Key=key, UploadId=one)
             return True
         except ArchiveError as error:
             message = "the unfinished upload of %s (id %s) could not be aborted: %s; its parts "
