@@ -50,7 +50,6 @@ import io
 import itertools
 import json
 import logging
-import logging.handlers
 import math
 import os
 import queue
@@ -75,6 +74,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
+from logging.handlers import RotatingFileHandler
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -2783,17 +2783,12 @@ class Console(logging.StreamHandler):  # type: ignore[type-arg]
             super().emit(record)
 
 
-class LogFile(logging.handlers.RotatingFileHandler):
-    """A log that only its owner can read.  It is rotated, or grows if it cannot be renamed,
-    as a file that is mounted into a container."""
-
-    def _open(self) -> io.TextIOWrapper:
-        create_private(Path(self.baseFilename))
-        return super()._open()
-
-    def rotate(self, source: str, dest: str) -> None:
-        with contextlib.suppress(OSError):
-            super().rotate(source, dest)
+def rotate_log(source: str, dest: str) -> None:
+    """Renames a log, and creates a new one that only its owner can read.  It grows if it
+    cannot be renamed, as a file that is mounted into a container."""
+    with contextlib.suppress(OSError):
+        os.rename(source, dest)
+        create_private(Path(source))
 
 
 def start_logging(config: Config, level: int, bars: bool, results: TextIO) -> None:
@@ -2808,8 +2803,12 @@ def start_logging(config: Config, level: int, bars: bool, results: TextIO) -> No
     stderr.addFilter(lambda record: record.name not in hidden)
     results_log.handlers, log.handlers = [stdout], [stderr]
     if config.log_file is not None:
+        create_private(config.log_file)
         with fatal_os_errors("LOG_FILE cannot be written", USAGE):
-            file = LogFile(config.log_file, maxBytes=10 * MIB, backupCount=5, encoding="utf-8")
+            file = RotatingFileHandler(
+                config.log_file, maxBytes=10 * MIB, backupCount=5, encoding="utf-8"
+            )
+        file.rotator = rotate_log
         file.setFormatter(Formatter("%(asctime)s %(levelname)-8s %(message)s", config.secrets))
         log.addHandler(file)
     log.setLevel(min(level, logging.INFO))
