@@ -4388,12 +4388,11 @@ def tune_memory() -> None:
     """Makes glibc use the memory of parts again (mallopt(3)).  By default it gets 16 MiB from
     the system for each part, whose page faults take a fifth of the CPU time, or keeps a heap
     for each thread.  The garbage collector skips what was imported."""
-    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another libc
         libc = ctypes.CDLL(None)
-        libc.mallopt(m_mmap_threshold, 32 * MIB)  # the highest that it takes
-        libc.mallopt(m_trim_threshold, 192 * MIB)
-        libc.mallopt(m_arena_max, 1)
+        libc.mallopt(-3, 32 * MIB)  # M_MMAP_THRESHOLD, the highest that it takes
+        libc.mallopt(-1, 192 * MIB)  # M_TRIM_THRESHOLD
+        libc.mallopt(-8, 1)  # M_ARENA_MAX
     gc.freeze()
 
 
