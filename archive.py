@@ -3490,9 +3490,7 @@ def run(context: Context, options: argparse.Namespace) -> int:
     out_of_time.daemon = True
     with locked(config), contextlib.closing(State(config, options.new_source)) as state:
         if options.new_source:
-            # Both fail before the state is emptied: with a mistyped user, or without a price.
-            context.box.session()
-            Run(context, state)
+            context.box.session()  # fails with a mistyped user, before the state is emptied
             state.forget_source()
         work = Run(context, state)
         state.record_run(PastRun(work.started_at))

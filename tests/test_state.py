@@ -412,17 +412,6 @@ def test_new_source_that_is_not_reached_leaves_the_state_as_it_is(archive, box):
     assert archive().counts == (0, 2, 0)
 
 
-def test_new_source_without_the_price_that_max_cost_needs_leaves_the_state_as_it_is(archive):
-    archive()
-    rows = archive.rows()
-
-    unknown = {"MAX_COST": "1", "STORAGE_CLASS": "GLACIER_IR"}
-    assert archive("run", "--new-source", **unknown).status == 2
-
-    assert archive.rows() == rows
-    assert archive().counts == (0, 2, 0)
-
-
 def test_new_source_without_any_change_does_no_harm(archive, s3):
     for counts in ((2, 0, 0), (0, 0, 0)):
         assert archive("run", "--new-source").counts == counts
