@@ -2122,15 +2122,10 @@ class State:
         """Adds or replaces a run.  When a run begins, this shows that the state is writable."""
         self._execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *run)
 
-    def last_runs(self, count: int) -> list[PastRun]:
-        """The last runs, the latest first."""
-        query = "SELECT * FROM runs ORDER BY started_at DESC LIMIT ?"
-        return [PastRun(*row) for row in self._execute(query, count)]
-
-    def spent_since(self, seconds: float) -> float:
-        """USD that were spent by runs which began after this time since the epoch."""
-        query = "SELECT coalesce(sum(spent), 0) FROM runs WHERE started_at >= ?"
-        return float(self._execute(query, seconds)[0][0])
+    def past_runs(self) -> list[PastRun]:
+        """All runs, the latest first."""
+        rows = self._execute("SELECT * FROM runs ORDER BY started_at DESC")
+        return [PastRun(*row) for row in rows]
 
 
 def create_private(path: Path) -> None:
@@ -3618,14 +3613,14 @@ def status(context: Context, options: argparse.Namespace) -> int:
     state, the box or the bucket cannot be asked."""
     config, bucket, prices = context.config, context.bucket, context.prices
 
-    def read_state() -> tuple[Counts, list[PastRun], float]:
+    def read_state() -> tuple[Counts, list[PastRun]]:
         with contextlib.closing(State(config, copy=True)) as state:
-            spent = state.spent_since(time.time() - 30 * DAY)
-            return state.archived(config), state.last_runs(5), spent
+            return state.archived(config), state.past_runs()
 
     known, no_state = try_or_none(read_state)
-    counts, runs, spent = known or (Counts(), [], 0.0)
-    usd = month_cost(prices, counts)
+    counts, runs = known or (Counts(), [])
+    usd, since = month_cost(prices, counts), time.time() - 30 * DAY
+    spent = sum((past.spent or 0.0 for past in runs if past.started_at >= since), 0.0)
     space, no_space = try_or_none(context.box.space)
     unfinished, no_count = try_or_none(bucket.count_unfinished)
     rule, no_rule, versioning, no_versions = None, no_count, None, no_count
@@ -3638,7 +3633,7 @@ def status(context: Context, options: argparse.Namespace) -> int:
             "usd_a_month": json_usd(usd) if known else None,
             "usd_spent_in_30_days": json_usd(spent) if known else None,
             "prices": prices.json,
-            "runs": [past._asdict() for past in runs],
+            "runs": [past._asdict() for past in runs[:5]],
             "box": {"used": space[0], "free": space[1]} if space else None,
             "unfinished_uploads": unfinished,
             "lifecycle_rule": rule,
@@ -3662,7 +3657,7 @@ def status(context: Context, options: argparse.Namespace) -> int:
     show_table("STATUS", rows.items())
     show(f"({prices.note})")
     if known:
-        show_runs(runs)
+        show_runs(runs[:5])
     return 0
 
 
