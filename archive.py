@@ -1366,8 +1366,8 @@ class StorageBox:
         is lost, or if the server answers FAILURE: it may have too many files open.
 
         After SHARED_TRIES no other operation may begin, so that a file which breaks each
-        connection does not make others fail.  An operation that is given a `session` has
-        begun already, and does not wait.  FileError (LOST) after TRIES, SFTPError, Fatal,
+        connection does not make others fail.  One that is given a `session` has begun, and
+        goes on: its file has to be closed.  FileError (LOST) after TRIES, SFTPError, Fatal,
         Stopped.
         """
         with contextlib.ExitStack() as stack:
