@@ -569,8 +569,7 @@ def parse_duration(text: str) -> int:
 
 
 def parse_bool(text: str) -> bool:
-    words = "true|yes|on|1|false|no|off|0"
-    word = parse_match(words, "true or false", text.strip().lower())
+    word = parse_match("true|yes|on|1|false|no|off|0", "true or false", text.strip().lower())
     return word in ("true", "yes", "on", "1")
 
 
@@ -760,8 +759,8 @@ def read_settings(env_file: Path | None, environ: Mapping[str, str]) -> dict[str
 
 
 def setting_faults(settings: Mapping[str, str], environ: Mapping[str, str]) -> Iterator[str]:
-    """A message for each unknown setting, for each credential with characters that no server
-    accepts, and for settings that need another one.  A message never contains the value."""
+    """Messages, without the values, about unknown settings, credentials with characters that
+    no server accepts, and settings that need another one."""
     for name, value in settings.items():
         is_aws = name.startswith("AWS_")
         odd = "[\0-\x1f\x7f]" if name in AWS_FILES else "[\0-\x1f\x7f\udc80-\udcff]"
@@ -961,9 +960,9 @@ REPLIES: dict[int, tuple[int, Callable[[memoryview], Any]]] = {
 
 
 def decode_reply(request_type: int, packet: memoryview) -> Any:
-    """The content of a reply to a request of this type: a handle, data, attributes, entries,
-    an extension's bytes, or None for success.  A refusal is returned as SFTPError, not
-    raised: the other replies of its batch may be useful.  ConnectionLost for other types."""
+    """The content of a reply to a request of this type, None for success.  A refusal is
+    returned as SFTPError, not raised: the other replies of its batch may be useful.
+    ConnectionLost for a reply of another type."""
     packet_type, body = packet[0], packet[5:]
     expected, decode = REPLIES.get(request_type, (FXP_STATUS, None))
     if packet_type == FXP_STATUS and (code := U32.unpack_from(body)[0]) != FX_OK:
@@ -1363,13 +1362,10 @@ class StorageBox:
 
     def retry(self, operation: Callable[[Session], T], session: Session | None = None) -> T:
         """The result of operation(session).  It is tried again from its start if the session
-        is lost, or if the server answers FAILURE: it may have too many files open.
-
-        After SHARED_TRIES no other operation may begin, so that a file which breaks each
-        connection does not make others fail.  One that is given a `session` has begun, and
-        goes on: its file has to be closed.  FileError (LOST) after TRIES, SFTPError, Fatal,
-        Stopped.
-        """
+        is lost, or if the server answers FAILURE: it may have too many files open.  After
+        SHARED_TRIES no other operation may begin, so that a file which breaks each connection
+        does not make others fail.  One that is given a `session` has begun, and goes on: it
+        has to close its file.  FileError (LOST) after TRIES, SFTPError, Fatal, Stopped."""
         with contextlib.ExitStack() as stack:
             for attempt in range(1, TRIES + 1):
                 if attempt > SHARED_TRIES:
@@ -1497,8 +1493,7 @@ class FileReader:
         self._session, self._handle = session, b""  # handles of another session end with it
         self._drop_requests()
         lstat = simple_request(FXP_LSTAT, self._path)
-        opened = session.send(open_request(self._path, FOR_READING), lstat)
-        handle, found = opened.results()
+        handle, found = session.send(open_request(self._path, FOR_READING), lstat).results()
         if isinstance(handle, SFTPError):
             raise handle
         self._handle = handle
@@ -2026,11 +2021,9 @@ class State:
         """Notes which files may be read and sent from now on.
 
         S3 may store a new version although its answer gets lost.  So until S3 has acknowledged
-        the upload, the row says nothing about the object's content.
-
-        The next run may continue an upload in parts only if it knows which version of the
-        file the parts belong to.  None is noted if the file is compared first, or was modified
-        so recently that its parts could be of different versions.
+        the upload, the row says nothing about the object's content.  An upload in parts can be
+        continued only if the mtime of their version is noted.  It is not if the file is
+        compared first, or was modified so recently that its parts could be of two versions.
         """
         forget = "UPDATE objects SET etag = NULL, crc32 = NULL WHERE path = ?"
         insert = "INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?, ?, NULL)"
