@@ -1655,7 +1655,8 @@ class WalkReport:
     """What a walk has left out, and what has failed."""
 
     def __init__(self) -> None:
-        self.left_out: Counter[str] = Counter()  # entries, by label
+        labels = "Hidden entries", "Excluded", "Links", "Special files", "Vanished"
+        self.left_out = Counter(dict.fromkeys(labels, 0))  # entries
         self.failed = 0
         self.unlisted: set[bytes] = set()  # folders that could not be listed
         self.unmatched: set[str] = set()  # items of EXCLUDE_PATHS that have matched nothing
@@ -1667,12 +1668,6 @@ class WalkReport:
     def warn_of_unmatched(self) -> None:
         for item in sorted(self.unmatched):
             log.warning("EXCLUDE_PATHS: %s has matched nothing", printable(item))
-
-    def left_out_rows(self) -> Iterator[tuple[str, object]]:
-        """Rows of a table, for the labels that were met."""
-        for label in ("Hidden entries", "Excluded", "Links", "Special files", "Vanished"):
-            if self.left_out[label]:
-                yield label, self.left_out[label]
 
 
 def log_failure(name: bytes | str, reason: object) -> None:
@@ -3201,7 +3196,7 @@ class Forecast(Scan):
         if self.gone:
             cost = format_usd(usd["gone_a_month"])
             yield "Gone from the box", f"{self.gone.total()}, archived for {cost} a month"
-        yield from self.left_out_rows()
+        yield from (+self.left_out).items()  # without those that are 0
         yield "To upload", Counts(new=new, changed=changed).total()
         yield "Requests", requests or "none"
         yield "Upload", usd["upload"]
@@ -3284,7 +3279,7 @@ class Run(Scan):
         yield "Duration (sec)", round(time.monotonic() - self._began)
         if self.compared:
             yield "Compared files", self.compared
-        yield from self.left_out_rows()
+        yield from (+self.left_out).items()  # without those that are 0
         yield "Spent", self.spent
         if self.ended_early:
             yield "Ended early", self.ended_early
