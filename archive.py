@@ -835,7 +835,7 @@ def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
 def config_warnings(config: Config, env_file: Path | None) -> Iterator[str]:
     """Warnings about settings that are valid, but probably not intended."""
     if config.prefix and not re.fullmatch(r"[^/].*/", config.prefix):
-        usual = "usual is a slash at its end, and none at its beginning"
+        usual = "it usually ends in a slash, and does not begin with one"
         yield f"S3_PREFIX {config.prefix!r}: keys will begin {config.prefix}name; {usual}"
     if env_file and os.name == "posix" and env_file.stat().st_mode & 0o077:
         yield f"{env_file} can be read by others: chmod 600 {env_file}"
