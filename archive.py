@@ -1562,8 +1562,10 @@ class FileReader:
         """The file with the size and mtime of the reply to an LSTAT or FSTAT; FileError."""
         if isinstance(reply, SFTPError) and reply.code == FX_NO_SUCH_FILE:
             raise FileError("vanished while it was read", VANISHED)
-        if isinstance(reply, SFTPError) or reply.size is None or reply.mtime is None:
+        if isinstance(reply, SFTPError):
             raise FileError(f"the box does not tell its size and time: {reply}")
+        if reply.size is None or reply.mtime is None:
+            raise FileError("the box does not tell its size and time")
         if not stat.S_ISREG(reply.mode or stat.S_IFREG):  # an empty folder may have 0 bytes
             raise FileError("changed: it is no file any more", CHANGED)
         return RemoteFile(self._path, reply.size, reply.mtime)
