@@ -215,11 +215,11 @@ def test_part_that_is_under_way_when_the_run_has_to_end_is_sent(archive, box, s3
     write(box.root / "big", 8 * PART)
     write(box.root / "small", SMALL)
     ending = threading.Event()
-    soon = threading.Timer(2, ending.set)
+    soon = threading.Timer(3, ending.set)
     s3.on("UploadPart", first_in_s3(soon.start, then=until(ending)))
     settings = {"BANDWIDTH_LIMIT": "10M"}
     if how == "MAX_RUNTIME":
-        settings["MAX_RUNTIME"] = "1s"
+        settings["MAX_RUNTIME"] = "2s"
     else:
         s3.on("PutObject", first_in_s3(lambda: time.sleep(1), then=error(403, "AccessDenied")))
     running = archive.start(constants={**SIZES, "READ_WINDOW": MIB}, **settings)
