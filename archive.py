@@ -1631,15 +1631,15 @@ class PathFilter:
                 self.unmatched.add(item)
             patterns = [*map(re.escape, existing), *map(fnmatch.translate, paths - existing)]
             self._patterns[item] = re.compile("|".join(patterns))
+        self._any = re.compile("|".join(p.pattern for p in self._patterns.values()))
 
     def label(self, path: bytes) -> str:
         """The label under which an entry that is skipped is counted; empty for others.
         Items that exclude the entry are removed from `unmatched`."""
         if self._patterns:
             text = nfc(relative_path(self._root, path).decode("utf-8", "surrogateescape"))
-            patterns = self._patterns.items()
-            items = {item for item, pattern in patterns if pattern.fullmatch(text)}
-            if items:
+            if self._any.fullmatch(text):  # several times faster than one by one
+                items = {i for i in self.unmatched if self._patterns[i].fullmatch(text)}
                 self.unmatched -= items
                 return "Excluded"
         is_hidden = path.rpartition(b"/")[2].startswith(b".")
@@ -2787,12 +2787,10 @@ def start_logging(config: Config, level: int, bars: bool, results: TextIO) -> No
     hidden = {results_log.name, files_log.name if bars else ""}
     stderr.addFilter(lambda record: record.name not in hidden)
     results_log.handlers, log.handlers = [stdout], [stderr]
-    if config.log_file is not None:
-        create_private(config.log_file)
+    if (path := config.log_file) is not None:
+        create_private(path)
         with fatal_os_errors("LOG_FILE cannot be written", USAGE):
-            file = RotatingFileHandler(
-                config.log_file, maxBytes=10 * MIB, backupCount=5, encoding="utf-8"
-            )
+            file = RotatingFileHandler(path, maxBytes=10 * MIB, backupCount=5, encoding="utf-8")
         file.rotator = rotate_log
         file.setFormatter(Formatter("%(asctime)s %(levelname)-8s %(message)s", config.secrets))
         log.addHandler(file)
@@ -3058,7 +3056,7 @@ class Scan(WalkReport):
             except FileError as error:
                 self.add_failure(file.path, error)
                 continue
-            settings = config.upload_settings(file.size)
+            settings = config.upload_settings(file.size) if plan.is_multipart else ""
             version = file.size, file.mtime, plan.part_size, settings
             resumes = begun is not None and begun[:4] == version
             yield Job(file, key, plan, self._state.find(file.path), settings, begun, resumes)
@@ -3325,15 +3323,16 @@ class Run(Scan):
     def _fits(self, job: Job) -> bool:
         """Whether MAX_COST allows the job beside what is reserved; False if a price of it is
         not known.  Warns of the first one that is not allowed."""
-        limit, cost = self._config.max_cost, sum(self._cost(job))
-        if limit is None or round(self._reserved + cost - limit, 9) <= 0:
+        if (limit := self._config.max_cost) is None:
+            return True
+        cost = sum(self._cost(job))
+        if round(self._reserved + cost - limit, 9) <= 0:
             return True
         if not self.ended_early:
             message = "MAX_COST is %s, and %s may cost %s: it is left out, as others may be"
             if math.isnan(cost):
                 message += ": set the prices of its storage class in PRICES"
-            path = printable(job.file.path)
-            log.warning(message, format_usd(limit), path, format_usd(cost))
+            log.warning(message, format_usd(limit), printable(job.file.path), format_usd(cost))
         self.ended_early = "MAX_COST was reached"
         return False
 
@@ -3408,15 +3407,15 @@ class Run(Scan):
     def _settle(self, outcomes: list[Outcome[Job, Archived | None]]) -> None:
         self._state.record(archived for _, archived, _ in outcomes if archived)
         for job, archived, error in outcomes:
-            path, (requests, early) = printable(job.file.path), self._cost(job)
+            path = printable(job.file.path)
             if archived and archived.is_upload:
-                self._early += early
+                self._early += self._cost(job)[1]
                 self.uploaded += 1
                 self.bytes_uploaded += archived.file.size
                 files_log.info("archived %s (%s bytes)", path, f"{archived.file.size:,}")
             elif archived:
                 asked = self.prices.requests("", {"head": job.heads})
-                self._reserved -= requests + early - asked
+                self._reserved -= sum(self._cost(job)) - asked
                 self.compared += 1
                 log.debug("compared %s", path)
             elif error and error.code == VANISHED:
@@ -4401,7 +4400,7 @@ def main(argv: list[str] | None = None) -> int:
             del os.environ[name]
         os.environ.update(config.aws_environ)
         return execute(config, arguments, bars)
-    except Fatal as error:  # of the settings, or of LOG_FILE
+    except Fatal as error:  # of the settings, of LOG_FILE, or of stdout at the end
         faults = str(error).splitlines()
         if not env_file and "HETZNER_HOST" not in os.environ:
             faults = [f"there is no {default}: copy .env.example to it"]
@@ -4430,11 +4429,11 @@ def execute(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
     box, progress = StorageBox(config, stopping, retries), Progress(bars)
     try:
         handle_signals(stopping)
-        with contextlib.ExitStack() as stack:
-            # From then on, signals are noted, but cut off neither the message nor the JSON.
-            stack.callback(setattr, stopping, "is_deferred", True)
+        try:
             context = Context(config, box, Bucket(config, retries), progress, summary)
             exit_status = arguments.function(context, arguments)
+        finally:  # from here on, a signal cuts off neither the message nor the JSON
+            stopping.is_deferred = True
     except Stopped:
         pass
     except ArchiveError as error:
