@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MIB, tree
+from hypothesis import HealthCheck, Phase, given, seed, settings
 
 # Files of 1 MiB and more are large here, so that large ones are cheap.
 SIZES = {"SMALL_FILE": MIB, "PART_SIZE": 5 * MIB}
@@ -19,6 +20,25 @@ SMALL, LARGE = 3_000, 6 * MIB + 1  # bytes; a large one has two parts
 # How much the tests that draw lots try: 1 in CI; 100 is a night.
 EFFORT = int(os.environ.get("TEST_EFFORT", "1"))
 SEED = int(os.environ.get("TEST_SEED", "0")) or random.SystemRandom().getrandbits(32)
+
+
+def drawn_by_lot(*strategies):
+    """A test with random arguments: 4 examples of them in CI, and as many times as EFFORT."""
+    examples = 4 * EFFORT
+    of_lots = settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        # Each step of shrinking would be several runs of the program.
+        phases=[Phase.generate],
+    )
+
+    def decorate(test):
+        drawn = seed(SEED)(of_lots(given(*strategies)(test)))
+        return pytest.mark.timeout(60 + 30 * examples)(drawn)
+
+    return decorate
 
 
 def scripted_fixtures():

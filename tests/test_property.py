@@ -11,9 +11,8 @@ from collections import defaultdict
 from zlib import crc32
 
 import hypothesis.strategies as st
-import pytest
 from conftest import MIB, Archive, Bucket, tree
-from faults import EFFORT, SEED, SIZES, assert_rows_are_true, recorded
+from faults import SEED, SIZES, assert_rows_are_true, drawn_by_lot, recorded
 from faulty_sftp import (
     EOF,
     FAILURE,
@@ -28,10 +27,8 @@ from faulty_sftp import (
     status,
     unknown_id,
 )
-from hypothesis import HealthCheck, Phase, given, seed, settings
 from scripted_s3 import StrictS3, error, headers, lost_answer, reset
 
-EXAMPLES = 4 * EFFORT
 NAMES = ["a", "b", "c", "d/a", "d/e/b", "d/e/ü", "f/g"]
 # bytes; about the limits between small and large, and of parts
 LENGTHS = [0, 1, 5_000, MIB - 1, MIB, 3 * MIB, 5 * MIB, 5 * MIB + 1]
@@ -150,17 +147,7 @@ def arm(box, s3, files, whose, which, name, nth):
         box.on(which[0], path.encode(), BOX_FAULTS[which], nth=nth)
 
 
-@pytest.mark.timeout(60 + 30 * EXAMPLES)
-@seed(SEED)
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-    # Each step of shrinking would be several runs of the program.
-    phases=[Phase.generate],
-)
-@given(st.lists(rounds(), min_size=2, max_size=3))
+@drawn_by_lot(st.lists(rounds(), min_size=2, max_size=3))
 def test_any_fault_leaves_a_true_state_and_a_run_without_one_archives_all(
     moto, tmp_path_factory, plan
 ):

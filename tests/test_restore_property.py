@@ -8,9 +8,8 @@ import random
 from zlib import crc32
 
 import hypothesis.strategies as st
-import pytest
 from conftest import MIB, Archive, Bucket
-from faults import EFFORT, SEED, SIZES
+from faults import SEED, SIZES, drawn_by_lot
 from faulty_sftp import (
     FAILURE,
     PERMISSION_DENIED,
@@ -21,11 +20,9 @@ from faulty_sftp import (
     status,
     unknown_id,
 )
-from hypothesis import HealthCheck, Phase, given, seed, settings
 from scripted_s3 import ScriptedS3, error, halfway, headers, lost_answer, reset
 from test_restore import damaged, settled
 
-EXAMPLES = 4 * EFFORT
 NAMES = ["a", "b", "d/a", "d/e/b", "d/e/ü", "f/g"]
 LENGTHS = [0, 1, 5_000, MIB, 5 * MIB + 1]
 
@@ -83,16 +80,7 @@ trees = st.dictionaries(st.sampled_from(NAMES), st.sampled_from(LENGTHS), min_si
 others = st.dictionaries(st.sampled_from(NAMES), st.sampled_from([0, 3, 5_000]), max_size=2)
 
 
-@pytest.mark.timeout(60 + 30 * EXAMPLES)
-@seed(SEED)
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-    phases=[Phase.generate],
-)
-@given(trees, drills(), others, st.booleans())
+@drawn_by_lot(trees, drills(), others, st.booleans())
 def test_any_fault_restores_nothing_wrong_and_a_pass_without_one_restores_all(
     moto, tmp_path_factory, files, drill, there, overwrite
 ):
