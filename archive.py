@@ -2169,87 +2169,63 @@ REMEDIES = {  # by error code, for refusals that every request would meet
     "InvalidToken": "renew the credentials",
     "InvalidAccessKeyId": "correct AWS_ACCESS_KEY_ID",
     "SignatureDoesNotMatch": "correct AWS_SECRET_ACCESS_KEY",
+    "400": "perhaps the credentials have expired",
 }
 # The answer to a HEAD has no body.  Its error code is the HTTP status.
 HEAD_CODES = {"403": DENIED, "301": "PermanentRedirect"}
+ONE_OBJECT = (("GetObject", DENIED), ("HeadObject", "400"))  # may be the only one refused
 NOT_FOUND = ("404", "NoSuchKey", "NoSuchUpload")
 # Errors that are worth a retry: a body that was cut off or damaged on its way, a conflict
 # with another request, and an overload or defect of a server or proxy.
 TRANSIENT_CODES = ["IncompleteBody", "BadDigest", "OperationAborted", "RequestTimeout"]
 TRANSIENT_CODES += ["XAmzContentSHA256Mismatch", "ThrottlingException"]  # by KMS
 TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504, *range(520, 528))
-CREDENTIAL_ERRORS = (
-    *(aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError),
-    *(aws.ProfileNotFound, aws.TokenRetrievalError, aws.SSOError),
-    *(aws.RefreshWithMFAUnsupportedError, EOFError, OSError),  # no such file or program
-)
 
 # Requests that cost money, with their kinds in Prices.requests; repetitions do not count.
-COUNTED = {"PutObject": "put", "CreateMultipartUpload": "create", "UploadPart": "part"}
-COUNTED |= {"CompleteMultipartUpload": "complete", "HeadObject": "head"}
-COUNTED |= {"ListObjectsV2": "list", "ListMultipartUploads": "list", "ListParts": "list"}
+COUNTED = {"put_object": "put", "create_multipart_upload": "create", "upload_part": "part"}
+COUNTED |= {"complete_multipart_upload": "complete", "head_object": "head"}
+COUNTED |= dict.fromkeys(["list_objects_v2", "list_multipart_uploads", "list_parts"], "list")
 
 Read = Callable[[int], bytes]  # the next bytes of a file, as FileReader.read
 NoteId = Callable[[str, str], None]  # gets a key and the id of its upload in parts
 
 
-def is_transient(operation: str, code: str | None, status: int) -> bool:
-    """Whether S3's refusal may pass.  BadDigest of Complete does not: S3 has other bytes."""
-    if code == "BadDigest" and operation == "CompleteMultipartUpload":
-        return False
-    return code in TRANSIENT_CODES or status in TRANSIENT_STATUSES
-
-
-def retry_pause(
-    attempts: int, operation: Any, response: Any, caught_exception: Any, **_: Any
-) -> float | None:
-    """For botocore's needs-retry event: the seconds to wait before the request is sent
-    again, or None.  boto3 itself would retry for fewer reasons, wait less than a second, and
-    have a small number of retries for all requests together."""
-    may_pass = isinstance(caught_exception, (aws.ConnectionError, aws.HTTPClientError))
-    if type(caught_exception) is aws.HTTPClientError:
-        may_pass = False  # the body could not be read, because its upload has failed
-    if response is not None:
-        code = response[1].get("Error", {}).get("Code")
-        may_pass = is_transient(operation.name, code, response[0].status_code)
-    if not may_pass or attempts >= S3_ATTEMPTS:
-        return None
-    return random.uniform(0.5, 1.5) * (1 << attempts - 1)  # not all at once
-
-
 @contextlib.contextmanager
 def s3_errors() -> Iterator[None]:
-    """Turns the errors of boto3 into FileError, or into Fatal if every request would fail."""
+    """Turns the errors of boto3 into FileError, or into Fatal if every request would fail.
+    After the code UNAVAILABLE, the same request may succeed."""
     try:
         yield
     except aws.ClientError as error:
-        details = error.response.get("Error", {})
-        code = str(details.get("Code"))
+        details, answer = error.response.get("Error", {}), error.response["ResponseMetadata"]
+        operation, code = error.operation_name, str(details.get("Code"))
         code = HEAD_CODES.get(code, code)
         bucket = f" {details['BucketName']}:" if "BucketName" in details else ""
-        refusal = f"{error.operation_name}: {code}{bucket} {details.get('Message', '')}"
-        answer = error.response["ResponseMetadata"]
+        refusal = f"{operation}: {code}{bucket} {details.get('Message', '')}"
+        if operation.startswith(("Assume", "GetSession", "GetRole", "CreateToken")):
+            raise Fatal(f"no AWS credentials: {refusal}", code) from None
         if code in REMEDIES:
             headers = answer.get("HTTPHeaders", {})
             region = headers.get("x-amz-bucket-region", "the bucket's region")
-            remedy = REMEDIES[code].format(region=region)
-            raise Fatal(f"S3 refused {refusal}; {remedy}", code) from None
-        if error.operation_name.startswith(("Assume", "GetSession", "GetRole", "CreateToken")):
-            raise Fatal(f"no AWS credentials: {refusal}", code) from None
-        hint = "; perhaps the credentials have expired" if code == "400" else ""  # of a HEAD
-        if is_transient(error.operation_name, code, answer.get("HTTPStatusCode", 0)):
+            refusal += "; " + REMEDIES[code].format(region=region)
+            if (operation, code) not in ONE_OBJECT:
+                raise Fatal(f"S3 refused {refusal}", code) from None
+        may_pass = answer.get("HTTPStatusCode") in TRANSIENT_STATUSES or code in TRANSIENT_CODES
+        # BadDigest of Complete does not pass: S3 has other bytes.
+        if may_pass and (operation, code) != ("CompleteMultipartUpload", "BadDigest"):
             code = UNAVAILABLE
-        raise FileError(f"S3 refused {refusal}{hint}", code) from None
+        raise FileError(f"S3 refused {refusal}", code) from None
     except (aws.ConnectionError, aws.HTTPClientError) as error:
+        # HTTPClientError itself: the body could not be read, because its upload has failed.
+        code = "cut off" if type(error) is aws.HTTPClientError else UNAVAILABLE
         reason = f"S3 does not answer: {error}; check the network and AWS_REGION"
-        raise FileError(reason, UNAVAILABLE) from None
-    except CREDENTIAL_ERRORS as error:
+        raise FileError(reason, code) from None
+    except (aws.BotoCoreError, EOFError, OSError) as error:  # OSError: no such program or file
         if isinstance(error, EOFError):  # nobody answers the prompt for a code
             print(file=sys.stderr)  # which has not ended its line
         keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-        raise Fatal(f"no AWS credentials: {error}; set {keys}") from None
-    except aws.BotoCoreError as error:
-        raise FileError(f"S3: {error}", UNAVAILABLE) from None
+        reason = f"no AWS credentials, or another AWS setting is wrong: {error}; set {keys}"
+        raise Fatal(reason) from None
 
 
 # Whether S3 lets an object be read: one in a cold class has to be restored first.
@@ -2368,20 +2344,19 @@ class MultipartClient:
             self.crc32 = crc32_combine(self.crc32, self._part_crcs[-1], len(data))
         return data
 
-    def _send(self, operation: Callable[..., Any], *values: Any, **request: Any) -> Any:
+    def _send(self, function: Callable[..., Any], *values: Any, **request: Any) -> Any:
         try:
-            with s3_errors():
-                return operation(*values, **request)
+            return function(*values, **request)
         except Exception as error:
             self.error = self.error or error
             raise
 
     def create_multipart_upload(self, **request: Any) -> Any:
         if not self.upload_id:
-            answer = self._send(self._client.create_multipart_upload, **request)
+            answer = self._send(self._bucket.request, "create_multipart_upload", **request)
             self.upload_id = answer["UploadId"]
             # S3 may have begun another one, whose id got lost with the answer.
-            if answer["ResponseMetadata"].get("RetryAttempts", 0) > 0:
+            if answer["ResponseMetadata"]["RetryAttempts"]:
                 self._bucket.abort_upload(self._key, but=self.upload_id)
             self._send(self._note_id, self._key, self.upload_id)
         return {"UploadId": self.upload_id}
@@ -2389,7 +2364,7 @@ class MultipartClient:
     def upload_part(self, PartNumber: int, **request: Any) -> Any:
         request["ChecksumCRC32"] = crc_text(self._part_crcs[PartNumber - 1])
         request["PartNumber"] = PartNumber + len(self._stored)
-        answer = self._send(self._client.upload_part, **request)
+        answer = self._send(self._bucket.request, "upload_part", **request)
         self._sent.append(PartNumber)
         return answer
 
@@ -2398,7 +2373,7 @@ class MultipartClient:
         sent = [p | {"PartNumber": p["PartNumber"] + before} for p in MultipartUpload["Parts"]]
         request["MultipartUpload"] = {"Parts": [*self._stored, *sent]}
         request["ChecksumCRC32"] = crc_text(self.crc32)
-        self.answer = self._send(self._client.complete_multipart_upload, **request)
+        self.answer = self._send(self._bucket.request, "complete_multipart_upload", **request)
         return self.answer
 
     def abort_multipart_upload(self, **_: Any) -> None:
@@ -2410,14 +2385,15 @@ class Bucket:
     keys that the program uses are aborted.  Methods raise FileError and Fatal."""
 
     def __init__(self, config: Config, retries: bool = True):
-        self._config, self._name, self.prefix = config, config.bucket, config.prefix
+        self._config, self.prefix = config, config.prefix
+        self._attempts = S3_ATTEMPTS if retries else 1
         self._has_warned = False  # that this server gives no CRC-32
         self.requests = Counter[tuple[str, str]]()  # by storage class and kind of COUNTED
         self._counting = threading.Lock()
         settings = botocore.config.Config(
             connect_timeout=S3_CONNECT_LIMIT,
             read_timeout=S3_READ_LIMIT,
-            retries={"mode": "standard", "total_max_attempts": 1},  # see retry_pause
+            retries={"mode": "standard", "total_max_attempts": 1},  # see _send
             max_pool_connections=config.transfers * PARTS_AT_ONCE,
             # Every upload has a checksum of ours.  boto3 would add another one, and would
             # read each body once more to sign it.
@@ -2441,10 +2417,7 @@ class Bucket:
         # "Expect: 100-continue" costs every PUT a round trip.
         events = self.client.meta.events
         events.unregister("before-call.s3", botocore.handlers.add_expect_header)
-        if retries:
-            events.register_first("needs-retry.s3", retry_pause)
         events.register("before-send.s3", self._note_secrets)
-        events.register("before-call.s3", self._count)
 
     def _note_secrets(self, **_: Any) -> None:
         """Hides the credentials.  Those of a role exist only once a request is signed."""
@@ -2452,43 +2425,55 @@ class Bucket:
         for secret in map(held.get, ("secret_key", "_secret_key", "token", "_token")):
             add_secret(self._config.secrets, secret)
 
-    def _count(self, model: Any, params: Any, **_: Any) -> None:
-        kind = COUNTED.get(model.name)
-        if kind is not None:
-            default = self._config.storage_class  # for parts, which do not name their class
-            storage_class = params["headers"].get("x-amz-storage-class", default)
-            with self._counting:
-                self.requests[storage_class, kind] += 1
-
-    def _arguments(self, operation: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a request: the bucket, those of S3_EXTRA_ARGS that this operation
-        has, and those `parameters` that are not None."""
-        meta, extra = self.client.meta, self._config.extra_args.items()
+    def request(self, operation: str, *allowed: str, **parameters: Any) -> Any:
+        """S3's answer; None if it refuses with one of the codes `allowed`.  Those S3_EXTRA_ARGS
+        that the operation has are added, and parameters that are None are left out."""
+        meta, config = self.client.meta, self._config
         model = meta.service_model.operation_model(meta.method_to_api_mapping[operation])
-        known = {name: value for name, value in extra if name in model.input_shape.members}
+        known = model.input_shape.members
+        extra = {name: value for name, value in config.extra_args.items() if name in known}
         given = {name: value for name, value in parameters.items() if value is not None}
-        return {"Bucket": self._name, **known, **given}
+        if operation in COUNTED:
+            # A part's request does not name its class.
+            storage_class = given.get("StorageClass", config.storage_class)
+            with self._counting:
+                self.requests[storage_class, COUNTED[operation]] += 1
+        return self._send(operation, allowed, {"Bucket": config.bucket, **extra, **given})
 
-    def _request(self, operation: str, *allowed: str, **parameters: Any) -> Any:
-        """S3's answer; None if it refuses with one of the codes `allowed`."""
-        arguments = self._arguments(operation, parameters)
-        try:
-            with s3_errors():
-                return getattr(self.client, operation)(**arguments)
-        except FileError as error:
-            if error.code not in allowed:
-                raise
-            return None
+    def _send(self, operation: str, allowed: Iterable[str], arguments: dict[str, Any]) -> Any:
+        """Repeats a request while its failure may pass.  boto3 would retry for fewer reasons,
+        wait less than a second, and have a small number of retries for all requests."""
+        body: Any = arguments.get("Body")
+        retries = 0
+        while True:
+            try:
+                with s3_errors():
+                    answer = getattr(self.client, operation)(**arguments)
+                answer["ResponseMetadata"]["RetryAttempts"] = retries
+                return answer
+            except FileError as error:
+                retries += 1
+                if error.code in allowed:
+                    return None
+                if error.code != UNAVAILABLE or retries >= self._attempts:
+                    raise
+            time.sleep(random.uniform(0.25, 0.75) * (1 << retries))  # not all at once
+            if hasattr(body, "seek"):
+                body.seek(0)
 
     def _list(self, operation: str, *entries: str, **parameters: Any) -> Iterator[Any]:
-        """The items of a listing in the lists that are named `entries`, merged by key."""
-        paginator = self.client.get_paginator(operation)
-        with s3_errors():
-            for page in paginator.paginate(**self._arguments(operation, parameters)):
-                lists = (page.get(name, ()) for name in entries)
-                yield from heapq.merge(*lists, key=lambda entry: entry.get("Key", ""))
-                if page.get("IsTruncated") and not any(n.startswith("Next") for n in page):
-                    raise FileError("S3's listing breaks off, and does not say how it goes on")
+        """The items of a listing in the lists that are named `entries`, merged by key.  The
+        next page begins where an answer's NextMarker says, as a parameter Marker."""
+        while True:
+            page = self.request(operation, **parameters)
+            lists = (page.get(name, ()) for name in entries)
+            yield from heapq.merge(*lists, key=lambda entry: entry.get("Key", ""))
+            if not page.get("IsTruncated"):
+                return
+            next_page = {name[4:]: page[name] for name in page if name.startswith("Next")}
+            if next_page.items() <= parameters.items():  # none, or this one again
+                raise FileError("S3's listing breaks off, and does not say how it goes on")
+            parameters |= next_page
 
     # Uploads
 
@@ -2497,7 +2482,7 @@ class Bucket:
         crc32 = zlib.crc32(data)
         arguments = self._upload_arguments(len(data), mtime)
         arguments["ChecksumCRC32"] = crc_text(crc32)
-        answer = self._request("put_object", Key=key, Body=data, **arguments)
+        answer = self.request("put_object", Key=key, Body=data, **arguments)
         return self._confirm(key, answer, len(data), crc32)
 
     def upload(
@@ -2516,12 +2501,13 @@ class Bucket:
             preferred_transfer_client="classic",
         )
         config.max_in_memory_upload_chunks = job.plan.parts_at_once  # not in the constructor
-        arguments = self._config.extra_args | self._upload_arguments(file.size, file.mtime)
+        arguments = self._upload_arguments(file.size, file.mtime)
         arguments |= {"ChecksumType": "FULL_OBJECT", "MpuObjectSize": file.size}
         client = MultipartClient(self, job, read, upload, note_id)
         source = SimpleNamespace(read=client.read)  # which s3transfer reads as a stream
         try:
-            upload_fileobj(client, source, self._name, key, arguments, progress.moved, config)
+            bucket = self._config.bucket
+            upload_fileobj(client, source, bucket, key, arguments, progress.moved, config)
         except FileError as error:
             is_refused = error is client.error and error.code != UNAVAILABLE
             # If S3's answer to Complete got lost, a retry gets NoSuchUpload.
@@ -2586,7 +2572,7 @@ class Bucket:
                 uploads = self._list("list_multipart_uploads", "Uploads", Prefix=key)
                 ids = {one["UploadId"] for one in uploads if one["Key"] == key} - {but}
             for one in ids:
-                self._request("abort_multipart_upload", *NOT_FOUND, Key=key, UploadId=one)
+                self.request("abort_multipart_upload", *NOT_FOUND, Key=key, UploadId=one)
             return True
         except ArchiveError as error:
             message = "the unfinished upload of %s (id %s) could not be aborted: %s; its parts "
@@ -2616,7 +2602,7 @@ class Bucket:
     def head(self, key: str, version_id: str | None = None) -> StoredObject | None:
         """The object, which may be cold; None if there is none."""
         version = {"Key": key, "VersionId": version_id}
-        answer = self._request("head_object", "404", ChecksumMode="ENABLED", **version)
+        answer = self.request("head_object", "404", ChecksumMode="ENABLED", **version)
         return None if answer is None else stored_object(key, answer)
 
     def request_restore(self, found: StoredObject, tier: str, days: int) -> bool:
@@ -2624,7 +2610,7 @@ class Bucket:
         request = {"Days": days, "GlacierJobParameters": {"Tier": tier.capitalize()}}
         version = {"Key": found.key, "VersionId": found.version_id}
         try:
-            answer = self._request("restore_object", RestoreRequest=request, **version)
+            answer = self.request("restore_object", RestoreRequest=request, **version)
         except FileError as error:
             # The last two say that the object needs no restore, or was restored already.
             codes = "RestoreAlreadyInProgress", "ObjectAlreadyInActiveTierError", INVALID_STATE
@@ -2636,19 +2622,14 @@ class Bucket:
     def get(self, found: StoredObject, **more: str) -> Any:
         """S3's answer to a GET."""
         version = {"Key": found.key, "VersionId": found.version_id}
-        try:
-            return self._request("get_object", **version, **more)
-        except Fatal as error:
-            if error.code == DENIED:  # perhaps only to this object
-                raise FileError(str(error), error.code) from None
-            raise
+        return self.request("get_object", **version, **more)
 
     # The bucket itself
 
     def has_abort_rule(self) -> bool:
         """Whether a lifecycle rule aborts unfinished uploads below the prefix."""
         missing = "NoSuchLifecycleConfiguration"
-        answer = self._request("get_bucket_lifecycle_configuration", missing) or {}
+        answer = self.request("get_bucket_lifecycle_configuration", missing) or {}
         for rule in answer.get("Rules", ()):
             scope = rule.get("Filter", rule)  # older rules have the prefix directly
             scope = scope.get("And", scope)
@@ -2660,7 +2641,7 @@ class Bucket:
 
     def versioning(self) -> str:
         """`Enabled`, `Suspended`, or empty if the bucket has never kept earlier versions."""
-        return str(self._request("get_bucket_versioning").get("Status", ""))
+        return str(self.request("get_bucket_versioning").get("Status", ""))
 
     def permission_probes(self) -> dict[str, Callable[[], object]]:
         """Each permission that is needed, with a call that raises without it.  Called in this
@@ -2669,11 +2650,11 @@ class Bucket:
         key = self.prefix + ".archive-check/"  # no file has it, as it ends in a slash
 
         def ask(operation: str, **request: Any) -> Callable[[], object]:
-            return partial(self._request, operation, *NOT_FOUND, **request)
+            return partial(self.request, operation, *NOT_FOUND, **request)
 
         def upload() -> None:
             arguments = self._upload_arguments(SMALL_FILE, 0)  # the class may be refused
-            answer = self._request("create_multipart_upload", Key=key, **arguments)
+            answer = self.request("create_multipart_upload", Key=key, **arguments)
             ask("abort_multipart_upload", Key=key, UploadId=answer["UploadId"])()
 
         job = {"Days": 1, "GlacierJobParameters": {"Tier": "Bulk"}}
