@@ -73,7 +73,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from functools import partial
+from functools import cache, partial
 from logging.handlers import RotatingFileHandler
 from operator import attrgetter, itemgetter
 from pathlib import Path
@@ -2187,7 +2187,6 @@ COUNTED |= {"complete_multipart_upload": "complete", "head_object": "head"}
 COUNTED |= dict.fromkeys(["list_objects_v2", "list_multipart_uploads", "list_parts"], "list")
 
 Read = Callable[[int], bytes]  # the next bytes of a file, as FileReader.read
-NoteId = Callable[[str, str], None]  # gets a key and the id of its upload in parts
 
 
 @contextlib.contextmanager
@@ -2312,20 +2311,19 @@ class MultipartClient:
     upload after the parts that an earlier run has stored.  It sends the CRC-32 of each part,
     and at the end that of the file, so that S3 refuses to complete an upload of other bytes."""
 
-    def __init__(self, bucket: Bucket, job: Job, read: Read, upload: Upload, note_id: NoteId):
-        self._bucket, self._client, self._key = bucket, bucket.client, job.key
-        self._read, self._note_id = read, note_id
-        self.upload_id, self._stored = upload
-        self._part_crcs: list[int] = []  # of the parts that this run sends
-        self._sent: list[int] = []  # the numbers of those that S3 has stored
-        self.error: Exception | None = None  # the first one of a request
-        self.crc32 = 0  # of all parts that are stored or were read
-        for part in self._stored:
+    def __init__(self, bucket: Bucket, job: Job, read: Read, upload: Upload):
+        self._bucket, self._read, self._size = bucket, read, job.file.size
+        self._upload = {"Key": job.key, "UploadId": upload.id}
+        self._before = len(upload.parts)
+        self._parts = [*upload.parts]  # also those that were read; with an ETag they are stored
+        self.crc32 = 0  # of all these parts
+        for part in upload.parts:
             self.crc32 = crc32_combine(self.crc32, crc32_of(part) or 0, job.plan.part_size)
+        self.error: Exception | None = None  # the first one of a request
         self.answer: Mapping[str, Any] = {}  # to CompleteMultipartUpload
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._client, name)
+        return getattr(self._bucket.client, name)
 
     def read(self, amount: int = -1) -> bytes:
         """The next part.  s3transfer calls this on one thread, in order."""
@@ -2336,44 +2334,37 @@ class MultipartClient:
         except Stopped:
             # s3transfer would cut off the parts under way, and after an error that is not an
             # Exception it would wait for ever.
-            while self.error is None and len(self._sent) < len(self._part_crcs):
+            while self.error is None and not all("ETag" in part for part in self._parts):
                 time.sleep(0.1)
             raise FileError("the run ended before it was done", UNFINISHED) from None
         if data:
-            self._part_crcs.append(zlib.crc32(data))
-            self.crc32 = crc32_combine(self.crc32, self._part_crcs[-1], len(data))
+            crc32, number = zlib.crc32(data), len(self._parts) + 1
+            self._parts.append({"PartNumber": number, "ChecksumCRC32": crc_text(crc32)})
+            self.crc32 = crc32_combine(self.crc32, crc32, len(data))
         return data
 
-    def _send(self, function: Callable[..., Any], *values: Any, **request: Any) -> Any:
+    def _request(self, operation: str, **parameters: Any) -> Any:
         try:
-            return function(*values, **request)
+            return self._bucket.request(operation, **self._upload, **parameters)
         except Exception as error:
             self.error = self.error or error
             raise
 
-    def create_multipart_upload(self, **request: Any) -> Any:
-        if not self.upload_id:
-            answer = self._send(self._bucket.request, "create_multipart_upload", **request)
-            self.upload_id = answer["UploadId"]
-            # S3 may have begun another one, whose id got lost with the answer.
-            if answer["ResponseMetadata"]["RetryAttempts"]:
-                self._bucket.abort_upload(self._key, but=self.upload_id)
-            self._send(self._note_id, self._key, self.upload_id)
-        return {"UploadId": self.upload_id}
+    def create_multipart_upload(self, **_: Any) -> Any:
+        return self._upload  # which was begun before
 
-    def upload_part(self, PartNumber: int, **request: Any) -> Any:
-        request["ChecksumCRC32"] = crc_text(self._part_crcs[PartNumber - 1])
-        request["PartNumber"] = PartNumber + len(self._stored)
-        answer = self._send(self._bucket.request, "upload_part", **request)
-        self._sent.append(PartNumber)
+    def upload_part(self, PartNumber: int, Body: Any, **_: Any) -> Any:
+        part = self._parts[self._before + PartNumber - 1]
+        answer = self._request("upload_part", Body=Body, **part)
+        part["ETag"] = answer["ETag"]
         return answer
 
-    def complete_multipart_upload(self, MultipartUpload: Any, **request: Any) -> Any:
-        before = len(self._stored)
-        sent = [p | {"PartNumber": p["PartNumber"] + before} for p in MultipartUpload["Parts"]]
-        request["MultipartUpload"] = {"Parts": [*self._stored, *sent]}
-        request["ChecksumCRC32"] = crc_text(self.crc32)
-        self.answer = self._send(self._bucket.request, "complete_multipart_upload", **request)
+    def complete_multipart_upload(self, **_: Any) -> Any:
+        whole = {"ChecksumCRC32": crc_text(self.crc32), "ChecksumType": "FULL_OBJECT"}
+        parts, size = {"Parts": self._parts}, self._size
+        self.answer = self._request(
+            "complete_multipart_upload", MultipartUpload=parts, MpuObjectSize=size, **whole
+        )
         return self.answer
 
     def abort_multipart_upload(self, **_: Any) -> None:
@@ -2387,7 +2378,7 @@ class Bucket:
     def __init__(self, config: Config, retries: bool = True):
         self._config, self.prefix = config, config.prefix
         self._attempts = S3_ATTEMPTS if retries else 1
-        self._has_warned = False  # that this server gives no CRC-32
+        self._warn_once = cache(log.warning)
         self.requests = Counter[tuple[str, str]]()  # by storage class and kind of COUNTED
         self._counting = threading.Lock()
         settings = botocore.config.Config(
@@ -2485,15 +2476,21 @@ class Bucket:
         answer = self.request("put_object", Key=key, Body=data, **arguments)
         return self._confirm(key, answer, len(data), crc32)
 
-    def upload(
-        self, job: Job, read: Read, upload: Upload, note_id: NoteId, progress: Progress
-    ) -> StoredObject:
+    def begin_upload(self, key: str, size: int, mtime: int) -> Upload:
+        """Begins an upload in parts.  Its id has to be noted before the first part is sent."""
+        arguments = self._upload_arguments(size, mtime) | {"ChecksumType": "FULL_OBJECT"}
+        answer = self.request("create_multipart_upload", Key=key, **arguments)
+        # S3 may have begun another one, whose id got lost with the answer.
+        if answer["ResponseMetadata"]["RetryAttempts"]:
+            self.abort_upload(key, but=answer["UploadId"])
+        return Upload(answer["UploadId"])
+
+    def upload(self, job: Job, read: Read, upload: Upload, progress: Progress) -> StoredObject:
         """Uploads a large file in parts, after those that are stored; `read` returns the rest
-        of its bytes.  The id is noted before the first part.  If the upload fails, its parts
-        stay for the next run, unless the file has changed while it was read, or S3 has refused
-        a request."""
-        key, file, part_size = job.key, job.file, job.plan.part_size
-        rest = file.size - len(upload.parts) * part_size
+        of its bytes.  If this fails, the parts stay for the next run, unless the file has
+        changed while it was read, or S3 has refused a request."""
+        key, size, part_size = job.key, job.file.size, job.plan.part_size
+        rest = size - len(upload.parts) * part_size
         config = TransferConfig(
             multipart_threshold=min(rest, part_size),  # the size of the first read
             multipart_chunksize=part_size,
@@ -2501,23 +2498,21 @@ class Bucket:
             preferred_transfer_client="classic",
         )
         config.max_in_memory_upload_chunks = job.plan.parts_at_once  # not in the constructor
-        arguments = self._upload_arguments(file.size, file.mtime)
-        arguments |= {"ChecksumType": "FULL_OBJECT", "MpuObjectSize": file.size}
-        client = MultipartClient(self, job, read, upload, note_id)
+        client = MultipartClient(self, job, read, upload)
         source = SimpleNamespace(read=client.read)  # which s3transfer reads as a stream
         try:
             bucket = self._config.bucket
-            upload_fileobj(client, source, bucket, key, arguments, progress.moved, config)
+            upload_fileobj(client, source, bucket, key, None, progress.moved, config)
         except FileError as error:
-            is_refused = error is client.error and error.code != UNAVAILABLE
             # If S3's answer to Complete got lost, a retry gets NoSuchUpload.
             found = self.head(key) if error.code == "NoSuchUpload" else None
-            if found and (found.size, found.crc32) == (file.size, client.crc32):
+            if found and (found.size, found.crc32) == (size, client.crc32):
                 return found
-            if client.upload_id and (is_refused or error.code == CHANGED):
-                self.abort_upload(key, client.upload_id)
+            is_refused = error is client.error and error.code != UNAVAILABLE
+            if is_refused or error.code == CHANGED:
+                self.abort_upload(key, upload.id)
             raise
-        return self._confirm(key, client.answer, file.size, client.crc32)
+        return self._confirm(key, client.answer, size, client.crc32)
 
     def _upload_arguments(self, size: int, mtime: int) -> dict[str, Any]:
         return {
@@ -2531,29 +2526,31 @@ class Bucket:
         whose answer has no CRC-32 may not have checked it, and gets a HEAD."""
         now, storage_class = datetime.now(timezone.utc), self._config.class_of(size)
         known = {"Size": size, "LastModified": now, "StorageClass": storage_class}
-        found = stored_object(key, {**answer, **known})
+        found: StoredObject | None = stored_object(key, {**answer, **known})
+        if crc32_of(answer) is None:
+            found = self.head(key)
+        if found is None or found.size != size:
+            held = f"{found.size:,} bytes" if found else "no object"
+            raise FileError(f"S3 holds {held}, read {size:,}")
         if found.crc32 is None:
-            if (asked := self.head(key)) is None or asked.size != size:
-                held = f"{asked.size:,} bytes" if asked else "no object"
-                raise FileError(f"S3 holds {held}, read {size:,}")
-            found = asked
-            if found.crc32 is None and not self._has_warned:
-                self._has_warned = True
-                log.warning("this S3 server gives no CRC-32: only sizes are compared")
-        if found.crc32 not in (None, crc32):
+            self._warn_once("this S3 server gives no CRC-32: only sizes are compared")
+        elif found.crc32 != crc32:
             raise FileError(f"S3 holds CRC-32 {crc_text(found.crc32)}, read {crc_text(crc32)}")
         return found._replace(crc32=crc32)
 
     # Unfinished uploads
 
-    def unfinished_upload(self, key: str, upload_id: str, part_size: int) -> Upload | None:
+    def unfinished_upload(self, job: Job, upload_id: str) -> Upload | None:
         """An upload to continue, with its stored parts before the first one that is missing,
-        of another size or without a CRC-32; None if S3 does not have this upload any more."""
+        of another size or without a CRC-32, and before the end of the file, because
+        upload_fileobj has to send a part; None if S3 does not have this upload any more."""
         parts: list[dict[str, Any]] = []
+        size, part_size = job.file.size, job.plan.part_size
         try:
-            for part in self._list("list_parts", "Parts", Key=key, UploadId=upload_id):
-                is_next = part["PartNumber"] == len(parts) + 1 and part["Size"] == part_size
-                if not is_next or crc32_of(part) is None:
+            for part in self._list("list_parts", "Parts", Key=job.key, UploadId=upload_id):
+                number = len(parts) + 1
+                is_next = (part["PartNumber"], part["Size"]) == (number, part_size)
+                if not is_next or crc32_of(part) is None or number * part_size >= size:
                     break
                 names = ("PartNumber", "ETag", "ChecksumCRC32")
                 parts.append({name: part[name] for name in names})
@@ -2621,8 +2618,7 @@ class Bucket:
 
     def get(self, found: StoredObject, **more: str) -> Any:
         """S3's answer to a GET."""
-        version = {"Key": found.key, "VersionId": found.version_id}
-        return self.request("get_object", **version, **more)
+        return self.request("get_object", Key=found.key, VersionId=found.version_id, **more)
 
     # The bucket itself
 
@@ -2630,14 +2626,12 @@ class Bucket:
         """Whether a lifecycle rule aborts unfinished uploads below the prefix."""
         missing = "NoSuchLifecycleConfiguration"
         answer = self.request("get_bucket_lifecycle_configuration", missing) or {}
-        for rule in answer.get("Rules", ()):
-            scope = rule.get("Filter", rule)  # older rules have the prefix directly
-            scope = scope.get("And", scope)
-            applies = self.prefix.startswith(scope.get("Prefix", ""))
-            aborts = "AbortIncompleteMultipartUpload" in rule
-            if rule["Status"] == "Enabled" and aborts and applies:
-                return True
-        return False
+        prefixes = [
+            rule.get("Filter", rule).get("Prefix", "")  # older rules have it directly
+            for rule in answer.get("Rules", ())
+            if rule["Status"] == "Enabled" and "AbortIncompleteMultipartUpload" in rule
+        ]
+        return self.prefix.startswith(tuple(prefixes))
 
     def versioning(self) -> str:
         """`Enabled`, `Suspended`, or empty if the bucket has never kept earlier versions."""
@@ -2648,16 +2642,14 @@ class Bucket:
         order, they leave nothing behind: s3:PutObject aborts the upload that it begins.  Only
         `restore` needs s3:RestoreObject."""
         key = self.prefix + ".archive-check/"  # no file has it, as it ends in a slash
+        restore = {"Days": 1, "GlacierJobParameters": {"Tier": "Bulk"}}
 
         def ask(operation: str, **request: Any) -> Callable[[], object]:
             return partial(self.request, operation, *NOT_FOUND, **request)
 
-        def upload() -> None:
-            arguments = self._upload_arguments(SMALL_FILE, 0)  # the class may be refused
-            answer = self.request("create_multipart_upload", Key=key, **arguments)
-            ask("abort_multipart_upload", Key=key, UploadId=answer["UploadId"])()
+        def upload() -> None:  # whose class may be refused
+            self.abort_upload(key, self.begin_upload(key, SMALL_FILE, 0).id)
 
-        job = {"Days": 1, "GlacierJobParameters": {"Tier": "Bulk"}}
         return {
             "s3:ListBucket": ask("list_objects_v2", Prefix=self.prefix, MaxKeys=1),
             "s3:GetObject": ask("head_object", Key=key),
@@ -2665,7 +2657,7 @@ class Bucket:
             "s3:ListMultipartUploadParts": ask("list_parts", Key=key, UploadId="none"),
             "s3:AbortMultipartUpload": ask("abort_multipart_upload", Key=key, UploadId="none"),
             "s3:PutObject": upload,
-            "s3:RestoreObject": ask("restore_object", Key=key, RestoreRequest=job),
+            "s3:RestoreObject": ask("restore_object", Key=key, RestoreRequest=restore),
         }
 
 
@@ -3324,7 +3316,7 @@ class Run(Scan):
             return None
         upload_id, may_be_complete = job.begun and job.begun.upload_id, False
         if upload_id and job.resumes:
-            unfinished = self._bucket.unfinished_upload(job.key, upload_id, job.plan.part_size)
+            unfinished = self._bucket.unfinished_upload(job, upload_id)
             may_be_complete = unfinished is None  # and S3's answer got lost
         elif job.begun:  # it has parts of another version, or its id may have got lost
             self._bucket.abort_upload(job.key, upload_id)
@@ -3373,17 +3365,16 @@ class Run(Scan):
     def _upload_large(self, job: Job, upload: Upload) -> Archived:
         """Uploads a large file, after the parts that are stored.  FileError if it has changed
         since it was listed: its stored parts are of that version."""
-        # upload_fileobj has to send at least one part.
-        most = (job.file.size - 1) // job.plan.part_size
-        upload = upload._replace(parts=upload.parts[:most])
-        offset = len(upload.parts) * job.plan.part_size
-        with contextlib.closing(FileReader(self._box, job.file, offset)) as reader:
-            if reader.file != job.file:
+        file, offset = job.file, len(upload.parts) * job.plan.part_size
+        with contextlib.closing(FileReader(self._box, file, offset)) as reader:
+            if reader.file != file:
                 raise FileError("changed since it was listed: the next run archives it")
+            if not upload.id:
+                upload = self._bucket.begin_upload(job.key, file.size, file.mtime)
+                self._state.note_upload_id(job.key, upload.id)
             self._progress.moved(offset)
-            note_id, progress = self._state.note_upload_id, self._progress
-            stored = self._bucket.upload(job, reader.read, upload, note_id, progress)
-            return Archived(reader.file, stored, reader.is_recent, is_upload=True)
+            stored = self._bucket.upload(job, reader.read, upload, self._progress)
+            return Archived(file, stored, reader.is_recent, is_upload=True)
 
     def _settle(self, outcomes: list[Outcome[Job, Archived | None]]) -> None:
         self._state.record(archived for _, archived, _ in outcomes if archived)
