@@ -1843,7 +1843,7 @@ class BegunUpload(NamedTuple):
     mtime: int | None  # the file's; None if the upload must not be continued
     part_size: int
     settings: str  # as from Config.upload_settings
-    upload_id: str | None  # None until S3 has given one
+    upload_id: str | None  # None if it was not begun, but has to be, without a comparison
 
 
 @dataclass
@@ -2015,37 +2015,30 @@ class State:
 
     @in_transaction
     def note_begun(self, jobs: Iterable[Job]) -> None:
-        """Notes which files may be read and sent from now on.
+        """Notes which files may be sent from now on.
 
         S3 may store a new version although its answer gets lost.  So until S3 has acknowledged
-        the upload, the row says nothing about the object's content.  An upload in parts can be
-        continued only if the mtime of their version is noted.  It is not if the file is
-        compared first, or was modified so recently that its parts could be of two versions.
+        the upload, the row says nothing about the object's content.
         """
         forget = "UPDATE objects SET etag = NULL, crc32 = NULL WHERE path = ?"
-        insert = "INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?, ?, NULL)"
         for job in jobs:
-            path, size = path_text(job.file.path), job.file.size
             if job.record is not None:
+                path = path_text(job.file.path)
                 self._execute("UPDATE files SET mtime = NULL WHERE path = ?", path)
                 self._execute(forget, path)
-            if job.plan.is_multipart and not job.resumes:
-                is_unsure = job.compares or is_recent(job.file, time.time())
-                mtime = None if is_unsure else job.file.mtime
-                upload = size, mtime, job.plan.part_size, job.settings
-                self._execute(insert, job.key, path, *upload)
 
-    def note_upload(self, job: Job) -> None:
-        """Notes that a large file whose comparison was cut off is to be uploaded by the next
-        run: an upload can be continued, a comparison would begin again every night."""
-        self._execute("UPDATE uploads SET mtime = ? WHERE key = ?", job.file.mtime, job.key)
-
-    def note_upload_id(self, key: str, upload_id: str) -> None:
-        """Notes the id of an upload before its first part is sent.  For any thread."""
+    def note_upload(self, job: Job, upload_id: str | None) -> None:
+        """Notes an upload in parts before its first part is sent.  For any thread.  It can be
+        continued, unless the file was modified so recently that its parts could be of two
+        versions.  Without an id, the next run uploads the file and does not compare it."""
+        file = job.file
+        mtime = None if upload_id and is_recent(file, time.time()) else file.mtime
+        row = BegunUpload(file.size, mtime, job.plan.part_size, job.settings, upload_id)
+        insert = "INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?)"
         with state_errors(self._path):
             db = sqlite3.connect(self._path, timeout=COMMIT_LIMIT, isolation_level=None)
             with contextlib.closing(db):
-                db.execute("UPDATE uploads SET upload_id = ? WHERE key = ?", (upload_id, key))
+                db.execute(insert, (job.key, path_text(file.path), *row))
 
     @in_transaction
     def record(self, archived: Iterable[Archived]) -> None:
@@ -2184,7 +2177,7 @@ TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504, *range(520, 528))
 # Requests that cost money, with their kinds in Prices.requests; repetitions do not count.
 COUNTED = {"put_object": "put", "create_multipart_upload": "create", "upload_part": "part"}
 COUNTED |= {"complete_multipart_upload": "complete", "head_object": "head"}
-COUNTED |= dict.fromkeys(["list_objects_v2", "list_multipart_uploads", "list_parts"], "list")
+COUNTED |= {"list_objects_v2": "list", "list_parts": "list"}
 
 Read = Callable[[int], bytes]  # the next bytes of a file, as FileReader.read
 
@@ -2439,9 +2432,7 @@ class Bucket:
         while True:
             try:
                 with s3_errors():
-                    answer = getattr(self.client, operation)(**arguments)
-                answer["ResponseMetadata"]["RetryAttempts"] = retries
-                return answer
+                    return getattr(self.client, operation)(**arguments)
             except FileError as error:
                 retries += 1
                 if error.code in allowed:
@@ -2480,9 +2471,6 @@ class Bucket:
         """Begins an upload in parts.  Its id has to be noted before the first part is sent."""
         arguments = self._upload_arguments(size, mtime) | {"ChecksumType": "FULL_OBJECT"}
         answer = self.request("create_multipart_upload", Key=key, **arguments)
-        # S3 may have begun another one, whose id got lost with the answer.
-        if answer["ResponseMetadata"]["RetryAttempts"]:
-            self.abort_upload(key, but=answer["UploadId"])
         return Upload(answer["UploadId"])
 
     def upload(self, job: Job, read: Read, upload: Upload, progress: Progress) -> StoredObject:
@@ -2560,21 +2548,16 @@ class Bucket:
             return None
         return Upload(upload_id, tuple(parts))
 
-    def abort_upload(self, key: str, upload_id: str | None = None, but: str = "") -> bool:
-        """Aborts an unfinished upload of `key`, or all but one if its id is not known: their
-        parts cost money.  Returns False after a warning if S3 refuses."""
+    def abort_upload(self, key: str, upload_id: str) -> bool:
+        """Aborts an unfinished upload, whose parts cost money.  Returns False after a warning
+        if S3 refuses."""
         try:
-            ids = {upload_id}
-            if not upload_id:
-                uploads = self._list("list_multipart_uploads", "Uploads", Prefix=key)
-                ids = {one["UploadId"] for one in uploads if one["Key"] == key} - {but}
-            for one in ids:
-                self.request("abort_multipart_upload", *NOT_FOUND, Key=key, UploadId=one)
+            self.request("abort_multipart_upload", *NOT_FOUND, Key=key, UploadId=upload_id)
             return True
         except ArchiveError as error:
             message = "the unfinished upload of %s (id %s) could not be aborted: %s; its parts "
             message += "cost money until a lifecycle rule aborts it"
-            log.warning(message, printable(key), upload_id or "unknown", error)
+            log.warning(message, printable(key), upload_id, error)
             return False
 
     def count_unfinished(self) -> int:
@@ -3038,7 +3021,7 @@ class Scan(WalkReport):
         """USD for the requests of an upload, if it comes to that after a comparison, and for
         the object that it overwrites early."""
         size, record, early = job.file.size, job.record, 0.0
-        lists = int(job.begun is not None)  # its parts, or its uploads
+        lists = int(job.resumes)  # its parts
         requests = {"head": job.heads + lists, "list": lists, **job.plan.requests(size)}
         if record is not None:
             age_days = (time.time() - (record.uploaded_at or 0)) / DAY
@@ -3272,7 +3255,7 @@ class Run(Scan):
         if not (self.unlisted or self.ended_early):
             # Unfinished uploads of files that are gone, or are archived by now.
             for key, begun in self._uploads.items():
-                if self._bucket.abort_upload(key, begun.upload_id):
+                if not begun.upload_id or self._bucket.abort_upload(key, begun.upload_id):
                     log.info("aborted the unfinished upload of %s", printable(key))
                     self._state.forget_upload(key)
 
@@ -3318,7 +3301,7 @@ class Run(Scan):
         if upload_id and job.resumes:
             unfinished = self._bucket.unfinished_upload(job, upload_id)
             may_be_complete = unfinished is None  # and S3's answer got lost
-        elif job.begun:  # it has parts of another version, or its id may have got lost
+        elif upload_id:  # it may have parts of another version
             self._bucket.abort_upload(job.key, upload_id)
         found = self._object_to_compare(job) if job.compares or may_be_complete else None
         if found and may_be_complete and found.mtime != job.file.mtime:
@@ -3371,7 +3354,7 @@ class Run(Scan):
                 raise FileError("changed since it was listed: the next run archives it")
             if not upload.id:
                 upload = self._bucket.begin_upload(job.key, file.size, file.mtime)
-                self._state.note_upload_id(job.key, upload.id)
+                self._state.note_upload(job, upload.id)
             self._progress.moved(offset)
             stored = self._bucket.upload(job, reader.read, upload, self._progress)
             return Archived(file, stored, reader.is_recent, is_upload=True)
@@ -3394,9 +3377,10 @@ class Run(Scan):
                 self.left_out["Vanished"] += 1
                 log.info("vanished %s", path)
             elif error and error.code == UNFINISHED:
-                is_old = not is_recent(job.file, self.started_at)
-                if job.compares and job.plan.is_multipart and is_old:
-                    self._state.note_upload(job)
+                # A comparison would begin again every night, an upload can be continued.
+                has_begun = self._state.uploads().get(job.key) != job.begun
+                if job.compares and job.plan.is_multipart and not has_begun:
+                    self._state.note_upload(job, None)
             elif error:
                 self.add_failure(job.file.path, error)
 
