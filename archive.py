@@ -2372,7 +2372,7 @@ class Bucket:
         self._config, self.prefix = config, config.prefix
         self._attempts = S3_ATTEMPTS if retries else 1
         self._warn_once = cache(log.warning)
-        self.requests = Counter[tuple[str, str]]()  # by storage class and kind of COUNTED
+        self.spent = 0.0  # USD for requests
         self._counting = threading.Lock()
         settings = botocore.config.Config(
             connect_timeout=S3_CONNECT_LIMIT,
@@ -2397,7 +2397,7 @@ class Bucket:
             parse_endpoint(self.client.meta.endpoint_url)  # it may be set in ~/.aws
         except (ValueError, RuntimeError) as error:
             raise Fatal(f"AWS_ENDPOINT_URL, or the AWS credentials: {error}") from None
-        self.region: str | None = self.client.meta.region_name
+        self.prices = Prices(self.client.meta.region_name, config.prices)
         # "Expect: 100-continue" costs every PUT a round trip.
         events = self.client.meta.events
         events.unregister("before-call.s3", botocore.handlers.add_expect_header)
@@ -2421,7 +2421,7 @@ class Bucket:
             # A part's request does not name its class.
             storage_class = given.get("StorageClass", config.storage_class)
             with self._counting:
-                self.requests[storage_class, COUNTED[operation]] += 1
+                self.spent += self.prices.requests(storage_class, {COUNTED[operation]: 1})
         return self._send(operation, allowed, {"Bucket": config.bucket, **extra, **given})
 
     def _send(self, operation: str, allowed: Iterable[str], arguments: dict[str, Any]) -> Any:
@@ -2826,10 +2826,6 @@ class Context:
     progress: Progress
     summary: dict[str, object] = field(default_factory=dict)  # for JSON
 
-    @property
-    def prices(self) -> Prices:
-        return Prices(self.bucket.region, self.config.prices)
-
     def show_summary(self, title: str, rows: Rows) -> None:
         """Shows a table, whose labels in snake case are the names in JSON."""
         rows = list(rows)
@@ -2999,7 +2995,7 @@ class Scan(WalkReport):
         super().__init__()
         self._context, self._config, self._state = context, context.config, state
         self._uploads = state.uploads()  # without those of the jobs that were made
-        self.prices = context.prices
+        self.prices = context.bucket.prices
 
     def _make_jobs(self, files: list[RemoteFile]) -> Iterator[Job]:
         """Jobs for files that are not recorded.  One that S3 cannot hold is a failure."""
@@ -3223,8 +3219,7 @@ class Run(Scan):
     @property
     def spent(self) -> float:
         """USD that the run has spent by its own count."""
-        cost, sent = self.prices.requests, [*self._bucket.requests.items()]  # threads add some
-        return self._early + sum(cost(name, {kind: n}) for (name, kind), n in sent)
+        return self._early + self._bucket.spent
 
     def rows(self) -> Rows:
         """The summary: five rows that it always has, and others that are left out if empty."""
@@ -3556,7 +3551,7 @@ def ls(context: Context, options: argparse.Namespace) -> int:
 def status(context: Context, options: argparse.Namespace) -> int:
     """Shows what is archived, its cost, the last runs, and the box's room.  0, even if the
     state, the box or the bucket cannot be asked."""
-    config, bucket, prices = context.config, context.bucket, context.prices
+    config, bucket, prices = context.config, context.bucket, context.bucket.prices
 
     def read_state() -> tuple[Counts, list[PastRun]]:
         with contextlib.closing(State(config, copy=True)) as state:
@@ -4007,7 +4002,7 @@ class Restore:
     def _show_estimate(self, cold: Counts, other: int) -> None:
         """Shows what restoring cold objects costs, and downloading them and `other` bytes.
         Warns if there is no room for all of them."""
-        prices, tier, days = self._context.prices, self._options.tier, self._options.days
+        prices, tier, days = self._context.bucket.prices, self._options.tier, self._options.days
         asked_for, free = cold.total(), self._target.free_space()
         needed = asked_for.bytes + other
         if cold:
