@@ -2192,8 +2192,7 @@ def s3_errors() -> Iterator[None]:
         details, answer = error.response.get("Error", {}), error.response["ResponseMetadata"]
         operation, code = error.operation_name, str(details.get("Code"))
         code = HEAD_CODES.get(code, code)
-        bucket = f" {details['BucketName']}:" if "BucketName" in details else ""
-        refusal = f"{operation}: {code}{bucket} {details.get('Message', '')}"
+        refusal = f"{operation}: {code} {details.get('Message', '')}"
         if operation.startswith(("Assume", "GetSession", "GetRole", "CreateToken")):
             raise Fatal(f"no AWS credentials: {refusal}", code) from None
         if code in REMEDIES:
@@ -2212,9 +2211,8 @@ def s3_errors() -> Iterator[None]:
         code = "cut off" if type(error) is aws.HTTPClientError else UNAVAILABLE
         reason = f"S3 does not answer: {error}; check the network and AWS_REGION"
         raise FileError(reason, code) from None
-    except (aws.BotoCoreError, EOFError, OSError) as error:  # OSError: no such program or file
-        if isinstance(error, EOFError):  # nobody answers the prompt for a code
-            print(file=sys.stderr)  # which has not ended its line
+    except (aws.BotoCoreError, EOFError, OSError) as error:
+        # EOFError: nobody answers the prompt for a code.  OSError: no such program or file.
         keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         reason = f"no AWS credentials, or another AWS setting is wrong: {error}; set {keys}"
         raise Fatal(reason) from None
@@ -2249,8 +2247,7 @@ def stored_object(key: str, answer: Mapping[str, Any]) -> StoredObject:
     # Some servers change the case of header names.
     metadata = {name.lower(): value for name, value in answer.get("Metadata", {}).items()}
     mtime = re.fullmatch(r"(-?\d{1,12})(\.\d*)?", metadata.get("mtime", ""))
-    uploaded = answer["LastModified"].timestamp() if "LastModified" in answer else 0
-    uploaded_at = math.floor(uploaded)
+    uploaded_at = math.floor(answer["LastModified"].timestamp())
     return StoredObject(
         key=key,
         size=answer["Size"] if "Size" in answer else answer["ContentLength"],
@@ -2428,18 +2425,16 @@ class Bucket:
         """Repeats a request while its failure may pass.  boto3 would retry for fewer reasons,
         wait less than a second, and have a small number of retries for all requests."""
         body: Any = arguments.get("Body")
-        retries = 0
-        while True:
+        for attempt in range(self._attempts):
             try:
                 with s3_errors():
                     return getattr(self.client, operation)(**arguments)
             except FileError as error:
-                retries += 1
                 if error.code in allowed:
                     return None
-                if error.code != UNAVAILABLE or retries >= self._attempts:
+                if error.code != UNAVAILABLE or attempt == self._attempts - 1:
                     raise
-            time.sleep(random.uniform(0.25, 0.75) * (1 << retries))  # not all at once
+            time.sleep(random.uniform(0.5, 1.5) * (1 << attempt))  # not all at once
             if hasattr(body, "seek"):
                 body.seek(0)
 
@@ -2462,9 +2457,8 @@ class Bucket:
     def put(self, key: str, data: bytes, mtime: int) -> StoredObject:
         """Uploads with one PUT; S3 checks the CRC-32.  upload_fileobj takes 50 % more CPU."""
         crc32 = zlib.crc32(data)
-        arguments = self._upload_arguments(len(data), mtime)
-        arguments["ChecksumCRC32"] = crc_text(crc32)
-        answer = self.request("put_object", Key=key, Body=data, **arguments)
+        request = self._upload_arguments(len(data), mtime) | {"ChecksumCRC32": crc_text(crc32)}
+        answer = self.request("put_object", Key=key, Body=data, **request)
         return self._confirm(key, answer, len(data), crc32)
 
     def begin_upload(self, key: str, size: int, mtime: int) -> Upload:

@@ -410,7 +410,7 @@ def test_credentials_that_cannot_be_had_end_the_run_with_one_line(archive, box, 
     result = archive(**nobody, AWS_PROFILE="box", TRANSFERS=4)
     assert result.status == 1, result.stderr
     assert len(result.failures) < LIMIT + 20, result.stderr
-    (last,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    (last,) = [line for line in result.stderr.splitlines() if "error: " in line]
     assert "credentials" in last.lower()
     assert s3.requests.total() == 0
     assert recorded(archive) == {"a"}
@@ -516,18 +516,6 @@ def test_large_file_that_grew_after_it_was_listed_is_left_to_the_next_run(archiv
     assert_failed(archive(constants=SIZES), {"large": "changed"})
     assert archive(constants=SIZES).counts == (1, 0, 0)
     assert_all_archived(archive, box)
-
-
-def test_server_that_tells_no_time_is_no_obstacle(archive, box, s3):
-    write(box.root / "large", LARGE)
-
-    def timeless(exchange):
-        answer = exchange.forward()
-        del answer.headers["last-modified"]
-        return answer
-
-    s3.always("HeadObject", timeless)
-    assert archive(constants=SIZES).status == 0
 
 
 def test_composite_checksum_is_none_of_the_whole(archive, box, s3):
