@@ -2374,7 +2374,7 @@ class Bucket:
         settings = botocore.config.Config(
             connect_timeout=S3_CONNECT_LIMIT,
             read_timeout=S3_READ_LIMIT,
-            retries={"mode": "standard", "total_max_attempts": 1},  # see _send
+            retries={"mode": "standard", "total_max_attempts": 1},  # see request
             max_pool_connections=config.transfers * PARTS_AT_ONCE,
             # Every upload has a checksum of ours.  boto3 would add another one, and would
             # read each body once more to sign it.
@@ -2408,7 +2408,11 @@ class Bucket:
 
     def request(self, operation: str, *allowed: str, **parameters: Any) -> Any:
         """S3's answer; None if it refuses with one of the codes `allowed`.  Those S3_EXTRA_ARGS
-        that the operation has are added, and parameters that are None are left out."""
+        that the operation has are added, and parameters that are None are left out.
+
+        A failure that may pass is followed by another attempt.  boto3 would retry for fewer
+        reasons, wait less than a second, and have a small number of retries for all requests.
+        """
         meta, config = self.client.meta, self._config
         model = meta.service_model.operation_model(meta.method_to_api_mapping[operation])
         known = model.input_shape.members
@@ -2419,12 +2423,7 @@ class Bucket:
             storage_class = given.get("StorageClass", config.storage_class)
             with self._counting:
                 self.spent += self.prices.requests(storage_class, {COUNTED[operation]: 1})
-        return self._send(operation, allowed, {"Bucket": config.bucket, **extra, **given})
-
-    def _send(self, operation: str, allowed: Iterable[str], arguments: dict[str, Any]) -> Any:
-        """Repeats a request while its failure may pass.  boto3 would retry for fewer reasons,
-        wait less than a second, and have a small number of retries for all requests."""
-        body: Any = arguments.get("Body")
+        arguments: dict[str, Any] = {"Bucket": config.bucket, **extra, **given}
         for attempt in range(self._attempts):
             try:
                 with s3_errors():
@@ -2435,8 +2434,8 @@ class Bucket:
                 if error.code != UNAVAILABLE or attempt == self._attempts - 1:
                     raise
             time.sleep(random.uniform(0.5, 1.5) * (1 << attempt))  # not all at once
-            if hasattr(body, "seek"):
-                body.seek(0)
+            if hasattr(arguments.get("Body"), "seek"):
+                arguments["Body"].seek(0)
 
     def _list(self, operation: str, *entries: str, **parameters: Any) -> Iterator[Any]:
         """The items of a listing in the lists that are named `entries`, merged by key.  The
@@ -2447,7 +2446,7 @@ class Bucket:
             yield from heapq.merge(*lists, key=lambda entry: entry.get("Key", ""))
             if not page.get("IsTruncated"):
                 return
-            next_page = {name[4:]: page[name] for name in page if name.startswith("Next")}
+            next_page = {n.removeprefix("Next"): page[n] for n in page if n.startswith("Next")}
             if next_page.items() <= parameters.items():  # none, or this one again
                 raise FileError("S3's listing breaks off, and does not say how it goes on")
             parameters |= next_page
@@ -2464,8 +2463,7 @@ class Bucket:
     def begin_upload(self, key: str, size: int, mtime: int) -> Upload:
         """Begins an upload in parts.  Its id has to be noted before the first part is sent."""
         arguments = self._upload_arguments(size, mtime) | {"ChecksumType": "FULL_OBJECT"}
-        answer = self.request("create_multipart_upload", Key=key, **arguments)
-        return Upload(answer["UploadId"])
+        return Upload(self.request("create_multipart_upload", Key=key, **arguments)["UploadId"])
 
     def upload(self, job: Job, read: Read, upload: Upload, progress: Progress) -> StoredObject:
         """Uploads a large file in parts, after those that are stored; `read` returns the rest
