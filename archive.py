@@ -2151,7 +2151,7 @@ def locked(config: Config, suffix: str = ".lock") -> Iterator[None]:
 
 # ---------------------------------------------------------------------- Bucket
 
-REMEDIES = {  # by error code, for refusals that every request would meet
+REMEDIES = {  # by error code, for refusals that nearly every request would meet
     DENIED: "the credentials may not do this: see the README's IAM policy",
     "NoSuchBucket": "create the bucket, or correct S3_BUCKET",
     "PermanentRedirect": "set AWS_REGION to {region}",
@@ -2164,9 +2164,8 @@ REMEDIES = {  # by error code, for refusals that every request would meet
     "SignatureDoesNotMatch": "correct AWS_SECRET_ACCESS_KEY",
     "400": "perhaps the credentials have expired",
 }
-# The answer to a HEAD has no body.  Its error code is the HTTP status.
+# The answer to a HEAD has no body.  Its error code is the HTTP status, as 400 above.
 HEAD_CODES = {"403": DENIED, "301": "PermanentRedirect"}
-ONE_OBJECT = (("GetObject", DENIED), ("HeadObject", "400"))  # may be the only one refused
 NOT_FOUND = ("404", "NoSuchKey", "NoSuchUpload")
 # Errors that are worth a retry: a body that was cut off or damaged on its way, a conflict
 # with another request, and an overload or defect of a server or proxy.
@@ -2174,7 +2173,7 @@ TRANSIENT_CODES = ["IncompleteBody", "BadDigest", "OperationAborted", "RequestTi
 TRANSIENT_CODES += ["XAmzContentSHA256Mismatch", "ThrottlingException"]  # by KMS
 TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504, *range(520, 528))
 
-# Requests that cost money, with their kinds in Prices.requests; repetitions do not count.
+# A run's requests, with their kinds in Prices.requests; repetitions do not count.
 COUNTED = {"put_object": "put", "create_multipart_upload": "create", "upload_part": "part"}
 COUNTED |= {"complete_multipart_upload": "complete", "head_object": "head"}
 COUNTED |= {"list_objects_v2": "list", "list_parts": "list"}
@@ -2199,7 +2198,8 @@ def s3_errors() -> Iterator[None]:
             headers = answer.get("HTTPHeaders", {})
             region = headers.get("x-amz-bucket-region", "the bucket's region")
             refusal += "; " + REMEDIES[code].format(region=region)
-            if (operation, code) not in ONE_OBJECT:
+            # One object may be denied to `restore`, and 400 may have any cause.
+            if code != "400" and (operation, code) != ("GetObject", DENIED):
                 raise Fatal(f"S3 refused {refusal}", code) from None
         may_pass = answer.get("HTTPStatusCode") in TRANSIENT_STATUSES or code in TRANSIENT_CODES
         # BadDigest of Complete does not pass: S3 has other bytes.
