@@ -3947,9 +3947,7 @@ class Restore:
         else:
             self._target = LocalFolder(options.to)
         self._asked_at: float | None = None  # when S3 was last asked to restore an object
-        self._left_out: set[str] = set()  # keys
         self._present: set[bytes] = set()  # names of files that are known to be there
-        self._other_names: dict[str, bytes] = {}  # by key, of files whose path is a folder now
 
     def one_pass(self) -> int:
         """Restores what can be read now, and asks S3 for the rest.  The exit status."""
@@ -3980,15 +3978,13 @@ class Restore:
 
     def _survey(self) -> tuple[int, int, Counts]:
         """Bytes that can be downloaded, bytes that S3 is restoring, and cold objects."""
-        cold, sizes, renamed = Counts(), Counter[str](), len(self._other_names)
-        outcomes = self._outcomes(self._label)
+        cold, sizes = Counts(), Counter[str]()
+        outcomes = self._outcomes(self._label, log.warning)
         for (_, found), label, _ in self._context.progress.counting("looking", outcomes):
             if label == NOT_ASKED:
                 cold.add(found.storage_class, found.size)
             elif label is not None:
                 sizes[label] += found.size
-        if len(self._other_names) > renamed:  # their labels were those of another name
-            return self._survey()
         return sizes[READY], sizes[BUSY], cold
 
     def _show_estimate(self, cold: Counts, other: int) -> None:
@@ -4014,7 +4010,7 @@ class Restore:
 
     def _restore_all(self) -> None:
         """Downloads what can be read, asks S3 for the rest, counts it, and logs failures."""
-        for (name, found), label, error in self._outcomes(self._restore_one):
+        for (name, found), label, error in self._outcomes(self._restore_one, log.debug):
             if error and error.code == UNFINISHED:
                 continue
             self._counts[label or FAILED] += 1
@@ -4057,44 +4053,40 @@ class Restore:
             log.warning(message, f"{waiting:,}", TIERS[options.tier])
         return THAWING if waiting else INCOMPLETE if counts[FAILED] else 0
 
-    def _outcomes(self, work: Callable[[bytes, StoredObject], str]) -> Iterator[Any]:
+    def _outcomes(
+        self, work: Callable[[bytes, StoredObject], str], warn: Callable[..., None]
+    ) -> Iterator[Any]:
         """Each wanted object with the label that `work` returns, or with a FileError."""
         box, threads = self._context.box, self._config.transfers
         pool: Parallel[Selected, str] = Parallel(lambda one: work(*one), box, threads)
-        with contextlib.closing(pool.outcomes(self._wanted())) as outcomes:
+        with contextlib.closing(pool.outcomes(self._wanted(warn))) as outcomes:
             yield from itertools.chain.from_iterable(outcomes)
 
-    def _wanted(self) -> Iterator[Selected]:
+    def _wanted(self, warn: Callable[..., None]) -> Iterator[Selected]:
         """The selected objects and the paths to restore them to.  A file whose path is also a
         folder gets a name beside it.  If two keys stand for one path, the key that this
         program writes wins."""
-        above: list[tuple[str, bytes]] = []  # earlier keys that the next key begins with
+        held: list[Selected] = []  # with keys that the next key may begin with
+        given: set[bytes] = set()  # names beside folders
         for path, found in self._select(self._paths, self._missing):
-            key = found.key
-            while above and not key.startswith(above[-1][0]):
-                above.pop()
-            for upper, upper_path in above:
-                if key.startswith(upper + "/") and upper not in self._other_names:
-                    self._other_names[upper] = self._name_beside(upper_path)
-            above.append((key, path))
-            our_key = unchecked_key(self._config.prefix, path)
-            if our_key != key and key not in self._left_out:
-                same_path = (other.key for _, other in self._select([path], set()))
-                if our_key in same_path:
-                    message = "left out %s: %s stands for the same name"
-                    log.warning(message, printable(key), our_key)
-                    self._left_out.add(key)
-            if key not in self._left_out:
-                yield self._other_names.get(key, path), found
-
-    def _name_beside(self, path: bytes) -> bytes:
-        """A name for an object `x` if there is also `x/y`: one beside that folder."""
-        other = path + b".file"
-        while other in self._other_names.values() or any(self._select([other], set())):
-            other += b".file"
-        message = "%s is a folder as well: the file of that name is restored as %s"
-        log.warning(message, printable(path), printable(other))
-        return other
+            key, our_key = found.key, unchecked_key(self._config.prefix, path)
+            while held and not key.startswith(held[-1][1].key):  # keys are sorted
+                yield held.pop()
+            if held and key.startswith(held[-1][1].key + "/"):
+                folder, upper = held.pop()
+                name = folder + b".file"
+                while name in given or any(self._select([name], set())):
+                    name += b".file"
+                given.add(name)
+                message = "%s is a folder as well: the file of that name is restored as %s"
+                warn(message, printable(folder), printable(name))
+                yield name, upper
+            same_path = (other.key for _, other in self._select([path], set()))
+            if our_key != key and our_key in same_path:
+                warn("left out %s: %s stands for the same name", printable(key), our_key)
+            else:
+                held.append((path, found))
+        yield from held
 
     def _label(self, name: bytes, found: StoredObject) -> str:
         """THERE, READY, BUSY or NOT_ASKED; FileError."""
