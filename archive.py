@@ -3708,44 +3708,34 @@ class Download:
         """Sends the GET; FileError (INVALID_STATE) if the object is cold."""
         self._context, self._found = context, found
         answer = context.bucket.get(found, ChecksumMode="ENABLED")
-        self._stored = stored_object(found.key, answer)
-        self.mtime = self._stored.mtime
         self._body = answer["Body"]  # the one to read next, None once it was read
+        self.stored = stored_object(found.key, answer)
 
-    def blocks(self) -> Iterator[bytes]:
-        """The object's bytes in blocks, from the start at each call.  A broken download is
-        continued.  FileError at the end if the size or CRC-32 is not what S3 has answered;
-        Stopped."""
-        stored, size = self._stored, self._stored.size
+    def blocks(self, block_size: int) -> Iterator[bytes]:
+        """The object's bytes, from the start at each call, in blocks of at most this size.  A
+        broken download is continued.  FileError at the end if the size or CRC-32 is not what
+        S3 has answered; Stopped."""
+        stored, size, reason = self.stored, self.stored.size, ""
         offset = crc32 = failures = 0
-        while offset < size:
-            body, self._body = self._body or self._body_from(offset), None
-            reason = "it ended early"
+        while offset < size and failures < S3_ATTEMPTS:
+            if self._body is None:  # the rest, of the same version of the object
+                span = {"IfMatch": f'"{stored.etag}"', "Range": f"bytes={offset}-"}
+                self._body = self._context.bucket.get(self._found, **span)["Body"]
+            body, self._body = self._body, None
+            failures += 1  # since the last block
             try:
-                for block in body.iter_chunks(DOWNLOAD_BLOCK):
+                for block in body.iter_chunks(block_size):
                     self._context.box.stopping.check()
                     self._context.progress.moved(len(block))
                     offset, crc32, failures = offset + len(block), zlib.crc32(block, crc32), 0
                     yield block
             except (aws.BotoCoreError, urllib3.exceptions.HTTPError) as error:
-                reason = str(error)
-            failures += 1  # since the last block
-            if offset < size and failures >= S3_ATTEMPTS:
-                raise FileError(f"S3 broke off at {offset:,} of {size:,} bytes: {reason}")
+                reason = f": {error}"
         if offset != size:
-            raise FileError(f"S3 sent {offset:,} bytes, not {size:,}")
+            raise FileError(f"S3 sent {offset:,} of {size:,} bytes{reason}")
         if stored.crc32 not in (None, crc32):
             both = f"{crc_text(crc32)}, not {crc_text(stored.crc32)}"
             raise FileError(f"damaged on its way: its CRC-32 is {both}")
-
-    def _body_from(self, offset: int) -> Any:
-        """The bytes from `offset` on, of the same version of the object."""
-        span = {"IfMatch": f'"{self._stored.etag}"', "Range": f"bytes={offset}-"}
-        answer = self._context.bucket.get(self._found, **span)
-        sent = answer.get("ContentRange", "everything")
-        if not sent.startswith(f"bytes {offset}-"):
-            raise FileError(f"S3 sent {sent}, not the bytes from {offset:,} on")
-        return answer["Body"]
 
 
 class LocalFolder:
@@ -3779,6 +3769,7 @@ class LocalFolder:
         """Writes the file under another name, and renames it.  FileError, also if there is
         one and not `overwrite`; Fatal if the disk is full."""
         path, partial_path = self._path(name), self._path(partial_name(name))
+        mtime = download.stored.mtime
         try:
             inside = Path(os.path.realpath(self._folder), os.path.dirname(os.fsdecode(name)))
             if os.path.realpath(path.parent) != str(inside):
@@ -3787,13 +3778,13 @@ class LocalFolder:
             partial_path.unlink(missing_ok=True)  # of a pass that was killed
             try:
                 with partial_path.open("xb") as file:
-                    file.writelines(download.blocks())
+                    file.writelines(download.blocks(DOWNLOAD_BLOCK))
                     file.flush()
                     os.fsync(file.fileno())  # the next pass trusts size and mtime
                     written = os.fstat(file.fileno())
                 if not os.path.samestat(written, partial_path.lstat()):
                     raise FileError("another restore to this folder is writing it")
-                os.utime(partial_path, (download.mtime, download.mtime))
+                os.utime(partial_path, (mtime, mtime))
                 if not overwrite and os.path.lexists(path):
                     raise FileError("another file has appeared there: --overwrite replaces it")
                 partial_path.replace(path)
@@ -3835,7 +3826,7 @@ class BoxFolder:
     def store(self, name: bytes, download: Download, overwrite: bool) -> None:
         """As LocalFolder.store; Fatal if the box is full."""
         path, partial_path = (join(self._folder, n) for n in (name, partial_name(name)))
-        mtime = min(max(download.mtime, TIME_RANGES[0][0]), TIME_RANGES[0][1])
+        mtime = min(max(download.stored.mtime, TIME_RANGES[0][0]), TIME_RANGES[0][1])
         written: int | None = None  # bytes
 
         def write_and_rename(session: Session) -> None:
@@ -3848,7 +3839,8 @@ class BoxFolder:
             session.send(simple_request(FXP_REMOVE, partial_path))
             handle = session.send(open_request(partial_path, FOR_WRITING)).result()
             try:  # from here on, trying again would fetch it from S3 again
-                written = write_file(session, handle, partial_path, mtime, download.blocks())
+                blocks = download.blocks(WRITE_SIZE)
+                written = write_file(session, handle, partial_path, mtime, blocks)
                 if overwrite:
                     session.send(simple_request(FXP_REMOVE, path)).results()
                 session.send(simple_request(FXP_RENAME, partial_path, path)).result()
@@ -3907,12 +3899,10 @@ def write_file(
     batches, at = deque[Batch](), 0
     try:
         for block in blocks:
-            for start in range(0, len(block), WRITE_SIZE):
-                piece = block[start : start + WRITE_SIZE]
-                write = simple_request(FXP_WRITE, handle, *divmod(at, 1 << 32), piece)
-                batches.append(session.send(write))
-                at += len(piece)
-            while len(batches) > WRITES_AHEAD:
+            write = simple_request(FXP_WRITE, handle, *divmod(at, 1 << 32), block)
+            batches.append(session.send(write))
+            at += len(block)
+            if len(batches) > WRITES_AHEAD:
                 batches.popleft().result()
         times = simple_request(FXP_FSETSTAT, handle, ATTR_ACMODTIME, mtime, mtime)
         batches.append(session.send(times))

@@ -26,7 +26,7 @@ from conftest import CHANGED, MIB, OLD, PROGRAM, Archive, fill, real, tree
 from faults import LARGE, SIZES, wait_for, write
 from faulty_sftp import FAILURE, PERMISSION_DENIED, Dropped, FaultyBox, drop, status
 from relay import Relay
-from scripted_s3 import error, first, halfway, headers, no_checksums, rewritten
+from scripted_s3 import error, first, halfway, headers, rewritten
 from servers import OpenSSH, ProFTPD
 from test_names import HOSTILE
 
@@ -821,30 +821,6 @@ def test_body_that_is_damaged_on_its_way_is_not_kept(place, s3):
     assert result.status == 3
     assert set(failed(result)) == {"damaged"}
     assert settled(place.root) == {b"well": expected[b"well"]}
-
-
-def test_server_that_sends_another_part_than_was_asked_for_is_not_believed(archive, s3, to):
-    """Where no checksum tells, on a server without them."""
-    half = os.urandom(2 * MIB)
-    stored(archive, {"f": half + bytes(2 * MIB)})
-
-    def half_and_unsummed(exchange):
-        del exchange.headers["x-amz-checksum-mode"]
-        return halfway(then_all=False)(exchange)
-
-    def other_part(exchange):
-        answer = no_checksums(exchange)
-        answer.body = half[: len(answer.body)]
-        answer.headers["content-range"] = f"bytes 0-{len(answer.body) - 1}/{4 * MIB}"
-        answer.headers["content-length"] = str(len(answer.body))
-        return answer
-
-    s3.on("GetObject", half_and_unsummed)
-    s3.on("GetObject", other_part, nth=2)
-    result = archive("restore", "f", "--to", to)
-    assert result.status == 3
-    assert "not the bytes from 2,097,152 on" in failed(result)["f"]
-    assert whole(to) == {}
 
 
 def test_object_that_was_replaced_while_it_was_fetched_is_not_mixed(archive, bucket, s3, to):
