@@ -3690,8 +3690,6 @@ def check(context: Context, _options: argparse.Namespace) -> int:
 
 # --------------------------------------------------------------------- Restore
 
-THROUGH_LINK = "a folder above it is a link, which may lead anywhere: nothing is written there"
-
 
 def partial_name(name: bytes) -> bytes:
     """The name of a file until it is complete, in the same folder.  It is the same in every
@@ -3752,7 +3750,7 @@ class LocalFolder:
     def _path(self, name: bytes) -> Path:
         return self._folder / os.fsdecode(name)
 
-    def free_space(self) -> int:
+    def free_space(self) -> float:
         return shutil.disk_usage(self._folder).free
 
     def find(self, name: bytes) -> Attributes | None:
@@ -3773,7 +3771,7 @@ class LocalFolder:
         try:
             inside = Path(os.path.realpath(self._folder), os.path.dirname(os.fsdecode(name)))
             if os.path.realpath(path.parent) != str(inside):
-                raise FileError(THROUGH_LINK)
+                raise FileError("a folder above it is a link, which may lead anywhere")
             path.parent.mkdir(parents=True, exist_ok=True)
             partial_path.unlink(missing_ok=True)  # of a pass that was killed
             try:
@@ -3802,13 +3800,14 @@ class BoxFolder:
     def __init__(self, box: StorageBox, folder: bytes):
         """Creates the folder if it is missing; Fatal if files cannot be created in it."""
         self._box, self._folder = box, re.sub(b"/+", b"/", folder)
+        self._known = {b""}  # folders that exist; / is known
         probe = join(self._folder, partial_name(b""))
 
         def write_probe(session: Session) -> None:
             self._make_folders(session, probe)
             handle = session.send(open_request(probe, FOR_WRITING)).result()
-            session.send(simple_request(FXP_CLOSE, handle))
-            session.send(simple_request(FXP_REMOVE, probe)).results()
+            end = simple_request(FXP_CLOSE, handle), simple_request(FXP_REMOVE, probe)
+            session.send(*end).results()
 
         try:
             box.retry(write_probe)
@@ -3816,9 +3815,9 @@ class BoxFolder:
             reason = f"{printable(folder)} cannot be written to: {error}"
             raise Fatal(f"{reason}; --to-box takes an account that may write") from None
 
-    def free_space(self) -> int | None:
+    def free_space(self) -> float:
         space = self._box.space()
-        return space[1] if space else None
+        return space[1] if space else math.inf
 
     def find(self, name: bytes) -> Attributes | None:
         return self._box.find(join(self._folder, name))
@@ -3826,79 +3825,65 @@ class BoxFolder:
     def store(self, name: bytes, download: Download, overwrite: bool) -> None:
         """As LocalFolder.store; Fatal if the box is full."""
         path, partial_path = (join(self._folder, n) for n in (name, partial_name(name)))
+        remove = simple_request(FXP_REMOVE, partial_path)
         mtime = min(max(download.stored.mtime, TIME_RANGES[0][0]), TIME_RANGES[0][1])
-        written: int | None = None  # bytes
 
         def write_and_rename(session: Session) -> None:
-            nonlocal written
-            # An earlier attempt may have renamed the file, and lost the reply.
-            if written is not None and size_and_mtime(session, path) == (written, mtime):
-                return
             self._make_folders(session, path)
-            # What a killed pass has left; ProFTPD lets nobody write to a file anew.
-            session.send(simple_request(FXP_REMOVE, partial_path))
+            # ProFTPD lets nobody write anew to a file, which a killed pass may have left.
+            lstat = simple_request(FXP_LSTAT, path)
+            found, _ = session.send(lstat, remove).results()
+            if isinstance(found, Attributes) and found[:2] == (download.stored.size, mtime):
+                return  # an earlier attempt has renamed it, and the reply got lost
             handle = session.send(open_request(partial_path, FOR_WRITING)).result()
             try:  # from here on, trying again would fetch it from S3 again
-                blocks = download.blocks(WRITE_SIZE)
-                written = write_file(session, handle, partial_path, mtime, blocks)
+                write_file(session, handle, partial_path, download, mtime)
                 if overwrite:
                     session.send(simple_request(FXP_REMOVE, path)).results()
                 session.send(simple_request(FXP_RENAME, partial_path, path)).result()
             except SFTPError as error:
                 raise FileError(f"the box cannot store it: {error}") from None
-            # A request of a lost session may have been carried out just now.
-            if size_and_mtime(session, path) != (written, mtime):
-                raise FileError("the box has something else in its place afterwards")
 
         try:
             self._box.retry(write_and_rename)
         except (FileError, SFTPError) as error:
-            free = None
+            free = math.inf
             with contextlib.suppress(Fatal, Stopped, FileError):
                 free = self.free_space()  # before the partial file is deleted
-                remove = simple_request(FXP_REMOVE, partial_path)
                 self._box.retry(lambda session: session.send(remove).results())
-            if free is not None and free < MIB:
+            if free < MIB:
                 raise Fatal(f"{error}; the box is full") from None
             if isinstance(error, FileError):
                 raise
             raise FileError(f"the box cannot store it: {error}") from None
 
     def _make_folders(self, session: Session, path: bytes) -> None:
-        """Creates the missing folders above `path`.  FileError if one of those below
-        `self._folder` is a link, SFTPError if one cannot be created."""
-        folders = [f for f in itertools.accumulate(path.split(b"/"), join) if f][:-1]
-        lstats = [simple_request(FXP_LSTAT, folder) for folder in folders]
-        mkdirs = []
-        for folder, attributes in zip(folders, session.send(*lstats).results()):
-            if isinstance(attributes, SFTPError):
-                mkdirs.append(simple_request(FXP_MKDIR, folder, NO_ATTRIBUTES))
+        """Creates the missing folders above `path`.  FileError if one of them is a file, or a
+        link below `self._folder`; SFTPError if one cannot be created."""
+        for folder in itertools.accumulate(path.split(b"/")[:-1], join):
+            if folder in self._known:
                 continue
-            mode = attributes.mode or 0
-            if stat.S_ISREG(mode):
-                raise FileError(f"{printable(folder)} is a file on the box, not a folder")
-            if stat.S_ISLNK(mode) and folder.startswith(join(self._folder, b"")):
-                raise FileError(THROUGH_LINK)
-        refused = [result for result in session.send(*mkdirs).results() if result]
-        # Another thread may have created the same folder meanwhile.
-        if refused and isinstance(session.send(lstats[-1]).results()[0], SFTPError):
-            raise refused[0]
-
-
-def size_and_mtime(session: Session, path: bytes) -> tuple[int | None, int | None]:
-    """The size and mtime of a file on the box, or (None, None)."""
-    (found,) = session.send(simple_request(FXP_LSTAT, path)).results()
-    return found[:2] if isinstance(found, Attributes) else (None, None)
+            lstat = simple_request(FXP_LSTAT, folder)
+            (found,) = session.send(lstat).results()
+            if isinstance(found, SFTPError):  # another thread may create it, too
+                mkdir = simple_request(FXP_MKDIR, folder, NO_ATTRIBUTES)
+                refusal, found = session.send(mkdir, lstat).results()
+                if isinstance(found, SFTPError):
+                    raise refusal or found
+            mode, is_inner = found.mode or 0, folder.startswith(join(self._folder, b""))
+            if stat.S_ISREG(mode) or (stat.S_ISLNK(mode) and is_inner):
+                raise FileError(f"{printable(folder)} is a file or a link, not a folder")
+            self._known.add(folder)
 
 
 def write_file(
-    session: Session, handle: bytes, path: bytes, mtime: int, blocks: Iterator[bytes]
-) -> int:
-    """Writes the new file at `path`, which is open, closes it, and returns its size.
-    SFTPError; FileError if the box has another size or mtime then."""
+    session: Session, handle: bytes, path: bytes, download: Download, mtime: int
+) -> None:
+    """Writes the new file at `path`, which is open, and closes it.  SFTPError; FileError if
+    the box has another size or mtime then."""
     batches, at = deque[Batch](), 0
     try:
-        for block in blocks:
+        for block in download.blocks(WRITE_SIZE):
             write = simple_request(FXP_WRITE, handle, *divmod(at, 1 << 32), block)
             batches.append(session.send(write))
             at += len(block)
@@ -3911,9 +3896,9 @@ def write_file(
     finally:
         closing = session.send(simple_request(FXP_CLOSE, handle))
     closing.result()
-    if size_and_mtime(session, path) != (at, mtime):
+    found = session.send(simple_request(FXP_LSTAT, path)).result()
+    if found[:2] != (at, mtime):
         raise FileError(f"the box has other than {at:,} bytes of mtime {mtime} afterwards")
-    return at
 
 
 # What happens to an object: labels of the table, except READY.
@@ -3993,7 +3978,7 @@ class Restore:
             ]
             show_table("ESTIMATE", rows)
             show(f"({prices.note})")
-        if free is not None and needed > free:
+        if needed > free:
             message = "%s are to be restored, but only %s are free there: copies that S3 makes "
             message += "cost money while they wait"
             log.warning(message, format_size(needed), format_size(free))
