@@ -3741,14 +3741,11 @@ class LocalFolder:
 
     def __init__(self, folder: str):
         """Creates the folder if it is missing; Fatal if files cannot be created in it."""
-        self._folder = Path(os.path.expanduser(folder))  # no shell expands it in --to=~/x
+        # No shell expands the ~ of --to=~/x.
+        self._folder = Path(os.path.realpath(os.path.expanduser(folder)))
         with fatal_os_errors(f"{printable(folder)} cannot be written to"):
             self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self._folder):
-                pass
-
-    def _path(self, name: bytes) -> Path:
-        return self._folder / os.fsdecode(name)
+            tempfile.TemporaryFile(dir=self._folder).close()
 
     def free_space(self) -> float:
         return shutil.disk_usage(self._folder).free
@@ -3756,7 +3753,7 @@ class LocalFolder:
     def find(self, name: bytes) -> Attributes | None:
         """The attributes of what has this name, None if nothing has; FileError."""
         try:
-            found = self._path(name).lstat()
+            found = (self._folder / os.fsdecode(name)).lstat()
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -3766,11 +3763,10 @@ class LocalFolder:
     def store(self, name: bytes, download: Download, overwrite: bool) -> None:
         """Writes the file under another name, and renames it.  FileError, also if there is
         one and not `overwrite`; Fatal if the disk is full."""
-        path, partial_path = self._path(name), self._path(partial_name(name))
-        mtime = download.stored.mtime
+        path, mtime = self._folder / os.fsdecode(name), download.stored.mtime
+        partial_path = self._folder / os.fsdecode(partial_name(name))
         try:
-            inside = Path(os.path.realpath(self._folder), os.path.dirname(os.fsdecode(name)))
-            if os.path.realpath(path.parent) != str(inside):
+            if os.path.realpath(path.parent) != str(path.parent):
                 raise FileError("a folder above it is a link, which may lead anywhere")
             path.parent.mkdir(parents=True, exist_ok=True)
             partial_path.unlink(missing_ok=True)  # of a pass that was killed
