@@ -4097,11 +4097,8 @@ class Restore:
         try:
             self._target.store(name, Download(self._context, found), options.overwrite)
         except FileError as error:
-            if error.code != INVALID_STATE:
+            if error.code != INVALID_STATE or found.storage_class not in COLD_CLASSES:
                 raise
-            if found.storage_class not in COLD_CLASSES:
-                reason = f"is in an archive tier of {found.storage_class}: restore it there"
-                raise FileError(reason) from None
             return NOT_ASKED  # S3's copy has expired meanwhile; the next pass asks again
         return DONE
 
