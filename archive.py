@@ -4038,7 +4038,6 @@ class Restore:
         folder gets a name beside it.  If two keys stand for one path, the key that this
         program writes wins."""
         held: list[Selected] = []  # with keys that the next key may begin with
-        given: set[bytes] = set()  # names beside folders
         for path, found in self._select(self._paths, self._missing):
             key, our_key = found.key, unchecked_key(self._config.prefix, path)
             while held and not key.startswith(held[-1][1].key):  # keys are sorted
@@ -4046,9 +4045,8 @@ class Restore:
             if held and key.startswith(held[-1][1].key + "/"):
                 folder, upper = held.pop()
                 name = folder + b".file"
-                while name in given or any(self._select([name], set())):
+                while any(self._select([name], set())):
                     name += b".file"
-                given.add(name)
                 message = "%s is a folder as well: the file of that name is restored as %s"
                 warn(message, printable(folder), printable(name))
                 yield name, upper

@@ -151,8 +151,7 @@ def test_credentials_that_cannot_be_had_end_the_run_at_once(archive, box, config
 
 @pytest.mark.parametrize("target", ["--to", "--to-box"])
 @pytest.mark.parametrize(
-    "keys",
-    [("x", "x.file/z", "x/y"), ("x", "x.file", "x.file/z", "x/y"), ("x", "x/y", "x/y/z")],
+    "keys", [("x", "x.file/z", "x/y"), ("x", "x.file", "x/y"), ("x", "x/y", "x/y/z")]
 )
 def test_file_with_the_name_of_a_folder_gets_a_name_that_is_free(
     archive_of, faulty_box, bucket, tmp_path, keys, target
