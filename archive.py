@@ -3922,86 +3922,80 @@ class Restore:
 
     def one_pass(self) -> int:
         """Restores what can be read now, and asks S3 for the rest.  The exit status."""
-        options = self._options
-        self._counts = dict.fromkeys((THERE, DONE, ASKED, BUSY, NOT_ASKED, FAILED), 0)
-        self._bytes = 0  # restored
+        options, manifest = self._options, None
+        labels = THERE, DONE, ASKED, BUSY, NOT_ASKED, FAILED
+        self._counts = Counts({label: Count() for label in labels})
         self._missing: set[bytes] = set()  # paths without an object
-        self._manifest: TextIO | None = None  # gets a line of CSV for each cold object
-        ready, busy, cold = self._survey()
-        self._show_estimate(cold, ready + busy)
+        cold, ready = self._survey()
         question = "Ask S3 to restore these objects?"
         if cold and not (options.manifest or options.yes or confirm(question)):
             message = "nothing was asked for: it costs money; run it again with --yes"
             raise Fatal(message, status=USAGE)
         agreed_to = 0 if options.manifest else cold.total().files
         self._allowed_requests = threading.Semaphore(agreed_to)
+        self._context.progress.expect(ready)
         with contextlib.ExitStack() as stack:
-            if cold and options.manifest:
+            if options.manifest:
                 stack.enter_context(fatal_os_errors(f"--manifest {options.manifest}", USAGE))
                 file = options.manifest.open("w", newline="", encoding="ascii")
-                self._manifest = stack.enter_context(file)
-            self._context.progress.expect(ready)
+                manifest = stack.enter_context(file)
             try:
-                self._restore_all()
+                self._restore_all(manifest)
             finally:
                 self._context.show_summary("RESTORE", self._rows())
         return self._conclude()
 
-    def _survey(self) -> tuple[int, int, Counts]:
-        """Bytes that can be downloaded, bytes that S3 is restoring, and cold objects."""
+    def _survey(self) -> tuple[Counts, int]:
+        """The cold objects by class, and the bytes that can be downloaded.  Shows what it
+        costs to restore the cold ones and to download all, and warns if there is no room."""
+        prices, tier, days = self._context.bucket.prices, self._options.tier, self._options.days
         cold, sizes = Counts(), Counter[str]()
         outcomes = self._outcomes(self._label, log.warning)
         for (_, found), label, _ in self._context.progress.counting("looking", outcomes):
             if label == NOT_ASKED:
                 cold.add(found.storage_class, found.size)
-            elif label is not None:
-                sizes[label] += found.size
-        return sizes[READY], sizes[BUSY], cold
-
-    def _show_estimate(self, cold: Counts, other: int) -> None:
-        """Shows what restoring cold objects costs, and downloading them and `other` bytes.
-        Warns if there is no room for all of them."""
-        prices, tier, days = self._context.bucket.prices, self._options.tier, self._options.days
-        asked_for, free = cold.total(), self._target.free_space()
-        needed = asked_for.bytes + other
+            sizes[label or FAILED] += found.size
+        needed = sizes[READY] + sizes[BUSY] + sizes[NOT_ASKED]
         if cold:
-            hours, download = TIERS[tier], prices.download(asked_for.files, needed)
-            rows: list[tuple[str, object]] = [
-                ("To be asked of S3", asked_for),
-                ("Tier", f"{tier.capitalize()}, ready within {hours} hours, for {days} days"),
-                ("Restore", restore_cost(prices, cold, tier, days)),
-                ("Download", f"{format_usd(download)} out of AWS"),
-            ]
-            show_table("ESTIMATE", rows)
+            asked_for, when = cold.total(), f"ready within {TIERS[tier]} hours, for {days} days"
+            download = format_usd(prices.download(asked_for.files, needed))
+            rows: dict[str, object] = {
+                "To be asked of S3": asked_for,
+                "Tier": f"{tier.capitalize()}, {when}",
+                "Restore": restore_cost(prices, cold, tier, days),
+                "Download": f"{download} out of AWS",
+            }
+            show_table("ESTIMATE", rows.items())
             show(f"({prices.note})")
-        if needed > free:
+        if needed > (free := self._target.free_space()):
             message = "%s are to be restored, but only %s are free there: copies that S3 makes "
             message += "cost money while they wait"
             log.warning(message, format_size(needed), format_size(free))
+        return cold, sizes[READY]
 
-    def _restore_all(self) -> None:
-        """Downloads what can be read, asks S3 for the rest, counts it, and logs failures."""
+    def _restore_all(self, manifest: TextIO | None) -> None:
+        """Downloads what can be read, asks S3 for the rest, counts it, and logs failures.
+        `manifest` gets a line of CSV for each object that is not asked for."""
         for (name, found), label, error in self._outcomes(self._restore_one, log.debug):
             if error and error.code == UNFINISHED:
                 continue
-            self._counts[label or FAILED] += 1
+            self._counts.add(label or FAILED, found.size)
             if error:
                 log_failure(name, error)
             elif label == DONE:
-                self._bytes += found.size
                 files_log.info("restored %s (%s bytes)", printable(name), f"{found.size:,}")
             elif label == ASKED:
                 self._asked_at = time.time()
-            elif label == NOT_ASKED and self._manifest is not None:
+            elif label == NOT_ASKED and manifest:
                 version = "" if found.version_id is None else f",{found.version_id}"
-                self._manifest.write(f"{self._config.bucket},{quote(found.key)}{version}\n")
+                manifest.write(f"{self._config.bucket},{quote(found.key)}{version}\n")
         for path in sorted(self._missing):
-            self._counts[FAILED] += 1
+            self._counts.add(FAILED, 0)
             log_failure(path, NOTHING_THERE)
 
     def _rows(self) -> Rows:
-        yield from self._counts.items()
-        yield "Restored bytes", self._bytes
+        yield from ((label, count.files) for label, count in self._counts.items())
+        yield "Restored bytes", self._counts[DONE].bytes
         if self._asked_at is not None:
             yield "Asked at", format_time(self._asked_at)
             yield "Promised by", format_time(self._asked_at + TIERS[self._options.tier] * 3600)
@@ -4009,20 +4003,20 @@ class Restore:
     def _conclude(self) -> int:
         """Says what remains to be done, and returns the exit status."""
         counts, options, at = self._counts, self._options, ""
-        waiting = counts[ASKED] + counts[BUSY] + counts[NOT_ASKED]
+        waiting = sum(counts[label].files for label in (ASKED, BUSY, NOT_ASKED))
         if options.at is not None:  # an age like 1d is another time when it is run again
             then = datetime.fromtimestamp(options.at).astimezone()
             at = f" with --at {then.isoformat(timespec='seconds')}"
-        if self._manifest and counts[NOT_ASKED]:
+        if options.manifest and counts[NOT_ASKED].files:
             message = "%s lists %s objects: upload it, start an S3 Batch Operations job with "
             message += "it (Restore, %d days, %s), then run restore again%s without --manifest"
             job = options.days, options.tier.capitalize(), at
-            log.warning(message, options.manifest, f"{counts[NOT_ASKED]:,}", *job)
+            log.warning(message, options.manifest, f"{counts[NOT_ASKED].files:,}", *job)
         elif waiting:
             message = "%s files are still being restored by S3, which takes up to %d hours."
             message += "" if options.wait else f"  Run the same command again later{at}."
             log.warning(message, f"{waiting:,}", TIERS[options.tier])
-        return THAWING if waiting else INCOMPLETE if counts[FAILED] else 0
+        return THAWING if waiting else INCOMPLETE if counts[FAILED].files else 0
 
     def _outcomes(
         self, work: Callable[[bytes, StoredObject], str], warn: Callable[..., None]
