@@ -3691,12 +3691,12 @@ def check(context: Context, _options: argparse.Namespace) -> int:
 # --------------------------------------------------------------------- Restore
 
 
-def partial_name(name: bytes) -> bytes:
-    """The name of a file until it is complete, in the same folder.  It is the same in every
-    pass, so that at most one is left behind, and short enough for every file system."""
-    folder, slash, last = name.rpartition(b"/")
-    hidden = b".archive-" + hashlib.sha256(last).hexdigest()[:32].encode() + b".partial"
-    return folder + slash + hidden
+def partial_name(name: bytes, key: str) -> bytes:
+    """The name of a file until it is complete, in the same folder.  Each object has its own,
+    which is the same in every pass: at most one is left behind, and no two write to it."""
+    folder, slash, _ = name.rpartition(b"/")
+    digest = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return folder + slash + f".archive-{digest}.partial".encode()
 
 
 class Download:
@@ -3763,8 +3763,8 @@ class LocalFolder:
     def store(self, name: bytes, download: Download, overwrite: bool) -> None:
         """Writes the file under another name, and renames it.  FileError, also if there is
         one and not `overwrite`; Fatal if the disk is full."""
-        path, mtime = self._folder / os.fsdecode(name), download.stored.mtime
-        partial_path = self._folder / os.fsdecode(partial_name(name))
+        path, stored = self._folder / os.fsdecode(name), download.stored
+        partial_path = self._folder / os.fsdecode(partial_name(name, stored.key))
         try:
             if os.path.realpath(path.parent) != str(path.parent):
                 raise FileError("a folder above it is a link, which may lead anywhere")
@@ -3775,10 +3775,7 @@ class LocalFolder:
                     file.writelines(download.blocks(DOWNLOAD_BLOCK))
                     file.flush()
                     os.fsync(file.fileno())  # the next pass trusts size and mtime
-                    written = os.fstat(file.fileno())
-                if not os.path.samestat(written, partial_path.lstat()):
-                    raise FileError("another restore to this folder is writing it")
-                os.utime(partial_path, (mtime, mtime))
+                os.utime(partial_path, (stored.mtime, stored.mtime))
                 if not overwrite and os.path.lexists(path):
                     raise FileError("another file has appeared there: --overwrite replaces it")
                 partial_path.replace(path)
@@ -3797,7 +3794,7 @@ class BoxFolder:
         """Creates the folder if it is missing; Fatal if files cannot be created in it."""
         self._box, self._folder = box, re.sub(b"/+", b"/", folder)
         self._known = {b""}  # folders that exist; / is known
-        probe = join(self._folder, partial_name(b""))
+        probe = join(self._folder, partial_name(b"", ""))
 
         def write_probe(session: Session) -> None:
             self._make_folders(session, probe)
@@ -3820,16 +3817,17 @@ class BoxFolder:
 
     def store(self, name: bytes, download: Download, overwrite: bool) -> None:
         """As LocalFolder.store; Fatal if the box is full."""
-        path, partial_path = (join(self._folder, n) for n in (name, partial_name(name)))
+        path, stored = join(self._folder, name), download.stored
+        partial_path = join(self._folder, partial_name(name, stored.key))
         remove = simple_request(FXP_REMOVE, partial_path)
-        mtime = min(max(download.stored.mtime, TIME_RANGES[0][0]), TIME_RANGES[0][1])
+        mtime = min(max(stored.mtime, TIME_RANGES[0][0]), TIME_RANGES[0][1])
 
         def write_and_rename(session: Session) -> None:
             self._make_folders(session, path)
             # ProFTPD lets nobody write anew to a file, which a killed pass may have left.
             lstat = simple_request(FXP_LSTAT, path)
             found, _ = session.send(lstat, remove).results()
-            if isinstance(found, Attributes) and found[:2] == (download.stored.size, mtime):
+            if isinstance(found, Attributes) and found[:2] == (stored.size, mtime):
                 return  # an earlier attempt has renamed it, and the reply got lost
             handle = session.send(open_request(partial_path, FOR_WRITING)).result()
             try:  # from here on, trying again would fetch it from S3 again

@@ -1033,21 +1033,21 @@ def test_second_restore_at_once_ends_with_11(archive, s3, to):
 
 
 def test_two_boxes_restored_to_one_folder_do_not_mix(archive, s3, to):
-    """Each has a lock of its own, but they write under the same temporary name."""
-    stored(archive, {"a": BODY})
+    """Each has a lock of its own, and they write to one folder at once."""
+    stored(archive, {"one/a": BODY, "two/a": b"content"})
+    others = []
 
     def other_restore():
         wait_for_partial(to)
-        [partial] = to.glob(".*partial")
-        partial.unlink()
-        partial.write_bytes(b"the other's")
+        settings = {"S3_PREFIX": "two/", "STATE_DB": "two.db"}
+        others.append(archive("restore", "--to", to, **settings))
 
-    s3.on("GetObject", halfway(other_restore), key="a")
-    result = archive("restore", "--to", to)
+    s3.on("GetObject", halfway(other_restore), key="one/a")
+    result = archive("restore", "--to", to, S3_PREFIX="one/")
+    assert [other.status for other in others] == [0]
     assert result.status == 3
-    assert "another restore" in failed(result)["a"]
-    assert not (to / "a").exists()
-    assert archive("restore", "--to", to).status == 0
+    assert "another file has appeared" in failed(result)["a"]
+    assert {path.name: path.read_bytes() for path in to.iterdir()} == {"a": b"content"}
 
 
 # --- The place to restore to ------------------------------------------------
