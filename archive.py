@@ -3925,8 +3925,12 @@ class Restore:
         self._counts = Counts({label: Count() for label in labels})
         self._missing: set[bytes] = set()  # paths without an object
         cold, ready = self._survey()
-        question = "Ask S3 to restore these objects?"
-        if cold and not (options.manifest or options.yes or confirm(question)):
+        is_agreed = options.manifest or options.yes or not cold
+        if not is_agreed and sys.stdin and sys.stdin.isatty():
+            question = "Ask S3 to restore these objects? [y/N] "
+            print(question, end="", flush=True, file=sys.stderr)
+            is_agreed = sys.stdin.readline().strip().lower() in ("y", "yes")
+        if not is_agreed:
             message = "nothing was asked for: it costs money; run it again with --yes"
             raise Fatal(message, status=USAGE)
         agreed_to = 0 if options.manifest else cold.total().files
@@ -3985,8 +3989,8 @@ class Restore:
             elif label == ASKED:
                 self._asked_at = time.time()
             elif label == NOT_ASKED and manifest:
-                version = "" if found.version_id is None else f",{found.version_id}"
-                manifest.write(f"{self._config.bucket},{quote(found.key)}{version}\n")
+                columns = self._config.bucket, quote(found.key), found.version_id
+                print(*filter(None, columns), sep=",", file=manifest)
         for path in sorted(self._missing):
             self._counts.add(FAILED, 0)
             log_failure(path, NOTHING_THERE)
@@ -4099,26 +4103,18 @@ def restore(context: Context, options: argparse.Namespace) -> int:
     with locked(context.config, ".restore.lock"):
         work = Restore(context, options)
         while True:
-            status = THAWING
             try:
                 status = work.one_pass()
             except FileError as error:  # of a listing: it may succeed after the pause
                 if not options.wait:
                     raise
                 log.warning("%s", error)
+                status = THAWING
             if status != THAWING or not options.wait:
                 return status
             log.info("looking again in %d minutes", WAIT_PAUSE // 60)
             context.box.stopping.wait(WAIT_PAUSE)
             context.box.stopping.check()
-
-
-def confirm(question: str) -> bool:
-    """Whether the user answers yes; False without a terminal."""
-    if not (sys.stdin and sys.stdin.isatty()):
-        return False
-    print(f"{question} [y/N] ", end="", flush=True, file=sys.stderr)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 # ---------------------------------------------------------------- Command line
