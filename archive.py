@@ -3916,7 +3916,7 @@ class Restore:
         else:
             self._target = LocalFolder(options.to)
         self._asked_at: float | None = None  # when S3 was last asked to restore an object
-        self._present: set[bytes] = set()  # names of files that are known to be there
+        self._present: set[str] = set()  # keys of files that are known to be there
 
     def one_pass(self) -> int:
         """Restores what can be read now, and asks S3 for the rest.  The exit status."""
@@ -4058,7 +4058,7 @@ class Restore:
         is_windows_name = os.name == "nt" and (b"\\" in name or b":" in name)
         if {b"", b".", b".."} & set(name.split(b"/")) or b"\0" in name or is_windows_name:
             raise FileError("no file can have this name")
-        if name in self._present:
+        if found.key in self._present:
             return THERE
         existing = self._target.find(name)
         if existing is not None:
@@ -4069,13 +4069,12 @@ class Restore:
             nearest = (min(max(mtime, first), last) for first, last in TIME_RANGES)
             same_mtime = existing.mtime in (mtime, mtime & ~1, *nearest)
             if existing.size == found.size and same_mtime:
-                self._present.add(name)
+                self._present.add(found.key)
                 return THERE
             if not self._options.overwrite:
-                raise FileError(
-                    f"another file is there, of {existing.size:,} bytes and mtime "
-                    f"{existing.mtime}, not {found.size:,} and {mtime}: --overwrite replaces it"
-                )
+                other = f"{existing.size:,} bytes of mtime {existing.mtime} are there"
+                wanted = f"not {found.size:,} of {mtime}"
+                raise FileError(f"{other}, {wanted}: --overwrite replaces them")
         return {COLD: NOT_ASKED, RESTORING: BUSY}.get(found.thaw_state, READY)
 
     def _restore_one(self, name: bytes, found: StoredObject) -> str:

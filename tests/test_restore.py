@@ -897,7 +897,7 @@ def test_object_of_an_earlier_script_is_found_by_its_name(archive, to):
 def test_two_keys_of_one_name_do_not_mix(archive, s3, to):
     """Neither is one that archive.py would make. Both are fetched at once."""
     first, second = f"a{ESCAPE}62", f"{ESCAPE}61b"
-    stored(archive, {first: b"1" * BODY, second: b"2" * BODY})
+    stored(archive, {first: b"1" * BODY, second: b"2" * MIB})
     both = threading.Barrier(2)
 
     def meet():
@@ -913,7 +913,8 @@ def test_two_keys_of_one_name_do_not_mix(archive, s3, to):
     assert result.failures
     for path in to.iterdir():
         assert path.name == "ab"
-        assert path.read_bytes() in (b"1" * BODY, b"2" * BODY)
+        assert path.read_bytes() in (b"1" * BODY, b"2" * MIB)
+    assert archive("restore", "--to", to).status == 3, "one of them is still missing"
 
 
 def test_file_and_folder_of_one_name_both_come_back(place):
