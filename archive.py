@@ -3765,26 +3765,26 @@ class LocalFolder:
         one and not `overwrite`; Fatal if the disk is full."""
         path, stored = self._folder / os.fsdecode(name), download.stored
         partial_path = self._folder / os.fsdecode(partial_name(name, stored.key))
+        if os.path.realpath(path.parent) != str(path.parent):
+            raise FileError("a folder above it is a link, which may lead anywhere")
         try:
-            if os.path.realpath(path.parent) != str(path.parent):
-                raise FileError("a folder above it is a link, which may lead anywhere")
             path.parent.mkdir(parents=True, exist_ok=True)
             partial_path.unlink(missing_ok=True)  # of a pass that was killed
-            try:
-                with partial_path.open("xb") as file:
-                    file.writelines(download.blocks(DOWNLOAD_BLOCK))
-                    file.flush()
-                    os.fsync(file.fileno())  # the next pass trusts size and mtime
-                os.utime(partial_path, (stored.mtime, stored.mtime))
-                if not overwrite and os.path.lexists(path):
-                    raise FileError("another file has appeared there: --overwrite replaces it")
-                partial_path.replace(path)
-            finally:
-                partial_path.unlink(missing_ok=True)
-        except (OSError, OverflowError) as error:
-            if getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT):
+            with partial_path.open("xb") as file:
+                file.writelines(download.blocks(DOWNLOAD_BLOCK))
+                file.flush()
+                os.fsync(file.fileno())  # the next pass trusts size and mtime
+            os.utime(partial_path, (stored.mtime, stored.mtime))
+            if not overwrite and os.path.lexists(path):
+                raise FileError("another file has appeared there: --overwrite replaces it")
+            partial_path.replace(path)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise Fatal(f"{printable(str(self._folder))}: {error}") from None
             raise FileError(f"cannot be stored: {error}") from None
+        finally:
+            with contextlib.suppress(OSError):
+                partial_path.unlink()
 
 
 class BoxFolder:
