@@ -3852,18 +3852,15 @@ class BoxFolder:
             raise FileError(f"the box cannot store it: {error}") from None
 
     def _make_folders(self, session: Session, path: bytes) -> None:
-        """Creates the missing folders above `path`.  FileError if one of them is a file, or a
-        link below `self._folder`; SFTPError if one cannot be created."""
+        """Creates the missing folders above `path`; the server refuses those that exist.
+        FileError if one is a file, or a link below `self._folder`; SFTPError."""
         for folder in itertools.accumulate(path.split(b"/")[:-1], join):
             if folder in self._known:
                 continue
-            lstat = simple_request(FXP_LSTAT, folder)
-            (found,) = session.send(lstat).results()
-            if isinstance(found, SFTPError):  # another thread may create it, too
-                mkdir = simple_request(FXP_MKDIR, folder, NO_ATTRIBUTES)
-                refusal, found = session.send(mkdir, lstat).results()
-                if isinstance(found, SFTPError):
-                    raise refusal or found
+            mkdir = simple_request(FXP_MKDIR, folder, NO_ATTRIBUTES)
+            refusal, found = session.send(mkdir, simple_request(FXP_LSTAT, folder)).results()
+            if isinstance(found, SFTPError):
+                raise refusal or found
             mode, is_inner = found.mode or 0, folder.startswith(join(self._folder, b""))
             if stat.S_ISREG(mode) or (stat.S_ISLNK(mode) and is_inner):
                 raise FileError(f"{printable(folder)} is a file or a link, not a folder")
