@@ -231,7 +231,6 @@ class Prices:
         if self.region != region:
             self.note += f" (those of {region or 'your region'} may differ: set PRICES)"
         self.note += " with PRICES" if overrides else ""
-        self.json = {"of": PRICES_OF, "region": self.region, "note": self.note}
 
     def _cost(self, count: float, *name: str) -> float:
         """`count` times the price of that name; 0 for none, even if the price is not known."""
@@ -2802,6 +2801,18 @@ def start_logging(config: Config, level: int, bars: bool, results: TextIO) -> No
 
 show = partial(results_log.info, "%s")  # writes a line of a result to stdout and LOG_FILE
 
+
+class Size(int):
+    """Bytes that a table shows like `1.5 GiB`."""
+
+    def __str__(self) -> str:
+        return format_size(self)
+
+
+class Unknown(str):
+    """The text that a table shows instead of a value that is not known."""
+
+
 Rows = Iterable[tuple[str, object]]  # of a table: a label and a value; a float is USD
 
 
@@ -2810,13 +2821,24 @@ def show_table(title: str, rows: Rows) -> None:
     width = max(15, *(len(label) for label, _ in rows))
     show(f"==== {title} ====")
     for label, value in rows:
-        text = f"{value:,}" if isinstance(value, int) else str(value)
-        show(f"{label:<{width}}: {format_usd(value) if isinstance(value, float) else text}")
+        show(f"{label:<{width}}: {format_value(value)}")
 
 
-def json_usd(usd: float) -> float | None:
-    """An amount for JSON: null if it is not known."""
-    return None if math.isnan(usd) else round(usd, 6)
+def format_value(value: object) -> str:
+    if isinstance(value, float):
+        return format_usd(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):  # numbers by kind
+        return ", ".join(f"{n:,} {kind}" for kind, n in value.items() if n) or "none"
+    return f"{value:,}" if type(value) is int else str(value)
+
+
+def json_value(value: object) -> object:
+    """A row's value for JSON: null if it is not known."""
+    if isinstance(value, float):
+        return None if math.isnan(value) else round(value, 6)
+    return None if isinstance(value, Unknown) else value
 
 
 def show_json(value: object) -> None:
@@ -2879,7 +2901,7 @@ class Context:
         rows = list(rows)
         for label, value in rows:
             name = re.sub(r"\W+", "_", label.lower()).strip("_")
-            self.summary[name] = json_usd(value) if isinstance(value, float) else value
+            self.summary[name] = json_value(value)
         show_table(title, rows)
 
 
@@ -3014,6 +3036,7 @@ class Job(NamedTuple):
     settings: str  # of its upload, as from Config.upload_settings
     begun: BegunUpload | None  # by an earlier run
     resumes: bool  # it was begun for this version of the file, in the same way
+    early: float  # USD for the object that an upload overwrites before its minimum days
 
     @property
     def compares(self) -> bool:
@@ -3025,6 +3048,13 @@ class Job(NamedTuple):
     def heads(self) -> int:
         """The number of HEADs that this takes: 0 if the state knows the content."""
         return int(self.compares and not (self.record and self.record.knows_content))
+
+    @property
+    def requests(self) -> dict[str, int]:
+        """The numbers of requests, by kind, if it comes to an upload."""
+        lists = int(self.begun is not None)  # of its parts, or its uploads
+        upload = self.plan.requests(self.file.size)
+        return {"head": self.heads + lists, "list": lists, **upload}
 
 
 class Archived(NamedTuple):
@@ -3059,54 +3089,63 @@ class Scan(WalkReport):
             settings = config.upload_settings(file.size) if plan.is_multipart else ""
             version = file.size, file.mtime, plan.part_size, settings
             resumes = begun is not None and begun[:4] == version
-            yield Job(file, key, plan, self._state.find(file.path), settings, begun, resumes)
+            record, early = self._state.find(file.path), 0.0
+            if record is not None:
+                age_days = (time.time() - (record.uploaded_at or 0)) / DAY
+                early = self.prices.early(self._class_of(record), record.size, age_days)
+            yield Job(file, key, plan, record, settings, begun, resumes, early)
 
-    def _cost(self, job: Job) -> tuple[float, float]:
-        """USD for the requests of an upload, if it comes to that after a comparison, and for
-        the object that it overwrites early."""
-        size, record, early = job.file.size, job.record, 0.0
-        lists = int(job.begun is not None)  # its parts, or its uploads
-        requests = {"head": job.heads + lists, "list": lists, **job.plan.requests(size)}
-        if record is not None:
-            age_days = (time.time() - (record.uploaded_at or 0)) / DAY
-            storage_class = record.storage_class or self._config.storage_class
-            early = self.prices.early(storage_class, record.size, age_days)
-        return self.prices.requests(self._config.class_of(size), requests), early
+    def _class_of(self, record: Record) -> str:
+        return record.storage_class or self._config.storage_class
+
+    def _cost(self, job: Job) -> float:
+        """USD for the requests of an upload, and for what it overwrites early."""
+        storage_class = self._config.class_of(job.file.size)
+        return self.prices.requests(storage_class, job.requests) + job.early
 
 
 def month_cost(prices: Prices, counts: Counts) -> float:
-    return sum(prices.month(name, c.files, c.bytes) for name, c in counts.items())
+    return sum((prices.month(name, c.files, c.bytes) for name, c in counts.items()), 0.0)
 
 
 def restore_cost(prices: Prices, counts: Counts, tier: str, days: int = DAYS_RESTORED) -> float:
     """USD for restored copies of all objects that stay for `days`."""
-    return sum(prices.restore(n, tier, c.files, c.bytes, days) for n, c in counts.items())
+    costs = (prices.restore(n, tier, c.files, c.bytes, days) for n, c in counts.items())
+    return sum(costs, 0.0)
 
 
-MARKS = {"new": "+", "changed": "*", "to_compare": "?", "gone": "-", "failing": "!"}
+def requests_cost(prices: Prices, requests: Mapping[tuple[str, str], int]) -> float:
+    """USD for requests, which are counted by storage class and kind."""
+    counted = [*requests.items()]  # other threads may add some
+    return sum((prices.requests(name, {kind: n}) for (name, kind), n in counted), 0.0)
+
+
+NEW, CHANGED_FILES, UNCHANGED = "New files", "Changed files", "Unchanged files"
+MARKS = {NEW: "+", CHANGED_FILES: "*", TO_COMPARE: "?"}
 
 
 class Forecast(Scan):
     """What a run would do, and what that costs.  `on_file` is called with a mark, a path and
-    a reason for each file that is not archived as it is."""
+    the reason of a failure for each file that is not archived as it is."""
 
-    def __init__(self, context: Context, state: State, on_file: Callable[..., None]):
+    def __init__(
+        self, context: Context, state: State, on_file: Callable[..., None] = lambda *_: None
+    ):
         super().__init__(context, state)
         self._on_file = on_file
-        self.afterwards = state.archived(context.config)
-        names = ("new", "changed", "to_compare", "unchanged")
-        self.counts = Counts({name: Count() for name in names})
+        self.counts = Counts({label: Count() for label in (*MARKS, UNCHANGED)})
+        self.altered = 0  # archived files that have another size or mtime now
         self.gone = Counts()  # by class: archived, but not on the box any more
         self.gone_paths = set[str]()  # as in the path column
-        self.tiny = Counts()  # by class, of what is to be uploaded
-        self.altered = 0  # archived files that have another size or mtime now
-        self.requests = Counter(put=0, create=0, part=0, complete=0, head=0)
-        self.upload = 0.0  # USD for these requests
+        self.requests = Counter[tuple[str, str]]()  # by class and kind
         self.early = 0.0  # USD for objects that are overwritten early
+        self.afterwards = state.archived(context.config)
+        self.tiny = Count()  # what is to be uploaded and below TINY_FILE
+        self.tiny_saving = 0.0  # USD of its upload, if it went into CLASS_FOR_TINY
 
     def add_failure(self, path: bytes, reason: object) -> None:
         self.failed += 1
-        self._on_file("failing", path, reason)
+        self._on_file("!", path, reason)
 
     def walk_box(self) -> None:
         """Adds all files of the box; Fatal, Stopped."""
@@ -3119,116 +3158,82 @@ class Forecast(Scan):
         for record in self._state.unseen():
             path = unescape(record.path)
             if not walk.leaves_out(path):
-                storage_class = record.storage_class or self._config.storage_class
-                self.gone.add(storage_class, record.size)
+                self.gone.add(self._class_of(record), record.size)
                 self.gone_paths.add(record.path)
-                self._on_file("gone", path, "")
+                self._on_file("-", path)
 
     def _add_page(self, page: list[RemoteFile]) -> None:
         pending = self._state.unrecorded(page)
         size = sum(f.size for f in page) - sum(f.size for f in pending)
-        self.counts.add("unchanged", size, len(page) - len(pending))
+        self.counts.add(UNCHANGED, size, len(page) - len(pending))
         for job in self._make_jobs(pending):
-            file, record = job.file, job.record
-            storage_class = self._config.class_of(file.size)
-            if record and (record.size != file.size or record.mtime is not None):
+            record = job.record
+            if record and (record.size != job.file.size or record.mtime is not None):
                 self.altered += 1
-            change = "to_compare" if job.compares else "changed" if record else "new"
-            self._on_file(change, file.path, "")
-            self.counts.add(change, file.size)
             if job.compares:
-                self.requests["head"] += job.heads
-                self.upload += self.prices.requests(storage_class, {"head": job.heads})
-                continue
-            if file.size < TINY_FILE:
-                self.tiny.add(storage_class, file.size)
-            self.requests.update(job.plan.requests(file.size))
-            cost, early = self._cost(job)
-            self.upload, self.early = self.upload + cost, self.early + early
-            self.afterwards.add(storage_class, file.size)
-            if record:
-                overwritten = record.storage_class or self._config.storage_class
-                self.afterwards.add(overwritten, -record.size, -1)
+                label, requests = TO_COMPARE, {"head": job.heads}
+            else:
+                label, requests = CHANGED_FILES if record else NEW, job.requests
+                self._add_upload(job)
+            self._on_file(MARKS[label], job.file.path)
+            self.counts.add(label, job.file.size)
+            storage_class = self._config.class_of(job.file.size)
+            self.requests.update({(storage_class, kind): n for kind, n in requests.items()})
 
-    def usd(self) -> dict[str, float]:
-        """Amounts by their names in JSON.  `tiny_files_` are what would be saved of the upload
-        and of a month if files below TINY_FILE went into CLASS_FOR_TINY."""
-        prices, after, archived = self.prices, self.afterwards, self.afterwards.total()
-        tiny, other = self.tiny.total(), CLASS_FOR_TINY
-        tiny_puts = (prices.requests(n, {"put": c.files}) for n, c in self.tiny.items())
-        tiny_month = month_cost(prices, self.tiny)
-        return {
-            "upload": self.upload,
-            "overwritten_early": self.early,
-            "storage_a_month": month_cost(prices, after),
-            "of_it_per_object": sum(prices.month(n, c.files, 0) for n, c in after.items()),
-            "gone_a_month": month_cost(prices, self.gone),
-            **{f"full_restore_{tier}": restore_cost(prices, after, tier) for tier in TIERS},
-            "full_download": prices.download(archived.files, archived.bytes),
-            "tiny_files_upload": sum(tiny_puts) - prices.requests(other, {"put": tiny.files}),
-            "tiny_files_month": tiny_month - prices.month(other, tiny.files, tiny.bytes),
-        }
-
-    def json(self) -> dict[str, object]:
-        labels = {"hidden": "Hidden entries", "excluded": "Excluded", "links": "Links"}
-        labels["special"] = "Special files"
-        return {
-            **self.counts,
-            "gone": self.gone.total(),
-            **{name: self.left_out[label] for name, label in labels.items()},
-            "unreadable": self.failed,
-            "requests": self.requests,
-            "afterwards": self.afterwards.total(),
-            "tiny_files": self.tiny.total(),
-            "usd": {name: json_usd(amount) for name, amount in self.usd().items()},
-            "prices": self.prices.json,
-        }
+    def _add_upload(self, job: Job) -> None:
+        size, prices = job.file.size, self.prices
+        self.early += job.early
+        self.afterwards.add(self._config.class_of(size), size)
+        if job.record:
+            self.afterwards.add(self._class_of(job.record), -job.record.size, -1)
+        if size < TINY_FILE:
+            self.tiny = Count(self.tiny.files + 1, self.tiny.bytes + size)
+            in_other_class = prices.requests(CLASS_FOR_TINY, job.requests)
+            self.tiny_saving += self._cost(job) - job.early - in_other_class
 
     def rows(self) -> Rows:
-        usd = self.usd()
-        new, changed = self.counts["new"], self.counts["changed"]
-        requests = ", ".join(f"{n:,} {kind}" for kind, n in self.requests.items() if n)
-        yield "New files", new
-        yield "Changed files", changed
-        yield "To compare", self.counts["to_compare"]
+        prices, after, total = self.prices, self.afterwards, self.afterwards.total()
+        requests = Counter(put=0, create=0, part=0, complete=0, head=0)
+        for (_, kind), number in (+self.requests).items():
+            requests[kind] += number
+        to_upload = Counts({label: self.counts[label] for label in (NEW, CHANGED_FILES)})
+        yield from self.counts.items()
         yield "Unreadable", self.failed
-        yield "Unchanged files", self.counts["unchanged"]
-        if self.gone:
-            cost = format_usd(usd["gone_a_month"])
-            yield "Gone from the box", f"{self.gone.total()}, archived for {cost} a month"
+        yield "Gone from the box", self.gone.total()
+        yield "Gone, a month", month_cost(prices, self.gone)
         yield from (+self.left_out).items()  # without those that are 0
-        yield "To upload", Counts(new=new, changed=changed).total()
-        yield "Requests", requests or "none"
-        yield "Upload", usd["upload"]
-        yield "Overwritten early", usd["overwritten_early"]
-        yield "Archive afterwards", self.afterwards.total()
-        yield "Storage a month", usd["storage_a_month"]
+        yield "To upload", to_upload.total()
+        yield "Requests", requests
+        yield "Upload", requests_cost(prices, self.requests)
+        yield "Overwritten early", self.early
+        yield "Archive afterwards", total
+        yield "Storage a month", month_cost(prices, after)
         for tier, hours in TIERS.items():
-            cost = format_usd(usd[f"full_restore_{tier}"])
-            yield f"Restore, {tier}", f"{cost}, within {hours} hours, for {DAYS_RESTORED} days"
-        yield "Download of all", f"{format_usd(usd['full_download'])} out of AWS"
+            yield f"Restore, {tier} ({hours} hours)", restore_cost(prices, after, tier)
+        yield "Download of all", prices.download(total.files, total.bytes)
+        yield "Prices", prices.note
 
     def advise(self) -> None:
-        usd, archived = self.usd(), self.afterwards.total()
-        upload, month = usd["tiny_files_upload"], usd["tiny_files_month"]
-        if usd["of_it_per_object"] > usd["storage_a_month"] / 2:
+        prices, after, total = self.prices, self.afterwards, self.afterwards.total()
+        per_object = sum(prices.month(name, c.files, 0) for name, c in after.items())
+        if per_object > month_cost(prices, after) / 2:
             message = "files have %s on average: the 40 KB that S3 adds cost more than they do"
-            log.warning(message, format_size(archived.bytes / archived.files))
-        if upload > usd["upload"] / 10 or month > usd["storage_a_month"] / 10:
+            log.warning(message, format_size(total.bytes / total.files))
+        if self.tiny_saving > requests_cost(prices, self.requests) / 10:
             message = "files to upload below %s: %s; SMALL_FILES_BELOW=%dK and "
-            message += "SMALL_FILES_CLASS=%s would save %s of the upload and %s a month"
-            tiny = format_size(TINY_FILE), self.tiny.total(), TINY_FILE // KIB, CLASS_FOR_TINY
-            log.warning(message, *tiny, format_usd(upload), format_usd(month))
+            message += "SMALL_FILES_CLASS=%s would save %s of the upload"
+            settings = TINY_FILE // KIB, CLASS_FOR_TINY, format_usd(self.tiny_saving)
+            log.warning(message, format_size(TINY_FILE), self.tiny, *settings)
 
 
 def plan(context: Context, options: argparse.Namespace) -> int:
     """Shows what run would do and cost; changes nothing.  0, or 3 if a file would fail."""
 
-    def show_file(what: str, path: bytes, reason: object) -> None:
+    def show_file(mark: str, path: bytes, failure: object = "") -> None:
         if options.list and not options.json:
-            print_line(f"{MARKS[what]} {printable(path)}")
-        if what == "failing":
-            log_failure(path, reason)
+            print_line(f"{mark} {printable(path)}")
+        if failure:
+            log_failure(path, failure)
 
     if options.list:
         context.progress = Progress(shown=False)  # a bar would be drawn between the lines
@@ -3238,12 +3243,8 @@ def plan(context: Context, options: argparse.Namespace) -> int:
         forecast = Forecast(context, state, show_file)
         forecast.walk_box()
     forecast.warn_of_unmatched()
-    if options.json:
-        show_json(forecast.json())
-    else:
-        show_table("PLAN", forecast.rows())
-        show(f"({forecast.prices.note})")
-        forecast.advise()
+    context.show_summary("PLAN", forecast.rows())
+    forecast.advise()
     return INCOMPLETE if forecast.failed else 0
 
 
@@ -3267,8 +3268,7 @@ class Run(Scan):
     @property
     def spent(self) -> float:
         """USD that the run has spent by its own count."""
-        cost, sent = self.prices.requests, [*self._bucket.requests.items()]  # threads add some
-        return self._early + sum(cost(name, {kind: n}) for (name, kind), n in sent)
+        return self._early + requests_cost(self.prices, self._bucket.requests)
 
     def rows(self) -> Rows:
         """The summary: five rows that it always has, and others that are left out if empty."""
@@ -3316,7 +3316,7 @@ class Run(Scan):
             self._state.note_begun(jobs)
             self._progress.expect(sum(job.file.size for job in jobs))
             for job in filter(self._fits, jobs):  # beside those before it
-                self._reserved += sum(self._cost(job))
+                self._reserved += self._cost(job)
                 yield job
             yield None
 
@@ -3325,7 +3325,7 @@ class Run(Scan):
         not known.  Warns of the first one that is not allowed."""
         if (limit := self._config.max_cost) is None:
             return True
-        cost = sum(self._cost(job))
+        cost = self._cost(job)
         if round(self._reserved + cost - limit, 9) <= 0:
             return True
         if not self.ended_early:
@@ -3409,13 +3409,13 @@ class Run(Scan):
         for job, archived, error in outcomes:
             path = printable(job.file.path)
             if archived and archived.is_upload:
-                self._early += self._cost(job)[1]
+                self._early += job.early
                 self.uploaded += 1
                 self.bytes_uploaded += archived.file.size
                 files_log.info("archived %s (%s bytes)", path, f"{archived.file.size:,}")
             elif archived:
                 asked = self.prices.requests("", {"head": job.heads})
-                self._reserved -= sum(self._cost(job)) - asked
+                self._reserved -= self._cost(job) - asked
                 self.compared += 1
                 log.debug("compared %s", path)
             elif error and error.code == VANISHED:
@@ -3454,7 +3454,7 @@ def check_changes(context: Context, state: State) -> None:
     limit = context.config.max_changed
     if limit is None:
         return
-    forecast = Forecast(context, state, lambda *_: None)
+    forecast = Forecast(context, state)
     forecast.walk_box()
     before = state.archived(context.config).total().files
     gone = len(forecast.gone_paths - state.known_gone())
@@ -3508,19 +3508,19 @@ def run(context: Context, options: argparse.Namespace) -> int:
 
 # ------------------------------------------------------------------ Inspection
 
-NOT_KNOWN = "not known"
+NOT_KNOWN = Unknown("not known")
 NOTHING_THERE = "nothing is archived under this path: the exact one, no pattern"
 
 
-def try_or_none(question: Callable[[], T]) -> tuple[T | None, str]:
-    """The answer and an empty text; after an error, None and a text to show instead."""
+def try_or_unknown(question: Callable[[], T]) -> T | Unknown:
+    """The answer; after an error Unknown, NOT_KNOWN if it is no missing permission."""
     try:
-        return question(), ""
+        return question()
     except ArchiveError as error:
         if error.code == DENIED:
-            return None, "the credentials may not ask"
+            return Unknown("the credentials may not ask")
         log.warning("%s", error)
-        return None, NOT_KNOWN
+        return NOT_KNOWN
 
 
 def wanted_paths(context: Context, options: argparse.Namespace) -> list[bytes]:
@@ -3597,56 +3597,44 @@ def ls(context: Context, options: argparse.Namespace) -> int:
     return INCOMPLETE if missing else 0
 
 
-def status(context: Context, options: argparse.Namespace) -> int:
+def status(context: Context, _options: argparse.Namespace) -> int:
     """Shows what is archived, its cost, the last runs, and the box's room.  0, even if the
     state, the box or the bucket cannot be asked."""
     config, bucket, prices = context.config, context.bucket, context.prices
+    rows: dict[str, object] = {}
 
-    def read_state() -> tuple[Counts, list[PastRun]]:
+    def read_state() -> list[PastRun]:
         with contextlib.closing(State(config, copy=True)) as state:
-            return state.archived(config), state.past_runs()
+            counts, runs = state.archived(config), state.past_runs()
+        since = time.time() - 30 * DAY
+        rows["Archived"] = counts.total()
+        rows.update(counts)
+        rows["Storage a month"] = month_cost(prices, counts)
+        spent = (past.spent or 0.0 for past in runs if past.started_at >= since)
+        rows["Spent in 30 days"] = sum(spent, 0.0)
+        return runs[:5]
 
-    known, no_state = try_or_none(read_state)
-    counts, runs = known or (Counts(), [])
-    usd, since = month_cost(prices, counts), time.time() - 30 * DAY
-    spent = sum((past.spent or 0.0 for past in runs if past.started_at >= since), 0.0)
-    space, no_space = try_or_none(context.box.space)
-    unfinished, no_count = try_or_none(bucket.count_unfinished)
-    rule, no_rule, versioning, no_versions = None, no_count, None, no_count
-    if no_count != NOT_KNOWN:  # else each request would wait for a timeout
-        rule, no_rule = try_or_none(bucket.has_abort_rule)
-        versioning, no_versions = try_or_none(lambda: bucket.versioning() == "Enabled")
-    if options.json:
-        answers = {
-            "archived": counts if known else None,
-            "usd_a_month": json_usd(usd) if known else None,
-            "usd_spent_in_30_days": json_usd(spent) if known else None,
-            "prices": prices.json,
-            "runs": [past._asdict() for past in runs[:5]],
-            "box": {"used": space[0], "free": space[1]} if space else None,
-            "unfinished_uploads": unfinished,
-            "lifecycle_rule": rule,
-            "versioning": versioning,
-        }
-        show_json(answers)
-        return 0
-    rows: dict[str, object] = {"Archived": no_state or counts.total()}
-    for name, count in counts.items():
-        is_set = name in (config.storage_class, config.small_files_class)
-        rows[name] = count if is_set else f"{count}, not STORAGE_CLASS"
-    rows["Storage a month"] = no_state or usd
-    rows["Spent in 30 days"] = no_state or spent
-    rows["Box"] = no_space or "the server does not tell"
-    if space:
-        rows["Box"] = "{} used, {} free".format(*map(format_size, space))
-    rows["Unfinished uploads"] = no_count or unfinished
-    rule_text = "aborts unfinished uploads" if rule else "none: see the README"
-    rows["Lifecycle rule"] = no_rule or rule_text
-    rows["Versioning"] = no_versions or ("on" if versioning else "off")
-    show_table("STATUS", rows.items())
-    show(f"({prices.note})")
-    if known:
-        show_runs(runs[:5])
+    runs = try_or_unknown(read_state)
+    if isinstance(runs, Unknown):
+        rows |= dict.fromkeys(("Archived", "Storage a month", "Spent in 30 days"), runs)
+    space = try_or_unknown(context.box.space) or Unknown("the server does not tell")
+    used, free = (space, space) if isinstance(space, Unknown) else map(Size, space)
+    rows |= {"Box used": used, "Box free": free}
+    questions: dict[str, Callable[[], object]] = {
+        "Unfinished uploads": bucket.count_unfinished,
+        "Lifecycle rule": bucket.has_abort_rule,
+        "Versioning": lambda: bucket.versioning() == "Enabled",
+    }
+    answer: object = None
+    for label, question in questions.items():
+        if answer is not NOT_KNOWN:  # else each request would wait for a timeout
+            answer = try_or_unknown(question)
+        rows[label] = answer
+    rows["Prices"] = prices.note
+    context.show_summary("STATUS", rows.items())
+    if not isinstance(runs, Unknown):
+        context.summary["runs"] = [past._asdict() for past in runs]
+        show_runs(runs)
     return 0
 
 
@@ -3723,8 +3711,8 @@ def check(context: Context, _options: argparse.Namespace) -> int:
             State(config, copy=True).close()
 
     def advise(name: str, question: Callable[[], bool], advice: str) -> None:
-        answer, unknown = try_or_none(question)
-        line("ok" if answer else "note", f"{name}: {unknown or ('yes' if answer else advice)}")
+        answer = try_or_unknown(question) or advice
+        line("ok" if answer is True else "note", f"{name}: {format_value(answer)}")
 
     line("ok", "settings")
     attempt(f"state in {config.state_db}", try_state)
@@ -4274,7 +4262,7 @@ def make_parser() -> argparse.ArgumentParser:
             command.add_argument(f"--{flag}", action="store_true", help=effect)
         return command
 
-    summary = "the summary as JSON, and nothing else on stdout"
+    summary = "the table as JSON, and nothing else on stdout"
     command = add(run, "-q", json=summary)
     new_source = "the files are at another HETZNER_USER or REMOTE_PATH now: compare them"
     command.add_argument("--new-source", action="store_true", help=new_source)
@@ -4286,9 +4274,9 @@ def make_parser() -> argparse.ArgumentParser:
     output = add(plan, "plan --list").add_mutually_exclusive_group()
     files = "first each file: + new, * changed, ? to compare, - gone from the box, ! failing"
     output.add_argument("--list", action="store_true", help=files)
-    output.add_argument("--json", action="store_true", help="as JSON")
+    output.add_argument("--json", action="store_true", help=summary)
     add_selection(add(ls, "ls photos/2024 --at 30d", json="as JSON, an object a line"))
-    add(status, "status --json", json="as JSON")
+    add(status, "status --json", json=summary)
     repair = "correct the state: the next run uploads or compares what differs"
     add(verify, "verify --repair", repair=repair)
     example = "restore photos/2024 letters/will.pdf --to drill"
@@ -4419,7 +4407,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def shows_summary_as_json(arguments: argparse.Namespace) -> bool:
     """Whether stdout gets a JSON object at the end, and nothing else."""
-    return arguments.function in (run, restore) and arguments.json
+    return arguments.json and arguments.function is not ls
 
 
 def execute(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
