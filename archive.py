@@ -330,10 +330,14 @@ class Stopped(BaseException):
 
 class StopEvent(threading.Event):
     """Set when the program has to end: no new work begins then.  If a signal is the cause,
-    `signal` is its number, and Stopped is raised on the main thread, which sets the event."""
+    `signal` is its number, which is as good as the event, and Stopped is raised on the main
+    thread."""
 
     signal: int | None = None
     is_deferred = False  # the signal handler does not raise Stopped then
+
+    def is_set(self) -> bool:
+        return self.signal is not None or super().is_set()
 
     def check(self) -> None:
         if self.is_set():
@@ -2919,8 +2923,8 @@ class Parallel(Generic[Item, Result]):
     A FileError of `work` is an outcome.  Fatal, Stopped, and SAME_FAILURES with one code in a
     row close the box.  These errors, and a FileError of the items, are raised once the work
     under way was yielded.  After Fatal and Stopped, it is waited for at most RUNTIME_GRACE,
-    and after a signal STOP_LIMIT.  A signal is never raised in the code that takes outcomes:
-    those of a list that it has not looked at yet would be lost."""
+    and after a signal STOP_LIMIT.  A signal raises Stopped only in the code of `items`: the
+    code that takes outcomes would lose those of a list that it has not looked at yet."""
 
     work: Callable[[Item], Result]
     box: StorageBox
@@ -2929,39 +2933,32 @@ class Parallel(Generic[Item, Result]):
     limit: int = 0
 
     def __post_init__(self) -> None:
-        self._finished: deque[Outcome[Item, Result]] = deque()
-        self._has_finished = threading.Event()  # set whenever one is added
+        self._finished: queue.SimpleQueue[Outcome[Item, Result]] = queue.SimpleQueue()
         self._under_way = self._memory_in_use = 0
         self._codes: deque[str] = deque(maxlen=SAME_FAILURES)  # of the latest outcomes
         self._failure: BaseException | None = None
+        self._wait_until = math.inf  # a monotonic time
 
     def outcomes(self, items: Iterable[Item | None]) -> Generator[list[Outcome[Item, Result]]]:
         """Finished work, in lists.  An item of None only lets finished work be yielded."""
         pool, stopping = ThreadPoolExecutor(self.threads), self.box.stopping
         try:
-            for item in items:
-                while self._must_wait(item):
-                    yield from self._hand_over()
-                if item is not None:
-                    self._under_way += 1
-                    self._memory_in_use += self.memory(item)
-                    pool.submit(self._attempt, item)
-            while self._under_way:
-                yield from self._hand_over()
-        except (ArchiveError, Stopped) as error:  # of `items`, of _hand_over, or by a signal
+            try:
+                for item in items:
+                    with stopping.deferred():
+                        while self._must_wait(item):
+                            yield self._collect()
+                        if item is not None:
+                            self._under_way += 1
+                            self._memory_in_use += self.memory(item)
+                            pool.submit(self._attempt, item)
+            except (ArchiveError, Stopped) as error:
+                self._fail(error)
             with stopping.deferred():
-                self._failure, end = self._failure or error, math.inf
-                if not isinstance(self._failure, FileError):
-                    self.box.close()
-                    end = time.monotonic() + RUNTIME_GRACE
-                while self._under_way and time.monotonic() < end:
-                    if stopping.signal is not None:
-                        end = min(end, time.monotonic() + STOP_LIMIT)
-                    self._has_finished.wait(COMMIT_PAUSE)
+                while self._under_way and time.monotonic() < self._wait_until:
                     yield self._collect()
-                if not isinstance(self._failure, FileError):  # which a signal must not hide
+                if self._failure is not None:
                     raise self._failure from None
-            raise self._failure from None
         finally:
             if self._under_way:
                 self.box.close()
@@ -2981,46 +2978,52 @@ class Parallel(Generic[Item, Result]):
             code = type(other).__name__
             error = FileError(f"unexpected {code}: {other}", code)
         if isinstance(error, Fatal):
-            self._failure = error
-            self.box.close()  # at once, so that the other threads begin no new work
+            self._fail(error)  # at once, so that the other threads begin no new work
         if error is not None:  # a traceback would keep the file's bytes in memory
             error.__traceback__ = error.__context__ = None
-        self._finished.append((item, result, error))
-        self._has_finished.set()
+        self._finished.put((item, result, error))
 
     def _must_wait(self, item: Item | None) -> bool:
-        """Whether finished work has to be collected before `item` is begun."""
-        if self._finished:
+        """Whether finished work has to be collected before `item` is begun.  Raises what ends
+        the rest of the work."""
+        if self._failure is not None:
+            raise self._failure
+        if not self._finished.empty():
             return True
         if item is None or not self._under_way:
             return False
         is_full = self._memory_in_use + self.memory(item) > self.limit
         return is_full or self._under_way == self.threads
 
-    def _hand_over(self) -> Iterator[list[Outcome[Item, Result]]]:
-        """Waits for finished work at most COMMIT_PAUSE, and yields it.  Raises what ends the
-        rest of the work."""
-        self._has_finished.wait(COMMIT_PAUSE)
-        with self.box.stopping.deferred():
-            yield self._collect()
-        if self._failure is not None:
-            raise self._failure
-        self.box.stopping.check()
-
     def _collect(self) -> list[Outcome[Item, Result]]:
-        """Takes the outcomes of finished work, and notes why the rest has to end."""
-        self._has_finished.clear()
-        outcomes = [self._finished.popleft() for _ in range(len(self._finished))]
+        """Waits for finished work at most COMMIT_PAUSE, and takes its outcomes.  Notes why the
+        rest has to end."""
+        outcomes = []
+        with contextlib.suppress(queue.Empty):
+            outcomes.append(self._finished.get(timeout=COMMIT_PAUSE))
+            while True:
+                outcomes.append(self._finished.get_nowait())
         for item, _, error in outcomes:
             self._under_way -= 1
             self._memory_in_use -= self.memory(item)
             code = error.code if error else ""
             if code not in (VANISHED, CHANGED, UNFINISHED):
                 self._codes.append(code)
-            if code and self._codes.count(code) == SAME_FAILURES and self._failure is None:
-                reason = f"{error}; {SAME_FAILURES} in a row failed like this"
-                self._failure = Fatal(reason, code)
+            if code and self._codes.count(code) == SAME_FAILURES:
+                self._fail(Fatal(f"{error}; {SAME_FAILURES} in a row failed like this", code))
+        if self.box.stopping.is_set():
+            self._fail(Stopped())
+        if self.box.stopping.signal is not None:
+            self._wait_until = min(self._wait_until, time.monotonic() + STOP_LIMIT)
         return [outcome for outcome in outcomes if not isinstance(outcome[2], Fatal)]
+
+    def _fail(self, error: BaseException) -> None:
+        """Notes what ends the rest of the work: the first Fatal, or else the last error."""
+        if not isinstance(self._failure, Fatal):
+            self._failure = error
+        if not isinstance(error, FileError):
+            self.box.close()
+            self._wait_until = min(self._wait_until, time.monotonic() + RUNTIME_GRACE)
 
 
 # ------------------------------------------------------------------- Forecast
