@@ -173,8 +173,6 @@ EARLIEST = -(1 << 31)
 TIME_RANGES = ((0, (1 << 32) - 1), (EARLIEST, (1 << 31) - 1), (EARLIEST, 15032385535))
 DAYS_RESTORED = 7  # for which S3 keeps restored copies, by default
 WAIT_PAUSE = 15 * 60  # s between the passes of `restore --wait`
-# Below TINY_FILE, STANDARD costs less than the 40 KB that S3 adds to a cold object.
-TINY_FILE, CLASS_FOR_TINY = 8 * KIB, "STANDARD"
 
 # ---------------------------------------------------------------------- Prices
 #
@@ -1469,7 +1467,8 @@ class FileReader:
             raise
 
     def read(self, amount: int = -1) -> bytes:
-        """The next `amount` bytes, fewer only at the end; all if negative; FileError."""
+        """The next `amount` bytes, fewer at the end; all if negative; FileError, Stopped."""
+        self._box.stopping.check()
         left = self.file.size - self._delivered
         missing = amount = left if amount < 0 else min(amount, left)
         data = io.BytesIO(bytes(amount))  # getvalue() copies nothing, join() would
@@ -2952,6 +2951,7 @@ class Parallel(Generic[Item, Result]):
                             self._under_way += 1
                             self._memory_in_use += self.memory(item)
                             pool.submit(self._attempt, item)
+                stopping.is_deferred = True  # within `try`: there is no gap for a signal
             except (ArchiveError, Stopped) as error:
                 self._fail(error)
             with stopping.deferred():
@@ -3039,25 +3039,11 @@ class Job(NamedTuple):
     settings: str  # of its upload, as from Config.upload_settings
     begun: BegunUpload | None  # by an earlier run
     resumes: bool  # it was begun for this version of the file, in the same way
+    compares: bool  # it is first compared with its object
+    heads: int  # HEADs that this takes: 0 if the state knows the content
+    requests: dict[str, int]  # by kind, if it comes to an upload
     early: float  # USD for the object that an upload overwrites before its minimum days
-
-    @property
-    def compares(self) -> bool:
-        """Whether the file is first compared with its object."""
-        has_row = self.record is not None and self.record.size == self.file.size
-        return has_row and not self.resumes
-
-    @property
-    def heads(self) -> int:
-        """The number of HEADs that this takes: 0 if the state knows the content."""
-        return int(self.compares and not (self.record and self.record.knows_content))
-
-    @property
-    def requests(self) -> dict[str, int]:
-        """The numbers of requests, by kind, if it comes to an upload."""
-        lists = int(self.begun is not None)  # of its parts, or its uploads
-        upload = self.plan.requests(self.file.size)
-        return {"head": self.heads + lists, "list": lists, **upload}
+    usd: float  # for all of these requests, and `early`
 
 
 class Archived(NamedTuple):
@@ -3096,15 +3082,16 @@ class Scan(WalkReport):
             if record is not None:
                 age_days = (time.time() - (record.uploaded_at or 0)) / DAY
                 early = self.prices.early(self._class_of(record), record.size, age_days)
-            yield Job(file, key, plan, record, settings, begun, resumes, early)
+            compares = record is not None and record.size == file.size and not resumes
+            heads = int(compares and not (record and record.knows_content))
+            lists = int(begun is not None)  # of its parts, or its uploads
+            requests = {"head": heads + lists, "list": lists, **plan.requests(file.size)}
+            usd = early + self.prices.requests(config.class_of(file.size), requests)
+            known = file, key, plan, record, settings, begun, resumes
+            yield Job(*known, compares, heads, requests, early, usd)
 
     def _class_of(self, record: Record) -> str:
         return record.storage_class or self._config.storage_class
-
-    def _cost(self, job: Job) -> float:
-        """USD for the requests of an upload, and for what it overwrites early."""
-        storage_class = self._config.class_of(job.file.size)
-        return self.prices.requests(storage_class, job.requests) + job.early
 
 
 def month_cost(prices: Prices, counts: Counts) -> float:
@@ -3123,8 +3110,9 @@ def requests_cost(prices: Prices, requests: Mapping[tuple[str, str], int]) -> fl
     return sum((prices.requests(name, {kind: n}) for (name, kind), n in counted), 0.0)
 
 
-NEW, CHANGED_FILES, UNCHANGED = "New files", "Changed files", "Unchanged files"
-MARKS = {NEW: "+", CHANGED_FILES: "*", TO_COMPARE: "?"}
+NEW, MODIFIED, UNCHANGED = "New files", "Changed files", "Unchanged files"
+TO_UPLOAD = "To upload"
+MARKS = {NEW: "+", MODIFIED: "*", TO_COMPARE: "?"}
 
 
 class Forecast(Scan):
@@ -3136,15 +3124,13 @@ class Forecast(Scan):
     ):
         super().__init__(context, state)
         self._on_file = on_file
-        self.counts = Counts({label: Count() for label in (*MARKS, UNCHANGED)})
+        self.counts = Counts({label: Count() for label in (*MARKS, UNCHANGED, TO_UPLOAD)})
         self.altered = 0  # archived files that have another size or mtime now
         self.gone = Counts()  # by class: archived, but not on the box any more
         self.gone_paths = set[str]()  # as in the path column
         self.requests = Counter[tuple[str, str]]()  # by class and kind
         self.early = 0.0  # USD for objects that are overwritten early
         self.afterwards = state.archived(context.config)
-        self.tiny = Count()  # what is to be uploaded and below TINY_FILE
-        self.tiny_saving = 0.0  # USD of its upload, if it went into CLASS_FOR_TINY
 
     def add_failure(self, path: bytes, reason: object) -> None:
         self.failed += 1
@@ -3170,42 +3156,33 @@ class Forecast(Scan):
         size = sum(f.size for f in page) - sum(f.size for f in pending)
         self.counts.add(UNCHANGED, size, len(page) - len(pending))
         for job in self._make_jobs(pending):
-            record = job.record
-            if record and (record.size != job.file.size or record.mtime is not None):
+            size, record = job.file.size, job.record
+            storage_class = self._config.class_of(size)
+            if record and (record.size != size or record.mtime is not None):
                 self.altered += 1
             if job.compares:
                 label, requests = TO_COMPARE, {"head": job.heads}
             else:
-                label, requests = CHANGED_FILES if record else NEW, job.requests
-                self._add_upload(job)
-            self._on_file(MARKS[label], job.file.path)
-            self.counts.add(label, job.file.size)
-            storage_class = self._config.class_of(job.file.size)
+                label, requests = MODIFIED if record else NEW, job.requests
+                self.counts.add(TO_UPLOAD, size)
+                self.early += job.early
+                self.afterwards.add(storage_class, size)
+                if record:
+                    self.afterwards.add(self._class_of(record), -record.size, -1)
+            self.counts.add(label, size)
             self.requests.update({(storage_class, kind): n for kind, n in requests.items()})
-
-    def _add_upload(self, job: Job) -> None:
-        size, prices = job.file.size, self.prices
-        self.early += job.early
-        self.afterwards.add(self._config.class_of(size), size)
-        if job.record:
-            self.afterwards.add(self._class_of(job.record), -job.record.size, -1)
-        if size < TINY_FILE:
-            self.tiny = Count(self.tiny.files + 1, self.tiny.bytes + size)
-            in_other_class = prices.requests(CLASS_FOR_TINY, job.requests)
-            self.tiny_saving += self._cost(job) - job.early - in_other_class
+            self._on_file(MARKS[label], job.file.path)
 
     def rows(self) -> Rows:
         prices, after, total = self.prices, self.afterwards, self.afterwards.total()
         requests = Counter(put=0, create=0, part=0, complete=0, head=0)
         for (_, kind), number in (+self.requests).items():
             requests[kind] += number
-        to_upload = Counts({label: self.counts[label] for label in (NEW, CHANGED_FILES)})
         yield from self.counts.items()
         yield "Unreadable", self.failed
         yield "Gone from the box", self.gone.total()
         yield "Gone, a month", month_cost(prices, self.gone)
         yield from (+self.left_out).items()  # without those that are 0
-        yield "To upload", to_upload.total()
         yield "Requests", requests
         yield "Upload", requests_cost(prices, self.requests)
         yield "Overwritten early", self.early
@@ -3215,18 +3192,6 @@ class Forecast(Scan):
             yield f"Restore, {tier} ({hours} hours)", restore_cost(prices, after, tier)
         yield "Download of all", prices.download(total.files, total.bytes)
         yield "Prices", prices.note
-
-    def advise(self) -> None:
-        prices, after, total = self.prices, self.afterwards, self.afterwards.total()
-        per_object = sum(prices.month(name, c.files, 0) for name, c in after.items())
-        if per_object > month_cost(prices, after) / 2:
-            message = "files have %s on average: the 40 KB that S3 adds cost more than they do"
-            log.warning(message, format_size(total.bytes / total.files))
-        if self.tiny_saving > requests_cost(prices, self.requests) / 10:
-            message = "files to upload below %s: %s; SMALL_FILES_BELOW=%dK and "
-            message += "SMALL_FILES_CLASS=%s would save %s of the upload"
-            settings = TINY_FILE // KIB, CLASS_FOR_TINY, format_usd(self.tiny_saving)
-            log.warning(message, format_size(TINY_FILE), self.tiny, *settings)
 
 
 def plan(context: Context, options: argparse.Namespace) -> int:
@@ -3247,7 +3212,6 @@ def plan(context: Context, options: argparse.Namespace) -> int:
         forecast.walk_box()
     forecast.warn_of_unmatched()
     context.show_summary("PLAN", forecast.rows())
-    forecast.advise()
     return INCOMPLETE if forecast.failed else 0
 
 
@@ -3319,59 +3283,61 @@ class Run(Scan):
             self._state.note_begun(jobs)
             self._progress.expect(sum(job.file.size for job in jobs))
             for job in filter(self._fits, jobs):  # beside those before it
-                self._reserved += self._cost(job)
+                self._reserved += job.usd
                 yield job
             yield None
 
     def _fits(self, job: Job) -> bool:
         """Whether MAX_COST allows the job beside what is reserved; False if a price of it is
         not known.  Warns of the first one that is not allowed."""
-        if (limit := self._config.max_cost) is None:
-            return True
-        cost = self._cost(job)
-        if round(self._reserved + cost - limit, 9) <= 0:
+        limit = self._config.max_cost
+        if limit is None or round(self._reserved + job.usd - limit, 9) <= 0:
             return True
         if not self.ended_early:
             message = "MAX_COST is %s, and %s may cost %s: it is left out, as others may be"
-            if math.isnan(cost):
+            if math.isnan(job.usd):
                 message += ": set the prices of its storage class in PRICES"
-            log.warning(message, format_usd(limit), printable(job.file.path), format_usd(cost))
+            path, usd = printable(job.file.path), format_usd(job.usd)
+            log.warning(message, format_usd(limit), path, usd)
         self.ended_early = "MAX_COST was reached"
         return False
 
     def _transfer(self, job: Job) -> Archived | None:
         """Reads one file, and uploads it unless S3 holds it; None if the run is ending."""
-        stopping, unfinished = self._box.stopping, None
-        if stopping.is_set():
+        if self._box.stopping.is_set():
             return None
-        upload_id, may_be_complete = job.begun and job.begun.upload_id, False
-        if upload_id and job.resumes:
-            unfinished = self._bucket.unfinished_upload(job.key, upload_id, job.plan.part_size)
-            may_be_complete = unfinished is None  # and S3's answer got lost
-        elif job.begun:  # it has parts of another version, or its id may have got lost
-            self._bucket.abort_upload(job.key, upload_id)
-        found = self._object_to_compare(job) if job.compares or may_be_complete else None
-        if found and may_be_complete and found.mtime != job.file.mtime:
-            found = None  # an earlier version: the upload was not completed, but aborted
+        upload = self._begun_upload(job)
+        found = self._object_to_compare(job) if job.compares or upload is None else None
         # An mtime in the object's metadata is as good as a row of ours, unless the upload came
         # so soon after it that a later change could have the same mtime.
         if found and found.mtime == job.file.mtime < found.uploaded_at - RECENTLY_STORED:
             return Archived(job.file, found, is_recent=False, is_upload=False)
+        if upload is None:
+            found = None  # an earlier version: the upload was aborted
         if job.plan.is_multipart:
             with self._turns:
-                if stopping.is_set():
+                if self._box.stopping.is_set():
                     return None
-                archived = self._compare_large(job, found) if found else None
-                return archived or self._upload_large(job, unfinished or Upload())
+                return self._transfer_large(job, found, upload or Upload())
         with contextlib.closing(FileReader(self._box, job.file)) as reader:
             data = reader.read()
         if found and (same := match_content(found, io.BytesIO(data).read)):
             return Archived(reader.file, same, reader.is_recent, is_upload=False)
         with self._turns:
-            stopping.check()
+            self._box.stopping.check()
             stored = self._bucket.put(job.key, data, reader.file.mtime)
         self._progress.moved(len(data))
         return Archived(reader.file, stored, reader.is_recent, is_upload=True)
+
+    def _begun_upload(self, job: Job) -> Upload | None:
+        """The upload of an earlier run to continue, or a new one.  None if S3 does not have it
+        any more: it may be complete, and S3's answer got lost."""
+        upload_id = job.begun and job.begun.upload_id
+        if upload_id and job.resumes:
+            return self._bucket.unfinished_upload(job.key, upload_id, job.plan.part_size)
+        if job.begun:  # it has parts of another version, or its id may have got lost
+            self._bucket.abort_upload(job.key, upload_id)
+        return Upload()
 
     def _object_to_compare(self, job: Job) -> StoredObject | None:
         """The object to compare the file with; None if it cannot be the same.  The row is
@@ -3384,17 +3350,15 @@ class Run(Scan):
         found = self._bucket.head(job.key)
         return found if found and found.size == job.file.size else None
 
-    def _compare_large(self, job: Job, found: StoredObject) -> Archived | None:
-        """Reads the file to compare it; None if it is not the same."""
-        if not possible_part_sizes(found.etag, found.size):
-            return None
-        with contextlib.closing(FileReader(self._box, job.file)) as reader:
-            same = match_content(found, reader.read)
-        return Archived(reader.file, same, reader.is_recent, is_upload=False) if same else None
-
-    def _upload_large(self, job: Job, upload: Upload) -> Archived:
-        """Uploads a large file, after the parts that are stored.  FileError if it has changed
-        since it was listed: its stored parts are of that version."""
+    def _transfer_large(self, job: Job, found: StoredObject | None, upload: Upload) -> Archived:
+        """Reads a large file to compare it, and again to upload what follows the parts that
+        are stored.  FileError if it has changed since it was listed, as they are of that
+        version."""
+        if found and possible_part_sizes(found.etag, found.size):
+            with contextlib.closing(FileReader(self._box, job.file)) as reader:
+                same = match_content(found, reader.read)
+            if same:
+                return Archived(reader.file, same, reader.is_recent, is_upload=False)
         # upload_fileobj has to send at least one part.
         most = (job.file.size - 1) // job.plan.part_size
         upload = upload._replace(parts=upload.parts[:most])
@@ -3418,7 +3382,7 @@ class Run(Scan):
                 files_log.info("archived %s (%s bytes)", path, f"{archived.file.size:,}")
             elif archived:
                 asked = self.prices.requests("", {"head": job.heads})
-                self._reserved -= self._cost(job) - asked
+                self._reserved -= job.usd - asked
                 self.compared += 1
                 log.debug("compared %s", path)
             elif error and error.code == VANISHED:
@@ -3690,50 +3654,45 @@ def verify(context: Context, options: argparse.Namespace) -> int:
 def check(context: Context, _options: argparse.Namespace) -> int:
     """Tries settings, box, bucket and permissions, with the remedy for each.  Nothing is left
     behind.  0, or 1 if something that a run needs has failed."""
-    config, bucket, wrong = context.config, context.bucket, 0
-
-    def line(verdict: str, text: str) -> None:
-        show(f"{verdict:<5}  {text}")
-
-    def attempt(name: str, question: Callable[[], object]) -> str:
-        """Tries `question`, and shows the result.  Returns an error code, or an empty text."""
-        nonlocal wrong
-        try:
-            question()
-        except ArchiveError as error:
-            # Another run holds the lock, or restore may have other credentials.
-            harmless = error.status == LOCKED or name == "s3:RestoreObject"
-            line("note" if harmless else "WRONG", f"{name}: {error}")
-            wrong += not harmless
-            return error.code or "error"
-        line("ok", name)
-        return ""
+    config, bucket, root, status = context.config, context.bucket, context.config.remote_path, 0
+    rule, versioning = "lifecycle rule for unfinished uploads", "versioning"
+    advice = {rule: "none: see the README, The bucket"}
+    advice[versioning] = "no: what changes on the box replaces its object"
 
     def try_state() -> None:
         with locked(config):
             State(config, copy=True).close()
 
-    def advise(name: str, question: Callable[[], bool], advice: str) -> None:
-        answer = try_or_unknown(question) or advice
-        line("ok" if answer is True else "note", f"{name}: {format_value(answer)}")
-
-    line("ok", "settings")
-    attempt(f"state in {config.state_db}", try_state)
-    if not attempt("Storage Box (host key, login, SFTP)", context.box.session):
-        root = config.remote_path
-        attempt(f"REMOTE_PATH {printable(root)}", lambda: context.box.list_folder(root))
-    for permission, probe in bucket.permission_probes().items():
-        code = attempt(permission, probe)
-        # Another error would repeat.  Without the permission to abort, s3:PutObject would
-        # leave an upload behind.
-        if code and (code != DENIED or permission == "s3:AbortMultipartUpload"):
-            break
-    else:
-        no_rule = "none: see the README, The bucket"
-        advise("lifecycle rule for unfinished uploads", bucket.has_abort_rule, no_rule)
-        off = "no: what changes on the box replaces its object"
-        advise("versioning", lambda: bucket.versioning() == "Enabled", off)
-    return FATAL if wrong else 0
+    groups: list[dict[str, Callable[[], object]]] = [
+        {"settings": lambda: config, f"state in {config.state_db}": try_state},
+        {
+            "Storage Box (host key, login, SFTP)": context.box.session,
+            f"REMOTE_PATH {printable(root)}": lambda: context.box.list_folder(root),
+        },
+        {
+            **bucket.permission_probes(),
+            rule: bucket.has_abort_rule,
+            versioning: lambda: bucket.versioning() == "Enabled",
+        },
+    ]
+    for group in groups:
+        for name, question in group.items():
+            verdict, text, is_over = "ok", name, False
+            try:
+                if question() is False:
+                    verdict, text = "note", f"{name}: {advice[name]}"
+            except ArchiveError as error:
+                # Another run holds the lock, or restore may have other credentials.
+                is_harmless = error.status == LOCKED or name in ("s3:RestoreObject", *advice)
+                verdict, text = "note" if is_harmless else "WRONG", f"{name}: {error}"
+                status = status if is_harmless else FATAL
+                # The others would meet it, too.  Without the permission to abort,
+                # s3:PutObject would leave an upload behind.
+                is_over = error.code != DENIED or name == "s3:AbortMultipartUpload"
+            show(f"{verdict:<5}  {text}")
+            if is_over:
+                break
+    return status
 
 
 # --------------------------------------------------------------------- Restore
