@@ -150,7 +150,7 @@ KEEPALIVE = 60  # the box closes idle sessions, and a part may take minutes to u
 S3_CONNECT_LIMIT, S3_READ_LIMIT = 20, 60  # per attempt
 LOCKED_LIMIT = 10  # for another program's lock when the state database is opened
 COMMIT_LIMIT = 60  # for such a lock later: `plan` may be copying the database
-COMMIT_PAUSE = 1  # between commits of finished files while the walk finds no new one
+COMMIT_PAUSE = 0.5  # between commits of finished files while the walk finds no new one
 STOP_LIMIT = 5  # for work under way after a signal
 EXIT_GRACE = 3  # until the process is ended after STOP_LIMIT
 RUNTIME_GRACE = 40  # for what is on its way to S3 after MAX_RUNTIME
@@ -3013,17 +3013,17 @@ class Parallel(Generic[Item, Result]):
                 self._fail(Fatal(f"{error}; {SAME_FAILURES} in a row failed like this", code))
         if self.box.stopping.is_set():
             self._fail(Stopped())
-        if self.box.stopping.signal is not None:
-            self._wait_until = min(self._wait_until, time.monotonic() + STOP_LIMIT)
         return [outcome for outcome in outcomes if not isinstance(outcome[2], Fatal)]
 
     def _fail(self, error: BaseException) -> None:
-        """Notes what ends the rest of the work: the first Fatal, or else the last error."""
+        """Notes what ends the rest of the work, the first Fatal or else the last error, and
+        until when what is under way is waited for."""
         if not isinstance(self._failure, Fatal):
             self._failure = error
         if not isinstance(error, FileError):
             self.box.close()
-            self._wait_until = min(self._wait_until, time.monotonic() + RUNTIME_GRACE)
+            limit = RUNTIME_GRACE if self.box.stopping.signal is None else STOP_LIMIT
+            self._wait_until = min(self._wait_until, time.monotonic() + limit)
 
 
 # ------------------------------------------------------------------- Forecast
@@ -3063,6 +3063,7 @@ class Scan(WalkReport):
         self._context, self._config, self._state = context, context.config, state
         self._uploads = state.uploads()  # without those of the jobs that were made
         self.prices = context.prices
+        self.early = 0.0  # USD for objects that are overwritten early
 
     def _make_jobs(self, files: list[RemoteFile]) -> Iterator[Job]:
         """Jobs for files that are not recorded.  One that S3 cannot hold is a failure."""
@@ -3129,7 +3130,6 @@ class Forecast(Scan):
         self.gone = Counts()  # by class: archived, but not on the box any more
         self.gone_paths = set[str]()  # as in the path column
         self.requests = Counter[tuple[str, str]]()  # by class and kind
-        self.early = 0.0  # USD for objects that are overwritten early
         self.afterwards = state.archived(context.config)
 
     def add_failure(self, path: bytes, reason: object) -> None:
@@ -3229,13 +3229,12 @@ class Run(Scan):
         self.uploaded = self.unchanged = self.compared = self.bytes_uploaded = 0
         self.ended_early = ""  # the reason
         self._turns = threading.Semaphore(self._config.transfers)  # to send files to S3
-        self._early = 0.0  # USD for objects that were overwritten early
         self._reserved = 0.0  # USD for the jobs that have begun, and the requests before
 
     @property
     def spent(self) -> float:
         """USD that the run has spent by its own count."""
-        return self._early + requests_cost(self.prices, self._bucket.requests)
+        return self.early + requests_cost(self.prices, self._bucket.requests)
 
     def rows(self) -> Rows:
         """The summary: five rows that it always has, and others that are left out if empty."""
@@ -3376,7 +3375,7 @@ class Run(Scan):
         for job, archived, error in outcomes:
             path = printable(job.file.path)
             if archived and archived.is_upload:
-                self._early += job.early
+                self.early += job.early
                 self.uploaded += 1
                 self.bytes_uploaded += archived.file.size
                 files_log.info("archived %s (%s bytes)", path, f"{archived.file.size:,}")
@@ -3621,7 +3620,7 @@ def show_runs(runs: list[PastRun]) -> None:
 def verify(context: Context, options: argparse.Namespace) -> int:
     """Compares the state with the bucket's listing; downloads nothing.  0, or 3 if they
     differ.  --repair corrects the state: the next run uploads or compares these files."""
-    config, repair, other_class = context.config, options.repair, 0
+    config, repair, faults = context.config, options.repair, 0
     labels = (AGREE, NO_OBJECT, WRONG_SIZE, WRONG_ETAG, NOT_RECORDED)
     counts = Counter(dict.fromkeys(labels, 0))
     lock = locked(config) if repair else contextlib.nullcontext()
@@ -3635,17 +3634,13 @@ def verify(context: Context, options: argparse.Namespace) -> int:
         for verdict, reason, path, found, record in bar:
             counts[verdict] += 1
             if reason:
+                faults += 1
                 log_failure(unescape(path), reason)
             elif found and record and record.storage_class not in (None, found.storage_class):
-                other_class += 1
+                counts["Other class"] += 1  # which does no harm
     if not counts.total():
         raise Fatal(f"nothing is archived in {config.url}: correct S3_BUCKET or S3_PREFIX")
-    faults = counts.total() - counts[AGREE] - counts[TO_COMPARE]
     show_table("VERIFY", counts.items())
-    if other_class:
-        note = "%s objects are in another storage class than was recorded, which does no harm: "
-        note += "the state has it now" if repair else "verify --repair records it"
-        log.warning(note, f"{other_class:,}")
     if repair and faults:
         log.warning("the state is repaired: the next run uploads what S3 does not hold")
     return INCOMPLETE if faults else 0
