@@ -3096,19 +3096,19 @@ class Scan(WalkReport):
 
 
 def month_cost(prices: Prices, counts: Counts) -> float:
-    return sum((prices.month(name, c.files, c.bytes) for name, c in counts.items()), 0.0)
+    return math.fsum(prices.month(name, c.files, c.bytes) for name, c in counts.items())
 
 
 def restore_cost(prices: Prices, counts: Counts, tier: str, days: int = DAYS_RESTORED) -> float:
     """USD for restored copies of all objects that stay for `days`."""
-    costs = (prices.restore(n, tier, c.files, c.bytes, days) for n, c in counts.items())
-    return sum(costs, 0.0)
+    of_classes = counts.items()
+    return math.fsum(prices.restore(n, tier, c.files, c.bytes, days) for n, c in of_classes)
 
 
 def requests_cost(prices: Prices, requests: Mapping[tuple[str, str], int]) -> float:
     """USD for requests, which are counted by storage class and kind."""
     counted = [*requests.items()]  # other threads may add some
-    return sum((prices.requests(name, {kind: n}) for (name, kind), n in counted), 0.0)
+    return math.fsum(prices.requests(name, {kind: n}) for (name, kind), n in counted)
 
 
 NEW, MODIFIED, UNCHANGED = "New files", "Changed files", "Unchanged files"
@@ -3120,9 +3120,7 @@ class Forecast(Scan):
     """What a run would do, and what that costs.  `on_file` is called with a mark, a path and
     the reason of a failure for each file that is not archived as it is."""
 
-    def __init__(
-        self, context: Context, state: State, on_file: Callable[..., None] = lambda *_: None
-    ):
+    def __init__(self, context: Context, state: State, on_file: Callable[..., None]):
         super().__init__(context, state)
         self._on_file = on_file
         self.counts = Counts({label: Count() for label in (*MARKS, UNCHANGED, TO_UPLOAD)})
@@ -3420,7 +3418,7 @@ def check_changes(context: Context, state: State) -> None:
     limit = context.config.max_changed
     if limit is None:
         return
-    forecast = Forecast(context, state)
+    forecast = Forecast(context, state, lambda *_: None)
     forecast.walk_box()
     before = state.archived(context.config).total().files
     gone = len(forecast.gone_paths - state.known_gone())
@@ -3577,7 +3575,7 @@ def status(context: Context, _options: argparse.Namespace) -> int:
         rows.update(counts)
         rows["Storage a month"] = month_cost(prices, counts)
         spent = (past.spent or 0.0 for past in runs if past.started_at >= since)
-        rows["Spent in 30 days"] = sum(spent, 0.0)
+        rows["Spent in 30 days"] = math.fsum(spent)
         return runs[:5]
 
     runs = try_or_unknown(read_state)
