@@ -3309,8 +3309,8 @@ class Run(Scan):
         # so soon after it that a later change could have the same mtime.
         if found and found.mtime == job.file.mtime < found.uploaded_at - RECENTLY_STORED:
             return Archived(job.file, found, is_recent=False, is_upload=False)
-        if upload is None:
-            found = None  # an earlier version: the upload was aborted
+        if upload is None and found and found.mtime != job.file.mtime:
+            found = None  # an earlier version: the upload was not completed, but aborted
         if job.plan.is_multipart:
             with self._turns:
                 if self._box.stopping.is_set():
