@@ -150,7 +150,7 @@ KEEPALIVE = 60  # the box closes idle sessions, and a part may take minutes to u
 S3_CONNECT_LIMIT, S3_READ_LIMIT = 20, 60  # per attempt
 LOCKED_LIMIT = 10  # for another program's lock when the state database is opened
 COMMIT_LIMIT = 60  # for such a lock later: `plan` may be copying the database
-COMMIT_PAUSE = 1  # between commits of finished files while the walk finds no new one
+COMMIT_PAUSE = 0.5  # between commits of finished files while the walk finds no new one
 STOP_LIMIT = 5  # for work under way after a signal
 EXIT_GRACE = 3  # until the process is ended after STOP_LIMIT
 RUNTIME_GRACE = 40  # for what is on its way to S3 after MAX_RUNTIME
@@ -173,8 +173,6 @@ EARLIEST = -(1 << 31)
 TIME_RANGES = ((0, (1 << 32) - 1), (EARLIEST, (1 << 31) - 1), (EARLIEST, 15032385535))
 DAYS_RESTORED = 7  # for which S3 keeps restored copies, by default
 WAIT_PAUSE = 15 * 60  # s between the passes of `restore --wait`
-# Below TINY_FILE, STANDARD costs less than the 40 KB that S3 adds to a cold object.
-TINY_FILE, CLASS_FOR_TINY = 8 * KIB, "STANDARD"
 
 # ---------------------------------------------------------------------- Prices
 #
@@ -231,7 +229,6 @@ class Prices:
         if self.region != region:
             self.note += f" (those of {region or 'your region'} may differ: set PRICES)"
         self.note += " with PRICES" if overrides else ""
-        self.json = {"of": PRICES_OF, "region": self.region, "note": self.note}
 
     def _cost(self, count: float, *name: str) -> float:
         """`count` times the price of that name; 0 for none, even if the price is not known."""
@@ -331,10 +328,14 @@ class Stopped(BaseException):
 
 class StopEvent(threading.Event):
     """Set when the program has to end: no new work begins then.  If a signal is the cause,
-    `signal` is its number, and Stopped is raised on the main thread, which sets the event."""
+    `signal` is its number, which is as good as the event, and Stopped is raised on the main
+    thread."""
 
     signal: int | None = None
     is_deferred = False  # the signal handler does not raise Stopped then
+
+    def is_set(self) -> bool:
+        return self.signal is not None or super().is_set()
 
     def check(self) -> None:
         if self.is_set():
@@ -1466,7 +1467,8 @@ class FileReader:
             raise
 
     def read(self, amount: int = -1) -> bytes:
-        """The next `amount` bytes, fewer only at the end; all if negative; FileError."""
+        """The next `amount` bytes, fewer at the end; all if negative; FileError, Stopped."""
+        self._box.stopping.check()
         left = self.file.size - self._delivered
         missing = amount = left if amount < 0 else min(amount, left)
         data = io.BytesIO(bytes(amount))  # getvalue() copies nothing, join() would
@@ -2750,6 +2752,18 @@ def start_logging(config: Config, level: int, bars: bool, results: TextIO) -> No
 
 show = partial(results_log.info, "%s")  # writes a line of a result to stdout and LOG_FILE
 
+
+class Size(int):
+    """Bytes that a table shows like `1.5 GiB`."""
+
+    def __str__(self) -> str:
+        return format_size(self)
+
+
+class Unknown(str):
+    """The text that a table shows instead of a value that is not known."""
+
+
 Rows = Iterable[tuple[str, object]]  # of a table: a label and a value; a float is USD
 
 
@@ -2758,13 +2772,24 @@ def show_table(title: str, rows: Rows) -> None:
     width = max(15, *(len(label) for label, _ in rows))
     show(f"==== {title} ====")
     for label, value in rows:
-        text = f"{value:,}" if isinstance(value, int) else str(value)
-        show(f"{label:<{width}}: {format_usd(value) if isinstance(value, float) else text}")
+        show(f"{label:<{width}}: {format_value(value)}")
 
 
-def json_usd(usd: float) -> float | None:
-    """An amount for JSON: null if it is not known."""
-    return None if math.isnan(usd) else round(usd, 6)
+def format_value(value: object) -> str:
+    if isinstance(value, float):
+        return format_usd(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):  # numbers by kind
+        return ", ".join(f"{n:,} {kind}" for kind, n in value.items() if n) or "none"
+    return f"{value:,}" if type(value) is int else str(value)
+
+
+def json_value(value: object) -> object:
+    """A row's value for JSON: null if it is not known."""
+    if isinstance(value, float):
+        return None if math.isnan(value) else round(value, 6)
+    return None if isinstance(value, Unknown) else value
 
 
 def show_json(value: object) -> None:
@@ -2823,7 +2848,7 @@ class Context:
         rows = list(rows)
         for label, value in rows:
             name = re.sub(r"\W+", "_", label.lower()).strip("_")
-            self.summary[name] = json_usd(value) if isinstance(value, float) else value
+            self.summary[name] = json_value(value)
         show_table(title, rows)
 
 
@@ -2841,8 +2866,8 @@ class Parallel(Generic[Item, Result]):
     A FileError of `work` is an outcome.  Fatal, Stopped, and SAME_FAILURES with one code in a
     row close the box.  These errors, and a FileError of the items, are raised once the work
     under way was yielded.  After Fatal and Stopped, it is waited for at most RUNTIME_GRACE,
-    and after a signal STOP_LIMIT.  A signal is never raised in the code that takes outcomes:
-    those of a list that it has not looked at yet would be lost."""
+    and after a signal STOP_LIMIT.  A signal raises Stopped only in the code of `items`: the
+    code that takes outcomes would lose those of a list that it has not looked at yet."""
 
     work: Callable[[Item], Result]
     box: StorageBox
@@ -2851,39 +2876,33 @@ class Parallel(Generic[Item, Result]):
     limit: int = 0
 
     def __post_init__(self) -> None:
-        self._finished: deque[Outcome[Item, Result]] = deque()
-        self._has_finished = threading.Event()  # set whenever one is added
+        self._finished: queue.SimpleQueue[Outcome[Item, Result]] = queue.SimpleQueue()
         self._under_way = self._memory_in_use = 0
         self._codes: deque[str] = deque(maxlen=SAME_FAILURES)  # of the latest outcomes
         self._failure: BaseException | None = None
+        self._wait_until = math.inf  # a monotonic time
 
     def outcomes(self, items: Iterable[Item | None]) -> Generator[list[Outcome[Item, Result]]]:
         """Finished work, in lists.  An item of None only lets finished work be yielded."""
         pool, stopping = ThreadPoolExecutor(self.threads), self.box.stopping
         try:
-            for item in items:
-                while self._must_wait(item):
-                    yield from self._hand_over()
-                if item is not None:
-                    self._under_way += 1
-                    self._memory_in_use += self.memory(item)
-                    pool.submit(self._attempt, item)
-            while self._under_way:
-                yield from self._hand_over()
-        except (ArchiveError, Stopped) as error:  # of `items`, of _hand_over, or by a signal
+            try:
+                for item in items:
+                    with stopping.deferred():
+                        while self._must_wait(item):
+                            yield self._collect()
+                        if item is not None:
+                            self._under_way += 1
+                            self._memory_in_use += self.memory(item)
+                            pool.submit(self._attempt, item)
+                stopping.is_deferred = True  # within `try`: there is no gap for a signal
+            except (ArchiveError, Stopped) as error:
+                self._fail(error)
             with stopping.deferred():
-                self._failure, end = self._failure or error, math.inf
-                if not isinstance(self._failure, FileError):
-                    self.box.close()
-                    end = time.monotonic() + RUNTIME_GRACE
-                while self._under_way and time.monotonic() < end:
-                    if stopping.signal is not None:
-                        end = min(end, time.monotonic() + STOP_LIMIT)
-                    self._has_finished.wait(COMMIT_PAUSE)
+                while self._under_way and time.monotonic() < self._wait_until:
                     yield self._collect()
-                if not isinstance(self._failure, FileError):  # which a signal must not hide
+                if self._failure is not None:
                     raise self._failure from None
-            raise self._failure from None
         finally:
             if self._under_way:
                 self.box.close()
@@ -2903,46 +2922,52 @@ class Parallel(Generic[Item, Result]):
             code = type(other).__name__
             error = FileError(f"unexpected {code}: {other}", code)
         if isinstance(error, Fatal):
-            self._failure = error
-            self.box.close()  # at once, so that the other threads begin no new work
+            self._fail(error)  # at once, so that the other threads begin no new work
         if error is not None:  # a traceback would keep the file's bytes in memory
             error.__traceback__ = error.__context__ = None
-        self._finished.append((item, result, error))
-        self._has_finished.set()
+        self._finished.put((item, result, error))
 
     def _must_wait(self, item: Item | None) -> bool:
-        """Whether finished work has to be collected before `item` is begun."""
-        if self._finished:
+        """Whether finished work has to be collected before `item` is begun.  Raises what ends
+        the rest of the work."""
+        if self._failure is not None:
+            raise self._failure
+        if not self._finished.empty():
             return True
         if item is None or not self._under_way:
             return False
         is_full = self._memory_in_use + self.memory(item) > self.limit
         return is_full or self._under_way == self.threads
 
-    def _hand_over(self) -> Iterator[list[Outcome[Item, Result]]]:
-        """Waits for finished work at most COMMIT_PAUSE, and yields it.  Raises what ends the
-        rest of the work."""
-        self._has_finished.wait(COMMIT_PAUSE)
-        with self.box.stopping.deferred():
-            yield self._collect()
-        if self._failure is not None:
-            raise self._failure
-        self.box.stopping.check()
-
     def _collect(self) -> list[Outcome[Item, Result]]:
-        """Takes the outcomes of finished work, and notes why the rest has to end."""
-        self._has_finished.clear()
-        outcomes = [self._finished.popleft() for _ in range(len(self._finished))]
+        """Waits for finished work at most COMMIT_PAUSE, and takes its outcomes.  Notes why the
+        rest has to end."""
+        outcomes = []
+        with contextlib.suppress(queue.Empty):
+            outcomes.append(self._finished.get(timeout=COMMIT_PAUSE))
+            while True:
+                outcomes.append(self._finished.get_nowait())
         for item, _, error in outcomes:
             self._under_way -= 1
             self._memory_in_use -= self.memory(item)
             code = error.code if error else ""
             if code not in (VANISHED, CHANGED, UNFINISHED):
                 self._codes.append(code)
-            if code and self._codes.count(code) == SAME_FAILURES and self._failure is None:
-                reason = f"{error}; {SAME_FAILURES} in a row failed like this"
-                self._failure = Fatal(reason, code)
+            if code and self._codes.count(code) == SAME_FAILURES:
+                self._fail(Fatal(f"{error}; {SAME_FAILURES} in a row failed like this", code))
+        if self.box.stopping.is_set():
+            self._fail(Stopped())
         return [outcome for outcome in outcomes if not isinstance(outcome[2], Fatal)]
+
+    def _fail(self, error: BaseException) -> None:
+        """Notes what ends the rest of the work, the first Fatal or else the last error, and
+        until when what is under way is waited for."""
+        if not isinstance(self._failure, Fatal):
+            self._failure = error
+        if not isinstance(error, FileError):
+            self.box.close()
+            limit = RUNTIME_GRACE if self.box.stopping.signal is None else STOP_LIMIT
+            self._wait_until = min(self._wait_until, time.monotonic() + limit)
 
 
 # ------------------------------------------------------------------- Forecast
@@ -2958,17 +2983,11 @@ class Job(NamedTuple):
     settings: str  # of its upload, as from Config.upload_settings
     begun: BegunUpload | None  # by an earlier run
     resumes: bool  # it was begun for this version of the file, in the same way
-
-    @property
-    def compares(self) -> bool:
-        """Whether the file is first compared with its object."""
-        has_row = self.record is not None and self.record.size == self.file.size
-        return has_row and not self.resumes
-
-    @property
-    def heads(self) -> int:
-        """The number of HEADs that this takes: 0 if the state knows the content."""
-        return int(self.compares and not (self.record and self.record.knows_content))
+    compares: bool  # it is first compared with its object
+    heads: int  # HEADs that this takes: 0 if the state knows the content
+    requests: dict[str, int]  # by kind, if it comes to an upload
+    early: float  # USD for the object that an upload overwrites before its minimum days
+    usd: float  # for all of these requests, and `early`
 
 
 class Archived(NamedTuple):
@@ -2988,6 +3007,7 @@ class Scan(WalkReport):
         self._context, self._config, self._state = context, context.config, state
         self._uploads = state.uploads()  # without those of the jobs that were made
         self.prices = context.bucket.prices
+        self.early = 0.0  # USD for objects that are overwritten early
 
     def _make_jobs(self, files: list[RemoteFile]) -> Iterator[Job]:
         """Jobs for files that are not recorded.  One that S3 cannot hold is a failure."""
@@ -3003,54 +3023,60 @@ class Scan(WalkReport):
             settings = config.upload_settings(file.size) if plan.is_multipart else ""
             version = file.size, file.mtime, plan.part_size, settings
             resumes = begun is not None and begun[:4] == version
-            yield Job(file, key, plan, self._state.find(file.path), settings, begun, resumes)
+            record, early = self._state.find(file.path), 0.0
+            if record is not None:
+                age_days = (time.time() - (record.uploaded_at or 0)) / DAY
+                early = self.prices.early(self._class_of(record), record.size, age_days)
+            compares = record is not None and record.size == file.size and not resumes
+            heads = int(compares and not (record and record.knows_content))
+            lists = int(resumes)  # of its parts
+            requests = {"head": heads + lists, "list": lists, **plan.requests(file.size)}
+            usd = early + self.prices.requests(config.class_of(file.size), requests)
+            known = file, key, plan, record, settings, begun, resumes
+            yield Job(*known, compares, heads, requests, early, usd)
 
-    def _cost(self, job: Job) -> tuple[float, float]:
-        """USD for the requests of an upload, if it comes to that after a comparison, and for
-        the object that it overwrites early."""
-        size, record, early = job.file.size, job.record, 0.0
-        lists = int(job.resumes)  # its parts
-        requests = {"head": job.heads + lists, "list": lists, **job.plan.requests(size)}
-        if record is not None:
-            age_days = (time.time() - (record.uploaded_at or 0)) / DAY
-            storage_class = record.storage_class or self._config.storage_class
-            early = self.prices.early(storage_class, record.size, age_days)
-        return self.prices.requests(self._config.class_of(size), requests), early
+    def _class_of(self, record: Record) -> str:
+        return record.storage_class or self._config.storage_class
 
 
 def month_cost(prices: Prices, counts: Counts) -> float:
-    return sum(prices.month(name, c.files, c.bytes) for name, c in counts.items())
+    return math.fsum(prices.month(name, c.files, c.bytes) for name, c in counts.items())
 
 
 def restore_cost(prices: Prices, counts: Counts, tier: str, days: int = DAYS_RESTORED) -> float:
     """USD for restored copies of all objects that stay for `days`."""
-    return sum(prices.restore(n, tier, c.files, c.bytes, days) for n, c in counts.items())
+    of_classes = counts.items()
+    return math.fsum(prices.restore(n, tier, c.files, c.bytes, days) for n, c in of_classes)
 
 
-MARKS = {"new": "+", "changed": "*", "to_compare": "?", "gone": "-", "failing": "!"}
+def requests_cost(prices: Prices, requests: Mapping[tuple[str, str], int]) -> float:
+    """USD for requests, which are counted by storage class and kind."""
+    counted = [*requests.items()]  # other threads may add some
+    return math.fsum(prices.requests(name, {kind: n}) for (name, kind), n in counted)
+
+
+NEW, MODIFIED, UNCHANGED = "New files", "Changed files", "Unchanged files"
+TO_UPLOAD = "To upload"
+MARKS = {NEW: "+", MODIFIED: "*", TO_COMPARE: "?"}
 
 
 class Forecast(Scan):
     """What a run would do, and what that costs.  `on_file` is called with a mark, a path and
-    a reason for each file that is not archived as it is."""
+    the reason of a failure for each file that is not archived as it is."""
 
     def __init__(self, context: Context, state: State, on_file: Callable[..., None]):
         super().__init__(context, state)
         self._on_file = on_file
-        self.afterwards = state.archived(context.config)
-        names = ("new", "changed", "to_compare", "unchanged")
-        self.counts = Counts({name: Count() for name in names})
+        self.counts = Counts({label: Count() for label in (*MARKS, UNCHANGED, TO_UPLOAD)})
+        self.altered = 0  # archived files that have another size or mtime now
         self.gone = Counts()  # by class: archived, but not on the box any more
         self.gone_paths = set[str]()  # as in the path column
-        self.tiny = Counts()  # by class, of what is to be uploaded
-        self.altered = 0  # archived files that have another size or mtime now
-        self.requests = Counter(put=0, create=0, part=0, complete=0, head=0)
-        self.upload = 0.0  # USD for these requests
-        self.early = 0.0  # USD for objects that are overwritten early
+        self.requests = Counter[tuple[str, str]]()  # by class and kind
+        self.afterwards = state.archived(context.config)
 
     def add_failure(self, path: bytes, reason: object) -> None:
         self.failed += 1
-        self._on_file("failing", path, reason)
+        self._on_file("!", path, reason)
 
     def walk_box(self) -> None:
         """Adds all files of the box; Fatal, Stopped."""
@@ -3063,116 +3089,61 @@ class Forecast(Scan):
         for record in self._state.unseen():
             path = unescape(record.path)
             if not walk.leaves_out(path):
-                storage_class = record.storage_class or self._config.storage_class
-                self.gone.add(storage_class, record.size)
+                self.gone.add(self._class_of(record), record.size)
                 self.gone_paths.add(record.path)
-                self._on_file("gone", path, "")
+                self._on_file("-", path)
 
     def _add_page(self, page: list[RemoteFile]) -> None:
         pending = self._state.unrecorded(page)
         size = sum(f.size for f in page) - sum(f.size for f in pending)
-        self.counts.add("unchanged", size, len(page) - len(pending))
+        self.counts.add(UNCHANGED, size, len(page) - len(pending))
         for job in self._make_jobs(pending):
-            file, record = job.file, job.record
-            storage_class = self._config.class_of(file.size)
-            if record and (record.size != file.size or record.mtime is not None):
+            size, record = job.file.size, job.record
+            storage_class = self._config.class_of(size)
+            if record and (record.size != size or record.mtime is not None):
                 self.altered += 1
-            change = "to_compare" if job.compares else "changed" if record else "new"
-            self._on_file(change, file.path, "")
-            self.counts.add(change, file.size)
             if job.compares:
-                self.requests["head"] += job.heads
-                self.upload += self.prices.requests(storage_class, {"head": job.heads})
-                continue
-            if file.size < TINY_FILE:
-                self.tiny.add(storage_class, file.size)
-            self.requests.update(job.plan.requests(file.size))
-            cost, early = self._cost(job)
-            self.upload, self.early = self.upload + cost, self.early + early
-            self.afterwards.add(storage_class, file.size)
-            if record:
-                overwritten = record.storage_class or self._config.storage_class
-                self.afterwards.add(overwritten, -record.size, -1)
-
-    def usd(self) -> dict[str, float]:
-        """Amounts by their names in JSON.  `tiny_files_` are what would be saved of the upload
-        and of a month if files below TINY_FILE went into CLASS_FOR_TINY."""
-        prices, after, archived = self.prices, self.afterwards, self.afterwards.total()
-        tiny, other = self.tiny.total(), CLASS_FOR_TINY
-        tiny_puts = (prices.requests(n, {"put": c.files}) for n, c in self.tiny.items())
-        tiny_month = month_cost(prices, self.tiny)
-        return {
-            "upload": self.upload,
-            "overwritten_early": self.early,
-            "storage_a_month": month_cost(prices, after),
-            "of_it_per_object": sum(prices.month(n, c.files, 0) for n, c in after.items()),
-            "gone_a_month": month_cost(prices, self.gone),
-            **{f"full_restore_{tier}": restore_cost(prices, after, tier) for tier in TIERS},
-            "full_download": prices.download(archived.files, archived.bytes),
-            "tiny_files_upload": sum(tiny_puts) - prices.requests(other, {"put": tiny.files}),
-            "tiny_files_month": tiny_month - prices.month(other, tiny.files, tiny.bytes),
-        }
-
-    def json(self) -> dict[str, object]:
-        labels = {"hidden": "Hidden entries", "excluded": "Excluded", "links": "Links"}
-        labels["special"] = "Special files"
-        return {
-            **self.counts,
-            "gone": self.gone.total(),
-            **{name: self.left_out[label] for name, label in labels.items()},
-            "unreadable": self.failed,
-            "requests": self.requests,
-            "afterwards": self.afterwards.total(),
-            "tiny_files": self.tiny.total(),
-            "usd": {name: json_usd(amount) for name, amount in self.usd().items()},
-            "prices": self.prices.json,
-        }
+                label, requests = TO_COMPARE, {"head": job.heads}
+            else:
+                label, requests = MODIFIED if record else NEW, job.requests
+                self.counts.add(TO_UPLOAD, size)
+                self.early += job.early
+                self.afterwards.add(storage_class, size)
+                if record:
+                    self.afterwards.add(self._class_of(record), -record.size, -1)
+            self.counts.add(label, size)
+            self.requests.update({(storage_class, kind): n for kind, n in requests.items()})
+            self._on_file(MARKS[label], job.file.path)
 
     def rows(self) -> Rows:
-        usd = self.usd()
-        new, changed = self.counts["new"], self.counts["changed"]
-        requests = ", ".join(f"{n:,} {kind}" for kind, n in self.requests.items() if n)
-        yield "New files", new
-        yield "Changed files", changed
-        yield "To compare", self.counts["to_compare"]
+        prices, after, total = self.prices, self.afterwards, self.afterwards.total()
+        requests = Counter(put=0, create=0, part=0, complete=0, head=0)
+        for (_, kind), number in (+self.requests).items():
+            requests[kind] += number
+        yield from self.counts.items()
         yield "Unreadable", self.failed
-        yield "Unchanged files", self.counts["unchanged"]
-        if self.gone:
-            cost = format_usd(usd["gone_a_month"])
-            yield "Gone from the box", f"{self.gone.total()}, archived for {cost} a month"
+        yield "Gone from the box", self.gone.total()
+        yield "Gone, a month", month_cost(prices, self.gone)
         yield from (+self.left_out).items()  # without those that are 0
-        yield "To upload", Counts(new=new, changed=changed).total()
-        yield "Requests", requests or "none"
-        yield "Upload", usd["upload"]
-        yield "Overwritten early", usd["overwritten_early"]
-        yield "Archive afterwards", self.afterwards.total()
-        yield "Storage a month", usd["storage_a_month"]
+        yield "Requests", requests
+        yield "Upload", requests_cost(prices, self.requests)
+        yield "Overwritten early", self.early
+        yield "Archive afterwards", total
+        yield "Storage a month", month_cost(prices, after)
         for tier, hours in TIERS.items():
-            cost = format_usd(usd[f"full_restore_{tier}"])
-            yield f"Restore, {tier}", f"{cost}, within {hours} hours, for {DAYS_RESTORED} days"
-        yield "Download of all", f"{format_usd(usd['full_download'])} out of AWS"
-
-    def advise(self) -> None:
-        usd, archived = self.usd(), self.afterwards.total()
-        upload, month = usd["tiny_files_upload"], usd["tiny_files_month"]
-        if usd["of_it_per_object"] > usd["storage_a_month"] / 2:
-            message = "files have %s on average: the 40 KB that S3 adds cost more than they do"
-            log.warning(message, format_size(archived.bytes / archived.files))
-        if upload > usd["upload"] / 10 or month > usd["storage_a_month"] / 10:
-            message = "files to upload below %s: %s; SMALL_FILES_BELOW=%dK and "
-            message += "SMALL_FILES_CLASS=%s would save %s of the upload and %s a month"
-            tiny = format_size(TINY_FILE), self.tiny.total(), TINY_FILE // KIB, CLASS_FOR_TINY
-            log.warning(message, *tiny, format_usd(upload), format_usd(month))
+            yield f"Restore, {tier} ({hours} hours)", restore_cost(prices, after, tier)
+        yield "Download of all", prices.download(total.files, total.bytes)
+        yield "Prices", prices.note
 
 
 def plan(context: Context, options: argparse.Namespace) -> int:
     """Shows what run would do and cost; changes nothing.  0, or 3 if a file would fail."""
 
-    def show_file(what: str, path: bytes, reason: object) -> None:
+    def show_file(mark: str, path: bytes, failure: object = "") -> None:
         if options.list and not options.json:
-            print_line(f"{MARKS[what]} {printable(path)}")
-        if what == "failing":
-            log_failure(path, reason)
+            print_line(f"{mark} {printable(path)}")
+        if failure:
+            log_failure(path, failure)
 
     if options.list:
         context.progress = Progress(shown=False)  # a bar would be drawn between the lines
@@ -3182,12 +3153,7 @@ def plan(context: Context, options: argparse.Namespace) -> int:
         forecast = Forecast(context, state, show_file)
         forecast.walk_box()
     forecast.warn_of_unmatched()
-    if options.json:
-        show_json(forecast.json())
-    else:
-        show_table("PLAN", forecast.rows())
-        show(f"({forecast.prices.note})")
-        forecast.advise()
+    context.show_summary("PLAN", forecast.rows())
     return INCOMPLETE if forecast.failed else 0
 
 
@@ -3205,13 +3171,12 @@ class Run(Scan):
         self.uploaded = self.unchanged = self.compared = self.bytes_uploaded = 0
         self.ended_early = ""  # the reason
         self._turns = threading.Semaphore(self._config.transfers)  # to send files to S3
-        self._early = 0.0  # USD for objects that were overwritten early
         self._reserved = 0.0  # USD for the jobs that have begun, and the requests before
 
     @property
     def spent(self) -> float:
         """USD that the run has spent by its own count."""
-        return self._early + self._bucket.spent
+        return self.early + self._bucket.spent
 
     def rows(self) -> Rows:
         """The summary: five rows that it always has, and others that are left out if empty."""
@@ -3259,59 +3224,61 @@ class Run(Scan):
             self._state.note_begun(jobs)
             self._progress.expect(sum(job.file.size for job in jobs))
             for job in filter(self._fits, jobs):  # beside those before it
-                self._reserved += sum(self._cost(job))
+                self._reserved += job.usd
                 yield job
             yield None
 
     def _fits(self, job: Job) -> bool:
         """Whether MAX_COST allows the job beside what is reserved; False if a price of it is
         not known.  Warns of the first one that is not allowed."""
-        if (limit := self._config.max_cost) is None:
-            return True
-        cost = sum(self._cost(job))
-        if round(self._reserved + cost - limit, 9) <= 0:
+        limit = self._config.max_cost
+        if limit is None or round(self._reserved + job.usd - limit, 9) <= 0:
             return True
         if not self.ended_early:
             message = "MAX_COST is %s, and %s may cost %s: it is left out, as others may be"
-            if math.isnan(cost):
+            if math.isnan(job.usd):
                 message += ": set the prices of its storage class in PRICES"
-            log.warning(message, format_usd(limit), printable(job.file.path), format_usd(cost))
+            path, usd = printable(job.file.path), format_usd(job.usd)
+            log.warning(message, format_usd(limit), path, usd)
         self.ended_early = "MAX_COST was reached"
         return False
 
     def _transfer(self, job: Job) -> Archived | None:
         """Reads one file, and uploads it unless S3 holds it; None if the run is ending."""
-        stopping, unfinished = self._box.stopping, None
-        if stopping.is_set():
+        if self._box.stopping.is_set():
             return None
-        upload_id, may_be_complete = job.begun and job.begun.upload_id, False
-        if upload_id and job.resumes:
-            unfinished = self._bucket.unfinished_upload(job, upload_id)
-            may_be_complete = unfinished is None  # and S3's answer got lost
-        elif upload_id:  # it may have parts of another version
-            self._bucket.abort_upload(job.key, upload_id)
-        found = self._object_to_compare(job) if job.compares or may_be_complete else None
-        if found and may_be_complete and found.mtime != job.file.mtime:
-            found = None  # an earlier version: the upload was not completed, but aborted
+        upload = self._begun_upload(job)
+        found = self._object_to_compare(job) if job.compares or upload is None else None
         # An mtime in the object's metadata is as good as a row of ours, unless the upload came
         # so soon after it that a later change could have the same mtime.
         if found and found.mtime == job.file.mtime < found.uploaded_at - RECENTLY_STORED:
             return Archived(job.file, found, is_recent=False, is_upload=False)
+        if upload is None and found and found.mtime != job.file.mtime:
+            found = None  # an earlier version: the upload was not completed, but aborted
         if job.plan.is_multipart:
             with self._turns:
-                if stopping.is_set():
+                if self._box.stopping.is_set():
                     return None
-                archived = self._compare_large(job, found) if found else None
-                return archived or self._upload_large(job, unfinished or Upload())
+                return self._transfer_large(job, found, upload or Upload())
         with contextlib.closing(FileReader(self._box, job.file)) as reader:
             data = reader.read()
         if found and (same := match_content(found, io.BytesIO(data).read)):
             return Archived(reader.file, same, reader.is_recent, is_upload=False)
         with self._turns:
-            stopping.check()
+            self._box.stopping.check()
             stored = self._bucket.put(job.key, data, reader.file.mtime)
         self._progress.moved(len(data))
         return Archived(reader.file, stored, reader.is_recent, is_upload=True)
+
+    def _begun_upload(self, job: Job) -> Upload | None:
+        """The upload of an earlier run to continue, or a new one.  None if S3 does not have it
+        any more: it may be complete, and S3's answer got lost."""
+        upload_id = job.begun and job.begun.upload_id
+        if upload_id and job.resumes:
+            return self._bucket.unfinished_upload(job, upload_id)
+        if upload_id:  # it may have parts of another version
+            self._bucket.abort_upload(job.key, upload_id)
+        return Upload()
 
     def _object_to_compare(self, job: Job) -> StoredObject | None:
         """The object to compare the file with; None if it cannot be the same.  The row is
@@ -3324,18 +3291,16 @@ class Run(Scan):
         found = self._bucket.head(job.key)
         return found if found and found.size == job.file.size else None
 
-    def _compare_large(self, job: Job, found: StoredObject) -> Archived | None:
-        """Reads the file to compare it; None if it is not the same."""
-        if not possible_part_sizes(found.etag, found.size):
-            return None
-        with contextlib.closing(FileReader(self._box, job.file)) as reader:
-            same = match_content(found, reader.read)
-        return Archived(reader.file, same, reader.is_recent, is_upload=False) if same else None
-
-    def _upload_large(self, job: Job, upload: Upload) -> Archived:
-        """Uploads a large file, after the parts that are stored.  FileError if it has changed
-        since it was listed: its stored parts are of that version."""
+    def _transfer_large(self, job: Job, found: StoredObject | None, upload: Upload) -> Archived:
+        """Reads a large file to compare it, and again to upload what follows the parts that
+        are stored.  FileError if it has changed since it was listed, as they are of that
+        version."""
         file, offset = job.file, len(upload.parts) * job.plan.part_size
+        if found and possible_part_sizes(found.etag, found.size):
+            with contextlib.closing(FileReader(self._box, file)) as reader:
+                same = match_content(found, reader.read)
+            if same:
+                return Archived(reader.file, same, reader.is_recent, is_upload=False)
         with contextlib.closing(FileReader(self._box, file, offset)) as reader:
             if reader.file != file:
                 raise FileError("changed since it was listed: the next run archives it")
@@ -3351,13 +3316,13 @@ class Run(Scan):
         for job, archived, error in outcomes:
             path = printable(job.file.path)
             if archived and archived.is_upload:
-                self._early += self._cost(job)[1]
+                self.early += job.early
                 self.uploaded += 1
                 self.bytes_uploaded += archived.file.size
                 files_log.info("archived %s (%s bytes)", path, f"{archived.file.size:,}")
             elif archived:
                 asked = self.prices.requests("", {"head": job.heads})
-                self._reserved -= sum(self._cost(job)) - asked
+                self._reserved -= job.usd - asked
                 self.compared += 1
                 log.debug("compared %s", path)
             elif error and error.code == VANISHED:
@@ -3451,19 +3416,19 @@ def run(context: Context, options: argparse.Namespace) -> int:
 
 # ------------------------------------------------------------------ Inspection
 
-NOT_KNOWN = "not known"
+NOT_KNOWN = Unknown("not known")
 NOTHING_THERE = "nothing is archived under this path: the exact one, no pattern"
 
 
-def try_or_none(question: Callable[[], T]) -> tuple[T | None, str]:
-    """The answer and an empty text; after an error, None and a text to show instead."""
+def try_or_unknown(question: Callable[[], T]) -> T | Unknown:
+    """The answer; after an error Unknown, NOT_KNOWN if it is no missing permission."""
     try:
-        return question(), ""
+        return question()
     except ArchiveError as error:
         if error.code == DENIED:
-            return None, "the credentials may not ask"
+            return Unknown("the credentials may not ask")
         log.warning("%s", error)
-        return None, NOT_KNOWN
+        return NOT_KNOWN
 
 
 def wanted_paths(context: Context, options: argparse.Namespace) -> list[bytes]:
@@ -3540,56 +3505,44 @@ def ls(context: Context, options: argparse.Namespace) -> int:
     return INCOMPLETE if missing else 0
 
 
-def status(context: Context, options: argparse.Namespace) -> int:
+def status(context: Context, _options: argparse.Namespace) -> int:
     """Shows what is archived, its cost, the last runs, and the box's room.  0, even if the
     state, the box or the bucket cannot be asked."""
     config, bucket, prices = context.config, context.bucket, context.bucket.prices
+    rows: dict[str, object] = {}
 
-    def read_state() -> tuple[Counts, list[PastRun]]:
+    def read_state() -> list[PastRun]:
         with contextlib.closing(State(config, copy=True)) as state:
-            return state.archived(config), state.past_runs()
+            counts, runs = state.archived(config), state.past_runs()
+        since = time.time() - 30 * DAY
+        rows["Archived"] = counts.total()
+        rows.update(counts)
+        rows["Storage a month"] = month_cost(prices, counts)
+        spent = (past.spent or 0.0 for past in runs if past.started_at >= since)
+        rows["Spent in 30 days"] = math.fsum(spent)
+        return runs[:5]
 
-    known, no_state = try_or_none(read_state)
-    counts, runs = known or (Counts(), [])
-    usd, since = month_cost(prices, counts), time.time() - 30 * DAY
-    spent = sum((past.spent or 0.0 for past in runs if past.started_at >= since), 0.0)
-    space, no_space = try_or_none(context.box.space)
-    unfinished, no_count = try_or_none(bucket.count_unfinished)
-    rule, no_rule, versioning, no_versions = None, no_count, None, no_count
-    if no_count != NOT_KNOWN:  # else each request would wait for a timeout
-        rule, no_rule = try_or_none(bucket.has_abort_rule)
-        versioning, no_versions = try_or_none(lambda: bucket.versioning() == "Enabled")
-    if options.json:
-        answers = {
-            "archived": counts if known else None,
-            "usd_a_month": json_usd(usd) if known else None,
-            "usd_spent_in_30_days": json_usd(spent) if known else None,
-            "prices": prices.json,
-            "runs": [past._asdict() for past in runs[:5]],
-            "box": {"used": space[0], "free": space[1]} if space else None,
-            "unfinished_uploads": unfinished,
-            "lifecycle_rule": rule,
-            "versioning": versioning,
-        }
-        show_json(answers)
-        return 0
-    rows: dict[str, object] = {"Archived": no_state or counts.total()}
-    for name, count in counts.items():
-        is_set = name in (config.storage_class, config.small_files_class)
-        rows[name] = count if is_set else f"{count}, not STORAGE_CLASS"
-    rows["Storage a month"] = no_state or usd
-    rows["Spent in 30 days"] = no_state or spent
-    rows["Box"] = no_space or "the server does not tell"
-    if space:
-        rows["Box"] = "{} used, {} free".format(*map(format_size, space))
-    rows["Unfinished uploads"] = no_count or unfinished
-    rule_text = "aborts unfinished uploads" if rule else "none: see the README"
-    rows["Lifecycle rule"] = no_rule or rule_text
-    rows["Versioning"] = no_versions or ("on" if versioning else "off")
-    show_table("STATUS", rows.items())
-    show(f"({prices.note})")
-    if known:
-        show_runs(runs[:5])
+    runs = try_or_unknown(read_state)
+    if isinstance(runs, Unknown):
+        rows |= dict.fromkeys(("Archived", "Storage a month", "Spent in 30 days"), runs)
+    space = try_or_unknown(context.box.space) or Unknown("the server does not tell")
+    used, free = (space, space) if isinstance(space, Unknown) else map(Size, space)
+    rows |= {"Box used": used, "Box free": free}
+    questions: dict[str, Callable[[], object]] = {
+        "Unfinished uploads": bucket.count_unfinished,
+        "Lifecycle rule": bucket.has_abort_rule,
+        "Versioning": lambda: bucket.versioning() == "Enabled",
+    }
+    answer: object = None
+    for label, question in questions.items():
+        if answer is not NOT_KNOWN:  # else each request would wait for a timeout
+            answer = try_or_unknown(question)
+        rows[label] = answer
+    rows["Prices"] = prices.note
+    context.show_summary("STATUS", rows.items())
+    if not isinstance(runs, Unknown):
+        context.summary["runs"] = [past._asdict() for past in runs]
+        show_runs(runs)
     return 0
 
 
@@ -3609,7 +3562,7 @@ def show_runs(runs: list[PastRun]) -> None:
 def verify(context: Context, options: argparse.Namespace) -> int:
     """Compares the state with the bucket's listing; downloads nothing.  0, or 3 if they
     differ.  --repair corrects the state: the next run uploads or compares these files."""
-    config, repair, other_class = context.config, options.repair, 0
+    config, repair, faults = context.config, options.repair, 0
     labels = (AGREE, NO_OBJECT, WRONG_SIZE, WRONG_ETAG, NOT_RECORDED)
     counts = Counter(dict.fromkeys(labels, 0))
     lock = locked(config) if repair else contextlib.nullcontext()
@@ -3623,17 +3576,13 @@ def verify(context: Context, options: argparse.Namespace) -> int:
         for verdict, reason, path, found, record in bar:
             counts[verdict] += 1
             if reason:
+                faults += 1
                 log_failure(unescape(path), reason)
             elif found and record and record.storage_class not in (None, found.storage_class):
-                other_class += 1
+                counts["Other class"] += 1  # which does no harm
     if not counts.total():
         raise Fatal(f"nothing is archived in {config.url}: correct S3_BUCKET or S3_PREFIX")
-    faults = counts.total() - counts[AGREE] - counts[TO_COMPARE]
     show_table("VERIFY", counts.items())
-    if other_class:
-        note = "%s objects are in another storage class than was recorded, which does no harm: "
-        note += "the state has it now" if repair else "verify --repair records it"
-        log.warning(note, f"{other_class:,}")
     if repair and faults:
         log.warning("the state is repaired: the next run uploads what S3 does not hold")
     return INCOMPLETE if faults else 0
@@ -3642,50 +3591,45 @@ def verify(context: Context, options: argparse.Namespace) -> int:
 def check(context: Context, _options: argparse.Namespace) -> int:
     """Tries settings, box, bucket and permissions, with the remedy for each.  Nothing is left
     behind.  0, or 1 if something that a run needs has failed."""
-    config, bucket, wrong = context.config, context.bucket, 0
-
-    def line(verdict: str, text: str) -> None:
-        show(f"{verdict:<5}  {text}")
-
-    def attempt(name: str, question: Callable[[], object]) -> str:
-        """Tries `question`, and shows the result.  Returns an error code, or an empty text."""
-        nonlocal wrong
-        try:
-            question()
-        except ArchiveError as error:
-            # Another run holds the lock, or restore may have other credentials.
-            harmless = error.status == LOCKED or name == "s3:RestoreObject"
-            line("note" if harmless else "WRONG", f"{name}: {error}")
-            wrong += not harmless
-            return error.code or "error"
-        line("ok", name)
-        return ""
+    config, bucket, root, status = context.config, context.bucket, context.config.remote_path, 0
+    rule, versioning = "lifecycle rule for unfinished uploads", "versioning"
+    advice = {rule: "none: see the README, The bucket"}
+    advice[versioning] = "no: what changes on the box replaces its object"
 
     def try_state() -> None:
         with locked(config):
             State(config, copy=True).close()
 
-    def advise(name: str, question: Callable[[], bool], advice: str) -> None:
-        answer, unknown = try_or_none(question)
-        line("ok" if answer else "note", f"{name}: {unknown or ('yes' if answer else advice)}")
-
-    line("ok", "settings")
-    attempt(f"state in {config.state_db}", try_state)
-    if not attempt("Storage Box (host key, login, SFTP)", context.box.session):
-        root = config.remote_path
-        attempt(f"REMOTE_PATH {printable(root)}", lambda: context.box.list_folder(root))
-    for permission, probe in bucket.permission_probes().items():
-        code = attempt(permission, probe)
-        # Another error would repeat.  Without the permission to abort, s3:PutObject would
-        # leave an upload behind.
-        if code and (code != DENIED or permission == "s3:AbortMultipartUpload"):
-            break
-    else:
-        no_rule = "none: see the README, The bucket"
-        advise("lifecycle rule for unfinished uploads", bucket.has_abort_rule, no_rule)
-        off = "no: what changes on the box replaces its object"
-        advise("versioning", lambda: bucket.versioning() == "Enabled", off)
-    return FATAL if wrong else 0
+    groups: list[dict[str, Callable[[], object]]] = [
+        {"settings": lambda: config, f"state in {config.state_db}": try_state},
+        {
+            "Storage Box (host key, login, SFTP)": context.box.session,
+            f"REMOTE_PATH {printable(root)}": lambda: context.box.list_folder(root),
+        },
+        {
+            **bucket.permission_probes(),
+            rule: bucket.has_abort_rule,
+            versioning: lambda: bucket.versioning() == "Enabled",
+        },
+    ]
+    for group in groups:
+        for name, question in group.items():
+            verdict, text, is_over = "ok", name, False
+            try:
+                if question() is False:
+                    verdict, text = "note", f"{name}: {advice[name]}"
+            except ArchiveError as error:
+                # Another run holds the lock, or restore may have other credentials.
+                is_harmless = error.status == LOCKED or name in ("s3:RestoreObject", *advice)
+                verdict, text = "note" if is_harmless else "WRONG", f"{name}: {error}"
+                status = status if is_harmless else FATAL
+                # The others would meet it, too.  Without the permission to abort,
+                # s3:PutObject would leave an upload behind.
+                is_over = error.code != DENIED or name == "s3:AbortMultipartUpload"
+            show(f"{verdict:<5}  {text}")
+            if is_over:
+                break
+    return status
 
 
 # --------------------------------------------------------------------- Restore
@@ -4159,7 +4103,7 @@ def make_parser() -> argparse.ArgumentParser:
             command.add_argument(f"--{flag}", action="store_true", help=effect)
         return command
 
-    summary = "the summary as JSON, and nothing else on stdout"
+    summary = "the table as JSON, and nothing else on stdout"
     command = add(run, "-q", json=summary)
     new_source = "the files are at another HETZNER_USER or REMOTE_PATH now: compare them"
     command.add_argument("--new-source", action="store_true", help=new_source)
@@ -4171,9 +4115,9 @@ def make_parser() -> argparse.ArgumentParser:
     output = add(plan, "plan --list").add_mutually_exclusive_group()
     files = "first each file: + new, * changed, ? to compare, - gone from the box, ! failing"
     output.add_argument("--list", action="store_true", help=files)
-    output.add_argument("--json", action="store_true", help="as JSON")
+    output.add_argument("--json", action="store_true", help=summary)
     add_selection(add(ls, "ls photos/2024 --at 30d", json="as JSON, an object a line"))
-    add(status, "status --json", json="as JSON")
+    add(status, "status --json", json=summary)
     repair = "correct the state: the next run uploads or compares what differs"
     add(verify, "verify --repair", repair=repair)
     example = "restore photos/2024 letters/will.pdf --to drill"
@@ -4304,7 +4248,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def shows_summary_as_json(arguments: argparse.Namespace) -> bool:
     """Whether stdout gets a JSON object at the end, and nothing else."""
-    return arguments.function in (run, restore) and arguments.json
+    return arguments.json and arguments.function is not ls
 
 
 def execute(config: Config, arguments: argparse.Namespace, bars: bool) -> int:

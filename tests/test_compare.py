@@ -116,7 +116,7 @@ def test_files_that_were_only_touched_are_compared_and_not_sent(archive, box, s3
     result = archive(constants=SIZES)
 
     assert plan["to_compare"] == {"files": len(sizes), "bytes": sum(sizes)}
-    assert (plan["new"], plan["changed"]) == ({"files": 0, "bytes": 0},) * 2
+    assert (plan["new_files"], plan["changed_files"]) == ({"files": 0, "bytes": 0},) * 2
     assert set(plan["requests"].values()) == {0}
     assert re.search(f"^To compare +: {len(sizes)} ", text, re.MULTILINE)
     assert_nothing_sent(result, s3, compared=len(sizes))

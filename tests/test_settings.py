@@ -608,7 +608,7 @@ def test_output_that_cannot_be_written_leaves_the_status(archive, stream):
 
 def test_json_is_json_whatever_the_secrets_are(archive):
     result = archive("plan", "--json", HETZNER_KEY_PASSPHRASE="files")
-    assert json.loads(result.stdout)["new"]["files"] >= 0
+    assert json.loads(result.stdout)["new_files"]["files"] >= 0
 
 
 def test_ctrl_c_before_anything_was_done_is_no_traceback(archive):
