@@ -75,7 +75,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from logging.handlers import RotatingFileHandler
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Generic, NamedTuple, NoReturn, TextIO, TypeVar
@@ -1773,26 +1773,48 @@ CREATE TABLE runs (started_at INTEGER PRIMARY KEY, ended_at INTEGER, status INTE
 CREATE TABLE gone (path TEXT PRIMARY KEY) WITHOUT ROWID;
 """
 SOURCE_PINS = ("HETZNER_USER", "REMOTE_PATH")
+PATHS = "(SELECT value FROM json_each(?))"  # of a list of any length, in JSON
+
+# Whether S3 lets an object be read: one in a cold class has to be restored first.
+READABLE, COLD, RESTORING, RESTORED = "readable", "cold", "restoring", "restored"
+
+
+class StoredObject(NamedTuple):
+    """What S3 says about an object.  A field is None if S3 has not said it."""
+
+    key: str
+    size: int
+    uploaded_at: int  # seconds since the epoch; S3 dates an upload in parts by its beginning
+    mtime: int  # from the metadata, where rclone keeps it, too; else as `uploaded_at`
+    storage_class: str
+    etag: str
+    crc32: int | None = None  # of the whole object
+    thaw_state: str = READABLE  # known only from a listing
+    version_id: str | None = None  # None for the current version
 
 
 class Record(NamedTuple):
-    """A row: what the state knows about a file and its object.  If `mtime` is None, the file
-    has to be compared.  `etag` is None if nothing is known about the content, and `crc32` is
-    None unless this program has read it."""
+    """A row: what the state knows about a file.  `stored` has no etag if nothing is known
+    about the content, and no crc32 unless this program has read it."""
 
     path: str  # as in the path column
-    size: int
-    mtime: int | None
-    uploaded_at: int | None
-    key: str
-    etag: str | None
-    crc32: int | None
-    storage_class: str | None
+    mtime: int | None  # the file's; None if the file has to be compared
+    stored: StoredObject
 
     @property
     def knows_content(self) -> bool:
         """Whether the content is known without asking S3."""
-        return self.crc32 is not None and bool(self.etag)
+        return self.stored.crc32 is not None and bool(self.stored.etag)
+
+
+class BegunUpload(NamedTuple):
+    """An upload in parts that was begun and not completed."""
+
+    size: int
+    mtime: int | None  # the file's; None if the upload must not be continued
+    part_size: int
+    settings: str  # as from Config.upload_settings
+    upload_id: str | None  # None until S3 has given one
 
 
 class PastRun(NamedTuple):
@@ -1806,44 +1828,6 @@ class PastRun(NamedTuple):
     failed: int | None = None
     bytes: int | None = None
     spent: float | None = None  # USD
-
-
-@contextlib.contextmanager
-def state_errors(path: Path) -> Iterator[None]:
-    """Turns an sqlite3.Error into Fatal."""
-    try:
-        yield
-    except (sqlite3.Error, UnicodeEncodeError) as error:
-        remedy = "repair it, or move it away: the next run makes one from the bucket's listing"
-        if isinstance(error, sqlite3.OperationalError):  # the database is not damaged
-            remedy = "check its permissions, the room on its disk and in the folder for "
-            remedy += "temporary files (TMPDIR), and the number of open files"
-        raise Fatal(f"the state database {path} cannot be used: {error}; {remedy}") from None
-
-
-# How the listing and the state agree about a key: labels of `verify`'s table.
-AGREE, NO_OBJECT, WRONG_SIZE = "Agree", "Missing", "Wrong size"
-WRONG_ETAG, NOT_RECORDED, TO_COMPARE = "Wrong checksum", "Not recorded", "To compare"
-
-
-class Comparison(NamedTuple):
-    """A key in the listing, in the state, or in both."""
-
-    verdict: str  # one of these labels
-    reason: str  # what is wrong; empty if nothing is
-    path: str  # as in the state's path column
-    found: StoredObject | None
-    record: Record | None
-
-
-class BegunUpload(NamedTuple):
-    """An upload in parts that was begun and not completed."""
-
-    size: int
-    mtime: int | None  # the file's; None if the upload must not be continued
-    part_size: int
-    settings: str  # as from Config.upload_settings
-    upload_id: str | None  # None until S3 has given one
 
 
 @dataclass
@@ -1867,6 +1851,19 @@ class Counts(dict[str, Count]):
         return Count(sum(count.files for count in counts), sum(count.bytes for count in counts))
 
 
+@contextlib.contextmanager
+def state_errors(path: Path) -> Iterator[None]:
+    """Turns an sqlite3.Error into Fatal."""
+    try:
+        yield
+    except (sqlite3.Error, UnicodeEncodeError) as error:
+        remedy = "repair it, or move it away: the next run makes one from the bucket's listing"
+        if isinstance(error, sqlite3.OperationalError):  # the database is not damaged
+            remedy = "check its permissions, the room on its disk and in the folder for "
+            remedy += "temporary files (TMPDIR), and the number of open files"
+        raise Fatal(f"the state database {path} cannot be used: {error}; {remedy}") from None
+
+
 def in_transaction(method: Callable[..., None]) -> Callable[..., None]:
     """A method of State whose statements are committed together, or not at all.  No context
     manager in Python: a signal as it begins or ends would leave the transaction open."""
@@ -1886,7 +1883,8 @@ class State:
         """Opens the database, or makes it.  With `copy`, it opens a temporary copy instead,
         which is empty if there is no database; changes are lost.  Fatal if it belongs to
         another destination, or to another source and that is not the `new_source`."""
-        path = self._path = config.state_db
+        path, self._default_class = config.state_db, config.storage_class
+        self._path = path
         # With other settings than these, files would count as archived that are not.
         self._pins = {
             "S3_BUCKET": config.bucket,
@@ -1894,60 +1892,45 @@ class State:
             "HETZNER_USER": config.user,
             "REMOTE_PATH": path_text(config.remote_path),
         }
+        connect = partial(sqlite3.connect, timeout=LOCKED_LIMIT, isolation_level=None)
         with state_errors(path):
             if not copy:
                 create_private(path)
-            name = "" if copy else path
-            self._db = sqlite3.connect(name, timeout=LOCKED_LIMIT, isolation_level=None)
-            if copy and path.exists():
-                with contextlib.closing(sqlite3.connect(path, timeout=LOCKED_LIMIT)) as source:
-                    # `backup` alone would wait for another program's lock without a limit.
-                    source.execute("BEGIN")
-                    source.execute("SELECT count(*) FROM sqlite_master")
-                    source.backup(self._db)
+            self._db = connect("" if copy and not path.exists() else path)
             (fault,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
             if fault != "ok":
                 raise sqlite3.DatabaseError(fault)
+            if copy:
+                with contextlib.closing(self._db) as source:
+                    self._db = connect("")
+                    source.backup(self._db)
             self._db.execute("PRAGMA journal_mode = DELETE")
             self._db.execute("PRAGMA synchronous = FULL")
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
             if version > STATE_VERSION:
                 raise Fatal(f"the state database {path} is of a newer archive.py: use that one")
             if version < STATE_VERSION:
-                self._upgrade(config)
+                self._make_tables()
             self._db.execute("CREATE TEMP TABLE seen (path TEXT PRIMARY KEY) WITHOUT ROWID")
             self._db.execute(f"PRAGMA busy_timeout = {COMMIT_LIMIT * 1000}")
         self._check_pins(but=SOURCE_PINS if new_source else ())
 
     @in_transaction
-    def _upgrade(self, config: Config) -> None:
-        """Makes the tables.  Of an earlier script's database it keeps the rows of `files`
-        whose paths are possible with these settings.  With a table `meta`, it is an earlier
-        version's of this program, which may have noted elsewhere what is uncertain: all rows
-        have to be compared."""
-
-        def key_of(path: str) -> str | None:
-            raw = unescape(path)
-            with contextlib.suppress(FileError):
-                if raw.startswith(join(config.remote_path, b"")) and path_text(raw) == path:
-                    return object_key(config.prefix, relative_path(config.remote_path, raw))
-            return None
-
-        self._db.create_function("key_of", 1, key_of, deterministic=True)
+    def _make_tables(self) -> None:
+        """Makes the tables.  Rows of an earlier script's `files` stay, for `take_over`.  Those
+        of an earlier version of this program, which had a table `meta`, do not: it may have
+        noted elsewhere what is uncertain."""
         tables = {name for (name,) in self._execute("SELECT name FROM sqlite_master")}
-        old = tables & {"objects", "recheck", "replacing", "uploads", "meta", "runs", "gone"}
-        unsure = "true" if "meta" in tables else "typeof(mtime) != 'integer'"
-        for statement in (
-            *(f"DROP TABLE {name}" for name in old),
-            *SCHEMA.split(";"),
-            "DELETE FROM files WHERE typeof(path) != 'text' OR typeof(size) != 'integer'"
-            " OR key_of(path) IS NULL",
-            f"UPDATE files SET mtime = NULL WHERE {unsure}",
-            "UPDATE files SET uploaded_at = NULL WHERE typeof(uploaded_at) != 'integer'",
-            "INSERT INTO objects (path, key) SELECT path, key_of(path) FROM files",
-            f"PRAGMA user_version = {STATE_VERSION}",
-        ):
+        old = {"objects", "recheck", "replacing", "uploads", "meta", "runs", "gone"}
+        if "meta" in tables:
+            old.add("files")
+        for table in tables & old:
+            self._execute(f"DROP TABLE {table}")
+        for statement in SCHEMA.split(";"):
             self._execute(statement)
+        for column, expected in {"path": "text", "size": "integer", "mtime": "integer"}.items():
+            self._execute(f"DELETE FROM files WHERE typeof({column}) != '{expected}'")
+        self._execute(f"PRAGMA user_version = {STATE_VERSION}")
 
     def _execute(self, statement: str, *values: Any) -> list[Any]:
         """The rows that the statement returns.  It is committed, unless in a transaction."""
@@ -1994,24 +1977,26 @@ class State:
     def unrecorded(self, files: list[RemoteFile]) -> list[RemoteFile]:
         """Those of `files` that have no row with their size and mtime."""
         by_path = {path_text(file.path): file for file in files}
-        paths = "SELECT value FROM json_each(?)"  # of any number of paths
-        query = f"SELECT path, size, mtime FROM files WHERE path IN ({paths})"
+        query = f"SELECT path, size, mtime FROM files WHERE path IN {PATHS}"
         rows = set(self._execute(query, json.dumps([*by_path])))
         return [
             file for path, file in by_path.items() if (path, file.size, file.mtime) not in rows
         ]
 
-    def find(self, path: bytes) -> Record | None:
-        return next(self.records("path = ?", path_text(path)), None)
+    def find(self, paths: Iterable[str]) -> dict[str, Record]:
+        """The records of these paths, as far as there are any."""
+        records = self._records(f"path IN {PATHS}", json.dumps([*paths]))
+        return {record.path: record for record in records}
 
-    def records(self, condition: str = "true", *values: Any) -> Iterator[Record]:
-        """Rows sorted by key, as S3's listings are.  The caller may change those it has got."""
-        query = f"SELECT {', '.join(Record._fields)} FROM files JOIN objects USING (path)"
-        query += f" WHERE {condition} AND key > ? ORDER BY key LIMIT {PAGE}"
-        last = ""
-        while page := [Record(*row) for row in self._execute(query, *values, last)]:
-            yield from page
-            last = page[-1].key
+    def _records(self, condition: str, *values: str) -> Iterator[Record]:
+        query = (
+            "SELECT path, mtime, key, size, coalesce(uploaded_at, 0), coalesce(uploaded_at, 0),"
+            " coalesce(storage_class, ?), coalesce(etag, ''), crc32"
+            f" FROM files LEFT JOIN objects USING (path) WHERE {condition}"
+        )
+        with state_errors(self._path):
+            for path, mtime, *stored in self._db.execute(query, (self._default_class, *values)):
+                yield Record(path, mtime, StoredObject(*stored))
 
     @in_transaction
     def note_begun(self, jobs: Iterable[Job]) -> None:
@@ -2052,13 +2037,14 @@ class State:
         """Commits files that S3 has acknowledged, or was found to hold already.  The
         invariant depends on this method, which must be called only with such files."""
         for done in archived:
-            file, mtime = done.file, None if done.is_recent else done.file.mtime
-            self._store(path_text(file.path), file.size, mtime, done.stored)
+            mtime = None if done.is_recent else done.file.mtime
+            self._store(Record(path_text(done.file.path), mtime, done.stored))
             self.forget_upload(done.stored.key)
 
-    def _store(self, path: str, size: int, mtime: int | None, found: StoredObject) -> None:
-        file_row = (path, size, mtime, found.uploaded_at)
-        object_row = (path, found.key, found.etag, found.crc32, found.storage_class or None)
+    def _store(self, record: Record) -> None:
+        path, mtime, found = record
+        file_row = (path, found.size, mtime, found.uploaded_at)
+        object_row = (path, found.key, found.etag, found.crc32, found.storage_class)
         self._execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", *file_row)
         self._execute("INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?, ?)", *object_row)
 
@@ -2070,13 +2056,25 @@ class State:
         self._execute("DELETE FROM uploads WHERE key = ?", key)
 
     @in_transaction
-    def note_seen(self, files: Iterable[RemoteFile]) -> None:
-        """Notes that these files are on the box, until the database is closed."""
-        rows = [(path_text(file.path),) for file in files]
-        self._db.executemany("INSERT OR IGNORE INTO temp.seen VALUES (?)", rows)
+    def note_seen(self, paths: Iterable[str]) -> None:
+        """Notes that these files are on the box, or their objects in the bucket."""
+        self._db.executemany("INSERT OR IGNORE INTO temp.seen VALUES (?)", zip(paths))
 
     def unseen(self) -> Iterator[Record]:
-        return self.records("path NOT IN (SELECT path FROM temp.seen)")
+        return self._records("path NOT IN (SELECT path FROM temp.seen)")
+
+    @in_transaction
+    def replace(self, records: Iterable[Record]) -> None:
+        """Stores what the bucket's listing says, in place of what was recorded."""
+        for record in records:
+            self._store(record)
+
+    @in_transaction
+    def delete_unseen(self) -> None:
+        """Deletes the rows of `unseen`, and forgets what was seen."""
+        for table in ("files", "objects"):
+            self._execute(f"DELETE FROM {table} WHERE path NOT IN (SELECT path FROM temp.seen)")
+        self._execute("DELETE FROM temp.seen")
 
     def known_gone(self) -> set[str]:
         """Paths of the files that were gone when MAX_CHANGED last let a run go on."""
@@ -2088,24 +2086,11 @@ class State:
         self._execute("DELETE FROM gone WHERE path IN (SELECT path FROM temp.seen)")
         self._db.executemany("INSERT OR IGNORE INTO gone VALUES (?)", zip(paths))
 
-    @in_transaction
-    def apply(self, comparisons: Iterable[Comparison]) -> None:
-        """Brings rows in line with the bucket's listing."""
-        for verdict, _, path, found, record in comparisons:
-            if found is None:
-                self._execute("DELETE FROM files WHERE path = ?", path)
-                self._execute("DELETE FROM objects WHERE path = ?", path)
-            elif record is None or verdict in (WRONG_SIZE, WRONG_ETAG):
-                self._store(path, found.size, None, found)
-            elif (record.etag, record.storage_class) != (found.etag, found.storage_class):
-                updated = found._replace(crc32=record.crc32)
-                self._store(path, record.size, record.mtime, updated)
-
-    def archived(self, config: Config) -> Counts:
-        """The archived files by storage class; STORAGE_CLASS where none was recorded."""
+    def archived(self) -> Counts:
+        """The archived files by storage class."""
         query = "SELECT coalesce(storage_class, ?), count(*), sum(size)"
-        query += " FROM files JOIN objects USING (path) GROUP BY 1 ORDER BY 2 DESC"
-        rows = self._execute(query, config.storage_class)
+        query += " FROM files LEFT JOIN objects USING (path) GROUP BY 1 ORDER BY 2 DESC"
+        rows = self._execute(query, self._default_class)
         return Counts({name: Count(files, size) for name, files, size in rows})
 
     def record_run(self, run: PastRun) -> None:
@@ -2250,24 +2235,6 @@ def s3_errors() -> Iterator[None]:
         raise Fatal(f"no AWS credentials: {error}; set {keys}") from None
     except aws.BotoCoreError as error:
         raise FileError(f"S3: {error}", UNAVAILABLE) from None
-
-
-# Whether S3 lets an object be read: one in a cold class has to be restored first.
-READABLE, COLD, RESTORING, RESTORED = "readable", "cold", "restoring", "restored"
-
-
-class StoredObject(NamedTuple):
-    """What S3 says about an object.  A field is None if S3 has not said it."""
-
-    key: str
-    size: int
-    uploaded_at: int  # seconds since the epoch; S3 dates an upload in parts by its beginning
-    mtime: int  # from the metadata, where rclone keeps it, too; else as `uploaded_at`
-    storage_class: str
-    etag: str
-    crc32: int | None = None  # of the whole object
-    thaw_state: str = READABLE  # known only from a listing
-    version_id: str | None = None  # None for the current version
 
 
 def crc32_of(answer: Mapping[str, Any]) -> int | None:
@@ -2690,41 +2657,66 @@ class Bucket:
 
 # Comparing the state with the bucket
 
+# How the listing and the state agree about a path: labels of `verify`'s table.
+AGREE, NO_OBJECT, WRONG_SIZE = "Agree", "Missing", "Wrong size"
+WRONG_ETAG, NOT_RECORDED, TO_COMPARE = "Wrong checksum", "Not recorded", "To compare"
 
-def compare_listing(config: Config, bucket: Bucket, state: State) -> Iterator[Comparison]:
-    """Compares the bucket's listing with the state, both of which are sorted by key.  Objects
-    whose key no path can have are not ours, and skipped."""
-    by_key, objects = attrgetter("key"), bucket.objects(config.prefix)
-    # Records come first.  As they are sorted, even an unsorted listing separates no pair.
-    entries: Iterator[Any] = heapq.merge(state.records(), objects, key=by_key)
-    for key, group in itertools.groupby(entries, by_key):
-        of_type = {type(entry): entry for entry in group}
-        found, record = of_type.get(StoredObject), of_type.get(Record)
-        relative, reason = unescape(key[len(config.prefix) :]), ""
-        if record is None:
-            verdict, reason = NOT_RECORDED, "in the bucket, but not recorded"
-        elif found is None:
-            verdict, reason = NO_OBJECT, "recorded, but not in the bucket"
-        elif found.size != record.size:
-            verdict = WRONG_SIZE
-            reason = f"S3 holds {found.size:,} bytes, recorded are {record.size:,}"
-        elif record.etag not in (None, found.etag):
-            verdict = WRONG_ETAG
-            reason = f"S3 holds ETag {found.etag}, recorded is {record.etag}"
-        else:
-            verdict = TO_COMPARE if record.mtime is None else AGREE
-        with contextlib.suppress(FileError):
-            if object_key(config.prefix, relative) == key:
-                path = path_text(join(config.remote_path, relative))
-                yield Comparison(verdict, reason, path, found, record)
+
+class Comparison(NamedTuple):
+    """A path in the bucket's listing, in the state, or in both."""
+
+    path: str  # as in the state's path column
+    verdict: str  # one of these labels
+    reason: str = ""  # what is wrong; empty if nothing is
+    corrected: Record | None = None  # to be recorded instead
+    is_other_class: bool = False  # than was recorded; this does no harm
+
+
+def compare(path: str, found: StoredObject, record: Record | None) -> Comparison:
+    """Compares a listed object with its record."""
+    corrected = Record(path, None, found)
+    if record is None:
+        reason = "in the bucket, but not recorded"
+        return Comparison(path, NOT_RECORDED, reason, corrected)
+    known = record.stored
+    if found.size != known.size:
+        reason = f"S3 holds {found.size:,} bytes, recorded are {known.size:,}"
+        return Comparison(path, WRONG_SIZE, reason, corrected)
+    if known.etag not in ("", found.etag):
+        reason = f"S3 holds ETag {found.etag}, recorded is {known.etag}"
+        return Comparison(path, WRONG_ETAG, reason, corrected)
+    verdict = TO_COMPARE if record.mtime is None else AGREE
+    if (found.etag, found.storage_class) == (known.etag, known.storage_class):
+        return Comparison(path, verdict)
+    corrected = record._replace(stored=found._replace(crc32=known.crc32))
+    is_other_class = found.storage_class != known.storage_class
+    return Comparison(path, verdict, "", corrected, is_other_class)
+
+
+def path_of_key(config: Config, key: str) -> str | None:
+    """The path of the file with this key, as in the path column; None if no file has it."""
+    relative = unescape(key[len(config.prefix) :])
+    with contextlib.suppress(FileError):
+        if object_key(config.prefix, relative) == key:
+            return path_text(join(config.remote_path, relative))
+    return None
 
 
 def reconcile(config: Config, bucket: Bucket, state: State) -> Iterator[Comparison]:
-    """Brings the state in line with the bucket's listing, and yields the comparisons."""
-    comparisons = compare_listing(config, bucket, state)
-    while page := list(itertools.islice(comparisons, PAGE)):
-        state.apply(page)
-        yield from page
+    """Brings the state in line with the bucket's listing, and yields how they were before.
+    Objects whose key no file can have are not ours, and are skipped."""
+    objects = bucket.objects(config.prefix)
+    while page := list(itertools.islice(objects, PAGE)):
+        paths = ((path_of_key(config, found.key), found) for found in page)
+        by_path = {path: found for path, found in paths if path is not None}
+        records = state.find(by_path)
+        comparisons = [compare(path, one, records.get(path)) for path, one in by_path.items()]
+        state.replace(one.corrected for one in comparisons if one.corrected)
+        state.note_seen(by_path)
+        yield from comparisons
+    for record in state.unseen():
+        yield Comparison(record.path, NO_OBJECT, "recorded, but not in the bucket")
+    state.delete_unseen()
 
 
 def take_over(config: Config, bucket: Bucket, state: State) -> None:
@@ -3018,7 +3010,7 @@ class Job(NamedTuple):
     @property
     def compares(self) -> bool:
         """Whether the file is first compared with its object."""
-        has_row = self.record is not None and self.record.size == self.file.size
+        has_row = self.record is not None and self.record.stored.size == self.file.size
         return has_row and not self.resumes
 
     @property
@@ -3047,7 +3039,7 @@ class Scan(WalkReport):
 
     def _make_jobs(self, files: list[RemoteFile]) -> Iterator[Job]:
         """Jobs for files that are not recorded.  One that S3 cannot hold is a failure."""
-        config = self._config
+        config, records = self._config, self._state.find(path_text(f.path) for f in files)
         for file in files:
             try:
                 key = object_key(config.prefix, relative_path(config.remote_path, file.path))
@@ -3059,18 +3051,19 @@ class Scan(WalkReport):
             settings = config.upload_settings(file.size) if plan.is_multipart else ""
             version = file.size, file.mtime, plan.part_size, settings
             resumes = begun is not None and begun[:4] == version
-            yield Job(file, key, plan, self._state.find(file.path), settings, begun, resumes)
+            record = records.get(path_text(file.path))
+            yield Job(file, key, plan, record, settings, begun, resumes)
 
     def _cost(self, job: Job) -> tuple[float, float]:
         """USD for the requests of an upload, if it comes to that after a comparison, and for
         the object that it overwrites early."""
-        size, record, early = job.file.size, job.record, 0.0
+        size, early = job.file.size, 0.0
         lists = int(job.begun is not None)  # its parts, or its uploads
         requests = {"head": job.heads + lists, "list": lists, **job.plan.requests(size)}
-        if record is not None:
-            age_days = (time.time() - (record.uploaded_at or 0)) / DAY
-            storage_class = record.storage_class or self._config.storage_class
-            early = self.prices.early(storage_class, record.size, age_days)
+        if job.record is not None:
+            stored = job.record.stored
+            age_days = (time.time() - stored.uploaded_at) / DAY
+            early = self.prices.early(stored.storage_class, stored.size, age_days)
         return self.prices.requests(self._config.class_of(size), requests), early
 
 
@@ -3093,7 +3086,7 @@ class Forecast(Scan):
     def __init__(self, context: Context, state: State, on_file: Callable[..., None]):
         super().__init__(context, state)
         self._on_file = on_file
-        self.afterwards = state.archived(context.config)
+        self.afterwards = state.archived()
         names = ("new", "changed", "to_compare", "unchanged")
         self.counts = Counts({name: Count() for name in names})
         self.gone = Counts()  # by class: archived, but not on the box any more
@@ -3114,13 +3107,12 @@ class Forecast(Scan):
         with self._context.progress.counting("looking") as bar:
             for page in walk:
                 self._add_page(page)
-                self._state.note_seen(page)
+                self._state.note_seen(path_text(file.path) for file in page)
                 bar.update(len(page))
         for record in self._state.unseen():
             path = unescape(record.path)
             if not walk.leaves_out(path):
-                storage_class = record.storage_class or self._config.storage_class
-                self.gone.add(storage_class, record.size)
+                self.gone.add(record.stored.storage_class, record.stored.size)
                 self.gone_paths.add(record.path)
                 self._on_file("gone", path, "")
 
@@ -3131,7 +3123,7 @@ class Forecast(Scan):
         for job in self._make_jobs(pending):
             file, record = job.file, job.record
             storage_class = self._config.class_of(file.size)
-            if record and (record.size != file.size or record.mtime is not None):
+            if record and (record.stored.size != file.size or record.mtime is not None):
                 self.altered += 1
             change = "to_compare" if job.compares else "changed" if record else "new"
             self._on_file(change, file.path, "")
@@ -3147,8 +3139,7 @@ class Forecast(Scan):
             self.upload, self.early = self.upload + cost, self.early + early
             self.afterwards.add(storage_class, file.size)
             if record:
-                overwritten = record.storage_class or self._config.storage_class
-                self.afterwards.add(overwritten, -record.size, -1)
+                self.afterwards.add(record.stored.storage_class, -record.stored.size, -1)
 
     def usd(self) -> dict[str, float]:
         """Amounts by their names in JSON.  `tiny_files_` are what would be saved of the upload
@@ -3373,11 +3364,8 @@ class Run(Scan):
     def _object_to_compare(self, job: Job) -> StoredObject | None:
         """The object to compare the file with; None if it cannot be the same.  The row is
         enough if this program has read the content; else S3 gets a HEAD."""
-        record = job.record
-        if record and record.knows_content:
-            uploaded_at, etag = record.uploaded_at or 0, record.etag or ""
-            known = uploaded_at, uploaded_at, record.storage_class or "", etag
-            return StoredObject(job.key, record.size, *known)
+        if job.record and job.record.knows_content:
+            return job.record.stored
         found = self._bucket.head(job.key)
         return found if found and found.size == job.file.size else None
 
@@ -3456,7 +3444,7 @@ def check_changes(context: Context, state: State) -> None:
         return
     forecast = Forecast(context, state, lambda *_: None)
     forecast.walk_box()
-    before = state.archived(context.config).total().files
+    before = state.archived().total().files
     gone = len(forecast.gone_paths - state.known_gone())
     if (forecast.altered + gone) * 100 > limit * before:
         found = f"{forecast.altered:,} have changed and {gone:,} are gone"
@@ -3604,7 +3592,7 @@ def status(context: Context, options: argparse.Namespace) -> int:
 
     def read_state() -> tuple[Counts, list[PastRun]]:
         with contextlib.closing(State(config, copy=True)) as state:
-            return state.archived(config), state.past_runs()
+            return state.archived(), state.past_runs()
 
     known, no_state = try_or_none(read_state)
     counts, runs = known or (Counts(), [])
@@ -3677,12 +3665,11 @@ def verify(context: Context, options: argparse.Namespace) -> int:
             raise Fatal(f"{reason}: archive.py run makes the state, or takes it over")
         comparisons = reconcile(config, context.bucket, state)
         bar = context.progress.counting("verifying", comparisons)
-        for verdict, reason, path, found, record in bar:
+        for path, verdict, reason, _, is_other_class in bar:
             counts[verdict] += 1
+            other_class += is_other_class
             if reason:
                 log_failure(unescape(path), reason)
-            elif found and record and record.storage_class not in (None, found.storage_class):
-                other_class += 1
     if not counts.total():
         raise Fatal(f"nothing is archived in {config.url}: correct S3_BUCKET or S3_PREFIX")
     faults = counts.total() - counts[AGREE] - counts[TO_COMPARE]

@@ -85,7 +85,7 @@ for _ in range(3_000):
             stack.callback(signal.setitimer, signal.ITIMER_REAL, 0)
             signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 2e-4))
             while True:
-                state.note_seen([archive.RemoteFile(b"./f", 1, 1)])
+                state.note_seen(["./f"])
     except archive.Stopped:  # whose traceback still has the frames
         if state._db.in_transaction:
             sys.exit("the transaction was left open")
