@@ -1759,6 +1759,10 @@ class Walk:
 # ----------------------------------------------------------------------- State
 
 STATE_VERSION = 5  # SQLite's user_version of a database that has these tables
+# `files`: without an mtime, a file has to be compared.  `uploads`: those in parts that were
+# begun and not completed.  Without an mtime, which is the file's, one must not be continued;
+# `settings` are as from Config.upload_settings; `upload_id` is set once S3 has given one.
+# `runs`: one that was killed has no values behind `started_at`; `spent` is in USD.
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS files
     (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, uploaded_at INTEGER);
@@ -1805,29 +1809,6 @@ class Record(NamedTuple):
     def knows_content(self) -> bool:
         """Whether the content is known without asking S3."""
         return self.stored.crc32 is not None and bool(self.stored.etag)
-
-
-class BegunUpload(NamedTuple):
-    """An upload in parts that was begun and not completed."""
-
-    size: int
-    mtime: int | None  # the file's; None if the upload must not be continued
-    part_size: int
-    settings: str  # as from Config.upload_settings
-    upload_id: str | None  # None until S3 has given one
-
-
-class PastRun(NamedTuple):
-    """A run in the state.  The fields from `ended_at` on are None if it was killed."""
-
-    started_at: int
-    ended_at: int | None = None
-    status: int | None = None
-    uploaded: int | None = None
-    skipped: int | None = None
-    failed: int | None = None
-    bytes: int | None = None
-    spent: float | None = None  # USD
 
 
 @dataclass
@@ -1904,6 +1885,7 @@ class State:
                 with contextlib.closing(self._db) as source:
                     self._db = connect("")
                     source.backup(self._db)
+            self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA journal_mode = DELETE")
             self._db.execute("PRAGMA synchronous = FULL")
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
@@ -1978,7 +1960,7 @@ class State:
         """Those of `files` that have no row with their size and mtime."""
         by_path = {path_text(file.path): file for file in files}
         query = f"SELECT path, size, mtime FROM files WHERE path IN {PATHS}"
-        rows = set(self._execute(query, json.dumps([*by_path])))
+        rows = {tuple(row) for row in self._execute(query, json.dumps([*by_path]))}
         return [
             file for path, file in by_path.items() if (path, file.size, file.mtime) not in rows
         ]
@@ -2048,9 +2030,9 @@ class State:
         self._execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", *file_row)
         self._execute("INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?, ?)", *object_row)
 
-    def uploads(self) -> dict[str, BegunUpload]:
-        rows = self._execute(f"SELECT key, {', '.join(BegunUpload._fields)} FROM uploads")
-        return {key: BegunUpload(*values) for key, *values in rows}
+    def uploads(self) -> dict[str, sqlite3.Row]:
+        """Rows of `uploads` by key."""
+        return {row["key"]: row for row in self._execute("SELECT * FROM uploads")}
 
     def forget_upload(self, key: str) -> None:
         self._execute("DELETE FROM uploads WHERE key = ?", key)
@@ -2093,14 +2075,15 @@ class State:
         rows = self._execute(query, self._default_class)
         return Counts({name: Count(files, size) for name, files, size in rows})
 
-    def record_run(self, run: PastRun) -> None:
-        """Adds or replaces a run.  When a run begins, this shows that the state is writable."""
-        self._execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *run)
+    def record_run(self, started_at: int, *ended: object) -> None:
+        """Adds a run, or replaces it once it has `ended`, with values of the other columns.
+        When a run begins, this shows that the state is writable."""
+        values = started_at, *(ended or [None] * 7)
+        self._execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *values)
 
-    def past_runs(self) -> list[PastRun]:
-        """All runs, the latest first."""
-        rows = self._execute("SELECT * FROM runs ORDER BY started_at DESC")
-        return [PastRun(*row) for row in rows]
+    def past_runs(self) -> list[sqlite3.Row]:
+        """Rows of `runs`, the latest first."""
+        return self._execute("SELECT * FROM runs ORDER BY started_at DESC")
 
 
 def create_private(path: Path) -> None:
@@ -3004,7 +2987,7 @@ class Job(NamedTuple):
     plan: UploadPlan
     record: Record | None  # its row
     settings: str  # of its upload, as from Config.upload_settings
-    begun: BegunUpload | None  # by an earlier run
+    begun: sqlite3.Row | None  # its row of `uploads`, by an earlier run
     resumes: bool  # it was begun for this version of the file, in the same way
 
     @property
@@ -3049,10 +3032,10 @@ class Scan(WalkReport):
                 self.add_failure(file.path, error)
                 continue
             settings = config.upload_settings(file.size) if plan.is_multipart else ""
-            version = file.size, file.mtime, plan.part_size, settings
-            resumes = begun is not None and begun[:4] == version
-            record = records.get(path_text(file.path))
-            yield Job(file, key, plan, record, settings, begun, resumes)
+            path = path_text(file.path)
+            upload = key, path, file.size, file.mtime, plan.part_size, settings
+            resumes = begun is not None and begun[:-1] == upload  # all but the upload_id
+            yield Job(file, key, plan, records.get(path), settings, begun, resumes)
 
     def _cost(self, job: Job) -> tuple[float, float]:
         """USD for the requests of an upload, if it comes to that after a comparison, and for
@@ -3290,7 +3273,7 @@ class Run(Scan):
         if not (self.unlisted or self.ended_early):
             # Unfinished uploads of files that are gone, or are archived by now.
             for key, begun in self._uploads.items():
-                if self._bucket.abort_upload(key, begun.upload_id):
+                if self._bucket.abort_upload(key, begun["upload_id"]):
                     log.info("aborted the unfinished upload of %s", printable(key))
                     self._state.forget_upload(key)
 
@@ -3332,7 +3315,7 @@ class Run(Scan):
         stopping, unfinished = self._box.stopping, None
         if stopping.is_set():
             return None
-        upload_id, may_be_complete = job.begun and job.begun.upload_id, False
+        upload_id, may_be_complete = job.begun["upload_id"] if job.begun else None, False
         if upload_id and job.resumes:
             unfinished = self._bucket.unfinished_upload(job.key, upload_id, job.plan.part_size)
             may_be_complete = unfinished is None  # and S3's answer got lost
@@ -3465,7 +3448,7 @@ def run(context: Context, options: argparse.Namespace) -> int:
             context.box.session()  # fails with a mistyped user, before the state is emptied
             state.forget_source()
         work = Run(context, state)
-        state.record_run(PastRun(work.started_at))
+        state.record_run(work.started_at)
         try:
             if config.max_runtime is not None:
                 out_of_time.start()
@@ -3490,7 +3473,7 @@ def run(context: Context, options: argparse.Namespace) -> int:
                 context.show_summary("SUMMARY", work.rows())
                 counts = (work.uploaded, work.unchanged, work.failed, work.bytes_uploaded)
                 ended = (int(time.time()), status, *counts, work.spent)
-                state.record_run(PastRun(work.started_at, *ended))
+                state.record_run(work.started_at, *ended)
     return status
 
 
@@ -3590,14 +3573,14 @@ def status(context: Context, options: argparse.Namespace) -> int:
     state, the box or the bucket cannot be asked."""
     config, bucket, prices = context.config, context.bucket, context.prices
 
-    def read_state() -> tuple[Counts, list[PastRun]]:
+    def read_state() -> tuple[Counts, list[sqlite3.Row]]:
         with contextlib.closing(State(config, copy=True)) as state:
             return state.archived(), state.past_runs()
 
     known, no_state = try_or_none(read_state)
     counts, runs = known or (Counts(), [])
     usd, since = month_cost(prices, counts), time.time() - 30 * DAY
-    spent = sum((past.spent or 0.0 for past in runs if past.started_at >= since), 0.0)
+    spent = sum((past["spent"] or 0.0 for past in runs if past["started_at"] >= since), 0.0)
     space, no_space = try_or_none(context.box.space)
     unfinished, no_count = try_or_none(bucket.count_unfinished)
     rule, no_rule, versioning, no_versions = None, no_count, None, no_count
@@ -3610,7 +3593,7 @@ def status(context: Context, options: argparse.Namespace) -> int:
             "usd_a_month": json_usd(usd) if known else None,
             "usd_spent_in_30_days": json_usd(spent) if known else None,
             "prices": prices.json,
-            "runs": [past._asdict() for past in runs[:5]],
+            "runs": [dict(past) for past in runs[:5]],
             "box": {"used": space[0], "free": space[1]} if space else None,
             "unfinished_uploads": unfinished,
             "lifecycle_rule": rule,
@@ -3638,17 +3621,16 @@ def status(context: Context, options: argparse.Namespace) -> int:
     return 0
 
 
-def show_runs(runs: list[PastRun]) -> None:
+def show_runs(runs: list[sqlite3.Row]) -> None:
     columns = "{:<25}  {:<8}{:>10}{:>8}{:>12}{:>10}".format
     names = columns("Run", "status", "uploaded", "failed", "bytes", "took")
     show("")
     show(names if runs else "no run yet")
-    for past in runs:
-        took = "" if past.ended_at is None else f"{past.ended_at - past.started_at:,} s"
-        ended = "no end" if past.status is None else past.status
-        uploaded, failed = f"{past.uploaded or 0:,}", f"{past.failed or 0:,}"
-        size, started = format_size(past.bytes or 0), format_time(past.started_at)
-        show(columns(started, ended, uploaded, failed, size, took))
+    for started_at, ended_at, ended_with, uploaded, _, failed, size, _ in runs:
+        took = "" if ended_at is None else f"{ended_at - started_at:,} s"
+        how = "no end" if ended_with is None else ended_with
+        counts = f"{uploaded or 0:,}", f"{failed or 0:,}", format_size(size or 0)
+        show(columns(format_time(started_at), how, *counts, took))
 
 
 def verify(context: Context, options: argparse.Namespace) -> int:
