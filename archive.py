@@ -233,27 +233,24 @@ class Prices:
         self.note += " with PRICES" if overrides else ""
         self.json = {"of": PRICES_OF, "region": self.region, "note": self.note}
 
-    def _cost(self, count: float, *name: str) -> float:
+    def _cost(self, count: float, name: str) -> float:
         """`count` times the price of that name; 0 for none, even if the price is not known."""
-        return count * self._usd.get(".".join(name), math.nan) if count else 0.0
+        return count * self._usd.get(name, math.nan) if count else 0.0
 
     def month(self, storage_class: str, files: int, size: int) -> float:
         """A month's storage of `files` objects with `size` bytes in all, and of the 40 KB that
         S3 adds to each cold object ("Amazon S3 pricing", note on archived objects)."""
         cold = files if storage_class in COLD_CLASSES else 0
-        standard = self._cost(cold * OVERHEAD_IN_STANDARD / GIB, "STANDARD", "month")
+        standard = self._cost(cold * OVERHEAD_IN_STANDARD / GIB, "STANDARD.month")
         size += cold * OVERHEAD_IN_CLASS
-        return standard + self._cost(size / GIB, storage_class, "month")
+        return standard + self._cost(size / GIB, f"{storage_class}.month")
 
     def requests(self, storage_class: str, counts: Mapping[str, int]) -> float:
-        """These numbers of requests, by kind.  PUT and Complete have the price of a PUT into
-        the class, Create that of a part, HEAD that of a GET (S3 user guide, "Multipart upload
-        and pricing"), and listings that of a PUT into STANDARD."""
-        puts = counts.get("put", 0) + counts.get("complete", 0)
-        parts = counts.get("create", 0) + counts.get("part", 0)
-        cost = self._cost(puts, storage_class, "put") + self._cost(parts, storage_class, "part")
-        cost += self._cost(counts.get("list", 0), "STANDARD", "put")
-        return (cost + self._cost(counts.get("head", 0), "get")) / 1000
+        """Requests by kind (S3 user guide, "Multipart upload and pricing")."""
+        put, part = f"{storage_class}.put", f"{storage_class}.part"
+        names = {"put": put, "complete": put, "create": part, "part": part}
+        names |= {"head": "get", "list": "STANDARD.put"}
+        return sum(self._cost(n / 1000, names[kind]) for kind, n in counts.items())
 
     def early(self, storage_class: str, size: int, age_days: float) -> float:
         """The charge for overwriting an object at this age: its storage for the rest of the
@@ -263,13 +260,12 @@ class Prices:
 
     def restore(self, storage_class: str, tier: str, files: int, size: int, days: int) -> float:
         """Restoring: requests and bytes at the tier's price, and copies in STANDARD for
-        `days` (S3 user guide, "Restoring an archived object").  NaN for a class whose price
-        of reading is not in the table."""
-        if storage_class not in COLD_CLASSES:
-            return 0.0 if storage_class == "STANDARD" or not files else math.nan
-        requests = self._cost(files / 1000, storage_class, tier, "request")
-        copies = self._cost(size / GIB, "STANDARD", "month") * days / DAYS_PER_MONTH
-        return requests + self._cost(size / GIB, storage_class, tier, "gb") + copies
+        `days` (S3 user guide, "Restoring an archived object")."""
+        if storage_class == "STANDARD":
+            return 0.0
+        requests = self._cost(files / 1000, f"{storage_class}.{tier}.request")
+        copies = self._cost(size / GIB, "STANDARD.month") * days / DAYS_PER_MONTH
+        return requests + self._cost(size / GIB, f"{storage_class}.{tier}.gb") + copies
 
     def download(self, files: int, size: int) -> float:
         """GETs, and the transfer out of AWS beyond the FREE_EGRESS of a month."""
@@ -2659,8 +2655,7 @@ def compare(path: str, found: StoredObject, record: Record | None) -> Comparison
     """Compares a listed object with its record."""
     corrected = Record(path, None, found)
     if record is None:
-        reason = "in the bucket, but not recorded"
-        return Comparison(path, NOT_RECORDED, reason, corrected)
+        return Comparison(path, NOT_RECORDED, "in the bucket, but not recorded", corrected)
     known = record.stored
     if found.size != known.size:
         reason = f"S3 holds {found.size:,} bytes, recorded are {known.size:,}"
