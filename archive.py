@@ -148,8 +148,7 @@ RECONNECT_PAUSES = (0, 1, 2, 4, 8, 15)  # before each attempt to connect to the 
 FAILURE_PAUSE = 0.1  # after the answer FAILURE: too many files may have been open
 KEEPALIVE = 60  # the box closes idle sessions, and a part may take minutes to upload
 S3_CONNECT_LIMIT, S3_READ_LIMIT = 20, 60  # per attempt
-LOCKED_LIMIT = 10  # for another program's lock when the state database is opened
-COMMIT_LIMIT = 60  # for such a lock later: `plan` may be copying the database
+LOCKED_LIMIT = 60  # for another program's lock on the state: `plan` may be copying it
 COMMIT_PAUSE = 1  # between commits of finished files while the walk finds no new one
 STOP_LIMIT = 5  # for work under way after a signal
 EXIT_GRACE = 3  # until the process is ended after STOP_LIMIT
@@ -1869,17 +1868,17 @@ class State:
             "HETZNER_USER": config.user,
             "REMOTE_PATH": path_text(config.remote_path),
         }
-        connect = partial(sqlite3.connect, timeout=LOCKED_LIMIT, isolation_level=None)
+        self._open = partial(sqlite3.connect, timeout=LOCKED_LIMIT, isolation_level=None)
         with state_errors(path):
             if not copy:
                 create_private(path)
-            self._db = connect("" if copy and not path.exists() else path)
+            self._db = self._open("" if copy and not path.exists() else path)
             (fault,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
             if fault != "ok":
                 raise sqlite3.DatabaseError(fault)
             if copy:
                 with contextlib.closing(self._db) as source:
-                    self._db = connect("")
+                    self._db = self._open("")
                     source.backup(self._db)
             self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA journal_mode = DELETE")
@@ -1890,7 +1889,6 @@ class State:
             if version < STATE_VERSION:
                 self._make_tables()
             self._db.execute("CREATE TEMP TABLE seen (path TEXT PRIMARY KEY) WITHOUT ROWID")
-            self._db.execute(f"PRAGMA busy_timeout = {COMMIT_LIMIT * 1000}")
         self._check_pins(but=SOURCE_PINS if new_source else ())
 
     @in_transaction
@@ -2005,10 +2003,8 @@ class State:
 
     def note_upload_id(self, key: str, upload_id: str) -> None:
         """Notes the id of an upload before its first part is sent.  For any thread."""
-        with state_errors(self._path):
-            db = sqlite3.connect(self._path, timeout=COMMIT_LIMIT, isolation_level=None)
-            with contextlib.closing(db):
-                db.execute("UPDATE uploads SET upload_id = ? WHERE key = ?", (upload_id, key))
+        with state_errors(self._path), contextlib.closing(self._open(self._path)) as db:
+            db.execute("UPDATE uploads SET upload_id = ? WHERE key = ?", (upload_id, key))
 
     @in_transaction
     def record(self, archived: Iterable[Archived]) -> None:

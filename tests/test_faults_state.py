@@ -18,7 +18,7 @@ from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
 from scripted_s3 import error, hang, reset
 
-IMPATIENT = {"LOCKED_LIMIT": 1, "COMMIT_LIMIT": 1}
+IMPATIENT = {"LOCKED_LIMIT": 1}
 
 
 box, scripted = scripted_fixtures()  # beside `archive`, which asks S3 directly
