@@ -1936,11 +1936,6 @@ class State:
                 raise Fatal(f"{reason}: set it back, or {remedy}")
 
     @in_transaction
-    def pin(self) -> None:
-        """Notes which source and destination the state belongs to."""
-        self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", self._pins.items())
-
-    @in_transaction
     def forget_source(self) -> None:
         """Deletes all rows of files and the pins: the state `is_new` then.  Unfinished
         uploads may have parts of the old source's files, and are not continued."""
@@ -1952,12 +1947,10 @@ class State:
 
     def unrecorded(self, files: list[RemoteFile]) -> list[RemoteFile]:
         """Those of `files` that have no row with their size and mtime."""
-        by_path = {path_text(file.path): file for file in files}
         query = f"SELECT path, size, mtime FROM files WHERE path IN {PATHS}"
-        rows = {tuple(row) for row in self._execute(query, json.dumps([*by_path]))}
-        return [
-            file for path, file in by_path.items() if (path, file.size, file.mtime) not in rows
-        ]
+        rows = self._execute(query, json.dumps([path_text(file.path) for file in files]))
+        known = {tuple(row) for row in rows}
+        return [f for f in files if (path_text(f.path), f.size, f.mtime) not in known]
 
     def find(self, paths: Iterable[str]) -> dict[str, Record]:
         """The records of these paths, as far as there are any."""
@@ -2044,11 +2037,13 @@ class State:
             self._store(record)
 
     @in_transaction
-    def delete_unseen(self) -> None:
-        """Deletes the rows of `unseen`, and forgets what was seen."""
+    def end_listing(self) -> None:
+        """Deletes the rows of `unseen`, forgets what was seen, and notes which source and
+        destination the state belongs to: from now on it is not new."""
         for table in ("files", "objects"):
             self._execute(f"DELETE FROM {table} WHERE path NOT IN (SELECT path FROM temp.seen)")
         self._execute("DELETE FROM temp.seen")
+        self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", self._pins.items())
 
     def known_gone(self) -> set[str]:
         """Paths of the files that were gone when MAX_CHANGED last let a run go on."""
@@ -2690,12 +2685,12 @@ def reconcile(config: Config, bucket: Bucket, state: State) -> Iterator[Comparis
         yield from comparisons
     for record in state.unseen():
         yield Comparison(record.path, NO_OBJECT, "recorded, but not in the bucket")
-    state.delete_unseen()
+    state.end_listing()
 
 
 def take_over(config: Config, bucket: Bucket, state: State) -> None:
-    """Makes a new state, or one of an earlier script, agree with the bucket, and pins it to
-    these settings.  If this is interrupted, the next run begins it again."""
+    """Makes a new state, or one of an earlier script, agree with the bucket.  If this is
+    interrupted, the next run begins it again."""
     counts = Counter(one.verdict for one in reconcile(config, bucket, state))
     gone = counts.pop(NO_OBJECT, 0)
     if counts or gone:
@@ -2703,7 +2698,6 @@ def take_over(config: Config, bucket: Bucket, state: State) -> None:
         log.warning(message, config.state_db, f"{counts.total():,}", config.url)
     if gone:
         log.warning("%s of its rows have no object there, and are dropped", f"{gone:,}")
-    state.pin()
 
 
 # ---------------------------------------------------------------------- Output
