@@ -464,10 +464,7 @@ def plan_upload(size: int, memory_limit: int) -> UploadPlan:
     are being sent, the part that is being read, and READ_WINDOW are in memory."""
     if size < SMALL_FILE:
         return UploadPlan(size, 0, 2 * size)
-    possible = [part for part in PART_SIZES if part * MAX_PARTS >= size]
-    if not possible:
-        most = PART_SIZES[-1] * MAX_PARTS
-        raise FileError(f"has {size:,} bytes, an S3 object at most {most:,}: exclude it")
+    possible = [part for part in PART_SIZES if part * MAX_PARTS >= size] or PART_SIZES[-1:]
     for_parts = memory_limit - READ_WINDOW
     fitting = [part for part in possible if part <= PART_SIZE and 2 * part <= for_parts]
     part_size = max(fitting, default=possible[0])
@@ -1976,13 +1973,12 @@ class State:
         continued only if the mtime of their version is noted.  It is not if the file is
         compared first, or was modified so recently that its parts could be of two versions.
         """
-        forget = "UPDATE objects SET etag = NULL, crc32 = NULL WHERE path = ?"
         insert = "INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?, ?, NULL)"
         for job in jobs:
             path, size = path_text(job.file.path), job.file.size
             if job.record is not None:
-                self._execute("UPDATE files SET mtime = NULL WHERE path = ?", path)
-                self._execute(forget, path)
+                unknown = job.record.stored._replace(key=job.key, etag="", crc32=None)
+                self._store(Record(path, None, unknown))
             if job.plan.is_multipart and not job.resumes:
                 is_unsure = job.compares or is_recent(job.file, time.time())
                 mtime = None if is_unsure else job.file.mtime
@@ -2011,7 +2007,7 @@ class State:
     def _store(self, record: Record) -> None:
         path, mtime, found = record
         file_row = (path, found.size, mtime, found.uploaded_at)
-        object_row = (path, found.key, found.etag, found.crc32, found.storage_class)
+        object_row = (path, found.key, found.etag or None, found.crc32, found.storage_class)
         self._execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", *file_row)
         self._execute("INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?, ?)", *object_row)
 
@@ -2079,30 +2075,22 @@ def create_private(path: Path) -> None:
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
 
 
-def has_locks(path: Path) -> bool:
-    """Whether the file system has locks, tried on a new file `path`, which is deleted."""
-    try:
-        with contextlib.closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as db:
-            db.execute("BEGIN EXCLUSIVE")
-            return True
-    except sqlite3.Error:
-        return False
-    finally:
-        path.unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
 def locked(config: Config, suffix: str = ".lock") -> Iterator[None]:
     """Holds a lock beside the state; Fatal with status 11 if another process has it.  The
-    lock is an exclusive transaction on an empty database: this works on every system, and
-    the lock is free again when its process ends, even if that is killed."""
+    lock is a writer's transaction on an empty database: this works on every system, and the
+    lock is free again when its process ends, even if that is killed."""
     path = config.state_db.with_name(config.state_db.name + suffix)
+    can_read = False
     try:
         create_private(path)
         db = sqlite3.connect(path, timeout=0, isolation_level=None)
-        db.execute("BEGIN EXCLUSIVE")
+        # A writer keeps nobody from reading.  A file system without locks does.
+        db.execute("SELECT 1 FROM sqlite_master")
+        can_read = True
+        db.execute("BEGIN IMMEDIATE")
     except sqlite3.Error as error:
-        if "locked" in str(error) and has_locks(path.with_name(f"{path.name}.{os.getpid()}")):
+        if can_read and "locked" in str(error):
             raise Fatal(f"another run is at work: it holds {path}", status=LOCKED) from None
         remedy = "check its permissions, and those of its folder; if its file system has no "
         remedy += "locks, as some network shares, put STATE_DB on a local disk"

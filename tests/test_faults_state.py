@@ -300,7 +300,7 @@ def test_state_behind_a_link_has_one_lock(archive, box):
     linked.symlink_to(archive.state_db)
     with contextlib.closing(sqlite3.connect(f"{archive.state_db}.lock")) as holder:
         holder.isolation_level = None
-        holder.execute("BEGIN EXCLUSIVE")
+        holder.execute("BEGIN IMMEDIATE")
         assert archive(STATE_DB=linked).status == 11
 
 

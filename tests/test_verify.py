@@ -390,7 +390,7 @@ def test_repair_beside_a_run_ends_with_11_and_verify_alone_may_look(archive):
 
     lock = f"{archive.state_db}.lock"
     with contextlib.closing(sqlite3.connect(lock, isolation_level=None)) as holder:
-        holder.execute("BEGIN EXCLUSIVE")
+        holder.execute("BEGIN IMMEDIATE")
         assert archive("verify", "--repair").status == 11
         assert archive("verify").status == 3
 
