@@ -1790,17 +1790,12 @@ class StoredObject(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A row: what the state knows about a file.  `stored` has no etag if nothing is known
-    about the content, and no crc32 unless this program has read it."""
+    """A row: what the state knows about a file.  `stored` has an empty etag if nothing is
+    known about the content, and no crc32 unless this program has read that."""
 
     path: str  # as in the path column
     mtime: int | None  # the file's; None if the file has to be compared
     stored: StoredObject
-
-    @property
-    def knows_content(self) -> bool:
-        """Whether the content is known without asking S3."""
-        return self.stored.crc32 is not None and bool(self.stored.etag)
 
 
 @dataclass
@@ -2972,7 +2967,8 @@ class Job(NamedTuple):
     @property
     def heads(self) -> int:
         """The number of HEADs that this takes: 0 if the state knows the content."""
-        return int(self.compares and not (self.record and self.record.knows_content))
+        is_known = self.record is not None and self.record.stored.crc32 is not None
+        return int(self.compares and not is_known)
 
 
 class Archived(NamedTuple):
@@ -3320,7 +3316,7 @@ class Run(Scan):
     def _object_to_compare(self, job: Job) -> StoredObject | None:
         """The object to compare the file with; None if it cannot be the same.  The row is
         enough if this program has read the content; else S3 gets a HEAD."""
-        if job.record and job.record.knows_content:
+        if job.record and job.record.stored.crc32 is not None:
             return job.record.stored
         found = self._bucket.head(job.key)
         return found if found and found.size == job.file.size else None
