@@ -75,7 +75,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cache, partial
 from logging.handlers import RotatingFileHandler
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Generic, NamedTuple, NoReturn, TextIO, TypeVar
@@ -148,8 +148,7 @@ RECONNECT_PAUSES = (0, 1, 2, 4, 8, 15)  # before each attempt to connect to the 
 FAILURE_PAUSE = 0.1  # after the answer FAILURE: too many files may have been open
 KEEPALIVE = 60  # the box closes idle sessions, and a part may take minutes to upload
 S3_CONNECT_LIMIT, S3_READ_LIMIT = 20, 60  # per attempt
-LOCKED_LIMIT = 10  # for another program's lock when the state database is opened
-COMMIT_LIMIT = 60  # for such a lock later: `plan` may be copying the database
+LOCKED_LIMIT = 60  # for another program's lock on the state: `plan` may be copying it
 COMMIT_PAUSE = 0.5  # between commits of finished files while the walk finds no new one
 STOP_LIMIT = 5  # for work under way after a signal
 EXIT_GRACE = 3  # until the process is ended after STOP_LIMIT
@@ -230,27 +229,24 @@ class Prices:
             self.note += f" (those of {region or 'your region'} may differ: set PRICES)"
         self.note += " with PRICES" if overrides else ""
 
-    def _cost(self, count: float, *name: str) -> float:
+    def _cost(self, count: float, name: str) -> float:
         """`count` times the price of that name; 0 for none, even if the price is not known."""
-        return count * self._usd.get(".".join(name), math.nan) if count else 0.0
+        return count * self._usd.get(name, math.nan) if count else 0.0
 
     def month(self, storage_class: str, files: int, size: int) -> float:
         """A month's storage of `files` objects with `size` bytes in all, and of the 40 KB that
         S3 adds to each cold object ("Amazon S3 pricing", note on archived objects)."""
         cold = files if storage_class in COLD_CLASSES else 0
-        standard = self._cost(cold * OVERHEAD_IN_STANDARD / GIB, "STANDARD", "month")
+        standard = self._cost(cold * OVERHEAD_IN_STANDARD / GIB, "STANDARD.month")
         size += cold * OVERHEAD_IN_CLASS
-        return standard + self._cost(size / GIB, storage_class, "month")
+        return standard + self._cost(size / GIB, f"{storage_class}.month")
 
     def requests(self, storage_class: str, counts: Mapping[str, int]) -> float:
-        """These numbers of requests, by kind.  PUT and Complete have the price of a PUT into
-        the class, Create that of a part, HEAD that of a GET (S3 user guide, "Multipart upload
-        and pricing"), and listings that of a PUT into STANDARD."""
-        puts = counts.get("put", 0) + counts.get("complete", 0)
-        parts = counts.get("create", 0) + counts.get("part", 0)
-        cost = self._cost(puts, storage_class, "put") + self._cost(parts, storage_class, "part")
-        cost += self._cost(counts.get("list", 0), "STANDARD", "put")
-        return (cost + self._cost(counts.get("head", 0), "get")) / 1000
+        """Requests by kind (S3 user guide, "Multipart upload and pricing")."""
+        put, part = f"{storage_class}.put", f"{storage_class}.part"
+        names = {"put": put, "complete": put, "create": part, "part": part}
+        names |= {"head": "get", "list": "STANDARD.put"}
+        return sum(self._cost(n / 1000, names[kind]) for kind, n in counts.items())
 
     def early(self, storage_class: str, size: int, age_days: float) -> float:
         """The charge for overwriting an object at this age: its storage for the rest of the
@@ -260,13 +256,12 @@ class Prices:
 
     def restore(self, storage_class: str, tier: str, files: int, size: int, days: int) -> float:
         """Restoring: requests and bytes at the tier's price, and copies in STANDARD for
-        `days` (S3 user guide, "Restoring an archived object").  NaN for a class whose price
-        of reading is not in the table."""
-        if storage_class not in COLD_CLASSES:
-            return 0.0 if storage_class == "STANDARD" or not files else math.nan
-        requests = self._cost(files / 1000, storage_class, tier, "request")
-        copies = self._cost(size / GIB, "STANDARD", "month") * days / DAYS_PER_MONTH
-        return requests + self._cost(size / GIB, storage_class, tier, "gb") + copies
+        `days` (S3 user guide, "Restoring an archived object")."""
+        if storage_class == "STANDARD":
+            return 0.0
+        requests = self._cost(files / 1000, f"{storage_class}.{tier}.request")
+        copies = self._cost(size / GIB, "STANDARD.month") * days / DAYS_PER_MONTH
+        return requests + self._cost(size / GIB, f"{storage_class}.{tier}.gb") + copies
 
     def download(self, files: int, size: int) -> float:
         """GETs, and the transfer out of AWS beyond the FREE_EGRESS of a month."""
@@ -470,10 +465,7 @@ def plan_upload(size: int, memory_limit: int) -> UploadPlan:
     are being sent, the part that is being read, and READ_WINDOW are in memory."""
     if size < SMALL_FILE:
         return UploadPlan(size, 0, 2 * size)
-    possible = [part for part in PART_SIZES if part * MAX_PARTS >= size]
-    if not possible:
-        most = PART_SIZES[-1] * MAX_PARTS
-        raise FileError(f"has {size:,} bytes, an S3 object at most {most:,}: exclude it")
+    possible = [part for part in PART_SIZES if part * MAX_PARTS >= size] or PART_SIZES[-1:]
     for_parts = memory_limit - READ_WINDOW
     fitting = [part for part in possible if part <= PART_SIZE and 2 * part <= for_parts]
     part_size = max(fitting, default=possible[0])
@@ -1761,6 +1753,10 @@ class Walk:
 # ----------------------------------------------------------------------- State
 
 STATE_VERSION = 5  # SQLite's user_version of a database that has these tables
+# `files`: without an mtime, a file has to be compared.  `uploads`: those in parts that were
+# begun and not completed.  Without an mtime, which is the file's, one must not be continued;
+# `settings` are as from Config.upload_settings; `upload_id` is set once S3 has given one.
+# `runs`: one that was killed has no values behind `started_at`; `spent` is in USD.
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS files
     (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, uploaded_at INTEGER);
@@ -1775,77 +1771,33 @@ CREATE TABLE runs (started_at INTEGER PRIMARY KEY, ended_at INTEGER, status INTE
 CREATE TABLE gone (path TEXT PRIMARY KEY) WITHOUT ROWID;
 """
 SOURCE_PINS = ("HETZNER_USER", "REMOTE_PATH")
+PATHS = "(SELECT value FROM json_each(?))"  # of a list of any length, in JSON
+
+# Whether S3 lets an object be read: one in a cold class has to be restored first.
+READABLE, COLD, RESTORING, RESTORED = "readable", "cold", "restoring", "restored"
+
+
+class StoredObject(NamedTuple):
+    """What S3 says about an object.  A field is None if S3 has not said it."""
+
+    key: str
+    size: int
+    uploaded_at: int  # seconds since the epoch; S3 dates an upload in parts by its beginning
+    mtime: int  # from the metadata, where rclone keeps it, too; else as `uploaded_at`
+    storage_class: str
+    etag: str
+    crc32: int | None = None  # of the whole object
+    thaw_state: str = READABLE  # known only from a listing
+    version_id: str | None = None  # None for the current version
 
 
 class Record(NamedTuple):
-    """A row: what the state knows about a file and its object.  If `mtime` is None, the file
-    has to be compared.  `etag` is None if nothing is known about the content, and `crc32` is
-    None unless this program has read it."""
+    """A row: what the state knows about a file.  `stored` has an empty etag if nothing is
+    known about the content, and no crc32 unless this program has read that."""
 
     path: str  # as in the path column
-    size: int
-    mtime: int | None
-    uploaded_at: int | None
-    key: str
-    etag: str | None
-    crc32: int | None
-    storage_class: str | None
-
-    @property
-    def knows_content(self) -> bool:
-        """Whether the content is known without asking S3."""
-        return self.crc32 is not None and bool(self.etag)
-
-
-class PastRun(NamedTuple):
-    """A run in the state.  The fields from `ended_at` on are None if it was killed."""
-
-    started_at: int
-    ended_at: int | None = None
-    status: int | None = None
-    uploaded: int | None = None
-    skipped: int | None = None
-    failed: int | None = None
-    bytes: int | None = None
-    spent: float | None = None  # USD
-
-
-@contextlib.contextmanager
-def state_errors(path: Path) -> Iterator[None]:
-    """Turns an sqlite3.Error into Fatal."""
-    try:
-        yield
-    except (sqlite3.Error, UnicodeEncodeError) as error:
-        remedy = "repair it, or move it away: the next run makes one from the bucket's listing"
-        if isinstance(error, sqlite3.OperationalError):  # the database is not damaged
-            remedy = "check its permissions, the room on its disk and in the folder for "
-            remedy += "temporary files (TMPDIR), and the number of open files"
-        raise Fatal(f"the state database {path} cannot be used: {error}; {remedy}") from None
-
-
-# How the listing and the state agree about a key: labels of `verify`'s table.
-AGREE, NO_OBJECT, WRONG_SIZE = "Agree", "Missing", "Wrong size"
-WRONG_ETAG, NOT_RECORDED, TO_COMPARE = "Wrong checksum", "Not recorded", "To compare"
-
-
-class Comparison(NamedTuple):
-    """A key in the listing, in the state, or in both."""
-
-    verdict: str  # one of these labels
-    reason: str  # what is wrong; empty if nothing is
-    path: str  # as in the state's path column
-    found: StoredObject | None
-    record: Record | None
-
-
-class BegunUpload(NamedTuple):
-    """An upload in parts that was begun and not completed."""
-
-    size: int
-    mtime: int | None  # the file's; None if the upload must not be continued
-    part_size: int
-    settings: str  # as from Config.upload_settings
-    upload_id: str | None  # None if it was not begun, but has to be, without a comparison
+    mtime: int | None  # the file's; None if the file has to be compared
+    stored: StoredObject
 
 
 @dataclass
@@ -1869,6 +1821,19 @@ class Counts(dict[str, Count]):
         return Count(sum(count.files for count in counts), sum(count.bytes for count in counts))
 
 
+@contextlib.contextmanager
+def state_errors(path: Path) -> Iterator[None]:
+    """Turns an sqlite3.Error into Fatal."""
+    try:
+        yield
+    except (sqlite3.Error, UnicodeEncodeError) as error:
+        remedy = "repair it, or move it away: the next run makes one from the bucket's listing"
+        if isinstance(error, sqlite3.OperationalError):  # the database is not damaged
+            remedy = "check its permissions, the room on its disk and in the folder for "
+            remedy += "temporary files (TMPDIR), and the number of open files"
+        raise Fatal(f"the state database {path} cannot be used: {error}; {remedy}") from None
+
+
 def in_transaction(method: Callable[..., None]) -> Callable[..., None]:
     """A method of State whose statements are committed together, or not at all.  No context
     manager in Python: a signal as it begins or ends would leave the transaction open."""
@@ -1888,7 +1853,8 @@ class State:
         """Opens the database, or makes it.  With `copy`, it opens a temporary copy instead,
         which is empty if there is no database; changes are lost.  Fatal if it belongs to
         another destination, or to another source and that is not the `new_source`."""
-        path = self._path = config.state_db
+        path, self._default_class = config.state_db, config.storage_class
+        self._path = path
         # With other settings than these, files would count as archived that are not.
         self._pins = {
             "S3_BUCKET": config.bucket,
@@ -1896,60 +1862,45 @@ class State:
             "HETZNER_USER": config.user,
             "REMOTE_PATH": path_text(config.remote_path),
         }
+        self._open = partial(sqlite3.connect, timeout=LOCKED_LIMIT, isolation_level=None)
         with state_errors(path):
             if not copy:
                 create_private(path)
-            name = "" if copy else path
-            self._db = sqlite3.connect(name, timeout=LOCKED_LIMIT, isolation_level=None)
-            if copy and path.exists():
-                with contextlib.closing(sqlite3.connect(path, timeout=LOCKED_LIMIT)) as source:
-                    # `backup` alone would wait for another program's lock without a limit.
-                    source.execute("BEGIN")
-                    source.execute("SELECT count(*) FROM sqlite_master")
-                    source.backup(self._db)
+            self._db = self._open("" if copy and not path.exists() else path)
             (fault,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
             if fault != "ok":
                 raise sqlite3.DatabaseError(fault)
+            if copy:
+                with contextlib.closing(self._db) as source:
+                    self._db = self._open("")
+                    source.backup(self._db)
+            self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA journal_mode = DELETE")
             self._db.execute("PRAGMA synchronous = FULL")
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
             if version > STATE_VERSION:
                 raise Fatal(f"the state database {path} is of a newer archive.py: use that one")
             if version < STATE_VERSION:
-                self._upgrade(config)
+                self._make_tables()
             self._db.execute("CREATE TEMP TABLE seen (path TEXT PRIMARY KEY) WITHOUT ROWID")
-            self._db.execute(f"PRAGMA busy_timeout = {COMMIT_LIMIT * 1000}")
         self._check_pins(but=SOURCE_PINS if new_source else ())
 
     @in_transaction
-    def _upgrade(self, config: Config) -> None:
-        """Makes the tables.  Of an earlier script's database it keeps the rows of `files`
-        whose paths are possible with these settings.  With a table `meta`, it is an earlier
-        version's of this program, which may have noted elsewhere what is uncertain: all rows
-        have to be compared."""
-
-        def key_of(path: str) -> str | None:
-            raw = unescape(path)
-            with contextlib.suppress(FileError):
-                if raw.startswith(join(config.remote_path, b"")) and path_text(raw) == path:
-                    return object_key(config.prefix, relative_path(config.remote_path, raw))
-            return None
-
-        self._db.create_function("key_of", 1, key_of, deterministic=True)
+    def _make_tables(self) -> None:
+        """Makes the tables.  Rows of an earlier script's `files` stay, for `take_over`.  Those
+        of an earlier version of this program, which had a table `meta`, do not: it may have
+        noted elsewhere what is uncertain."""
         tables = {name for (name,) in self._execute("SELECT name FROM sqlite_master")}
-        old = tables & {"objects", "recheck", "replacing", "uploads", "meta", "runs", "gone"}
-        unsure = "true" if "meta" in tables else "typeof(mtime) != 'integer'"
-        for statement in (
-            *(f"DROP TABLE {name}" for name in old),
-            *SCHEMA.split(";"),
-            "DELETE FROM files WHERE typeof(path) != 'text' OR typeof(size) != 'integer'"
-            " OR key_of(path) IS NULL",
-            f"UPDATE files SET mtime = NULL WHERE {unsure}",
-            "UPDATE files SET uploaded_at = NULL WHERE typeof(uploaded_at) != 'integer'",
-            "INSERT INTO objects (path, key) SELECT path, key_of(path) FROM files",
-            f"PRAGMA user_version = {STATE_VERSION}",
-        ):
+        old = {"objects", "recheck", "replacing", "uploads", "meta", "runs", "gone"}
+        if "meta" in tables:
+            old.add("files")
+        for table in tables & old:
+            self._execute(f"DROP TABLE {table}")
+        for statement in SCHEMA.split(";"):
             self._execute(statement)
+        for column, expected in {"path": "text", "size": "integer", "mtime": "integer"}.items():
+            self._execute(f"DELETE FROM files WHERE typeof({column}) != '{expected}'")
+        self._execute(f"PRAGMA user_version = {STATE_VERSION}")
 
     def _execute(self, statement: str, *values: Any) -> list[Any]:
         """The rows that the statement returns.  It is committed, unless in a transaction."""
@@ -1979,11 +1930,6 @@ class State:
                 raise Fatal(f"{reason}: set it back, or {remedy}")
 
     @in_transaction
-    def pin(self) -> None:
-        """Notes which source and destination the state belongs to."""
-        self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", self._pins.items())
-
-    @in_transaction
     def forget_source(self) -> None:
         """Deletes all rows of files and the pins: the state `is_new` then.  Unfinished
         uploads may have parts of the old source's files, and are not continued."""
@@ -1995,25 +1941,25 @@ class State:
 
     def unrecorded(self, files: list[RemoteFile]) -> list[RemoteFile]:
         """Those of `files` that have no row with their size and mtime."""
-        by_path = {path_text(file.path): file for file in files}
-        paths = "SELECT value FROM json_each(?)"  # of any number of paths
-        query = f"SELECT path, size, mtime FROM files WHERE path IN ({paths})"
-        rows = set(self._execute(query, json.dumps([*by_path])))
-        return [
-            file for path, file in by_path.items() if (path, file.size, file.mtime) not in rows
-        ]
+        query = f"SELECT path, size, mtime FROM files WHERE path IN {PATHS}"
+        rows = self._execute(query, json.dumps([path_text(file.path) for file in files]))
+        known = {tuple(row) for row in rows}
+        return [f for f in files if (path_text(f.path), f.size, f.mtime) not in known]
 
-    def find(self, path: bytes) -> Record | None:
-        return next(self.records("path = ?", path_text(path)), None)
+    def find(self, paths: Iterable[str]) -> dict[str, Record]:
+        """The records of these paths, as far as there are any."""
+        records = self._records(f"path IN {PATHS}", json.dumps([*paths]))
+        return {record.path: record for record in records}
 
-    def records(self, condition: str = "true", *values: Any) -> Iterator[Record]:
-        """Rows sorted by key, as S3's listings are.  The caller may change those it has got."""
-        query = f"SELECT {', '.join(Record._fields)} FROM files JOIN objects USING (path)"
-        query += f" WHERE {condition} AND key > ? ORDER BY key LIMIT {PAGE}"
-        last = ""
-        while page := [Record(*row) for row in self._execute(query, *values, last)]:
-            yield from page
-            last = page[-1].key
+    def _records(self, condition: str, *values: str) -> Iterator[Record]:
+        query = (
+            "SELECT path, mtime, key, size, coalesce(uploaded_at, 0), coalesce(uploaded_at, 0),"
+            " coalesce(storage_class, ?), coalesce(etag, ''), crc32"
+            f" FROM files LEFT JOIN objects USING (path) WHERE {condition}"
+        )
+        with state_errors(self._path):
+            for path, mtime, *stored in self._db.execute(query, (self._default_class, *values)):
+                yield Record(path, mtime, StoredObject(*stored))
 
     @in_transaction
     def note_begun(self, jobs: Iterable[Job]) -> None:
@@ -2022,12 +1968,10 @@ class State:
         S3 may store a new version although its answer gets lost.  So until S3 has acknowledged
         the upload, the row says nothing about the object's content.
         """
-        forget = "UPDATE objects SET etag = NULL, crc32 = NULL WHERE path = ?"
         for job in jobs:
             if job.record is not None:
-                path = path_text(job.file.path)
-                self._execute("UPDATE files SET mtime = NULL WHERE path = ?", path)
-                self._execute(forget, path)
+                unknown = job.record.stored._replace(key=job.key, etag="", crc32=None)
+                self._store(Record(path_text(job.file.path), None, unknown))
 
     def note_upload(self, job: Job, upload_id: str | None) -> None:
         """Notes an upload in parts before its first part is sent.  For any thread.  It can be
@@ -2035,43 +1979,56 @@ class State:
         versions.  Without an id, the next run uploads the file and does not compare it."""
         file = job.file
         mtime = None if upload_id and is_recent(file, time.time()) else file.mtime
-        row = BegunUpload(file.size, mtime, job.plan.part_size, job.settings, upload_id)
+        row = job.key, path_text(file.path), file.size, mtime, job.plan.part_size
         insert = "INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?)"
-        with state_errors(self._path):
-            db = sqlite3.connect(self._path, timeout=COMMIT_LIMIT, isolation_level=None)
-            with contextlib.closing(db):
-                db.execute(insert, (job.key, path_text(file.path), *row))
+        with state_errors(self._path), contextlib.closing(self._open(self._path)) as db:
+            db.execute(insert, (*row, job.settings, upload_id))
 
     @in_transaction
     def record(self, archived: Iterable[Archived]) -> None:
         """Commits files that S3 has acknowledged, or was found to hold already.  The
         invariant depends on this method, which must be called only with such files."""
         for done in archived:
-            file, mtime = done.file, None if done.is_recent else done.file.mtime
-            self._store(path_text(file.path), file.size, mtime, done.stored)
+            mtime = None if done.is_recent else done.file.mtime
+            self._store(Record(path_text(done.file.path), mtime, done.stored))
             self.forget_upload(done.stored.key)
 
-    def _store(self, path: str, size: int, mtime: int | None, found: StoredObject) -> None:
-        file_row = (path, size, mtime, found.uploaded_at)
-        object_row = (path, found.key, found.etag, found.crc32, found.storage_class or None)
+    def _store(self, record: Record) -> None:
+        path, mtime, found = record
+        file_row = (path, found.size, mtime, found.uploaded_at)
+        object_row = (path, found.key, found.etag or None, found.crc32, found.storage_class)
         self._execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", *file_row)
         self._execute("INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?, ?)", *object_row)
 
-    def uploads(self) -> dict[str, BegunUpload]:
-        rows = self._execute(f"SELECT key, {', '.join(BegunUpload._fields)} FROM uploads")
-        return {key: BegunUpload(*values) for key, *values in rows}
+    def uploads(self) -> dict[str, sqlite3.Row]:
+        """Rows of `uploads` by key."""
+        return {row["key"]: row for row in self._execute("SELECT * FROM uploads")}
 
     def forget_upload(self, key: str) -> None:
         self._execute("DELETE FROM uploads WHERE key = ?", key)
 
     @in_transaction
-    def note_seen(self, files: Iterable[RemoteFile]) -> None:
-        """Notes that these files are on the box, until the database is closed."""
-        rows = [(path_text(file.path),) for file in files]
-        self._db.executemany("INSERT OR IGNORE INTO temp.seen VALUES (?)", rows)
+    def note_seen(self, paths: Iterable[str]) -> None:
+        """Notes that these files are on the box, or their objects in the bucket."""
+        self._db.executemany("INSERT OR IGNORE INTO temp.seen VALUES (?)", zip(paths))
 
     def unseen(self) -> Iterator[Record]:
-        return self.records("path NOT IN (SELECT path FROM temp.seen)")
+        return self._records("path NOT IN (SELECT path FROM temp.seen)")
+
+    @in_transaction
+    def replace(self, records: Iterable[Record]) -> None:
+        """Stores what the bucket's listing says, in place of what was recorded."""
+        for record in records:
+            self._store(record)
+
+    @in_transaction
+    def end_listing(self) -> None:
+        """Deletes the rows of `unseen`, forgets what was seen, and notes which source and
+        destination the state belongs to: from now on it is not new."""
+        for table in ("files", "objects"):
+            self._execute(f"DELETE FROM {table} WHERE path NOT IN (SELECT path FROM temp.seen)")
+        self._execute("DELETE FROM temp.seen")
+        self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", self._pins.items())
 
     def known_gone(self) -> set[str]:
         """Paths of the files that were gone when MAX_CHANGED last let a run go on."""
@@ -2083,34 +2040,22 @@ class State:
         self._execute("DELETE FROM gone WHERE path IN (SELECT path FROM temp.seen)")
         self._db.executemany("INSERT OR IGNORE INTO gone VALUES (?)", zip(paths))
 
-    @in_transaction
-    def apply(self, comparisons: Iterable[Comparison]) -> None:
-        """Brings rows in line with the bucket's listing."""
-        for verdict, _, path, found, record in comparisons:
-            if found is None:
-                self._execute("DELETE FROM files WHERE path = ?", path)
-                self._execute("DELETE FROM objects WHERE path = ?", path)
-            elif record is None or verdict in (WRONG_SIZE, WRONG_ETAG):
-                self._store(path, found.size, None, found)
-            elif (record.etag, record.storage_class) != (found.etag, found.storage_class):
-                updated = found._replace(crc32=record.crc32)
-                self._store(path, record.size, record.mtime, updated)
-
-    def archived(self, config: Config) -> Counts:
-        """The archived files by storage class; STORAGE_CLASS where none was recorded."""
+    def archived(self) -> Counts:
+        """The archived files by storage class."""
         query = "SELECT coalesce(storage_class, ?), count(*), sum(size)"
-        query += " FROM files JOIN objects USING (path) GROUP BY 1 ORDER BY 2 DESC"
-        rows = self._execute(query, config.storage_class)
+        query += " FROM files LEFT JOIN objects USING (path) GROUP BY 1 ORDER BY 2 DESC"
+        rows = self._execute(query, self._default_class)
         return Counts({name: Count(files, size) for name, files, size in rows})
 
-    def record_run(self, run: PastRun) -> None:
-        """Adds or replaces a run.  When a run begins, this shows that the state is writable."""
-        self._execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *run)
+    def record_run(self, started_at: int, *ended: object) -> None:
+        """Adds a run, or replaces it once it has `ended`, with values of the other columns.
+        When a run begins, this shows that the state is writable."""
+        values = started_at, *(ended or [None] * 7)
+        self._execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *values)
 
-    def past_runs(self) -> list[PastRun]:
-        """All runs, the latest first."""
-        rows = self._execute("SELECT * FROM runs ORDER BY started_at DESC")
-        return [PastRun(*row) for row in rows]
+    def past_runs(self) -> list[sqlite3.Row]:
+        """Rows of `runs`, the latest first."""
+        return self._execute("SELECT * FROM runs ORDER BY started_at DESC")
 
 
 def create_private(path: Path) -> None:
@@ -2119,30 +2064,22 @@ def create_private(path: Path) -> None:
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
 
 
-def has_locks(path: Path) -> bool:
-    """Whether the file system has locks, tried on a new file `path`, which is deleted."""
-    try:
-        with contextlib.closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as db:
-            db.execute("BEGIN EXCLUSIVE")
-            return True
-    except sqlite3.Error:
-        return False
-    finally:
-        path.unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
 def locked(config: Config, suffix: str = ".lock") -> Iterator[None]:
     """Holds a lock beside the state; Fatal with status 11 if another process has it.  The
-    lock is an exclusive transaction on an empty database: this works on every system, and
-    the lock is free again when its process ends, even if that is killed."""
+    lock is a writer's transaction on an empty database: this works on every system, and the
+    lock is free again when its process ends, even if that is killed."""
     path = config.state_db.with_name(config.state_db.name + suffix)
+    can_read = False
     try:
         create_private(path)
         db = sqlite3.connect(path, timeout=0, isolation_level=None)
-        db.execute("BEGIN EXCLUSIVE")
+        # A writer keeps nobody from reading.  A file system without locks does.
+        db.execute("SELECT 1 FROM sqlite_master")
+        can_read = True
+        db.execute("BEGIN IMMEDIATE")
     except sqlite3.Error as error:
-        if "locked" in str(error) and has_locks(path.with_name(f"{path.name}.{os.getpid()}")):
+        if can_read and "locked" in str(error):
             raise Fatal(f"another run is at work: it holds {path}", status=LOCKED) from None
         remedy = "check its permissions, and those of its folder; if its file system has no "
         remedy += "locks, as some network shares, put STATE_DB on a local disk"
@@ -2218,24 +2155,6 @@ def s3_errors() -> Iterator[None]:
         keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         reason = f"no AWS credentials, or another AWS setting is wrong: {error}; set {keys}"
         raise Fatal(reason) from None
-
-
-# Whether S3 lets an object be read: one in a cold class has to be restored first.
-READABLE, COLD, RESTORING, RESTORED = "readable", "cold", "restoring", "restored"
-
-
-class StoredObject(NamedTuple):
-    """What S3 says about an object.  A field is None if S3 has not said it."""
-
-    key: str
-    size: int
-    uploaded_at: int  # seconds since the epoch; S3 dates an upload in parts by its beginning
-    mtime: int  # from the metadata, where rclone keeps it, too; else as `uploaded_at`
-    storage_class: str
-    etag: str
-    crc32: int | None = None  # of the whole object
-    thaw_state: str = READABLE  # known only from a listing
-    version_id: str | None = None  # None for the current version
 
 
 def crc32_of(answer: Mapping[str, Any]) -> int | None:
@@ -2640,46 +2559,70 @@ class Bucket:
 
 # Comparing the state with the bucket
 
+# How the listing and the state agree about a path: labels of `verify`'s table.
+AGREE, NO_OBJECT, WRONG_SIZE = "Agree", "Missing", "Wrong size"
+WRONG_ETAG, NOT_RECORDED, TO_COMPARE = "Wrong checksum", "Not recorded", "To compare"
 
-def compare_listing(config: Config, bucket: Bucket, state: State) -> Iterator[Comparison]:
-    """Compares the bucket's listing with the state, both of which are sorted by key.  Objects
-    whose key no path can have are not ours, and skipped."""
-    by_key, objects = attrgetter("key"), bucket.objects(config.prefix)
-    # Records come first.  As they are sorted, even an unsorted listing separates no pair.
-    entries: Iterator[Any] = heapq.merge(state.records(), objects, key=by_key)
-    for key, group in itertools.groupby(entries, by_key):
-        of_type = {type(entry): entry for entry in group}
-        found, record = of_type.get(StoredObject), of_type.get(Record)
-        relative, reason = unescape(key[len(config.prefix) :]), ""
-        if record is None:
-            verdict, reason = NOT_RECORDED, "in the bucket, but not recorded"
-        elif found is None:
-            verdict, reason = NO_OBJECT, "recorded, but not in the bucket"
-        elif found.size != record.size:
-            verdict = WRONG_SIZE
-            reason = f"S3 holds {found.size:,} bytes, recorded are {record.size:,}"
-        elif record.etag not in (None, found.etag):
-            verdict = WRONG_ETAG
-            reason = f"S3 holds ETag {found.etag}, recorded is {record.etag}"
-        else:
-            verdict = TO_COMPARE if record.mtime is None else AGREE
-        with contextlib.suppress(FileError):
-            if object_key(config.prefix, relative) == key:
-                path = path_text(join(config.remote_path, relative))
-                yield Comparison(verdict, reason, path, found, record)
+
+class Comparison(NamedTuple):
+    """A path in the bucket's listing, in the state, or in both."""
+
+    path: str  # as in the state's path column
+    verdict: str  # one of these labels
+    reason: str = ""  # what is wrong; empty if nothing is
+    corrected: Record | None = None  # to be recorded instead
+    is_other_class: bool = False  # than was recorded; this does no harm
+
+
+def compare(path: str, found: StoredObject, record: Record | None) -> Comparison:
+    """Compares a listed object with its record."""
+    corrected = Record(path, None, found)
+    if record is None:
+        return Comparison(path, NOT_RECORDED, "in the bucket, but not recorded", corrected)
+    known = record.stored
+    if found.size != known.size:
+        reason = f"S3 holds {found.size:,} bytes, recorded are {known.size:,}"
+        return Comparison(path, WRONG_SIZE, reason, corrected)
+    if known.etag not in ("", found.etag):
+        reason = f"S3 holds ETag {found.etag}, recorded is {known.etag}"
+        return Comparison(path, WRONG_ETAG, reason, corrected)
+    verdict = TO_COMPARE if record.mtime is None else AGREE
+    if (found.etag, found.storage_class) == (known.etag, known.storage_class):
+        return Comparison(path, verdict)
+    corrected = record._replace(stored=found._replace(crc32=known.crc32))
+    is_other_class = found.storage_class != known.storage_class
+    return Comparison(path, verdict, "", corrected, is_other_class)
+
+
+def path_of_key(config: Config, key: str) -> str | None:
+    """The path of the file with this key, as in the path column; None if no file has it."""
+    relative = unescape(key[len(config.prefix) :])
+    with contextlib.suppress(FileError):
+        if object_key(config.prefix, relative) == key:
+            return path_text(join(config.remote_path, relative))
+    return None
 
 
 def reconcile(config: Config, bucket: Bucket, state: State) -> Iterator[Comparison]:
-    """Brings the state in line with the bucket's listing, and yields the comparisons."""
-    comparisons = compare_listing(config, bucket, state)
-    while page := list(itertools.islice(comparisons, PAGE)):
-        state.apply(page)
-        yield from page
+    """Brings the state in line with the bucket's listing, and yields how they were before.
+    Objects whose key no file can have are not ours, and are skipped."""
+    objects = bucket.objects(config.prefix)
+    while page := list(itertools.islice(objects, PAGE)):
+        paths = ((path_of_key(config, found.key), found) for found in page)
+        by_path = {path: found for path, found in paths if path is not None}
+        records = state.find(by_path)
+        comparisons = [compare(path, one, records.get(path)) for path, one in by_path.items()]
+        state.replace(one.corrected for one in comparisons if one.corrected)
+        state.note_seen(by_path)
+        yield from comparisons
+    for record in state.unseen():
+        yield Comparison(record.path, NO_OBJECT, "recorded, but not in the bucket")
+    state.end_listing()
 
 
 def take_over(config: Config, bucket: Bucket, state: State) -> None:
-    """Makes a new state, or one of an earlier script, agree with the bucket, and pins it to
-    these settings.  If this is interrupted, the next run begins it again."""
+    """Makes a new state, or one of an earlier script, agree with the bucket.  If this is
+    interrupted, the next run begins it again."""
     counts = Counter(one.verdict for one in reconcile(config, bucket, state))
     gone = counts.pop(NO_OBJECT, 0)
     if counts or gone:
@@ -2687,7 +2630,6 @@ def take_over(config: Config, bucket: Bucket, state: State) -> None:
         log.warning(message, config.state_db, f"{counts.total():,}", config.url)
     if gone:
         log.warning("%s of its rows have no object there, and are dropped", f"{gone:,}")
-    state.pin()
 
 
 # ---------------------------------------------------------------------- Output
@@ -2981,7 +2923,7 @@ class Job(NamedTuple):
     plan: UploadPlan
     record: Record | None  # its row
     settings: str  # of its upload, as from Config.upload_settings
-    begun: BegunUpload | None  # by an earlier run
+    begun: sqlite3.Row | None  # its row of `uploads`, by an earlier run
     resumes: bool  # it was begun for this version of the file, in the same way
     compares: bool  # it is first compared with its object
     heads: int  # HEADs that this takes: 0 if the state knows the content
@@ -3011,7 +2953,7 @@ class Scan(WalkReport):
 
     def _make_jobs(self, files: list[RemoteFile]) -> Iterator[Job]:
         """Jobs for files that are not recorded.  One that S3 cannot hold is a failure."""
-        config = self._config
+        config, records = self._config, self._state.find(path_text(f.path) for f in files)
         for file in files:
             try:
                 key = object_key(config.prefix, relative_path(config.remote_path, file.path))
@@ -3021,22 +2963,21 @@ class Scan(WalkReport):
                 self.add_failure(file.path, error)
                 continue
             settings = config.upload_settings(file.size) if plan.is_multipart else ""
-            version = file.size, file.mtime, plan.part_size, settings
-            resumes = begun is not None and begun[:4] == version
-            record, early = self._state.find(file.path), 0.0
+            path, early = path_text(file.path), 0.0
+            upload = key, path, file.size, file.mtime, plan.part_size, settings
+            resumes = begun is not None and begun[:-1] == upload  # all but the upload_id
+            record = records.get(path)
             if record is not None:
-                age_days = (time.time() - (record.uploaded_at or 0)) / DAY
-                early = self.prices.early(self._class_of(record), record.size, age_days)
-            compares = record is not None and record.size == file.size and not resumes
-            heads = int(compares and not (record and record.knows_content))
+                stored = record.stored
+                age_days = (time.time() - stored.uploaded_at) / DAY
+                early = self.prices.early(stored.storage_class, stored.size, age_days)
+            compares = record is not None and record.stored.size == file.size and not resumes
+            heads = int(compares and (record is None or record.stored.crc32 is None))
             lists = int(resumes)  # of its parts
             requests = {"head": heads + lists, "list": lists, **plan.requests(file.size)}
             usd = early + self.prices.requests(config.class_of(file.size), requests)
             known = file, key, plan, record, settings, begun, resumes
             yield Job(*known, compares, heads, requests, early, usd)
-
-    def _class_of(self, record: Record) -> str:
-        return record.storage_class or self._config.storage_class
 
 
 def month_cost(prices: Prices, counts: Counts) -> float:
@@ -3047,12 +2988,6 @@ def restore_cost(prices: Prices, counts: Counts, tier: str, days: int = DAYS_RES
     """USD for restored copies of all objects that stay for `days`."""
     of_classes = counts.items()
     return math.fsum(prices.restore(n, tier, c.files, c.bytes, days) for n, c in of_classes)
-
-
-def requests_cost(prices: Prices, requests: Mapping[tuple[str, str], int]) -> float:
-    """USD for requests, which are counted by storage class and kind."""
-    counted = [*requests.items()]  # other threads may add some
-    return math.fsum(prices.requests(name, {kind: n}) for (name, kind), n in counted)
 
 
 NEW, MODIFIED, UNCHANGED = "New files", "Changed files", "Unchanged files"
@@ -3072,7 +3007,7 @@ class Forecast(Scan):
         self.gone = Counts()  # by class: archived, but not on the box any more
         self.gone_paths = set[str]()  # as in the path column
         self.requests = Counter[tuple[str, str]]()  # by class and kind
-        self.afterwards = state.archived(context.config)
+        self.afterwards = state.archived()
 
     def add_failure(self, path: bytes, reason: object) -> None:
         self.failed += 1
@@ -3084,12 +3019,12 @@ class Forecast(Scan):
         with self._context.progress.counting("looking") as bar:
             for page in walk:
                 self._add_page(page)
-                self._state.note_seen(page)
+                self._state.note_seen(path_text(file.path) for file in page)
                 bar.update(len(page))
         for record in self._state.unseen():
             path = unescape(record.path)
             if not walk.leaves_out(path):
-                self.gone.add(self._class_of(record), record.size)
+                self.gone.add(record.stored.storage_class, record.stored.size)
                 self.gone_paths.add(record.path)
                 self._on_file("-", path)
 
@@ -3100,7 +3035,7 @@ class Forecast(Scan):
         for job in self._make_jobs(pending):
             size, record = job.file.size, job.record
             storage_class = self._config.class_of(size)
-            if record and (record.size != size or record.mtime is not None):
+            if record and (record.stored.size != size or record.mtime is not None):
                 self.altered += 1
             if job.compares:
                 label, requests = TO_COMPARE, {"head": job.heads}
@@ -3110,23 +3045,24 @@ class Forecast(Scan):
                 self.early += job.early
                 self.afterwards.add(storage_class, size)
                 if record:
-                    self.afterwards.add(self._class_of(record), -record.size, -1)
+                    self.afterwards.add(record.stored.storage_class, -record.stored.size, -1)
             self.counts.add(label, size)
             self.requests.update({(storage_class, kind): n for kind, n in requests.items()})
             self._on_file(MARKS[label], job.file.path)
 
     def rows(self) -> Rows:
         prices, after, total = self.prices, self.afterwards, self.afterwards.total()
-        requests = Counter(put=0, create=0, part=0, complete=0, head=0)
-        for (_, kind), number in (+self.requests).items():
+        requests, upload = Counter(put=0, create=0, part=0, complete=0, head=0), 0.0
+        for (storage_class, kind), number in (+self.requests).items():
             requests[kind] += number
+            upload += prices.requests(storage_class, {kind: number})
         yield from self.counts.items()
         yield "Unreadable", self.failed
         yield "Gone from the box", self.gone.total()
         yield "Gone, a month", month_cost(prices, self.gone)
         yield from (+self.left_out).items()  # without those that are 0
         yield "Requests", requests
-        yield "Upload", requests_cost(prices, self.requests)
+        yield "Upload", upload
         yield "Overwritten early", self.early
         yield "Archive afterwards", total
         yield "Storage a month", month_cost(prices, after)
@@ -3207,7 +3143,7 @@ class Run(Scan):
         if not (self.unlisted or self.ended_early):
             # Unfinished uploads of files that are gone, or are archived by now.
             for key, begun in self._uploads.items():
-                if not begun.upload_id or self._bucket.abort_upload(key, begun.upload_id):
+                if not begun["upload_id"] or self._bucket.abort_upload(key, begun["upload_id"]):
                     log.info("aborted the unfinished upload of %s", printable(key))
                     self._state.forget_upload(key)
 
@@ -3273,7 +3209,7 @@ class Run(Scan):
     def _begun_upload(self, job: Job) -> Upload | None:
         """The upload of an earlier run to continue, or a new one.  None if S3 does not have it
         any more: it may be complete, and S3's answer got lost."""
-        upload_id = job.begun and job.begun.upload_id
+        upload_id = job.begun["upload_id"] if job.begun else None
         if upload_id and job.resumes:
             return self._bucket.unfinished_upload(job, upload_id)
         if upload_id:  # it may have parts of another version
@@ -3283,11 +3219,8 @@ class Run(Scan):
     def _object_to_compare(self, job: Job) -> StoredObject | None:
         """The object to compare the file with; None if it cannot be the same.  The row is
         enough if this program has read the content; else S3 gets a HEAD."""
-        record = job.record
-        if record and record.knows_content:
-            uploaded_at, etag = record.uploaded_at or 0, record.etag or ""
-            known = uploaded_at, uploaded_at, record.storage_class or "", etag
-            return StoredObject(job.key, record.size, *known)
+        if job.record and job.record.stored.crc32 is not None:
+            return job.record.stored
         found = self._bucket.head(job.key)
         return found if found and found.size == job.file.size else None
 
@@ -3364,7 +3297,7 @@ def check_changes(context: Context, state: State) -> None:
         return
     forecast = Forecast(context, state, lambda *_: None)
     forecast.walk_box()
-    before = state.archived(context.config).total().files
+    before = state.archived().total().files
     gone = len(forecast.gone_paths - state.known_gone())
     if (forecast.altered + gone) * 100 > limit * before:
         found = f"{forecast.altered:,} have changed and {gone:,} are gone"
@@ -3385,7 +3318,7 @@ def run(context: Context, options: argparse.Namespace) -> int:
             context.box.session()  # fails with a mistyped user, before the state is emptied
             state.forget_source()
         work = Run(context, state)
-        state.record_run(PastRun(work.started_at))
+        state.record_run(work.started_at)
         try:
             if config.max_runtime is not None:
                 out_of_time.start()
@@ -3410,7 +3343,7 @@ def run(context: Context, options: argparse.Namespace) -> int:
                 context.show_summary("SUMMARY", work.rows())
                 counts = (work.uploaded, work.unchanged, work.failed, work.bytes_uploaded)
                 ended = (int(time.time()), status, *counts, work.spent)
-                state.record_run(PastRun(work.started_at, *ended))
+                state.record_run(work.started_at, *ended)
     return status
 
 
@@ -3511,14 +3444,14 @@ def status(context: Context, _options: argparse.Namespace) -> int:
     config, bucket, prices = context.config, context.bucket, context.bucket.prices
     rows: dict[str, object] = {}
 
-    def read_state() -> list[PastRun]:
+    def read_state() -> list[sqlite3.Row]:
         with contextlib.closing(State(config, copy=True)) as state:
-            counts, runs = state.archived(config), state.past_runs()
+            counts, runs = state.archived(), state.past_runs()
         since = time.time() - 30 * DAY
         rows["Archived"] = counts.total()
         rows.update(counts)
         rows["Storage a month"] = month_cost(prices, counts)
-        spent = (past.spent or 0.0 for past in runs if past.started_at >= since)
+        spent = (past["spent"] or 0.0 for past in runs if past["started_at"] >= since)
         rows["Spent in 30 days"] = math.fsum(spent)
         return runs[:5]
 
@@ -3541,22 +3474,21 @@ def status(context: Context, _options: argparse.Namespace) -> int:
     rows["Prices"] = prices.note
     context.show_summary("STATUS", rows.items())
     if not isinstance(runs, Unknown):
-        context.summary["runs"] = [past._asdict() for past in runs]
+        context.summary["runs"] = [dict(past) for past in runs]
         show_runs(runs)
     return 0
 
 
-def show_runs(runs: list[PastRun]) -> None:
+def show_runs(runs: list[sqlite3.Row]) -> None:
     columns = "{:<25}  {:<8}{:>10}{:>8}{:>12}{:>10}".format
     names = columns("Run", "status", "uploaded", "failed", "bytes", "took")
     show("")
     show(names if runs else "no run yet")
-    for past in runs:
-        took = "" if past.ended_at is None else f"{past.ended_at - past.started_at:,} s"
-        ended = "no end" if past.status is None else past.status
-        uploaded, failed = f"{past.uploaded or 0:,}", f"{past.failed or 0:,}"
-        size, started = format_size(past.bytes or 0), format_time(past.started_at)
-        show(columns(started, ended, uploaded, failed, size, took))
+    for started_at, ended_at, ended_with, uploaded, _, failed, size, _ in runs:
+        took = "" if ended_at is None else f"{ended_at - started_at:,} s"
+        how = "no end" if ended_with is None else ended_with
+        counts = f"{uploaded or 0:,}", f"{failed or 0:,}", format_size(size or 0)
+        show(columns(format_time(started_at), how, *counts, took))
 
 
 def verify(context: Context, options: argparse.Namespace) -> int:
@@ -3573,12 +3505,12 @@ def verify(context: Context, options: argparse.Namespace) -> int:
             raise Fatal(f"{reason}: archive.py run makes the state, or takes it over")
         comparisons = reconcile(config, context.bucket, state)
         bar = context.progress.counting("verifying", comparisons)
-        for verdict, reason, path, found, record in bar:
+        for path, verdict, reason, _, is_other_class in bar:
             counts[verdict] += 1
             if reason:
                 faults += 1
                 log_failure(unescape(path), reason)
-            elif found and record and record.storage_class not in (None, found.storage_class):
+            if is_other_class:
                 counts["Other class"] += 1  # which does no harm
     if not counts.total():
         raise Fatal(f"nothing is archived in {config.url}: correct S3_BUCKET or S3_PREFIX")

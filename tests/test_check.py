@@ -169,7 +169,7 @@ def test_run_that_is_at_work_is_no_fault(archive):
 
     lock = f"{archive.state_db}.lock"
     with contextlib.closing(sqlite3.connect(lock, isolation_level=None)) as holder:
-        holder.execute("BEGIN EXCLUSIVE")
+        holder.execute("BEGIN IMMEDIATE")
         result = archive("check")
 
     assert wrong(result) == []

@@ -18,7 +18,7 @@ from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
 from scripted_s3 import error, hang, reset
 
-IMPATIENT = {"LOCKED_LIMIT": 1, "COMMIT_LIMIT": 1}
+IMPATIENT = {"LOCKED_LIMIT": 1}
 
 
 box, scripted = scripted_fixtures()  # beside `archive`, which asks S3 directly
@@ -85,7 +85,7 @@ for _ in range(3_000):
             stack.callback(signal.setitimer, signal.ITIMER_REAL, 0)
             signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 2e-4))
             while True:
-                state.note_seen([archive.RemoteFile(b"./f", 1, 1)])
+                state.note_seen(["./f"])
     except archive.Stopped:  # whose traceback still has the frames
         if state._db.in_transaction:
             sys.exit("the transaction was left open")
@@ -300,7 +300,7 @@ def test_state_behind_a_link_has_one_lock(archive, box):
     linked.symlink_to(archive.state_db)
     with contextlib.closing(sqlite3.connect(f"{archive.state_db}.lock")) as holder:
         holder.isolation_level = None
-        holder.execute("BEGIN EXCLUSIVE")
+        holder.execute("BEGIN IMMEDIATE")
         assert archive(STATE_DB=linked).status == 11
 
 

@@ -404,7 +404,7 @@ def test_plan_is_told_while_a_run_is_at_work(archive, box):
     lock = f"{archive.state_db}.lock"
 
     with contextlib.closing(sqlite3.connect(lock, isolation_level=None)) as holder:
-        holder.execute("BEGIN EXCLUSIVE")
+        holder.execute("BEGIN IMMEDIATE")
         assert archive().status == 11
         assert planned(archive)["unchanged_files"] == files_and_bytes(20)
 
