@@ -864,12 +864,14 @@ class ConnectionLost(Exception):
     """The connection is closed, frozen or out of step; a new one is needed."""
 
 
-class SFTPError(Exception):
+class SFTPError(FileError):
     """The server refused a request with this SFTP status code."""
 
-    def __init__(self, code: int, message: str):
-        super().__init__(printable(message) or f"SFTP status {code}")
-        self.code = code
+    def __init__(self, sftp_code: int, message: str):
+        reason = printable(message) or f"SFTP status {sftp_code}"
+        code = VANISHED if sftp_code == FX_NO_SUCH_FILE else ""
+        super().__init__(f"the box answered: {reason}", code)
+        self.sftp_code = sftp_code
 
 
 class Attributes(NamedTuple):
@@ -901,10 +903,6 @@ def simple_request(packet_type: int, *fields: bytes | int) -> Request:
 
 def open_request(path: bytes, flags: int) -> Request:
     return simple_request(FXP_OPEN, path, flags, NO_ATTRIBUTES)
-
-
-def read_request(handle: bytes, offset: int, size: int) -> Request:
-    return simple_request(FXP_READ, handle, *divmod(offset, 1 << 32), size)
 
 
 def decode_string(body: memoryview) -> memoryview:
@@ -1379,7 +1377,7 @@ class StorageBox:
                     session.close(str(error))  # if it is out of step, it is still open
                     reason = error
                 except SFTPError as error:
-                    if error.code != FX_FAILURE or attempt == TRIES:
+                    if error.sftp_code != FX_FAILURE or attempt == TRIES:
                         raise
                     self.stopping.wait(FAILURE_PAUSE)
                     session = None  # the next try waits until it may begin
@@ -1388,17 +1386,14 @@ class StorageBox:
     def retry_reading(
         self, path: bytes, operation: Callable[[Session], T], session: Session | None = None
     ) -> T:
-        """`retry` for an operation that opens `path`.  A refusal is a FileError, with the
-        code VANISHED if the file is gone.  LSTAT confirms that: OpenSSH answers "no such
-        file" also for files that cannot be read, which must not count as vanished."""
+        """`retry` for an operation that opens `path`.  OpenSSH answers "no such file" also for
+        files that cannot be read.  The code is VANISHED only if LSTAT confirms it."""
         try:
             return self.retry(operation, session)
         except SFTPError as error:
-            if error.code == FX_NO_SUCH_FILE and self.find(path) is None:
-                raise FileError("it is not on the box", VANISHED) from None
-            if error.code == FX_PERMISSION_DENIED:
-                raise FileError("the box denies permission to read it") from None
-            raise FileError(f"the box cannot open it: {error}") from None
+            if error.code == VANISHED and self.find(path) is not None:
+                raise FileError(str(error)) from None
+            raise
 
     def find(self, path: bytes) -> Attributes | None:
         """The attributes of `path`, even of a link; None if it does not exist; FileError."""
@@ -1406,9 +1401,9 @@ class StorageBox:
         try:
             found: Attributes = self.retry(lambda session: session.send(request).result())
         except SFTPError as error:
-            if error.code == FX_NO_SUCH_FILE:
+            if error.code == VANISHED:
                 return None
-            raise FileError(f"the box cannot look it up: {error}") from None
+            raise
         return found
 
     def list_folder(self, path: bytes, limit: float = math.inf) -> list[Entry] | None:
@@ -1436,10 +1431,10 @@ class FileReader:
     """Reads a file on the box once, from an offset to its end.
 
     s3transfer would take an early end for a shorter file, so this class makes sure that
-    every byte has arrived.  It reads READ_WINDOW ahead, repeats a request after a short
-    reply, and continues at its offset if the session is lost.  `read` returns the last bytes
-    only if the file still has its first size and mtime.  FSTAT shows whether it was changed,
-    LSTAT whether another file was renamed over it.  Anything else is a FileError.
+    every byte has arrived.  It reads READ_WINDOW ahead.  After a short reply, or in a new
+    session, it opens the file again and continues at its offset.  `read` returns bytes only
+    if the file had its first size and mtime after they were read: FSTAT shows whether it was
+    changed, LSTAT whether another file was renamed over it.  Anything else is a FileError.
 
     A small file takes two round trips: OPEN and LSTAT; then READs, FSTAT, LSTAT and CLOSE.
     """
@@ -1448,38 +1443,36 @@ class FileReader:
         """Opens the file; FileError, also if it has grown by more than MAX_GROWTH since it
         was listed, because no memory is reserved for that."""
         self._box, self._path, self._began = box, listed.path, time.time()
-        self.is_recent = False  # set at the end of the file
-        self._is_verified = False  # whether it was read to its end and had not changed
-        self._delivered = self._received = self._requested = offset
-        self._arrived: deque[memoryview] = deque()
-        self._batches: deque[tuple[Batch, list[tuple[int, int]]]] = deque()
+        self._offset = offset  # of the next byte to receive
+        self._piece = memoryview(b"")  # received, and not yet returned by `read`
         self._read_size = READ_SIZE
         self._session: Session | None = None
-        self._handle = b""  # empty once its CLOSE has been sent
+        self._handle = b""  # of `_session`; empty once its CLOSE has been sent
         try:
             self.file = box.retry_reading(self._path, self._open)
             if self.file.size > listed.size + MAX_GROWTH:
                 sizes = f"{listed.size:,} bytes when it was listed, now {self.file.size:,}"
                 raise FileError(f"changed: {sizes}")
+            if self.file.size == 0:  # it may be larger than the box says
+                self._advance()
         except FileError:
             self.close()
             raise
 
+    @property
+    def is_recent(self) -> bool:
+        return is_recent(self.file, self._began)
+
     def read(self, amount: int = -1) -> bytes:
         """The next `amount` bytes, fewer only at the end; all if negative; FileError."""
-        left = self.file.size - self._delivered
+        left = self.file.size - self._offset + len(self._piece)
         missing = amount = left if amount < 0 else min(amount, left)
         data = io.BytesIO(bytes(amount))  # getvalue() copies nothing, join() would
         while missing:
-            while not self._arrived:
+            if not self._piece:
                 self._advance()
-            piece = self._arrived.popleft()
-            if len(piece) > missing:
-                self._arrived.appendleft(piece[missing:])
-            missing -= data.write(piece[:missing])
-        while amount == left and not self._is_verified:
-            self._advance()
-        self._delivered += amount
+            size = data.write(self._piece[:missing])
+            self._piece, missing = self._piece[size:], missing - size
         return data.getvalue()
 
     def close(self) -> None:
@@ -1490,80 +1483,74 @@ class FileReader:
 
     def _open(self, session: Session) -> RemoteFile:
         """Opens the file in this session, and returns what its path leads to."""
-        self._session, self._handle = session, b""  # handles of another session end with it
-        self._drop_requests()
         lstat = simple_request(FXP_LSTAT, self._path)
         handle, found = session.send(open_request(self._path, FOR_READING), lstat).results()
         if isinstance(handle, SFTPError):
             raise handle
-        self._handle = handle
+        self._session, self._handle = session, handle
+        self._pieces = self._receive(session)
         return self._file_now(found)
 
     def _advance(self) -> None:
-        self._box.retry_reading(self._path, self._exchange, self._session)
+        self._piece = self._box.retry_reading(self._path, self._next_piece, self._session)
 
-    def _exchange(self, session: Session) -> None:
-        """Fills the window with requests, and takes the replies to the oldest batch."""
-        # In a new session, or if replies were dropped after CLOSE was sent, it is opened again.
-        if session is not self._session or not (self._handle or self._batches):
+    def _next_piece(self, session: Session) -> memoryview:
+        piece = next(self._pieces, None) if session is self._session else None
+        if piece is None:  # the session is a new one, or a reply was short
+            self.close()
             self._check_unchanged(self._open(session))
-        while self._handle and self._requested < self._received + READ_WINDOW:
-            self._request(session)
-        batch, spans = self._batches.popleft()
-        results = batch.results()
-        fstat, *last = results[len(spans) :]
-        self._check_unchanged(self._file_now(fstat))
-        if not all(self._take(*span, data) for span, data in zip(spans, results)):
-            self._drop_requests()
-        elif last:
-            lstat, beyond, _ = last
-            self._check_unchanged(self._file_now(lstat))
-            if isinstance(beyond, memoryview) and beyond:
-                raise FileError(f"has more than {self.file.size:,} bytes, its size on the box")
-            self._is_verified, self.is_recent = True, is_recent(self.file, self._began)
+            piece = next(self._pieces)
+        return piece
 
-    def _drop_requests(self) -> None:
-        """Ignores the replies under way; the next request continues after what was received."""
-        self._batches.clear()
-        self._requested = self._received
+    def _receive(self, session: Session) -> Iterator[memoryview]:
+        """The bytes from `_offset` to the end of the file, or to a short reply."""
+        size, requested = self.file.size, self._offset
+        batches: deque[tuple[Batch, list[int]]] = deque()  # with the bytes that are due
+        while batches or self._handle:
+            while self._handle and requested < self._offset + READ_WINDOW:
+                end = min(size, requested + READS_PER_BATCH * self._read_size)
+                batches.append(self._request(session, requested, end))
+                requested = end
+            batch, sizes = batches.popleft()
+            replies = batch.results()
+            for reply in replies[len(sizes) :][:2]:
+                self._check_unchanged(self._file_now(reply))
+            for due, reply in zip(sizes, replies):
+                if isinstance(reply, SFTPError) and reply.sftp_code != FX_EOF:
+                    raise reply
+                data = memoryview(b"") if isinstance(reply, SFTPError) else reply
+                if len(data) > due:
+                    raise FileError(f"has more than {size:,} bytes, its size on the box")
+                if due and not data:
+                    raise FileError(f"ended at {self._offset:,} of {size:,} bytes", CHANGED)
+                self._offset += len(data)
+                yield data
+                if len(data) < due:  # the server may never send more
+                    self._read_size = max(len(data), MIN_READ_SIZE)
+                    return
 
-    def _request(self, session: Session) -> None:
-        """Sends some READs, and an FSTAT that shows whether the file has changed.  After the
-        last READ there are an LSTAT, a READ beyond the end, and the CLOSE."""
-        start, step, size = self._requested, self._read_size, self.file.size
-        end = min(size, start + READS_PER_BATCH * step)
-        spans = [(at, min(step, end - at)) for at in range(start, end, step)]
-        requests = [read_request(self._handle, *span) for span in spans]
+    def _request(self, session: Session, begin: int, end: int) -> tuple[Batch, list[int]]:
+        """Sends READs of these bytes, and the requests that show whether the file has changed
+        by then; after the last byte a CLOSE, too.  Returns the number of bytes of each READ."""
+        step, requests, sizes = self._read_size, list[Request](), list[int]()
+        for at in range(begin, end or 1, step):
+            sizes.append(min(step, end - at))
+            # The last one asks for a byte more: the size may be too small.
+            asked = sizes[-1] + (1 if at + step >= self.file.size else 0)
+            read = simple_request(FXP_READ, self._handle, *divmod(at, 1 << 32), asked)
+            requests.append(read)
         requests.append(simple_request(FXP_FSTAT, self._handle))
-        if end == size:
-            requests.append(simple_request(FXP_LSTAT, self._path))
-            requests.append(read_request(self._handle, size, 1))  # the size may be too small
+        requests.append(simple_request(FXP_LSTAT, self._path))
+        if end == self.file.size:
             requests.append(simple_request(FXP_CLOSE, self._handle))
             self._handle = b""
-        self._box.pace(end - start)
-        self._batches.append((session.send(*requests), spans))
-        self._requested = end
-
-    def _take(self, offset: int, size: int, data: Any) -> bool:
-        """Takes the reply to a READ of `size` bytes; whether it has all of them."""
-        if isinstance(data, SFTPError) and data.code != FX_EOF:
-            raise FileError(f"reading failed: {data}")
-        if isinstance(data, SFTPError) or not data:
-            raise FileError(f"ended at {offset:,} of {self.file.size:,} bytes", CHANGED)
-        if len(data) > size:
-            raise ConnectionLost(f"the box sent {len(data):,} bytes for {size:,}")
-        self._arrived.append(data)
-        self._received += len(data)
-        if len(data) < size:  # the server may never send more
-            self._read_size = max(len(data), MIN_READ_SIZE)
-        return len(data) == size
+        self._box.pace(end - begin)
+        return session.send(*requests), sizes
 
     def _file_now(self, reply: Attributes | SFTPError) -> RemoteFile:
         """The file with the size and mtime of the reply to an LSTAT or FSTAT; FileError."""
-        if isinstance(reply, SFTPError) and reply.code == FX_NO_SUCH_FILE:
-            raise FileError("vanished while it was read", VANISHED)
         if isinstance(reply, SFTPError):
-            raise FileError(f"the box does not tell its size and time: {reply}")
+            raise reply
         if reply.size is None or reply.mtime is None:
             raise FileError("the box does not tell its size and time")
         if not stat.S_ISREG(reply.mode or stat.S_IFREG):  # an empty folder may have 0 bytes
@@ -1590,7 +1577,7 @@ def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | No
             for result in session.send(*readdirs).results():
                 if not isinstance(result, SFTPError):
                     names.update(result)
-                elif result.code == FX_EOF or ended:
+                elif result.sftp_code == FX_EOF or ended:
                     ended = True
                 else:
                     raise result
