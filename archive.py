@@ -1569,68 +1569,65 @@ def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | No
     cannot be read, FileError if it has no end, ConnectionLost."""
     handle = session.send(simple_request(FXP_OPENDIR, path)).result()
     names: dict[bytes, Attributes] = {}  # a name may come twice while the folder changes
-    ended, count = False, READDIRS_PER_BATCH
+    count, refusals = READDIRS_PER_BATCH, list[SFTPError]()
     try:
-        while not ended:
+        while not refusals:
             before = len(names)
-            readdirs = [simple_request(FXP_READDIR, handle)] * count
-            for result in session.send(*readdirs).results():
-                if not isinstance(result, SFTPError):
-                    names.update(result)
-                elif result.sftp_code == FX_EOF or ended:
-                    ended = True
-                else:
-                    raise result
-            if len(names) == before and not ended:  # only names that it has sent before
+            results = session.send(*[simple_request(FXP_READDIR, handle)] * count).results()
+            refusals = [result for result in results if isinstance(result, SFTPError)]
+            for entries in results:
+                if not isinstance(entries, SFTPError):
+                    names.update(entries)
+            if not refusals and len(names) == before:  # only names that it has sent before
                 raise FileError("the box sent a listing that does not end")
-            if len(names) >= limit and not ended:
+            if not refusals and len(names) >= limit:
                 return None
             count = min(2 * count, 8 * READDIRS_PER_BATCH)
     finally:
         session.send(simple_request(FXP_CLOSE, handle))  # not waited for
+    if refusals[0].sftp_code != FX_EOF:  # what is refused after the end does not matter
+        raise refusals[0]
     return sorted(entry for entry in names.items() if entry[0] not in (b".", b".."))
+
+
+def log_failure(name: bytes | str, reason: object) -> None:
+    log.error("FAIL %s: %s", printable(name), reason)
 
 
 nfc = partial(unicodedata.normalize, "NFC")
 
 
-class PathFilter:
-    """Which entries the walk skips: hidden ones and those of EXCLUDE_PATHS.
-
-    An item of EXCLUDE_PATHS excludes an entry and everything below it.  It is a path,
-    absolute or relative to REMOTE_PATH, or a glob whose `*` also matches slashes.  An item
-    that exists on the box is a path even if it looks like a glob.  Paths are compared in
-    Unicode's NFC form.
-    """
+class Exclusions:
+    """The items of EXCLUDE_PATHS.  Each excludes an entry and everything below it.  It is a
+    path, absolute or relative to REMOTE_PATH, or a glob whose `*` also matches slashes.  An
+    item that exists on the box is a path even if it looks like a glob.  Paths are compared in
+    Unicode's NFC form."""
 
     def __init__(self, config: Config, box: StorageBox):
-        self._root, self._include_hidden = config.remote_path, config.include_hidden
-        self._box = box
-        self._patterns: dict[str, re.Pattern[str]] = {}  # by item
-        # Items that match nothing and do not exist: what exists may be in a hidden folder.
-        self.unmatched: set[str] = set()
+        self._box, self._root = box, config.remote_path
+        # Those that match nothing and do not exist: what exists may be in a hidden folder.
+        self.unmatched: dict[str, re.Pattern[str]] = {}
         start = join(self._root, b"").decode("utf-8", "surrogateescape")
+        patterns: list[str] = []
         for item in config.exclude:
-            whole = nfc(item.rstrip("/").removeprefix(start).removeprefix("./").lstrip("/"))
-            paths = {whole, whole.removeprefix("**/")}  # **/ is the top, too
+            path = nfc(item.rstrip("/").removeprefix(start).removeprefix("./").lstrip("/"))
+            paths = {path, path.removeprefix("**/")}  # **/ is the top, too
             existing = set(filter(self._exists, paths))
+            ours = [*map(re.escape, existing), *map(fnmatch.translate, paths - existing)]
             if not existing:
-                self.unmatched.add(item)
-            patterns = [*map(re.escape, existing), *map(fnmatch.translate, paths - existing)]
-            self._patterns[item] = re.compile("|".join(patterns))
-        self._any = re.compile("|".join(p.pattern for p in self._patterns.values()))
+                self.unmatched[item] = re.compile("|".join(ours))
+            patterns += ours
+        self._pattern = re.compile("|".join(patterns)) if patterns else None
 
-    def label(self, path: bytes) -> str:
-        """The label under which an entry that is skipped is counted; empty for others.
-        Items that exclude the entry are removed from `unmatched`."""
-        if self._patterns:
-            text = nfc(relative_path(self._root, path).decode("utf-8", "surrogateescape"))
-            if self._any.fullmatch(text):  # several times faster than one by one
-                items = {i for i in self.unmatched if self._patterns[i].fullmatch(text)}
-                self.unmatched -= items
-                return "Excluded"
-        is_hidden = path.rpartition(b"/")[2].startswith(b".")
-        return "Hidden entries" if is_hidden and not self._include_hidden else ""
+    def match(self, path: bytes) -> bool:
+        if self._pattern is None:
+            return False
+        text = nfc(relative_path(self._root, path).decode("utf-8", "surrogateescape"))
+        if not self._pattern.fullmatch(text):  # several times faster than one by one
+            return False
+        for item in [item for item, one in self.unmatched.items() if one.fullmatch(text)]:
+            del self.unmatched[item]
+        return True
 
     def _exists(self, path: str) -> bool:
         for text in {path, unicodedata.normalize("NFD", path)} - {""}:
@@ -1640,71 +1637,65 @@ class PathFilter:
         return False
 
 
-class WalkReport:
-    """What a walk has left out, and what has failed."""
+class Walk:
+    """A walk of all regular files below REMOTE_PATH, in the same order each time, and what it
+    has left out.  LISTINGS_AT_ONCE folders are listed ahead.  Of a folder with more than
+    NAMES_AHEAD entries nothing is kept in memory: it is listed again when its turn comes.
+    Links are not followed."""
 
-    def __init__(self) -> None:
+    def __init__(self, box: StorageBox, config: Config):
+        self._box, self._config, self._root = box, config, config.remote_path
         labels = "Hidden entries", "Excluded", "Links", "Special files", "Vanished"
         self.left_out = Counter(dict.fromkeys(labels, 0))  # entries
         self.failed = 0
         self.unlisted: set[bytes] = set()  # folders that could not be listed
-        self.unmatched: set[str] = set()  # items of EXCLUDE_PATHS that have matched nothing
 
-    def add_failure(self, path: bytes, reason: object) -> None:
-        self.failed += 1
-        log_failure(path, reason)
-
-    def warn_of_unmatched(self) -> None:
-        for item in sorted(self.unmatched):
-            log.warning("EXCLUDE_PATHS: %s has matched nothing", printable(item))
-
-
-def log_failure(name: bytes | str, reason: object) -> None:
-    log.error("FAIL %s: %s", printable(name), reason)
-
-
-class Walk:
-    """Every regular file below REMOTE_PATH, in the same order each time.  LISTINGS_AT_ONCE
-    folders are listed ahead.  Of a folder with more than NAMES_AHEAD entries nothing is kept
-    in memory: it is listed again when its turn comes.  Links are not followed."""
-
-    def __init__(self, box: StorageBox, config: Config, report: WalkReport):
-        self._box, self._root, self._report = box, config.remote_path, report
-        self._filter = PathFilter(config, box)
-
-    def __iter__(self) -> Iterator[list[RemoteFile]]:
+    def pages(self) -> Iterator[list[RemoteFile]]:
         """Lists of at most PAGE files, and an empty list after each COMMIT_PAUSE without a
-        file.  Fatal if REMOTE_PATH itself cannot be listed, Stopped."""
+        file.  Warns of exclusions without effect.  Fatal if REMOTE_PATH itself cannot be
+        listed, Stopped."""
+        self._exclusions = Exclusions(self._config, self._box)
         waiting = [self._root]
         begun: deque[tuple[bytes, Future[list[Entry] | None]]] = deque()
-        pool = ThreadPoolExecutor(LISTINGS_AT_ONCE)
+        pool, list_folder = ThreadPoolExecutor(LISTINGS_AT_ONCE), self._box.list_folder
         try:
             while waiting or begun:
                 while waiting and len(begun) < LISTINGS_AT_ONCE:
                     path = waiting.pop()
-                    begun.append((path, pool.submit(self._box.list_folder, path, NAMES_AHEAD)))
+                    begun.append((path, pool.submit(list_folder, path, NAMES_AHEAD)))
                 path, listing = begun.popleft()
                 while not concurrent.futures.wait([listing], COMMIT_PAUSE).done:
                     yield []
                 entries = self._entries(path, listing)
                 if entries is None:
-                    begun.appendleft((path, pool.submit(self._box.list_folder, path)))
+                    begun.appendleft((path, pool.submit(list_folder, path)))
                     continue
                 folders: list[bytes] = []
                 for start in range(0, len(entries), PAGE):
-                    page = entries[start : start + PAGE]
-                    yield [*self._files(path, page, folders)]
+                    yield [*self._files(path, entries[start : start + PAGE], folders)]
                 waiting += reversed(folders)
-            self._report.unmatched = self._filter.unmatched.copy()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+        for item in sorted(self._exclusions.unmatched):
+            log.warning("EXCLUDE_PATHS: %s has matched nothing", printable(item))
+
+    def add_failure(self, path: bytes, reason: object) -> None:
+        self.failed += 1
+        log_failure(path, reason)
 
     def leaves_out(self, path: bytes) -> bool:
         """Whether the walk does not reach this path, because it or a folder above it is
         hidden or excluded, or could not be listed."""
         names = relative_path(self._root, path).split(b"/")
         _, *paths = itertools.accumulate(names, join, initial=self._root)
-        return any(path in self._report.unlisted or self._filter.label(path) for path in paths)
+        return any(path in self.unlisted or self._label(path) for path in paths)
+
+    def _label(self, path: bytes) -> str:
+        """The label under which a hidden or excluded entry is counted; empty for others."""
+        if self._exclusions.match(path):
+            return "Excluded"
+        is_hidden = path.rpartition(b"/")[2].startswith(b".")
+        return "Hidden entries" if is_hidden and not self._config.include_hidden else ""
 
     def _entries(self, path: bytes, listing: Future[list[Entry] | None]) -> list[Entry] | None:
         """The result of the listing; empty if it failed, and Fatal if REMOTE_PATH's failed."""
@@ -1715,10 +1706,10 @@ class Walk:
                 message = f"REMOTE_PATH {printable(path)} cannot be listed: {error}"
                 raise Fatal(message) from None
             if error.code == VANISHED:
-                self._report.left_out["Vanished"] += 1
+                self.left_out["Vanished"] += 1
             else:
-                self._report.unlisted.add(path)
-                self._report.add_failure(path, f"this folder cannot be listed: {error}")
+                self.unlisted.add(path)
+                self.add_failure(path, f"this folder cannot be listed: {error}")
             return []
 
     def _files(
@@ -1728,19 +1719,18 @@ class Walk:
         for name, (size, mtime, mode) in entries:
             path, file_type = join(folder, name), stat.S_IFMT(mode or 0)
             if not name or b"/" in name or len(path) > MAX_PATH_BYTES:
-                self._report.add_failure(path[:MAX_PATH_BYTES], "no file can have this name")
-            elif label := self._filter.label(path):
-                self._report.left_out[label] += 1
+                self.add_failure(path[:MAX_PATH_BYTES], "no file can have this name")
+            elif label := self._label(path):
+                self.left_out[label] += 1
             elif file_type == stat.S_IFDIR:
                 folders.append(path)
             elif file_type == stat.S_IFREG and size is not None and mtime is not None:
                 yield RemoteFile(path, size, mtime)
             elif file_type in (stat.S_IFREG, 0):
-                self._report.unlisted.add(path)
-                self._report.add_failure(path, "the box does not tell its type, size and time")
+                self.unlisted.add(path)
+                self.add_failure(path, "the box does not tell its type, size and time")
             else:
-                is_link = file_type == stat.S_IFLNK
-                self._report.left_out["Links" if is_link else "Special files"] += 1
+                self.left_out["Links" if file_type == stat.S_IFLNK else "Special files"] += 1
 
 
 # ----------------------------------------------------------------------- State
@@ -3023,12 +3013,12 @@ class Archived(NamedTuple):
     is_upload: bool
 
 
-class Scan(WalkReport):
+class Scan(Walk):
     """A walk of the box that finds what is not recorded: the base of Forecast and Run."""
 
     def __init__(self, context: Context, state: State):
-        super().__init__()
-        self._context, self._config, self._state = context, context.config, state
+        super().__init__(context.box, context.config)
+        self._context, self._state = context, state
         self._uploads = state.uploads()  # without those of the jobs that were made
         self.prices = context.prices
 
@@ -3097,15 +3087,14 @@ class Forecast(Scan):
 
     def walk_box(self) -> None:
         """Adds all files of the box; Fatal, Stopped."""
-        walk = Walk(self._context.box, self._config, self)
         with self._context.progress.counting("looking") as bar:
-            for page in walk:
+            for page in self.pages():
                 self._add_page(page)
                 self._state.note_seen(page)
                 bar.update(len(page))
         for record in self._state.unseen():
             path = unescape(record.path)
-            if not walk.leaves_out(path):
+            if not self.leaves_out(path):
                 storage_class = record.storage_class or self._config.storage_class
                 self.gone.add(storage_class, record.size)
                 self.gone_paths.add(record.path)
@@ -3224,7 +3213,6 @@ def plan(context: Context, options: argparse.Namespace) -> int:
             take_over(context.config, context.bucket, state)
         forecast = Forecast(context, state, show_file)
         forecast.walk_box()
-    forecast.warn_of_unmatched()
     if options.json:
         show_json(forecast.json())
     else:
@@ -3243,7 +3231,7 @@ class Run(Scan):
 
     def __init__(self, context: Context, state: State):
         super().__init__(context, state)
-        self._box, self._bucket, self._progress = context.box, context.bucket, context.progress
+        self._bucket, self._progress = context.bucket, context.progress
         self.started_at, self._began = int(time.time()), time.monotonic()
         self.uploaded = self.unchanged = self.compared = self.bytes_uploaded = 0
         self.ended_early = ""  # the reason
@@ -3282,7 +3270,6 @@ class Run(Scan):
         with contextlib.closing(pool.outcomes(self._jobs())) as outcomes:
             for finished in outcomes:
                 self._settle(finished)
-        self.warn_of_unmatched()
         if not (self.unlisted or self.ended_early):
             # Unfinished uploads of files that are gone, or are archived by now.
             for key, begun in self._uploads.items():
@@ -3293,7 +3280,7 @@ class Run(Scan):
     def _jobs(self) -> Iterator[Job | None]:
         """The files that may have to be uploaded.  A None after each page lets finished files
         be committed although the walk finds no new ones."""
-        for page in Walk(self._box, self._config, self):
+        for page in self.pages():
             files = self._state.unrecorded(page)
             self.unchanged += len(page) - len(files)
             if log.isEnabledFor(logging.DEBUG):
