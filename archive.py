@@ -865,12 +865,13 @@ class ConnectionLost(Exception):
 
 
 class SFTPError(FileError):
-    """The server refused a request with this SFTP status code."""
+    """The server refused a request with this SFTP status code.  `code` is VANISHED if an LSTAT
+    found no file.  OpenSSH answers the same to an OPEN of a file that cannot be read."""
 
-    def __init__(self, sftp_code: int, message: str):
+    def __init__(self, request_type: int, sftp_code: int, message: str):
+        is_gone = request_type == FXP_LSTAT and sftp_code == FX_NO_SUCH_FILE
         reason = printable(message) or f"SFTP status {sftp_code}"
-        code = VANISHED if sftp_code == FX_NO_SUCH_FILE else ""
-        super().__init__(f"the box answered: {reason}", code)
+        super().__init__(f"the box answered: {reason}", VANISHED if is_gone else "")
         self.sftp_code = sftp_code
 
 
@@ -947,6 +948,7 @@ def decode_names(body: memoryview) -> list[Entry]:
 # The type of reply to each type of request, and the function that decodes it.  The reply to
 # all other requests is FXP_STATUS.
 REPLIES: dict[int, tuple[int, Callable[[memoryview], Any]]] = {
+    FXP_INIT: (FXP_VERSION, bytes),
     FXP_OPEN: (FXP_HANDLE, decode_string),
     FXP_OPENDIR: (FXP_HANDLE, decode_string),
     FXP_READ: (FXP_DATA, decode_string),
@@ -965,7 +967,7 @@ def decode_reply(request_type: int, packet: memoryview) -> Any:
     expected, decode = REPLIES.get(request_type, (FXP_STATUS, None))
     if packet_type == FXP_STATUS and (code := U32.unpack_from(body)[0]) != FX_OK:
         message = bytes(decode_string(body[4:])) if len(body) >= 8 else b""
-        return SFTPError(code, message[:500].decode("utf-8", "replace"))
+        return SFTPError(request_type, code, message[:500].decode("utf-8", "replace"))
     if packet_type != expected:
         raise ConnectionLost(f"the box sent a reply of type {packet_type}, not {expected}")
     return decode(body) if decode else None
@@ -1029,16 +1031,14 @@ class Session:
         self._sending = threading.Lock()
         # Guards `_owed` and `lost`, and is never held while waiting for the box.
         self._lock = threading.Lock()
-        self._ids = itertools.count(1)
+        self._ids = itertools.count(3)
         self._owed: dict[int, Batch] = {}  # by request id, oldest first
         self.lost: str | None = None  # the reason, once the session has ended
         channel.in_buffer = Pipe()
         channel.settimeout(SILENCE_LIMIT)
-        channel.sendall(HEADER.pack(5, FXP_INIT, 3))  # INIT has the version as its id
-        packets = self._packets()
-        if next(packets)[0] != FXP_VERSION:
-            raise ConnectionLost("the box did not answer in SFTP")
-        threading.Thread(target=self._receive, args=[packets], daemon=True).start()
+        threading.Thread(target=self._receive, daemon=True).start()
+        # The version, which is 3, is in the place of the id, also in the reply.
+        self.send((FXP_INIT, b"")).result()
 
     def send(self, *requests: Request) -> Batch:
         """Sends requests together, without waiting for the replies."""
@@ -1071,9 +1071,9 @@ class Session:
         # Transport.close() waits for a thread that may be blocked in a send.
         threading.Thread(target=self._transport.close, daemon=True).start()
 
-    def _receive(self, packets: Iterator[memoryview]) -> None:
+    def _receive(self) -> None:
         try:
-            for packet in packets:
+            for packet in self._packets():
                 (request_id,) = U32.unpack_from(packet, 1)
                 with self._lock:  # each batch ends once, here or in `close`
                     batch = self._owed.pop(request_id)
@@ -1383,18 +1383,6 @@ class StorageBox:
                     session = None  # the next try waits until it may begin
         raise FileError(f"lost the connection {TRIES} times, last: {reason}", LOST)
 
-    def retry_reading(
-        self, path: bytes, operation: Callable[[Session], T], session: Session | None = None
-    ) -> T:
-        """`retry` for an operation that opens `path`.  OpenSSH answers "no such file" also for
-        files that cannot be read.  The code is VANISHED only if LSTAT confirms it."""
-        try:
-            return self.retry(operation, session)
-        except SFTPError as error:
-            if error.code == VANISHED and self.find(path) is not None:
-                raise FileError(str(error)) from None
-            raise
-
     def find(self, path: bytes) -> Attributes | None:
         """The attributes of `path`, even of a link; None if it does not exist; FileError."""
         request = simple_request(FXP_LSTAT, path)
@@ -1408,7 +1396,7 @@ class StorageBox:
 
     def list_folder(self, path: bytes, limit: float = math.inf) -> list[Entry] | None:
         """The entries of a folder, sorted by name; None if `limit` or more; FileError."""
-        return self.retry_reading(path, lambda session: read_folder(session, path, limit))
+        return self.retry(lambda session: read_folder(session, path, limit))
 
     def space(self) -> tuple[int, int] | None:
         """Bytes used and free on the file system of REMOTE_PATH; None if the server does not
@@ -1449,7 +1437,7 @@ class FileReader:
         self._session: Session | None = None
         self._handle = b""  # of `_session`; empty once its CLOSE has been sent
         try:
-            self.file = box.retry_reading(self._path, self._open)
+            self.file = box.retry(self._open)
             if self.file.size > listed.size + MAX_GROWTH:
                 sizes = f"{listed.size:,} bytes when it was listed, now {self.file.size:,}"
                 raise FileError(f"changed: {sizes}")
@@ -1486,19 +1474,19 @@ class FileReader:
         lstat = simple_request(FXP_LSTAT, self._path)
         handle, found = session.send(open_request(self._path, FOR_READING), lstat).results()
         if isinstance(handle, SFTPError):
-            raise handle
+            raise found if isinstance(found, SFTPError) else handle
         self._session, self._handle = session, handle
         self._pieces = self._receive(session)
         return self._file_now(found)
 
     def _advance(self) -> None:
-        self._piece = self._box.retry_reading(self._path, self._next_piece, self._session)
+        self._piece = self._box.retry(self._next_piece, self._session)
 
     def _next_piece(self, session: Session) -> memoryview:
         piece = next(self._pieces, None) if session is self._session else None
         if piece is None:  # the session is a new one, or a reply was short
             self.close()
-            self._check_unchanged(self._open(session))
+            self._open(session)
             piece = next(self._pieces)
         return piece
 
@@ -1514,7 +1502,13 @@ class FileReader:
             batch, sizes = batches.popleft()
             replies = batch.results()
             for reply in replies[len(sizes) :][:2]:
-                self._check_unchanged(self._file_now(reply))
+                now = self._file_now(reply)
+                if now != self.file:
+                    was = f"{size:,} bytes of mtime {self.file.mtime}"
+                    reason = (
+                        f"changed while it was read: {was}, then {now.size:,} of {now.mtime}"
+                    )
+                    raise FileError(reason, CHANGED)
             for due, reply in zip(sizes, replies):
                 if isinstance(reply, SFTPError) and reply.sftp_code != FX_EOF:
                     raise reply
@@ -1557,17 +1551,15 @@ class FileReader:
             raise FileError("changed: it is no file any more", CHANGED)
         return RemoteFile(self._path, reply.size, reply.mtime)
 
-    def _check_unchanged(self, now: RemoteFile) -> None:
-        if now != self.file:
-            was = f"{self.file.size:,} bytes of mtime {self.file.mtime}"
-            reason = f"changed while it was read: {was}, then {now.size:,} of {now.mtime}"
-            raise FileError(reason, CHANGED)
-
 
 def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | None:
     """As StorageBox.list_folder, with several READDIRs at a time.  SFTPError if the folder
     cannot be read, FileError if it has no end, ConnectionLost."""
-    handle = session.send(simple_request(FXP_OPENDIR, path)).result()
+    requests = simple_request(FXP_OPENDIR, path), simple_request(FXP_LSTAT, path)
+    handle, found = session.send(*requests).results()
+    not_found = found if isinstance(found, SFTPError) else None
+    if isinstance(handle, SFTPError):
+        raise not_found or handle
     names: dict[bytes, Attributes] = {}  # a name may come twice while the folder changes
     count, refusals = READDIRS_PER_BATCH, list[SFTPError]()
     try:
@@ -1586,7 +1578,7 @@ def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | No
     finally:
         session.send(simple_request(FXP_CLOSE, handle))  # not waited for
     if refusals[0].sftp_code != FX_EOF:  # what is refused after the end does not matter
-        raise refusals[0]
+        raise not_found or refusals[0]
     return sorted(entry for entry in names.items() if entry[0] not in (b".", b".."))
 
 
