@@ -1121,10 +1121,10 @@ STORAGE_BOX_KEYS = (
     "SHA256:EMlfI8GsRIfpVkoW1H2u0zYVpFGKkIMKHFZIRkf2ioI",
     "SHA256:oDHZqKXnoMtgvPBjjC57pcuFez28roaEuFcfwyg8O5c",
 )
-CONNECT_REMEDY = "check HETZNER_HOST and HETZNER_PORT (23 for SSH, or 22), that SSH support and"
-CONNECT_REMEDY += " external reachability are switched on in Hetzner's console, and that the"
-CONNECT_REMEDY += " Storage Box has fewer than the 10 connections that it allows"
-Keys = list[paramiko.PKey]
+CONNECT_REMEDY = (
+    "check HETZNER_HOST and HETZNER_PORT (23 for SSH, or 22), and in Hetzner's console"
+)
+CONNECT_REMEDY += " SSH support and external reachability; a box allows 10 connections"
 
 
 def connect(config: Config) -> Session:
@@ -1142,7 +1142,7 @@ def connect(config: Config) -> Session:
     watchdog.start()
     try:
         known, revoked = known_host_keys(config)
-        prefer_algorithms(transport.get_security_options(), known)
+        prefer_algorithms(transport.get_security_options(), {*known.values()})
         transport.start_client(timeout=CONNECT_LIMIT)
         check_host_key(config, transport.get_remote_server_key(), known, revoked)
         log_in(config, transport)
@@ -1166,75 +1166,70 @@ def known_host_name(config: Config) -> str:
     return config.host if config.port == 22 else f"[{config.host}]:{config.port}"
 
 
-def known_host_keys(config: Config) -> tuple[Keys, Keys]:
-    """The keys that known_hosts has for the box, and all keys that it revokes.  A line that
-    paramiko does not know is skipped; Fatal if the file cannot be read."""
-    revoked, text = [], ""
-    names = known_host_name(config).lower(), config.host.lower()
-    known: dict[str, Keys] = {name: [] for name in names}
-    file = f"HETZNER_KNOWN_HOSTS {config.known_hosts}"
+def known_host_keys(config: Config) -> tuple[dict[str, str], set[str]]:
+    """The keys in base64 that known_hosts has for the box, with their types, and the keys
+    that it revokes for any host; Fatal if the file cannot be read."""
+    file, text = f"HETZNER_KNOWN_HOSTS {config.known_hosts}", ""
     with fatal_os_errors(file), contextlib.suppress(FileNotFoundError):
         text = config.known_hosts.read_text("utf-8", "replace")
-    for line in (" ".join(line.split()) for line in text.splitlines()):
-        # HostKeys.load() stops at a line that it does not know, and keeps one key per type.
-        with contextlib.suppress(Exception):
-            entry = paramiko.hostkeys.HostKeyEntry.from_line(line.removeprefix("@revoked "))
-            if line.startswith("@revoked "):
-                revoked.append(entry.key)
-            elif line[0] not in "#@":
-                for name in filter(partial(matches_host, entry.hostnames), known):
-                    known[name].append(entry.key)
-    # A line for the bare host counts only if no line names this port.
-    return known[names[0]] or known[names[1]], revoked
+    # HostKeys.load() stops at a line that it does not know, and keeps one key per type.
+    lines = [line.split() for line in text.splitlines() if len(line.split()) > 2]
+    revoked = {field for line in lines if line[0] == "@revoked" for field in line}
+    known: dict[str, str] = {}
+    for name in (known_host_name(config).lower(), config.host.lower()):
+        if not known:  # a line for the bare host counts only if no line names this port
+            known = {key: kind for names, kind, key, *_ in lines if matches_host(names, name)}
+    return known, revoked
 
 
-def matches_host(patterns: list[str], name: str) -> bool:
+def matches_host(patterns: str, name: str) -> bool:
     """Whether a line of known_hosts with these patterns is about the host.  A pattern may be
     a hash, have wildcards, or exclude hosts with a ! (sshd(8), SSH_KNOWN_HOSTS FILE FORMAT)."""
 
     def matches(pattern: str) -> bool:
         if pattern.startswith("|1|"):
-            return bool(paramiko.HostKeys.hash_host(name, pattern) == pattern)
+            with contextlib.suppress(Exception):  # of paramiko, if it is damaged
+                return bool(paramiko.HostKeys.hash_host(name, pattern) == pattern)
         literal = pattern.lower().replace("[", "[[]")  # [host]:23 is no set of characters
         return fnmatch.fnmatchcase(name, literal)
 
-    excluded = (pattern[1:] for pattern in patterns if pattern.startswith("!"))
-    return any(map(matches, patterns)) and not any(map(matches, excluded))
+    excluded = [pattern[1:] for pattern in patterns.split(",") if pattern.startswith("!")]
+    return any(map(matches, patterns.split(","))) and not any(map(matches, excluded))
 
 
-def prefer_algorithms(options: paramiko.SecurityOptions, known: Keys) -> None:
-    """Puts AES-GCM first, which is by far the fastest, and the types of the known host keys,
+def prefer_algorithms(options: paramiko.SecurityOptions, types: set[str]) -> None:
+    """Puts AES-GCM first, which is by far the fastest, and these types of the known host keys,
     because the server shows only one of its keys."""
     options.ciphers = sorted(options.ciphers, key=lambda name: "gcm" not in name)
-    types = {key.get_name() for key in known}
     if "ssh-rsa" in types:
         types |= {"rsa-sha2-512", "rsa-sha2-256"}
     options.key_types = sorted(options.key_types, key=lambda name: name not in types)
 
 
-def check_host_key(config: Config, key: paramiko.PKey, known: Keys, revoked: Keys) -> None:
+def check_host_key(
+    config: Config, key: paramiko.PKey, known: Mapping[str, str], revoked: set[str]
+) -> None:
     """Fatal unless `key` is known for the box.  No credential has been sent yet."""
-    subject = f"{config.host}:{config.port} has the host key {key.get_name()} {key.fingerprint}"
+    kind, base64_key = key.get_name(), key.get_base64()
+    subject = f"{config.host}:{config.port} has the host key {kind} {key.fingerprint}"
     path = shlex.quote(str(config.known_hosts))
-    if key in revoked:
+    if base64_key in revoked:
         raise Fatal(f"{subject}, which is revoked in HETZNER_KNOWN_HOSTS {path}")
     is_storage_box = config.host.lower().endswith(".your-storagebox.de")
-    if key in known or (is_storage_box and key.fingerprint in STORAGE_BOX_KEYS):
+    if base64_key in known or (is_storage_box and key.fingerprint in STORAGE_BOX_KEYS):
         return
+    name = known_host_name(config)
     if known:
-        expected = ", ".join(f"{other.get_name()} {other.fingerprint}" for other in known)
         raise Fatal(
-            f"{subject}: it has changed, HETZNER_KNOWN_HOSTS has {expected}; somebody may be "
-            "intercepting the connection: only if you know that the change is right, remove "
-            f"the old key with: ssh-keygen -R {shlex.quote(known_host_name(config))} -f {path}"
+            f"{subject}, but HETZNER_KNOWN_HOSTS has another one: it has changed, or somebody "
+            "is intercepting the connection; only if you know that the change is right, remove "
+            f"the old key with: ssh-keygen -R {shlex.quote(name)} -f {path}"
         )
     # The key that was seen.  ssh-keyscan would ask again, and could get another one.
-    line = f"{known_host_name(config)} {key.get_name()} {key.get_base64()}"
-    folder = config.known_hosts.parent
-    make = "" if folder.is_dir() else f"mkdir -p {shlex.quote(str(folder))} && "
     raise Fatal(
         f"{subject}, which is not in HETZNER_KNOWN_HOSTS; if that is its fingerprint, accept "
-        f"it with: {make}echo '{line}' >> {path}"
+        f"it with: mkdir -p {shlex.quote(str(config.known_hosts.parent))} && "
+        f"echo '{name} {kind} {base64_key}' >> {path}"
     )
 
 
@@ -1258,10 +1253,13 @@ def log_in(config: Config, transport: paramiko.Transport) -> None:
         name = f"the SSH agent's keys ({len(keys)})"
         attempts = [(name, transport.auth_publickey, key) for key in keys]
     tried = " and ".join(dict.fromkeys(name for name, *_ in attempts)) or "an empty SSH agent"
-    message = f"the login of {config.user} with {tried}: correct HETZNER_USER or that"
-    if config.key_file or not config.password:
-        message += "; a Storage Box takes the public key in RFC 4716 form (ssh-keygen -e) on "
-        message += f"port 22, in OpenSSH's on port 23: HETZNER_PORT is {config.port}"
+    message = (
+        f"the login of {config.user} with {tried}: correct HETZNER_USER or that; a Storage "
+    )
+    message += (
+        "Box takes a public key in RFC 4716 form (ssh-keygen -e) on port 22, in OpenSSH's "
+    )
+    message += f"on port 23: HETZNER_PORT is {config.port}"
     for name, authenticate, credential in attempts:
         with contextlib.suppress(paramiko.AuthenticationException):
             if others := authenticate(config.user, credential):
@@ -1269,8 +1267,9 @@ def log_in(config: Config, transport: paramiko.Transport) -> None:
         if transport.is_authenticated():
             return
         if not transport.is_active():  # no new connection: the box might ban this machine
-            raise Fatal(f"{config.host}:{config.port} hung up at {message}")
-    raise Fatal(f"{config.host}:{config.port} refused {message}")
+            break
+    answer = "refused" if transport.is_active() else "hung up at"
+    raise Fatal(f"{config.host}:{config.port} {answer} {message}")
 
 
 def load_private_key(path: Path, passphrase: str | None) -> paramiko.PKey:
@@ -1291,11 +1290,11 @@ def load_private_key(path: Path, passphrase: str | None) -> paramiko.PKey:
                 return key_class.from_private_key(io.StringIO(pem))
         raise ValueError("no type of key that SSH uses")
     except (OSError, TypeError, ValueError, UnsupportedAlgorithm) as error:
-        raise Fatal(
-            f"HETZNER_KEY_FILE {path}: {error}; it has to be a private key in OpenSSH's or PEM "
-            "form (a .pub file is none, and puttygen converts PuTTY's), and "
-            "HETZNER_KEY_PASSPHRASE its passphrase, or not set if it has none"
-        ) from None
+        remedy = (
+            "it has to be a private key in OpenSSH's or PEM form (puttygen converts PuTTY's)"
+        )
+        remedy += ", and HETZNER_KEY_PASSPHRASE its passphrase, or not set if it has none"
+        raise Fatal(f"HETZNER_KEY_FILE {path}: {error}; {remedy}") from None
 
 
 # ----------------------------------------------------------------- Storage Box
