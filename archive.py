@@ -851,7 +851,7 @@ FXP_INIT, FXP_VERSION, FXP_OPEN, FXP_CLOSE, FXP_READ, FXP_WRITE = 1, 2, 3, 4, 5,
 FXP_LSTAT, FXP_FSTAT, FXP_FSETSTAT, FXP_OPENDIR, FXP_READDIR = 7, 8, 10, 11, 12
 FXP_REMOVE, FXP_MKDIR, FXP_RENAME, FXP_EXTENDED, FXP_EXTENDED_REPLY = 13, 14, 18, 200, 201
 FXP_STATUS, FXP_HANDLE, FXP_DATA, FXP_NAME, FXP_ATTRS = 101, 102, 103, 104, 105
-FX_OK, FX_EOF, FX_NO_SUCH_FILE, FX_PERMISSION_DENIED, FX_FAILURE = 0, 1, 2, 3, 4
+FX_OK, FX_EOF, FX_NO_SUCH_FILE, FX_FAILURE = 0, 1, 2, 4
 FOR_READING, FOR_WRITING = 1, 2 | 8 | 16  # FXF_READ; FXF_WRITE, FXF_CREAT, FXF_TRUNC
 ATTR_SIZE, ATTR_UIDGID, ATTR_PERMISSIONS, ATTR_ACMODTIME, ATTR_EXTENDED = 1, 2, 4, 8, 1 << 31
 NO_ATTRIBUTES = 0
@@ -891,19 +891,14 @@ class RemoteFile(NamedTuple):
     mtime: int
 
 
-Request = tuple[int, bytes]  # packet type, and the bytes after the request id
+Request = tuple[Any, ...]  # a packet type, and its fields as `encode` takes them
 Entry = tuple[bytes, Attributes]  # of a folder: a name and its attributes
 
 
-def simple_request(packet_type: int, *fields: bytes | int) -> Request:
-    """A request of strings, each behind its length, and numbers of 32 bits, of which an offset
-    is two: `*divmod(offset, 1 << 32)`."""
-    encoded = (U32.pack(f) if isinstance(f, int) else U32.pack(len(f)) + f for f in fields)
-    return packet_type, b"".join(encoded)
-
-
-def open_request(path: bytes, flags: int) -> Request:
-    return simple_request(FXP_OPEN, path, flags, NO_ATTRIBUTES)
+def encode(value: bytes | int) -> bytes:
+    """A string behind its length, or a number of 32 bits.  An offset is two of these:
+    `*divmod(offset, 1 << 32)`."""
+    return U32.pack(value) if isinstance(value, int) else U32.pack(len(value)) + value
 
 
 def decode_string(body: memoryview) -> memoryview:
@@ -1038,15 +1033,16 @@ class Session:
         channel.settimeout(SILENCE_LIMIT)
         threading.Thread(target=self._receive, daemon=True).start()
         # The version, which is 3, is in the place of the id, also in the reply.
-        self.send((FXP_INIT, b"")).result()
+        self.send((FXP_INIT,)).result()
 
     def send(self, *requests: Request) -> Batch:
         """Sends requests together, without waiting for the replies."""
         batch, packets = Batch(self), bytearray()
         with self._lock:
-            for packet_type, payload in requests:
+            for packet_type, *fields in requests:
                 request_id = next(self._ids) & 0xFFFFFFFF
                 batch.types[request_id] = packet_type
+                payload = b"".join(map(encode, fields))
                 packets += HEADER.pack(len(payload) + 5, packet_type, request_id) + payload
             if self.lost is not None or not requests:
                 return batch
@@ -1121,10 +1117,8 @@ STORAGE_BOX_KEYS = (
     "SHA256:EMlfI8GsRIfpVkoW1H2u0zYVpFGKkIMKHFZIRkf2ioI",
     "SHA256:oDHZqKXnoMtgvPBjjC57pcuFez28roaEuFcfwyg8O5c",
 )
-CONNECT_REMEDY = (
-    "check HETZNER_HOST and HETZNER_PORT (23 for SSH, or 22), and in Hetzner's console"
-)
-CONNECT_REMEDY += " SSH support and external reachability; a box allows 10 connections"
+CONNECT_REMEDY = "check HETZNER_HOST and HETZNER_PORT (23 for SSH, or 22), and SSH support and"
+CONNECT_REMEDY += " external reachability in Hetzner's console; a box allows 10 connections"
 
 
 def connect(config: Config) -> Session:
@@ -1290,9 +1284,7 @@ def load_private_key(path: Path, passphrase: str | None) -> paramiko.PKey:
                 return key_class.from_private_key(io.StringIO(pem))
         raise ValueError("no type of key that SSH uses")
     except (OSError, TypeError, ValueError, UnsupportedAlgorithm) as error:
-        remedy = (
-            "it has to be a private key in OpenSSH's or PEM form (puttygen converts PuTTY's)"
-        )
+        remedy = "it has to be a private key in OpenSSH's or PEM form (puttygen exports it)"
         remedy += ", and HETZNER_KEY_PASSPHRASE its passphrase, or not set if it has none"
         raise Fatal(f"HETZNER_KEY_FILE {path}: {error}; {remedy}") from None
 
@@ -1308,7 +1300,7 @@ class StorageBox:
         self._pauses = RECONNECT_PAUSES if retries else (0,)
         self._connect_lock = threading.Lock()
         self._start_lock = threading.RLock()  # held while no other operation may begin
-        self._pace_lock, self._next_read = threading.Lock(), 0.0  # a monotonic time
+        self._pace_lock = threading.Lock()
         self._session: Session | None = None
         self._given_up: Fatal | None = None
 
@@ -1331,13 +1323,10 @@ class StorageBox:
             return self._session
 
     def pace(self, size: int) -> None:
-        """Waits until `size` more bytes may be read, within BANDWIDTH_LIMIT."""
+        """Waits as long as `size` bytes take within BANDWIDTH_LIMIT, one thread at a time."""
         if limit := self._config.bandwidth_limit:
             with self._pace_lock:
-                now = time.monotonic()
-                self._next_read = max(self._next_read, now) + size / limit
-                delay = self._next_read - now
-            self.stopping.wait(delay)
+                self.stopping.wait(size / limit)
 
     def _connect(self) -> Session:
         """A new session; makes an attempt for each of RECONNECT_PAUSES.  Fatal, Stopped."""
@@ -1384,9 +1373,8 @@ class StorageBox:
 
     def find(self, path: bytes) -> Attributes | None:
         """The attributes of `path`, even of a link; None if it does not exist; FileError."""
-        request = simple_request(FXP_LSTAT, path)
         try:
-            found: Attributes = self.retry(lambda session: session.send(request).result())
+            found: Attributes = self.retry(lambda s: s.send((FXP_LSTAT, path)).result())
         except SFTPError as error:
             if error.code == VANISHED:
                 return None
@@ -1400,7 +1388,7 @@ class StorageBox:
     def space(self) -> tuple[int, int] | None:
         """Bytes used and free on the file system of REMOTE_PATH; None if the server does not
         know this request (statvfs@openssh.com)."""
-        request = simple_request(FXP_EXTENDED, b"statvfs@openssh.com", self._config.remote_path)
+        request = (FXP_EXTENDED, b"statvfs@openssh.com", self._config.remote_path)
         (reply,) = self.retry(lambda session: session.send(request).results())
         if isinstance(reply, SFTPError):
             return None
@@ -1465,13 +1453,14 @@ class FileReader:
     def close(self) -> None:
         """Releases the file; does not wait."""
         if self._handle and self._session is not None:
-            self._session.send(simple_request(FXP_CLOSE, self._handle))
+            self._session.send((FXP_CLOSE, self._handle))
         self._handle = b""
 
     def _open(self, session: Session) -> RemoteFile:
         """Opens the file in this session, and returns what its path leads to."""
-        lstat = simple_request(FXP_LSTAT, self._path)
-        handle, found = session.send(open_request(self._path, FOR_READING), lstat).results()
+        self.close()
+        requests = (FXP_OPEN, self._path, FOR_READING, NO_ATTRIBUTES), (FXP_LSTAT, self._path)
+        handle, found = session.send(*requests).results()
         if isinstance(handle, SFTPError):
             raise found if isinstance(found, SFTPError) else handle
         self._session, self._handle = session, handle
@@ -1484,7 +1473,6 @@ class FileReader:
     def _next_piece(self, session: Session) -> memoryview:
         piece = next(self._pieces, None) if session is self._session else None
         if piece is None:  # the session is a new one, or a reply was short
-            self.close()
             self._open(session)
             piece = next(self._pieces)
         return piece
@@ -1499,16 +1487,14 @@ class FileReader:
                 batches.append(self._request(session, requested, end))
                 requested = end
             batch, sizes = batches.popleft()
-            replies = batch.results()
-            for reply in replies[len(sizes) :][:2]:
-                now = self._file_now(reply)
+            *reads, fstat, lstat = batch.results()[: len(sizes) + 2]
+            for now in map(self._file_now, (fstat, lstat)):
                 if now != self.file:
-                    was = f"{size:,} bytes of mtime {self.file.mtime}"
-                    reason = (
-                        f"changed while it was read: {was}, then {now.size:,} of {now.mtime}"
+                    was = (
+                        f"changed while it was read: {size:,} bytes of mtime {self.file.mtime}"
                     )
-                    raise FileError(reason, CHANGED)
-            for due, reply in zip(sizes, replies):
+                    raise FileError(f"{was}, then {now.size:,} of {now.mtime}", CHANGED)
+            for due, reply in zip(sizes, reads):
                 if isinstance(reply, SFTPError) and reply.sftp_code != FX_EOF:
                     raise reply
                 data = memoryview(b"") if isinstance(reply, SFTPError) else reply
@@ -1525,17 +1511,16 @@ class FileReader:
     def _request(self, session: Session, begin: int, end: int) -> tuple[Batch, list[int]]:
         """Sends READs of these bytes, and the requests that show whether the file has changed
         by then; after the last byte a CLOSE, too.  Returns the number of bytes of each READ."""
-        step, requests, sizes = self._read_size, list[Request](), list[int]()
+        requests, sizes = list[Request](), list[int]()
+        step, handle = self._read_size, self._handle
         for at in range(begin, end or 1, step):
             sizes.append(min(step, end - at))
             # The last one asks for a byte more: the size may be too small.
             asked = sizes[-1] + (1 if at + step >= self.file.size else 0)
-            read = simple_request(FXP_READ, self._handle, *divmod(at, 1 << 32), asked)
-            requests.append(read)
-        requests.append(simple_request(FXP_FSTAT, self._handle))
-        requests.append(simple_request(FXP_LSTAT, self._path))
+            requests.append((FXP_READ, handle, *divmod(at, 1 << 32), asked))
+        requests += [(FXP_FSTAT, handle), (FXP_LSTAT, self._path)]
         if end == self.file.size:
-            requests.append(simple_request(FXP_CLOSE, self._handle))
+            requests.append((FXP_CLOSE, handle))
             self._handle = b""
         self._box.pace(end - begin)
         return session.send(*requests), sizes
@@ -1554,8 +1539,7 @@ class FileReader:
 def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | None:
     """As StorageBox.list_folder, with several READDIRs at a time.  SFTPError if the folder
     cannot be read, FileError if it has no end, ConnectionLost."""
-    requests = simple_request(FXP_OPENDIR, path), simple_request(FXP_LSTAT, path)
-    handle, found = session.send(*requests).results()
+    handle, found = session.send((FXP_OPENDIR, path), (FXP_LSTAT, path)).results()
     not_found = found if isinstance(found, SFTPError) else None
     if isinstance(handle, SFTPError):
         raise not_found or handle
@@ -1564,7 +1548,7 @@ def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | No
     try:
         while not refusals:
             before = len(names)
-            results = session.send(*[simple_request(FXP_READDIR, handle)] * count).results()
+            results = session.send(*[(FXP_READDIR, handle)] * count).results()
             refusals = [result for result in results if isinstance(result, SFTPError)]
             for entries in results:
                 if not isinstance(entries, SFTPError):
@@ -1575,7 +1559,7 @@ def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | No
                 return None
             count = min(2 * count, 8 * READDIRS_PER_BATCH)
     finally:
-        session.send(simple_request(FXP_CLOSE, handle))  # not waited for
+        session.send((FXP_CLOSE, handle))  # not waited for
     if refusals[0].sftp_code != FX_EOF:  # what is refused after the end does not matter
         raise not_found or refusals[0]
     return sorted(entry for entry in names.items() if entry[0] not in (b".", b".."))
@@ -1616,8 +1600,8 @@ class Exclusions:
         text = nfc(relative_path(self._root, path).decode("utf-8", "surrogateescape"))
         if not self._pattern.fullmatch(text):  # several times faster than one by one
             return False
-        for item in [item for item, one in self.unmatched.items() if one.fullmatch(text)]:
-            del self.unmatched[item]
+        left = self.unmatched.items()
+        self.unmatched = {item: own for item, own in left if not own.fullmatch(text)}
         return True
 
     def _exists(self, path: str) -> bool:
@@ -3837,13 +3821,13 @@ class BoxFolder:
 
         def write_probe(session: Session) -> None:
             self._make_folders(session, probe)
-            handle = session.send(open_request(probe, FOR_WRITING)).result()
-            session.send(simple_request(FXP_CLOSE, handle))
-            session.send(simple_request(FXP_REMOVE, probe)).results()
+            handle = session.send((FXP_OPEN, probe, FOR_WRITING, NO_ATTRIBUTES)).result()
+            session.send((FXP_CLOSE, handle))
+            session.send((FXP_REMOVE, probe)).results()
 
         try:
             box.retry(write_probe)
-        except (SFTPError, FileError) as error:
+        except FileError as error:
             reason = f"{printable(folder)} cannot be written to: {error}"
             raise Fatal(f"{reason}; --to-box takes an account that may write") from None
 
@@ -3867,13 +3851,13 @@ class BoxFolder:
                 return
             self._make_folders(session, path)
             # What a killed pass has left; ProFTPD lets nobody write to a file anew.
-            session.send(simple_request(FXP_REMOVE, partial_path))
-            handle = session.send(open_request(partial_path, FOR_WRITING)).result()
+            session.send((FXP_REMOVE, partial_path))
+            handle = session.send((FXP_OPEN, partial_path, FOR_WRITING, NO_ATTRIBUTES)).result()
             try:  # from here on, trying again would fetch it from S3 again
                 written = write_file(session, handle, partial_path, mtime, download.blocks())
                 if overwrite:
-                    session.send(simple_request(FXP_REMOVE, path)).results()
-                session.send(simple_request(FXP_RENAME, partial_path, path)).result()
+                    session.send((FXP_REMOVE, path)).results()
+                session.send((FXP_RENAME, partial_path, path)).result()
             except SFTPError as error:
                 raise FileError(f"the box cannot store it: {error}") from None
             # A request of a lost session may have been carried out just now.
@@ -3882,27 +3866,24 @@ class BoxFolder:
 
         try:
             self._box.retry(write_and_rename)
-        except (FileError, SFTPError) as error:
+        except FileError as error:
             free = None
             with contextlib.suppress(Fatal, Stopped, FileError):
                 free = self.free_space()  # before the partial file is deleted
-                remove = simple_request(FXP_REMOVE, partial_path)
-                self._box.retry(lambda session: session.send(remove).results())
+                self._box.retry(lambda s: s.send((FXP_REMOVE, partial_path)).results())
             if free is not None and free < MIB:
                 raise Fatal(f"{error}; the box is full") from None
-            if isinstance(error, FileError):
-                raise
-            raise FileError(f"the box cannot store it: {error}") from None
+            raise
 
     def _make_folders(self, session: Session, path: bytes) -> None:
         """Creates the missing folders above `path`.  FileError if one of those below
         `self._folder` is a link, SFTPError if one cannot be created."""
         folders = [f for f in itertools.accumulate(path.split(b"/"), join) if f][:-1]
-        lstats = [simple_request(FXP_LSTAT, folder) for folder in folders]
+        lstats = [(FXP_LSTAT, folder) for folder in folders]
         mkdirs = []
         for folder, attributes in zip(folders, session.send(*lstats).results()):
             if isinstance(attributes, SFTPError):
-                mkdirs.append(simple_request(FXP_MKDIR, folder, NO_ATTRIBUTES))
+                mkdirs.append((FXP_MKDIR, folder, NO_ATTRIBUTES))
                 continue
             mode = attributes.mode or 0
             if stat.S_ISREG(mode):
@@ -3917,7 +3898,7 @@ class BoxFolder:
 
 def size_and_mtime(session: Session, path: bytes) -> tuple[int | None, int | None]:
     """The size and mtime of a file on the box, or (None, None)."""
-    (found,) = session.send(simple_request(FXP_LSTAT, path)).results()
+    (found,) = session.send((FXP_LSTAT, path)).results()
     return found[:2] if isinstance(found, Attributes) else (None, None)
 
 
@@ -3931,17 +3912,15 @@ def write_file(
         for block in blocks:
             for start in range(0, len(block), WRITE_SIZE):
                 piece = block[start : start + WRITE_SIZE]
-                write = simple_request(FXP_WRITE, handle, *divmod(at, 1 << 32), piece)
-                batches.append(session.send(write))
+                batches.append(session.send((FXP_WRITE, handle, *divmod(at, 1 << 32), piece)))
                 at += len(piece)
             while len(batches) > WRITES_AHEAD:
                 batches.popleft().result()
-        times = simple_request(FXP_FSETSTAT, handle, ATTR_ACMODTIME, mtime, mtime)
-        batches.append(session.send(times))
+        batches.append(session.send((FXP_FSETSTAT, handle, ATTR_ACMODTIME, mtime, mtime)))
         for batch in batches:
             batch.result()
     finally:
-        closing = session.send(simple_request(FXP_CLOSE, handle))
+        closing = session.send((FXP_CLOSE, handle))
     closing.result()
     if size_and_mtime(session, path) != (at, mtime):
         raise FileError(f"the box has other than {at:,} bytes of mtime {mtime} afterwards")

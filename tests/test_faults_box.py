@@ -757,6 +757,14 @@ def test_handle_of_a_file_that_is_refused_after_a_cut_is_closed_once(archive, bo
     assert_failed(result, {"large": "does not tell"})
 
 
+def test_file_whose_lookup_is_refused_is_closed_before_the_next_try(archive, box):
+    write(box.root / "small", SMALL)
+    refused = box.on("LSTAT", b"small", status(FAILURE), times=2)
+    assert archive(constants=SIZES).counts == (1, 0, 0)
+    assert refused.fired == 2
+    assert box.requests["OPEN"] + box.requests["OPENDIR"] == box.requests["CLOSE"] == 4
+
+
 @pytest.mark.parametrize(("kind", "nth"), [("READ", 20), ("LSTAT", 2)])
 def test_file_rewritten_within_its_second_while_it_is_read_is_archived_again(
     archive, box, kind, nth
