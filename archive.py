@@ -73,7 +73,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from functools import cache, partial
+from functools import partial
 from logging.handlers import RotatingFileHandler
 from operator import itemgetter
 from pathlib import Path
@@ -844,7 +844,7 @@ FXP_INIT, FXP_VERSION, FXP_OPEN, FXP_CLOSE, FXP_READ, FXP_WRITE = 1, 2, 3, 4, 5,
 FXP_LSTAT, FXP_FSTAT, FXP_FSETSTAT, FXP_OPENDIR, FXP_READDIR = 7, 8, 10, 11, 12
 FXP_REMOVE, FXP_MKDIR, FXP_RENAME, FXP_EXTENDED, FXP_EXTENDED_REPLY = 13, 14, 18, 200, 201
 FXP_STATUS, FXP_HANDLE, FXP_DATA, FXP_NAME, FXP_ATTRS = 101, 102, 103, 104, 105
-FX_OK, FX_EOF, FX_NO_SUCH_FILE, FX_PERMISSION_DENIED, FX_FAILURE = 0, 1, 2, 3, 4
+FX_OK, FX_EOF, FX_NO_SUCH_FILE, FX_FAILURE = 0, 1, 2, 4
 FOR_READING, FOR_WRITING = 1, 2 | 8 | 16  # FXF_READ; FXF_WRITE, FXF_CREAT, FXF_TRUNC
 ATTR_SIZE, ATTR_UIDGID, ATTR_PERMISSIONS, ATTR_ACMODTIME, ATTR_EXTENDED = 1, 2, 4, 8, 1 << 31
 NO_ATTRIBUTES = 0
@@ -857,12 +857,15 @@ class ConnectionLost(Exception):
     """The connection is closed, frozen or out of step; a new one is needed."""
 
 
-class SFTPError(Exception):
-    """The server refused a request with this SFTP status code."""
+class SFTPError(FileError):
+    """The server refused a request with this SFTP status code.  `code` is VANISHED if an LSTAT
+    found no file.  OpenSSH answers the same to an OPEN of a file that cannot be read."""
 
-    def __init__(self, code: int, message: str):
-        super().__init__(printable(message) or f"SFTP status {code}")
-        self.code = code
+    def __init__(self, request_type: int, sftp_code: int, message: str):
+        is_gone = request_type == FXP_LSTAT and sftp_code == FX_NO_SUCH_FILE
+        reason = printable(message) or f"SFTP status {sftp_code}"
+        super().__init__(f"the box answered: {reason}", VANISHED if is_gone else "")
+        self.sftp_code = sftp_code
 
 
 class Attributes(NamedTuple):
@@ -881,23 +884,14 @@ class RemoteFile(NamedTuple):
     mtime: int
 
 
-Request = tuple[int, bytes]  # packet type, and the bytes after the request id
+Request = tuple[Any, ...]  # a packet type, and its fields as `encode` takes them
 Entry = tuple[bytes, Attributes]  # of a folder: a name and its attributes
 
 
-def simple_request(packet_type: int, *fields: bytes | int) -> Request:
-    """A request of strings, each behind its length, and numbers of 32 bits, of which an offset
-    is two: `*divmod(offset, 1 << 32)`."""
-    encoded = (U32.pack(f) if isinstance(f, int) else U32.pack(len(f)) + f for f in fields)
-    return packet_type, b"".join(encoded)
-
-
-def open_request(path: bytes, flags: int) -> Request:
-    return simple_request(FXP_OPEN, path, flags, NO_ATTRIBUTES)
-
-
-def read_request(handle: bytes, offset: int, size: int) -> Request:
-    return simple_request(FXP_READ, handle, *divmod(offset, 1 << 32), size)
+def encode(value: bytes | int) -> bytes:
+    """A string behind its length, or a number of 32 bits.  An offset is two of these:
+    `*divmod(offset, 1 << 32)`."""
+    return U32.pack(value) if isinstance(value, int) else U32.pack(len(value)) + value
 
 
 def decode_string(body: memoryview) -> memoryview:
@@ -942,6 +936,7 @@ def decode_names(body: memoryview) -> list[Entry]:
 # The type of reply to each type of request, and the function that decodes it.  The reply to
 # all other requests is FXP_STATUS.
 REPLIES: dict[int, tuple[int, Callable[[memoryview], Any]]] = {
+    FXP_INIT: (FXP_VERSION, bytes),
     FXP_OPEN: (FXP_HANDLE, decode_string),
     FXP_OPENDIR: (FXP_HANDLE, decode_string),
     FXP_READ: (FXP_DATA, decode_string),
@@ -960,7 +955,7 @@ def decode_reply(request_type: int, packet: memoryview) -> Any:
     expected, decode = REPLIES.get(request_type, (FXP_STATUS, None))
     if packet_type == FXP_STATUS and (code := U32.unpack_from(body)[0]) != FX_OK:
         message = bytes(decode_string(body[4:])) if len(body) >= 8 else b""
-        return SFTPError(code, message[:500].decode("utf-8", "replace"))
+        return SFTPError(request_type, code, message[:500].decode("utf-8", "replace"))
     if packet_type != expected:
         raise ConnectionLost(f"the box sent a reply of type {packet_type}, not {expected}")
     return decode(body) if decode else None
@@ -1024,24 +1019,23 @@ class Session:
         self._sending = threading.Lock()
         # Guards `_owed` and `lost`, and is never held while waiting for the box.
         self._lock = threading.Lock()
-        self._ids = itertools.count(1)
+        self._ids = itertools.count(3)
         self._owed: dict[int, Batch] = {}  # by request id, oldest first
         self.lost: str | None = None  # the reason, once the session has ended
         channel.in_buffer = Pipe()
         channel.settimeout(SILENCE_LIMIT)
-        channel.sendall(HEADER.pack(5, FXP_INIT, 3))  # INIT has the version as its id
-        packets = self._packets()
-        if next(packets)[0] != FXP_VERSION:
-            raise ConnectionLost("the box did not answer in SFTP")
-        threading.Thread(target=self._receive, args=[packets], daemon=True).start()
+        threading.Thread(target=self._receive, daemon=True).start()
+        # The version, which is 3, is in the place of the id, also in the reply.
+        self.send((FXP_INIT,)).result()
 
     def send(self, *requests: Request) -> Batch:
         """Sends requests together, without waiting for the replies."""
         batch, packets = Batch(self), bytearray()
         with self._lock:
-            for packet_type, payload in requests:
+            for packet_type, *fields in requests:
                 request_id = next(self._ids) & 0xFFFFFFFF
                 batch.types[request_id] = packet_type
+                payload = b"".join(map(encode, fields))
                 packets += HEADER.pack(len(payload) + 5, packet_type, request_id) + payload
             if self.lost is not None or not requests:
                 return batch
@@ -1066,9 +1060,9 @@ class Session:
         # Transport.close() waits for a thread that may be blocked in a send.
         threading.Thread(target=self._transport.close, daemon=True).start()
 
-    def _receive(self, packets: Iterator[memoryview]) -> None:
+    def _receive(self) -> None:
         try:
-            for packet in packets:
+            for packet in self._packets():
                 (request_id,) = U32.unpack_from(packet, 1)
                 with self._lock:  # each batch ends once, here or in `close`
                     batch = self._owed.pop(request_id)
@@ -1116,10 +1110,8 @@ STORAGE_BOX_KEYS = (
     "SHA256:EMlfI8GsRIfpVkoW1H2u0zYVpFGKkIMKHFZIRkf2ioI",
     "SHA256:oDHZqKXnoMtgvPBjjC57pcuFez28roaEuFcfwyg8O5c",
 )
-CONNECT_REMEDY = "check HETZNER_HOST and HETZNER_PORT (23 for SSH, or 22), that SSH support and"
-CONNECT_REMEDY += " external reachability are switched on in Hetzner's console, and that the"
-CONNECT_REMEDY += " Storage Box has fewer than the 10 connections that it allows"
-Keys = list[paramiko.PKey]
+CONNECT_REMEDY = "check HETZNER_HOST and HETZNER_PORT (23 for SSH, or 22), and SSH support and"
+CONNECT_REMEDY += " external reachability in Hetzner's console; a box allows 10 connections"
 
 
 def connect(config: Config) -> Session:
@@ -1137,7 +1129,7 @@ def connect(config: Config) -> Session:
     watchdog.start()
     try:
         known, revoked = known_host_keys(config)
-        prefer_algorithms(transport.get_security_options(), known)
+        prefer_algorithms(transport.get_security_options(), {*known.values()})
         transport.start_client(timeout=CONNECT_LIMIT)
         check_host_key(config, transport.get_remote_server_key(), known, revoked)
         log_in(config, transport)
@@ -1161,75 +1153,70 @@ def known_host_name(config: Config) -> str:
     return config.host if config.port == 22 else f"[{config.host}]:{config.port}"
 
 
-def known_host_keys(config: Config) -> tuple[Keys, Keys]:
-    """The keys that known_hosts has for the box, and all keys that it revokes.  A line that
-    paramiko does not know is skipped; Fatal if the file cannot be read."""
-    revoked, text = [], ""
-    names = known_host_name(config).lower(), config.host.lower()
-    known: dict[str, Keys] = {name: [] for name in names}
-    file = f"HETZNER_KNOWN_HOSTS {config.known_hosts}"
+def known_host_keys(config: Config) -> tuple[dict[str, str], set[str]]:
+    """The keys in base64 that known_hosts has for the box, with their types, and the keys
+    that it revokes for any host; Fatal if the file cannot be read."""
+    file, text = f"HETZNER_KNOWN_HOSTS {config.known_hosts}", ""
     with fatal_os_errors(file), contextlib.suppress(FileNotFoundError):
         text = config.known_hosts.read_text("utf-8", "replace")
-    for line in (" ".join(line.split()) for line in text.splitlines()):
-        # HostKeys.load() stops at a line that it does not know, and keeps one key per type.
-        with contextlib.suppress(Exception):
-            entry = paramiko.hostkeys.HostKeyEntry.from_line(line.removeprefix("@revoked "))
-            if line.startswith("@revoked "):
-                revoked.append(entry.key)
-            elif line[0] not in "#@":
-                for name in filter(partial(matches_host, entry.hostnames), known):
-                    known[name].append(entry.key)
-    # A line for the bare host counts only if no line names this port.
-    return known[names[0]] or known[names[1]], revoked
+    # HostKeys.load() stops at a line that it does not know, and keeps one key per type.
+    lines = [line.split() for line in text.splitlines() if len(line.split()) > 2]
+    revoked = {field for line in lines if line[0] == "@revoked" for field in line}
+    known: dict[str, str] = {}
+    for name in (known_host_name(config).lower(), config.host.lower()):
+        if not known:  # a line for the bare host counts only if no line names this port
+            known = {key: kind for names, kind, key, *_ in lines if matches_host(names, name)}
+    return known, revoked
 
 
-def matches_host(patterns: list[str], name: str) -> bool:
+def matches_host(patterns: str, name: str) -> bool:
     """Whether a line of known_hosts with these patterns is about the host.  A pattern may be
     a hash, have wildcards, or exclude hosts with a ! (sshd(8), SSH_KNOWN_HOSTS FILE FORMAT)."""
 
     def matches(pattern: str) -> bool:
         if pattern.startswith("|1|"):
-            return bool(paramiko.HostKeys.hash_host(name, pattern) == pattern)
+            with contextlib.suppress(Exception):  # of paramiko, if it is damaged
+                return bool(paramiko.HostKeys.hash_host(name, pattern) == pattern)
         literal = pattern.lower().replace("[", "[[]")  # [host]:23 is no set of characters
         return fnmatch.fnmatchcase(name, literal)
 
-    excluded = (pattern[1:] for pattern in patterns if pattern.startswith("!"))
-    return any(map(matches, patterns)) and not any(map(matches, excluded))
+    excluded = [pattern[1:] for pattern in patterns.split(",") if pattern.startswith("!")]
+    return any(map(matches, patterns.split(","))) and not any(map(matches, excluded))
 
 
-def prefer_algorithms(options: paramiko.SecurityOptions, known: Keys) -> None:
-    """Puts AES-GCM first, which is by far the fastest, and the types of the known host keys,
+def prefer_algorithms(options: paramiko.SecurityOptions, types: set[str]) -> None:
+    """Puts AES-GCM first, which is by far the fastest, and these types of the known host keys,
     because the server shows only one of its keys."""
     options.ciphers = sorted(options.ciphers, key=lambda name: "gcm" not in name)
-    types = {key.get_name() for key in known}
     if "ssh-rsa" in types:
         types |= {"rsa-sha2-512", "rsa-sha2-256"}
     options.key_types = sorted(options.key_types, key=lambda name: name not in types)
 
 
-def check_host_key(config: Config, key: paramiko.PKey, known: Keys, revoked: Keys) -> None:
+def check_host_key(
+    config: Config, key: paramiko.PKey, known: Mapping[str, str], revoked: set[str]
+) -> None:
     """Fatal unless `key` is known for the box.  No credential has been sent yet."""
-    subject = f"{config.host}:{config.port} has the host key {key.get_name()} {key.fingerprint}"
+    kind, base64_key = key.get_name(), key.get_base64()
+    subject = f"{config.host}:{config.port} has the host key {kind} {key.fingerprint}"
     path = shlex.quote(str(config.known_hosts))
-    if key in revoked:
+    if base64_key in revoked:
         raise Fatal(f"{subject}, which is revoked in HETZNER_KNOWN_HOSTS {path}")
     is_storage_box = config.host.lower().endswith(".your-storagebox.de")
-    if key in known or (is_storage_box and key.fingerprint in STORAGE_BOX_KEYS):
+    if base64_key in known or (is_storage_box and key.fingerprint in STORAGE_BOX_KEYS):
         return
+    name = known_host_name(config)
     if known:
-        expected = ", ".join(f"{other.get_name()} {other.fingerprint}" for other in known)
         raise Fatal(
-            f"{subject}: it has changed, HETZNER_KNOWN_HOSTS has {expected}; somebody may be "
-            "intercepting the connection: only if you know that the change is right, remove "
-            f"the old key with: ssh-keygen -R {shlex.quote(known_host_name(config))} -f {path}"
+            f"{subject}, but HETZNER_KNOWN_HOSTS has another one: it has changed, or somebody "
+            "is intercepting the connection; only if you know that the change is right, remove "
+            f"the old key with: ssh-keygen -R {shlex.quote(name)} -f {path}"
         )
     # The key that was seen.  ssh-keyscan would ask again, and could get another one.
-    line = f"{known_host_name(config)} {key.get_name()} {key.get_base64()}"
-    folder = config.known_hosts.parent
-    make = "" if folder.is_dir() else f"mkdir -p {shlex.quote(str(folder))} && "
     raise Fatal(
         f"{subject}, which is not in HETZNER_KNOWN_HOSTS; if that is its fingerprint, accept "
-        f"it with: {make}echo '{line}' >> {path}"
+        f"it with: mkdir -p {shlex.quote(str(config.known_hosts.parent))} && "
+        f"echo '{name} {kind} {base64_key}' >> {path}"
     )
 
 
@@ -1253,10 +1240,11 @@ def log_in(config: Config, transport: paramiko.Transport) -> None:
         name = f"the SSH agent's keys ({len(keys)})"
         attempts = [(name, transport.auth_publickey, key) for key in keys]
     tried = " and ".join(dict.fromkeys(name for name, *_ in attempts)) or "an empty SSH agent"
-    message = f"the login of {config.user} with {tried}: correct HETZNER_USER or that"
-    if config.key_file or not config.password:
-        message += "; a Storage Box takes the public key in RFC 4716 form (ssh-keygen -e) on "
-        message += f"port 22, in OpenSSH's on port 23: HETZNER_PORT is {config.port}"
+    message = f"the login of {config.user} with {tried}: correct HETZNER_USER or that; a box "
+    message += (
+        "takes a public key in RFC 4716 form (ssh-keygen -e) on port 22, in OpenSSH's on "
+    )
+    message += f"port 23: HETZNER_PORT is {config.port}"
     for name, authenticate, credential in attempts:
         with contextlib.suppress(paramiko.AuthenticationException):
             if others := authenticate(config.user, credential):
@@ -1264,8 +1252,9 @@ def log_in(config: Config, transport: paramiko.Transport) -> None:
         if transport.is_authenticated():
             return
         if not transport.is_active():  # no new connection: the box might ban this machine
-            raise Fatal(f"{config.host}:{config.port} hung up at {message}")
-    raise Fatal(f"{config.host}:{config.port} refused {message}")
+            break
+    answer = "refused" if transport.is_active() else "hung up at"
+    raise Fatal(f"{config.host}:{config.port} {answer} {message}")
 
 
 def load_private_key(path: Path, passphrase: str | None) -> paramiko.PKey:
@@ -1286,11 +1275,9 @@ def load_private_key(path: Path, passphrase: str | None) -> paramiko.PKey:
                 return key_class.from_private_key(io.StringIO(pem))
         raise ValueError("no type of key that SSH uses")
     except (OSError, TypeError, ValueError, UnsupportedAlgorithm) as error:
-        raise Fatal(
-            f"HETZNER_KEY_FILE {path}: {error}; it has to be a private key in OpenSSH's or PEM "
-            "form (a .pub file is none, and puttygen converts PuTTY's), and "
-            "HETZNER_KEY_PASSPHRASE its passphrase, or not set if it has none"
-        ) from None
+        remedy = "it has to be a private key in OpenSSH's or PEM form (puttygen exports it)"
+        remedy += ", and HETZNER_KEY_PASSPHRASE its passphrase, or not set if it has none"
+        raise Fatal(f"HETZNER_KEY_FILE {path}: {error}; {remedy}") from None
 
 
 # ----------------------------------------------------------------- Storage Box
@@ -1304,7 +1291,7 @@ class StorageBox:
         self._pauses = RECONNECT_PAUSES if retries else (0,)
         self._connect_lock = threading.Lock()
         self._start_lock = threading.RLock()  # held while no other operation may begin
-        self._pace_lock, self._next_read = threading.Lock(), 0.0  # a monotonic time
+        self._pace_lock = threading.Lock()
         self._session: Session | None = None
         self._given_up: Fatal | None = None
 
@@ -1327,13 +1314,10 @@ class StorageBox:
             return self._session
 
     def pace(self, size: int) -> None:
-        """Waits until `size` more bytes may be read, within BANDWIDTH_LIMIT."""
+        """Waits as long as `size` bytes take within BANDWIDTH_LIMIT, one thread at a time."""
         if limit := self._config.bandwidth_limit:
             with self._pace_lock:
-                now = time.monotonic()
-                self._next_read = max(self._next_read, now) + size / limit
-                delay = self._next_read - now
-            self.stopping.wait(delay)
+                self.stopping.wait(size / limit)
 
     def _connect(self) -> Session:
         """A new session; makes an attempt for each of RECONNECT_PAUSES.  Fatal, Stopped."""
@@ -1372,46 +1356,30 @@ class StorageBox:
                     session.close(str(error))  # if it is out of step, it is still open
                     reason = error
                 except SFTPError as error:
-                    if error.code != FX_FAILURE or attempt == TRIES:
+                    if error.sftp_code != FX_FAILURE or attempt == TRIES:
                         raise
                     self.stopping.wait(FAILURE_PAUSE)
                     session = None  # the next try waits until it may begin
         raise FileError(f"lost the connection {TRIES} times, last: {reason}", LOST)
 
-    def retry_reading(
-        self, path: bytes, operation: Callable[[Session], T], session: Session | None = None
-    ) -> T:
-        """`retry` for an operation that opens `path`.  A refusal is a FileError, with the
-        code VANISHED if the file is gone.  LSTAT confirms that: OpenSSH answers "no such
-        file" also for files that cannot be read, which must not count as vanished."""
-        try:
-            return self.retry(operation, session)
-        except SFTPError as error:
-            if error.code == FX_NO_SUCH_FILE and self.find(path) is None:
-                raise FileError("it is not on the box", VANISHED) from None
-            if error.code == FX_PERMISSION_DENIED:
-                raise FileError("the box denies permission to read it") from None
-            raise FileError(f"the box cannot open it: {error}") from None
-
     def find(self, path: bytes) -> Attributes | None:
         """The attributes of `path`, even of a link; None if it does not exist; FileError."""
-        request = simple_request(FXP_LSTAT, path)
         try:
-            found: Attributes = self.retry(lambda session: session.send(request).result())
+            found: Attributes = self.retry(lambda s: s.send((FXP_LSTAT, path)).result())
         except SFTPError as error:
-            if error.code == FX_NO_SUCH_FILE:
+            if error.code == VANISHED:
                 return None
-            raise FileError(f"the box cannot look it up: {error}") from None
+            raise
         return found
 
     def list_folder(self, path: bytes, limit: float = math.inf) -> list[Entry] | None:
         """The entries of a folder, sorted by name; None if `limit` or more; FileError."""
-        return self.retry_reading(path, lambda session: read_folder(session, path, limit))
+        return self.retry(lambda session: read_folder(session, path, limit))
 
     def space(self) -> tuple[int, int] | None:
         """Bytes used and free on the file system of REMOTE_PATH; None if the server does not
         know this request (statvfs@openssh.com)."""
-        request = simple_request(FXP_EXTENDED, b"statvfs@openssh.com", self._config.remote_path)
+        request = (FXP_EXTENDED, b"statvfs@openssh.com", self._config.remote_path)
         (reply,) = self.retry(lambda session: session.send(request).results())
         if isinstance(reply, SFTPError):
             return None
@@ -1429,10 +1397,10 @@ class FileReader:
     """Reads a file on the box once, from an offset to its end.
 
     s3transfer would take an early end for a shorter file, so this class makes sure that
-    every byte has arrived.  It reads READ_WINDOW ahead, repeats a request after a short
-    reply, and continues at its offset if the session is lost.  `read` returns the last bytes
-    only if the file still has its first size and mtime.  FSTAT shows whether it was changed,
-    LSTAT whether another file was renamed over it.  Anything else is a FileError.
+    every byte has arrived.  It reads READ_WINDOW ahead.  After a short reply, or in a new
+    session, it opens the file again and continues at its offset.  `read` returns bytes only
+    if the file had its first size and mtime after they were read: FSTAT shows whether it was
+    changed, LSTAT whether another file was renamed over it.  Anything else is a FileError.
 
     A small file takes two round trips: OPEN and LSTAT; then READs, FSTAT, LSTAT and CLOSE.
     """
@@ -1441,203 +1409,192 @@ class FileReader:
         """Opens the file; FileError, also if it has grown by more than MAX_GROWTH since it
         was listed, because no memory is reserved for that."""
         self._box, self._path, self._began = box, listed.path, time.time()
-        self.is_recent = False  # set at the end of the file
-        self._is_verified = False  # whether it was read to its end and had not changed
-        self._delivered = self._received = self._requested = offset
-        self._arrived: deque[memoryview] = deque()
-        self._batches: deque[tuple[Batch, list[tuple[int, int]]]] = deque()
+        self._offset = offset  # of the next byte to receive
+        self._piece = memoryview(b"")  # received, and not yet returned by `read`
         self._read_size = READ_SIZE
         self._session: Session | None = None
-        self._handle = b""  # empty once its CLOSE has been sent
+        self._handle = b""  # of `_session`; empty once its CLOSE has been sent
         try:
-            self.file = box.retry_reading(self._path, self._open)
+            self.file = box.retry(self._open)
             if self.file.size > listed.size + MAX_GROWTH:
                 sizes = f"{listed.size:,} bytes when it was listed, now {self.file.size:,}"
                 raise FileError(f"changed: {sizes}")
+            if self.file.size == 0:  # it may be larger than the box says
+                self._advance()
         except FileError:
             self.close()
             raise
 
+    @property
+    def is_recent(self) -> bool:
+        return is_recent(self.file, self._began)
+
     def read(self, amount: int = -1) -> bytes:
         """The next `amount` bytes, fewer at the end; all if negative; FileError, Stopped."""
         self._box.stopping.check()
-        left = self.file.size - self._delivered
+        left = self.file.size - self._offset + len(self._piece)
         missing = amount = left if amount < 0 else min(amount, left)
         data = io.BytesIO(bytes(amount))  # getvalue() copies nothing, join() would
         while missing:
-            while not self._arrived:
+            if not self._piece:
                 self._advance()
-            piece = self._arrived.popleft()
-            if len(piece) > missing:
-                self._arrived.appendleft(piece[missing:])
-            missing -= data.write(piece[:missing])
-        while amount == left and not self._is_verified:
-            self._advance()
-        self._delivered += amount
+            size = data.write(self._piece[:missing])
+            self._piece, missing = self._piece[size:], missing - size
         return data.getvalue()
 
     def close(self) -> None:
         """Releases the file; does not wait."""
         if self._handle and self._session is not None:
-            self._session.send(simple_request(FXP_CLOSE, self._handle))
+            self._session.send((FXP_CLOSE, self._handle))
         self._handle = b""
 
     def _open(self, session: Session) -> RemoteFile:
         """Opens the file in this session, and returns what its path leads to."""
-        self._session, self._handle = session, b""  # handles of another session end with it
-        self._drop_requests()
-        lstat = simple_request(FXP_LSTAT, self._path)
-        handle, found = session.send(open_request(self._path, FOR_READING), lstat).results()
+        self.close()
+        requests = (FXP_OPEN, self._path, FOR_READING, NO_ATTRIBUTES), (FXP_LSTAT, self._path)
+        handle, found = session.send(*requests).results()
         if isinstance(handle, SFTPError):
-            raise handle
-        self._handle = handle
+            raise found if isinstance(found, SFTPError) else handle
+        self._session, self._handle = session, handle
+        self._pieces = self._receive(session)
         return self._file_now(found)
 
     def _advance(self) -> None:
-        self._box.retry_reading(self._path, self._exchange, self._session)
+        self._piece = self._box.retry(self._next_piece, self._session)
 
-    def _exchange(self, session: Session) -> None:
-        """Fills the window with requests, and takes the replies to the oldest batch."""
-        # In a new session, or if replies were dropped after CLOSE was sent, it is opened again.
-        if session is not self._session or not (self._handle or self._batches):
-            self._check_unchanged(self._open(session))
-        while self._handle and self._requested < self._received + READ_WINDOW:
-            self._request(session)
-        batch, spans = self._batches.popleft()
-        results = batch.results()
-        fstat, *last = results[len(spans) :]
-        self._check_unchanged(self._file_now(fstat))
-        if not all(self._take(*span, data) for span, data in zip(spans, results)):
-            self._drop_requests()
-        elif last:
-            lstat, beyond, _ = last
-            self._check_unchanged(self._file_now(lstat))
-            if isinstance(beyond, memoryview) and beyond:
-                raise FileError(f"has more than {self.file.size:,} bytes, its size on the box")
-            self._is_verified, self.is_recent = True, is_recent(self.file, self._began)
+    def _next_piece(self, session: Session) -> memoryview:
+        piece = next(self._pieces, None) if session is self._session else None
+        if piece is None:  # the session is a new one, or a reply was short
+            self._open(session)
+            piece = next(self._pieces)
+        return piece
 
-    def _drop_requests(self) -> None:
-        """Ignores the replies under way; the next request continues after what was received."""
-        self._batches.clear()
-        self._requested = self._received
+    def _receive(self, session: Session) -> Iterator[memoryview]:
+        """The bytes from `_offset` to the end of the file, or to a short reply."""
+        size, requested = self.file.size, self._offset
+        batches: deque[tuple[Batch, list[int]]] = deque()  # with the bytes that are due
+        while batches or self._handle:
+            while self._handle and requested < self._offset + READ_WINDOW:
+                end = min(size, requested + READS_PER_BATCH * self._read_size)
+                batches.append(self._request(session, requested, end))
+                requested = end
+            batch, sizes = batches.popleft()
+            *reads, fstat, lstat = batch.results()[: len(sizes) + 2]
+            for now in map(self._file_now, (fstat, lstat)):
+                if now != self.file:
+                    was = (
+                        f"changed while it was read: {size:,} bytes of mtime {self.file.mtime}"
+                    )
+                    raise FileError(f"{was}, then {now.size:,} of {now.mtime}", CHANGED)
+            for due, reply in zip(sizes, reads):
+                if isinstance(reply, SFTPError) and reply.sftp_code != FX_EOF:
+                    raise reply
+                data = memoryview(b"") if isinstance(reply, SFTPError) else reply
+                if len(data) > due:
+                    raise FileError(f"has more than {size:,} bytes, its size on the box")
+                if due and not data:
+                    raise FileError(f"ended at {self._offset:,} of {size:,} bytes", CHANGED)
+                self._offset += len(data)
+                yield data
+                if len(data) < due:  # the server may never send more
+                    self._read_size = max(len(data), MIN_READ_SIZE)
+                    return
 
-    def _request(self, session: Session) -> None:
-        """Sends some READs, and an FSTAT that shows whether the file has changed.  After the
-        last READ there are an LSTAT, a READ beyond the end, and the CLOSE."""
-        start, step, size = self._requested, self._read_size, self.file.size
-        end = min(size, start + READS_PER_BATCH * step)
-        spans = [(at, min(step, end - at)) for at in range(start, end, step)]
-        requests = [read_request(self._handle, *span) for span in spans]
-        requests.append(simple_request(FXP_FSTAT, self._handle))
-        if end == size:
-            requests.append(simple_request(FXP_LSTAT, self._path))
-            requests.append(read_request(self._handle, size, 1))  # the size may be too small
-            requests.append(simple_request(FXP_CLOSE, self._handle))
+    def _request(self, session: Session, begin: int, end: int) -> tuple[Batch, list[int]]:
+        """Sends READs of these bytes, and the requests that show whether the file has changed
+        by then; after the last byte a CLOSE, too.  Returns the number of bytes of each READ."""
+        requests, sizes = list[Request](), list[int]()
+        step, handle = self._read_size, self._handle
+        for at in range(begin, end or 1, step):
+            sizes.append(min(step, end - at))
+            # The last one asks for a byte more: the size may be too small.
+            asked = sizes[-1] + (1 if at + step >= self.file.size else 0)
+            requests.append((FXP_READ, handle, *divmod(at, 1 << 32), asked))
+        requests += [(FXP_FSTAT, handle), (FXP_LSTAT, self._path)]
+        if end == self.file.size:
+            requests.append((FXP_CLOSE, handle))
             self._handle = b""
-        self._box.pace(end - start)
-        self._batches.append((session.send(*requests), spans))
-        self._requested = end
-
-    def _take(self, offset: int, size: int, data: Any) -> bool:
-        """Takes the reply to a READ of `size` bytes; whether it has all of them."""
-        if isinstance(data, SFTPError) and data.code != FX_EOF:
-            raise FileError(f"reading failed: {data}")
-        if isinstance(data, SFTPError) or not data:
-            raise FileError(f"ended at {offset:,} of {self.file.size:,} bytes", CHANGED)
-        if len(data) > size:
-            raise ConnectionLost(f"the box sent {len(data):,} bytes for {size:,}")
-        self._arrived.append(data)
-        self._received += len(data)
-        if len(data) < size:  # the server may never send more
-            self._read_size = max(len(data), MIN_READ_SIZE)
-        return len(data) == size
+        self._box.pace(end - begin)
+        return session.send(*requests), sizes
 
     def _file_now(self, reply: Attributes | SFTPError) -> RemoteFile:
         """The file with the size and mtime of the reply to an LSTAT or FSTAT; FileError."""
-        if isinstance(reply, SFTPError) and reply.code == FX_NO_SUCH_FILE:
-            raise FileError("vanished while it was read", VANISHED)
         if isinstance(reply, SFTPError):
-            raise FileError(f"the box does not tell its size and time: {reply}")
+            raise reply
         if reply.size is None or reply.mtime is None:
             raise FileError("the box does not tell its size and time")
         if not stat.S_ISREG(reply.mode or stat.S_IFREG):  # an empty folder may have 0 bytes
             raise FileError("changed: it is no file any more", CHANGED)
         return RemoteFile(self._path, reply.size, reply.mtime)
 
-    def _check_unchanged(self, now: RemoteFile) -> None:
-        if now != self.file:
-            was = f"{self.file.size:,} bytes of mtime {self.file.mtime}"
-            reason = f"changed while it was read: {was}, then {now.size:,} of {now.mtime}"
-            raise FileError(reason, CHANGED)
-
 
 def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | None:
     """As StorageBox.list_folder, with several READDIRs at a time.  SFTPError if the folder
     cannot be read, FileError if it has no end, ConnectionLost."""
-    handle = session.send(simple_request(FXP_OPENDIR, path)).result()
+    handle, found = session.send((FXP_OPENDIR, path), (FXP_LSTAT, path)).results()
+    not_found = found if isinstance(found, SFTPError) else None
+    if isinstance(handle, SFTPError):
+        raise not_found or handle
     names: dict[bytes, Attributes] = {}  # a name may come twice while the folder changes
-    ended, count = False, READDIRS_PER_BATCH
+    count, refusals = READDIRS_PER_BATCH, list[SFTPError]()
     try:
-        while not ended:
+        while not refusals:
             before = len(names)
-            readdirs = [simple_request(FXP_READDIR, handle)] * count
-            for result in session.send(*readdirs).results():
-                if not isinstance(result, SFTPError):
-                    names.update(result)
-                elif result.code == FX_EOF or ended:
-                    ended = True
-                else:
-                    raise result
-            if len(names) == before and not ended:  # only names that it has sent before
+            results = session.send(*[(FXP_READDIR, handle)] * count).results()
+            refusals = [result for result in results if isinstance(result, SFTPError)]
+            for entries in results:
+                if not isinstance(entries, SFTPError):
+                    names.update(entries)
+            if not refusals and len(names) == before:  # only names that it has sent before
                 raise FileError("the box sent a listing that does not end")
-            if len(names) >= limit and not ended:
+            if not refusals and len(names) >= limit:
                 return None
             count = min(2 * count, 8 * READDIRS_PER_BATCH)
     finally:
-        session.send(simple_request(FXP_CLOSE, handle))  # not waited for
+        session.send((FXP_CLOSE, handle))  # not waited for
+    if refusals[0].sftp_code != FX_EOF:  # what is refused after the end does not matter
+        raise not_found or refusals[0]
     return sorted(entry for entry in names.items() if entry[0] not in (b".", b".."))
+
+
+def log_failure(name: bytes | str, reason: object) -> None:
+    log.error("FAIL %s: %s", printable(name), reason)
 
 
 nfc = partial(unicodedata.normalize, "NFC")
 
 
-class PathFilter:
-    """Which entries the walk skips: hidden ones and those of EXCLUDE_PATHS.
-
-    An item of EXCLUDE_PATHS excludes an entry and everything below it.  It is a path,
-    absolute or relative to REMOTE_PATH, or a glob whose `*` also matches slashes.  An item
-    that exists on the box is a path even if it looks like a glob.  Paths are compared in
-    Unicode's NFC form.
-    """
+class Exclusions:
+    """The items of EXCLUDE_PATHS.  Each excludes an entry and everything below it.  It is a
+    path, absolute or relative to REMOTE_PATH, or a glob whose `*` also matches slashes.  An
+    item that exists on the box is a path even if it looks like a glob.  Paths are compared in
+    Unicode's NFC form."""
 
     def __init__(self, config: Config, box: StorageBox):
-        self._root, self._include_hidden = config.remote_path, config.include_hidden
-        self._box = box
-        self._patterns: dict[str, re.Pattern[str]] = {}  # by item
-        # Items that match nothing and do not exist: what exists may be in a hidden folder.
-        self.unmatched: set[str] = set()
+        self._box, self._root = box, config.remote_path
+        # Those that match nothing and do not exist: what exists may be in a hidden folder.
+        self.unmatched: dict[str, re.Pattern[str]] = {}
         start = join(self._root, b"").decode("utf-8", "surrogateescape")
+        patterns: list[str] = []
         for item in config.exclude:
-            whole = nfc(item.rstrip("/").removeprefix(start).removeprefix("./").lstrip("/"))
-            paths = {whole, whole.removeprefix("**/")}  # **/ is the top, too
+            path = nfc(item.rstrip("/").removeprefix(start).removeprefix("./").lstrip("/"))
+            paths = {path, path.removeprefix("**/")}  # **/ is the top, too
             existing = set(filter(self._exists, paths))
+            ours = [*map(re.escape, existing), *map(fnmatch.translate, paths - existing)]
             if not existing:
-                self.unmatched.add(item)
-            patterns = [*map(re.escape, existing), *map(fnmatch.translate, paths - existing)]
-            self._patterns[item] = re.compile("|".join(patterns))
-        self._any = re.compile("|".join(p.pattern for p in self._patterns.values()))
+                self.unmatched[item] = re.compile("|".join(ours))
+            patterns += ours
+        self._pattern = re.compile("|".join(patterns)) if patterns else None
 
-    def label(self, path: bytes) -> str:
-        """The label under which an entry that is skipped is counted; empty for others.
-        Items that exclude the entry are removed from `unmatched`."""
-        if self._patterns:
-            text = nfc(relative_path(self._root, path).decode("utf-8", "surrogateescape"))
-            if self._any.fullmatch(text):  # several times faster than one by one
-                items = {i for i in self.unmatched if self._patterns[i].fullmatch(text)}
-                self.unmatched -= items
-                return "Excluded"
-        is_hidden = path.rpartition(b"/")[2].startswith(b".")
-        return "Hidden entries" if is_hidden and not self._include_hidden else ""
+    def match(self, path: bytes) -> bool:
+        if self._pattern is None:
+            return False
+        text = nfc(relative_path(self._root, path).decode("utf-8", "surrogateescape"))
+        if not self._pattern.fullmatch(text):  # several times faster than one by one
+            return False
+        left = self.unmatched.items()
+        self.unmatched = {item: own for item, own in left if not own.fullmatch(text)}
+        return True
 
     def _exists(self, path: str) -> bool:
         for text in {path, unicodedata.normalize("NFD", path)} - {""}:
@@ -1647,71 +1604,65 @@ class PathFilter:
         return False
 
 
-class WalkReport:
-    """What a walk has left out, and what has failed."""
+class Walk:
+    """A walk of all regular files below REMOTE_PATH, in the same order each time, and what it
+    has left out.  LISTINGS_AT_ONCE folders are listed ahead.  Of a folder with more than
+    NAMES_AHEAD entries nothing is kept in memory: it is listed again when its turn comes.
+    Links are not followed."""
 
-    def __init__(self) -> None:
+    def __init__(self, box: StorageBox, config: Config):
+        self._box, self._config, self._root = box, config, config.remote_path
         labels = "Hidden entries", "Excluded", "Links", "Special files", "Vanished"
         self.left_out = Counter(dict.fromkeys(labels, 0))  # entries
         self.failed = 0
         self.unlisted: set[bytes] = set()  # folders that could not be listed
-        self.unmatched: set[str] = set()  # items of EXCLUDE_PATHS that have matched nothing
 
-    def add_failure(self, path: bytes, reason: object) -> None:
-        self.failed += 1
-        log_failure(path, reason)
-
-    def warn_of_unmatched(self) -> None:
-        for item in sorted(self.unmatched):
-            log.warning("EXCLUDE_PATHS: %s has matched nothing", printable(item))
-
-
-def log_failure(name: bytes | str, reason: object) -> None:
-    log.error("FAIL %s: %s", printable(name), reason)
-
-
-class Walk:
-    """Every regular file below REMOTE_PATH, in the same order each time.  LISTINGS_AT_ONCE
-    folders are listed ahead.  Of a folder with more than NAMES_AHEAD entries nothing is kept
-    in memory: it is listed again when its turn comes.  Links are not followed."""
-
-    def __init__(self, box: StorageBox, config: Config, report: WalkReport):
-        self._box, self._root, self._report = box, config.remote_path, report
-        self._filter = PathFilter(config, box)
-
-    def __iter__(self) -> Iterator[list[RemoteFile]]:
+    def pages(self) -> Iterator[list[RemoteFile]]:
         """Lists of at most PAGE files, and an empty list after each COMMIT_PAUSE without a
-        file.  Fatal if REMOTE_PATH itself cannot be listed, Stopped."""
+        file.  Warns of exclusions without effect.  Fatal if REMOTE_PATH itself cannot be
+        listed, Stopped."""
+        self._exclusions = Exclusions(self._config, self._box)
         waiting = [self._root]
         begun: deque[tuple[bytes, Future[list[Entry] | None]]] = deque()
-        pool = ThreadPoolExecutor(LISTINGS_AT_ONCE)
+        pool, list_folder = ThreadPoolExecutor(LISTINGS_AT_ONCE), self._box.list_folder
         try:
             while waiting or begun:
                 while waiting and len(begun) < LISTINGS_AT_ONCE:
                     path = waiting.pop()
-                    begun.append((path, pool.submit(self._box.list_folder, path, NAMES_AHEAD)))
+                    begun.append((path, pool.submit(list_folder, path, NAMES_AHEAD)))
                 path, listing = begun.popleft()
                 while not concurrent.futures.wait([listing], COMMIT_PAUSE).done:
                     yield []
                 entries = self._entries(path, listing)
                 if entries is None:
-                    begun.appendleft((path, pool.submit(self._box.list_folder, path)))
+                    begun.appendleft((path, pool.submit(list_folder, path)))
                     continue
                 folders: list[bytes] = []
                 for start in range(0, len(entries), PAGE):
-                    page = entries[start : start + PAGE]
-                    yield [*self._files(path, page, folders)]
+                    yield [*self._files(path, entries[start : start + PAGE], folders)]
                 waiting += reversed(folders)
-            self._report.unmatched = self._filter.unmatched.copy()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+        for item in sorted(self._exclusions.unmatched):
+            log.warning("EXCLUDE_PATHS: %s has matched nothing", printable(item))
+
+    def add_failure(self, path: bytes, reason: object) -> None:
+        self.failed += 1
+        log_failure(path, reason)
 
     def leaves_out(self, path: bytes) -> bool:
         """Whether the walk does not reach this path, because it or a folder above it is
         hidden or excluded, or could not be listed."""
         names = relative_path(self._root, path).split(b"/")
         _, *paths = itertools.accumulate(names, join, initial=self._root)
-        return any(path in self._report.unlisted or self._filter.label(path) for path in paths)
+        return any(path in self.unlisted or self._label(path) for path in paths)
+
+    def _label(self, path: bytes) -> str:
+        """The label under which a hidden or excluded entry is counted; empty for others."""
+        if self._exclusions.match(path):
+            return "Excluded"
+        is_hidden = path.rpartition(b"/")[2].startswith(b".")
+        return "Hidden entries" if is_hidden and not self._config.include_hidden else ""
 
     def _entries(self, path: bytes, listing: Future[list[Entry] | None]) -> list[Entry] | None:
         """The result of the listing; empty if it failed, and Fatal if REMOTE_PATH's failed."""
@@ -1722,10 +1673,10 @@ class Walk:
                 message = f"REMOTE_PATH {printable(path)} cannot be listed: {error}"
                 raise Fatal(message) from None
             if error.code == VANISHED:
-                self._report.left_out["Vanished"] += 1
+                self.left_out["Vanished"] += 1
             else:
-                self._report.unlisted.add(path)
-                self._report.add_failure(path, f"this folder cannot be listed: {error}")
+                self.unlisted.add(path)
+                self.add_failure(path, f"this folder cannot be listed: {error}")
             return []
 
     def _files(
@@ -1735,19 +1686,18 @@ class Walk:
         for name, (size, mtime, mode) in entries:
             path, file_type = join(folder, name), stat.S_IFMT(mode or 0)
             if not name or b"/" in name or len(path) > MAX_PATH_BYTES:
-                self._report.add_failure(path[:MAX_PATH_BYTES], "no file can have this name")
-            elif label := self._filter.label(path):
-                self._report.left_out[label] += 1
+                self.add_failure(path[:MAX_PATH_BYTES], "no file can have this name")
+            elif label := self._label(path):
+                self.left_out[label] += 1
             elif file_type == stat.S_IFDIR:
                 folders.append(path)
             elif file_type == stat.S_IFREG and size is not None and mtime is not None:
                 yield RemoteFile(path, size, mtime)
             elif file_type in (stat.S_IFREG, 0):
-                self._report.unlisted.add(path)
-                self._report.add_failure(path, "the box does not tell its type, size and time")
+                self.unlisted.add(path)
+                self.add_failure(path, "the box does not tell its type, size and time")
             else:
-                is_link = file_type == stat.S_IFLNK
-                self._report.left_out["Links" if is_link else "Special files"] += 1
+                self.left_out["Links" if file_type == stat.S_IFLNK else "Special files"] += 1
 
 
 # ----------------------------------------------------------------------- State
@@ -2289,9 +2239,9 @@ class Bucket:
     def __init__(self, config: Config, retries: bool = True):
         self._config, self.prefix = config, config.prefix
         self._attempts = S3_ATTEMPTS if retries else 1
-        self._warn_once = cache(log.warning)
         self.spent = 0.0  # USD for requests
-        self._counting = threading.Lock()
+        self._has_warned = False  # that this server gives no CRC-32
+        self._lock = threading.Lock()  # for both of these
         settings = botocore.config.Config(
             connect_timeout=S3_CONNECT_LIMIT,
             read_timeout=S3_READ_LIMIT,
@@ -2342,7 +2292,7 @@ class Bucket:
         if operation in COUNTED:
             # A part's request does not name its class.
             storage_class = given.get("StorageClass", config.storage_class)
-            with self._counting:
+            with self._lock:
                 self.spent += self.prices.requests(storage_class, {COUNTED[operation]: 1})
         arguments: dict[str, Any] = {"Bucket": config.bucket, **extra, **given}
         for attempt in range(self._attempts):
@@ -2434,7 +2384,10 @@ class Bucket:
             held = f"{found.size:,} bytes" if found else "no object"
             raise FileError(f"S3 holds {held}, read {size:,}")
         if found.crc32 is None:
-            self._warn_once("this S3 server gives no CRC-32: only sizes are compared")
+            with self._lock:
+                if not self._has_warned:
+                    self._has_warned = True
+                    log.warning("this S3 server gives no CRC-32: only sizes are compared")
         elif found.crc32 != crc32:
             raise FileError(f"S3 holds CRC-32 {crc_text(found.crc32)}, read {crc_text(crc32)}")
         return found._replace(crc32=crc32)
@@ -2941,12 +2894,12 @@ class Archived(NamedTuple):
     is_upload: bool
 
 
-class Scan(WalkReport):
+class Scan(Walk):
     """A walk of the box that finds what is not recorded: the base of Forecast and Run."""
 
     def __init__(self, context: Context, state: State):
-        super().__init__()
-        self._context, self._config, self._state = context, context.config, state
+        super().__init__(context.box, context.config)
+        self._context, self._state = context, state
         self._uploads = state.uploads()  # without those of the jobs that were made
         self.prices = context.bucket.prices
         self.early = 0.0  # USD for objects that are overwritten early
@@ -3015,15 +2968,14 @@ class Forecast(Scan):
 
     def walk_box(self) -> None:
         """Adds all files of the box; Fatal, Stopped."""
-        walk = Walk(self._context.box, self._config, self)
         with self._context.progress.counting("looking") as bar:
-            for page in walk:
+            for page in self.pages():
                 self._add_page(page)
                 self._state.note_seen(path_text(file.path) for file in page)
                 bar.update(len(page))
         for record in self._state.unseen():
             path = unescape(record.path)
-            if not walk.leaves_out(path):
+            if not self.leaves_out(path):
                 self.gone.add(record.stored.storage_class, record.stored.size)
                 self.gone_paths.add(record.path)
                 self._on_file("-", path)
@@ -3088,7 +3040,6 @@ def plan(context: Context, options: argparse.Namespace) -> int:
             take_over(context.config, context.bucket, state)
         forecast = Forecast(context, state, show_file)
         forecast.walk_box()
-    forecast.warn_of_unmatched()
     context.show_summary("PLAN", forecast.rows())
     return INCOMPLETE if forecast.failed else 0
 
@@ -3102,7 +3053,7 @@ class Run(Scan):
 
     def __init__(self, context: Context, state: State):
         super().__init__(context, state)
-        self._box, self._bucket, self._progress = context.box, context.bucket, context.progress
+        self._bucket, self._progress = context.bucket, context.progress
         self.started_at, self._began = int(time.time()), time.monotonic()
         self.uploaded = self.unchanged = self.compared = self.bytes_uploaded = 0
         self.ended_early = ""  # the reason
@@ -3139,7 +3090,6 @@ class Run(Scan):
         with contextlib.closing(pool.outcomes(self._jobs())) as outcomes:
             for finished in outcomes:
                 self._settle(finished)
-        self.warn_of_unmatched()
         if not (self.unlisted or self.ended_early):
             # Unfinished uploads of files that are gone, or are archived by now.
             for key, begun in self._uploads.items():
@@ -3150,7 +3100,7 @@ class Run(Scan):
     def _jobs(self) -> Iterator[Job | None]:
         """The files that may have to be uploaded.  A None after each page lets finished files
         be committed although the walk finds no new ones."""
-        for page in Walk(self._box, self._config, self):
+        for page in self.pages():
             files = self._state.unrecorded(page)
             self.unchanged += len(page) - len(files)
             if log.isEnabledFor(logging.DEBUG):
@@ -3674,13 +3624,12 @@ class BoxFolder:
 
         def write_probe(session: Session) -> None:
             self._make_folders(session, probe)
-            handle = session.send(open_request(probe, FOR_WRITING)).result()
-            end = simple_request(FXP_CLOSE, handle), simple_request(FXP_REMOVE, probe)
-            session.send(*end).results()
+            handle = session.send((FXP_OPEN, probe, FOR_WRITING, NO_ATTRIBUTES)).result()
+            session.send((FXP_CLOSE, handle), (FXP_REMOVE, probe)).results()
 
         try:
             box.retry(write_probe)
-        except (SFTPError, FileError) as error:
+        except FileError as error:
             reason = f"{printable(folder)} cannot be written to: {error}"
             raise Fatal(f"{reason}; --to-box takes an account that may write") from None
 
@@ -3695,37 +3644,33 @@ class BoxFolder:
         """As LocalFolder.store; Fatal if the box is full."""
         path, stored = join(self._folder, name), download.stored
         partial_path = join(self._folder, partial_name(name, stored.key))
-        remove = simple_request(FXP_REMOVE, partial_path)
         mtime = min(max(stored.mtime, TIME_RANGES[0][0]), TIME_RANGES[0][1])
 
         def write_and_rename(session: Session) -> None:
             self._make_folders(session, path)
             # ProFTPD lets nobody write anew to a file, which a killed pass may have left.
-            lstat = simple_request(FXP_LSTAT, path)
-            found, _ = session.send(lstat, remove).results()
+            found, _ = session.send((FXP_LSTAT, path), (FXP_REMOVE, partial_path)).results()
             if isinstance(found, Attributes) and found[:2] == (stored.size, mtime):
                 return  # an earlier attempt has renamed it, and the reply got lost
-            handle = session.send(open_request(partial_path, FOR_WRITING)).result()
+            handle = session.send((FXP_OPEN, partial_path, FOR_WRITING, NO_ATTRIBUTES)).result()
             try:  # from here on, trying again would fetch it from S3 again
                 write_file(session, handle, partial_path, download, mtime)
                 if overwrite:
-                    session.send(simple_request(FXP_REMOVE, path)).results()
-                session.send(simple_request(FXP_RENAME, partial_path, path)).result()
+                    session.send((FXP_REMOVE, path)).results()
+                session.send((FXP_RENAME, partial_path, path)).result()
             except SFTPError as error:
                 raise FileError(f"the box cannot store it: {error}") from None
 
         try:
             self._box.retry(write_and_rename)
-        except (FileError, SFTPError) as error:
+        except FileError as error:
             free = math.inf
             with contextlib.suppress(Fatal, Stopped, FileError):
                 free = self.free_space()  # before the partial file is deleted
-                self._box.retry(lambda session: session.send(remove).results())
+                self._box.retry(lambda s: s.send((FXP_REMOVE, partial_path)).results())
             if free < MIB:
                 raise Fatal(f"{error}; the box is full") from None
-            if isinstance(error, FileError):
-                raise
-            raise FileError(f"the box cannot store it: {error}") from None
+            raise
 
     def _make_folders(self, session: Session, path: bytes) -> None:
         """Creates the missing folders above `path`; the server refuses those that exist.
@@ -3733,8 +3678,8 @@ class BoxFolder:
         for folder in itertools.accumulate(path.split(b"/")[:-1], join):
             if folder in self._known:
                 continue
-            mkdir = simple_request(FXP_MKDIR, folder, NO_ATTRIBUTES)
-            refusal, found = session.send(mkdir, simple_request(FXP_LSTAT, folder)).results()
+            mkdir, lstat = (FXP_MKDIR, folder, NO_ATTRIBUTES), (FXP_LSTAT, folder)
+            refusal, found = session.send(mkdir, lstat).results()
             if isinstance(found, SFTPError):
                 raise refusal or found
             mode, is_inner = found.mode or 0, folder.startswith(join(self._folder, b""))
@@ -3751,19 +3696,17 @@ def write_file(
     batches, at = deque[Batch](), 0
     try:
         for block in download.blocks(WRITE_SIZE):
-            write = simple_request(FXP_WRITE, handle, *divmod(at, 1 << 32), block)
-            batches.append(session.send(write))
+            batches.append(session.send((FXP_WRITE, handle, *divmod(at, 1 << 32), block)))
             at += len(block)
             if len(batches) > WRITES_AHEAD:
                 batches.popleft().result()
-        times = simple_request(FXP_FSETSTAT, handle, ATTR_ACMODTIME, mtime, mtime)
-        batches.append(session.send(times))
+        batches.append(session.send((FXP_FSETSTAT, handle, ATTR_ACMODTIME, mtime, mtime)))
         for batch in batches:
             batch.result()
     finally:
-        closing = session.send(simple_request(FXP_CLOSE, handle))
+        closing = session.send((FXP_CLOSE, handle))
     closing.result()
-    found = session.send(simple_request(FXP_LSTAT, path)).result()
+    found = session.send((FXP_LSTAT, path)).result()
     if found[:2] != (at, mtime):
         raise FileError(f"the box has other than {at:,} bytes of mtime {mtime} afterwards")
 
