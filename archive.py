@@ -821,6 +821,9 @@ def load_config(env_file: Path | None, secrets: set[str]) -> Config:
             log.critical("%s", fault)
         raise Fatal(last, status=USAGE)
     add_secret(secrets, values["extra_args"].get("SSECustomerKey"))
+    if (prefix := values["prefix"]) and not re.fullmatch("[^/].*/", prefix):
+        usual = "it usually ends in a slash, and does not begin with one"
+        log.warning("S3_PREFIX %r: keys will begin %sname; %s", prefix, prefix, usual)
     for name in [n for n in settings if n.startswith("AWS_") or n.upper() in PROXIES]:
         os.environ.pop(name, None)  # boto3 would take an empty variable for a value
         if settings[name]:
@@ -2759,6 +2762,8 @@ class Console(logging.StreamHandler):  # type: ignore[type-arg]
 def start_logging(level: int, bars: bool, results: TextIO, secrets: set[str]) -> None:
     """Sends results to `results`, and everything else from `level` on to stderr."""
     logging.raiseExceptions = False  # no traceback for a full disk or a closed pipe
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is
     stderr, stdout = Console(sys.stderr), Console(results)
     for handler in (stderr, stdout):
         handler.setFormatter(Formatter("%(prefix)s%(message)s", secrets))
@@ -2772,7 +2777,7 @@ def start_logging(level: int, bars: bool, results: TextIO, secrets: set[str]) ->
 
 
 def start_log_file(path: Path, secrets: set[str]) -> None:
-    """Sends everything to LOG_FILE as well; Fatal if it cannot be written."""
+    """Sends everything to the log file as well; Fatal if it cannot be written."""
     create_private(path)
     with fatal_os_errors("LOG_FILE cannot be written", USAGE):
         file = RotatingFileHandler(path, maxBytes=10 * MIB, backupCount=5, encoding="utf-8")
@@ -4321,48 +4326,30 @@ def tune_memory() -> None:
     gc.freeze()
 
 
-def execute(
-    arguments: argparse.Namespace,
-    results: TextIO,
-    stopping: StopEvent,
-    summary: dict[str, object],
-) -> int:
-    """Reads the settings, and runs the command."""
-    stopping.handle_signals()
-    tune_memory()
-    bars = bool(sys.stderr and sys.stderr.isatty()) and arguments.level <= logging.INFO
-    secrets = set[str]()
-    start_logging(arguments.level, bars, results, secrets)
-    config = load_config(arguments.env_file, secrets)
-    if config.log_file is not None:
-        start_log_file(config.log_file, secrets)
-    if config.prefix and not re.fullmatch(r"[^/].*/", config.prefix):
-        message = "S3_PREFIX %r: keys will begin %sname; it usually ends in a slash, and does "
-        log.warning(message + "not begin with one", config.prefix, config.prefix)
-    retries = arguments.function not in (status, check)
-    with (
-        contextlib.closing(StorageBox(config, stopping, retries)) as box,
-        contextlib.closing(Progress(bars)) as progress,
-    ):
-        context = Context(config, box, Bucket(config, retries), progress, summary)
-        return int(arguments.function(context, arguments))
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the command, and returns its exit status.  Nothing is raised."""
-    stopping, summary = StopEvent(), dict[str, object]()
-    exit_status, shows_json, results = FATAL, False, sys.stdout
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is
+    stopping, summary, secrets = StopEvent(), dict[str, object](), set[str]()
+    exit_status, shows_json = FATAL, False
     try:
         arguments = make_parser().parse_args(argv)
+        stopping.handle_signals()
+        tune_memory()
         # Of these, stdout gets a JSON object at the end, and nothing else.
         shows_json = arguments.function in (run, restore) and arguments.json
-        results = sys.stderr if shows_json else sys.stdout
+        bars = bool(sys.stderr and sys.stderr.isatty()) and arguments.level <= logging.INFO
+        start_logging(arguments.level, bars, sys.stderr if shows_json else sys.stdout, secrets)
+        config = load_config(arguments.env_file, secrets)
+        if config.log_file is not None:
+            start_log_file(config.log_file, secrets)
+        retries = arguments.function not in (status, check)
+        box, progress = StorageBox(config, stopping, retries), Progress(bars)
         try:
-            exit_status = execute(arguments, results, stopping, summary)
+            context = Context(config, box, Bucket(config, retries), progress, summary)
+            exit_status = arguments.function(context, arguments)
         finally:  # from here on, a signal cuts off neither the message nor the JSON
             stopping.is_deferred = True
+            box.close()
+            progress.close()
     except SystemExit as end:  # argparse has printed help or a usage error
         exit_status = int(end.code or 0)
         with contextlib.suppress(AttributeError, OSError):  # there is no stdout, or no reader
