@@ -2831,18 +2831,16 @@ class Progress:
     """tqdm bars on a terminal, for the bytes that are moved and the files that are counted."""
 
     def __init__(self, shown: bool):
-        self._tqdm = partial(tqdm, disable=not shown, dynamic_ncols=True, leave=False)
+        new_bar = partial(tqdm, disable=not shown, dynamic_ncols=True, leave=False)
+        # Makes a bar that counts the items it yields, or that is updated with their number.
+        self.counting = partial(new_bar, unit=" files")
+        self._of_bytes = partial(new_bar, unit="B", unit_scale=True, unit_divisor=1024)
         self._bar = tqdm(disable=True)  # until `expect` is called
-
-    def counting(self, doing: str, items: Iterable[T] | None = None) -> Any:
-        """A bar that counts the items it yields, or that is updated with numbers of files."""
-        return self._tqdm(items, doing, unit=" files")
 
     def expect(self, size: int) -> None:
         """Adds bytes to the number of those that will be moved."""
         if self._bar.disable:
-            unit = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
-            self._bar = self._tqdm(desc="all files", total=0, **unit)
+            self._bar = self._of_bytes(desc="all files", total=0)
         self._bar.total += size
         self._bar.refresh()
 
@@ -3105,7 +3103,7 @@ class Forecast(Scan):
     def walk_box(self) -> None:
         """Adds all files of the box; Fatal, Stopped."""
         walk = Walk(self._context.box, self._config, self)
-        with self._context.progress.counting("looking") as bar:
+        with self._context.progress.counting(desc="looking") as bar:
             for page in walk:
                 self._add_page(page)
                 self._state.note_seen(page)
@@ -3670,7 +3668,7 @@ def verify(context: Context, options: argparse.Namespace) -> int:
             reason = f"{config.state_db} is missing, or an earlier script's"
             raise Fatal(f"{reason}: archive.py run makes the state, or takes it over")
         comparisons = reconcile(config, context.bucket, state)
-        bar = context.progress.counting("verifying", comparisons)
+        bar = context.progress.counting(comparisons, "verifying")
         for verdict, reason, path, found, record in bar:
             counts[verdict] += 1
             if reason:
@@ -4033,7 +4031,7 @@ class Restore:
         """Bytes that can be downloaded, bytes that S3 is restoring, and cold objects."""
         cold, sizes, renamed = Counts(), Counter[str](), len(self._other_names)
         outcomes = self._outcomes(self._label)
-        for (_, found), label, _ in self._context.progress.counting("looking", outcomes):
+        for (_, found), label, _ in self._context.progress.counting(outcomes, "looking"):
             if label == NOT_ASKED:
                 cold.add(found.storage_class, found.size)
             elif label is not None:
