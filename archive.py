@@ -357,9 +357,7 @@ class StopEvent(threading.Event):
                 os._exit(128 + number)
             return  # a shell, sudo and the kernel may all pass the same signal on
         # A print waits for ever while nobody reads from a pipe.
-        cut_off = threading.Timer(STOP_LIMIT + EXIT_GRACE, os._exit, [128 + number])
-        cut_off.daemon = True
-        cut_off.start()
+        threading.Timer(STOP_LIMIT + EXIT_GRACE, os._exit, [128 + number]).start()
         self.signal = number
         if not self.is_deferred:
             raise Stopped
@@ -2771,7 +2769,6 @@ def start_logging(level: int, bars: bool, results: TextIO, secrets: set[str]) ->
     log.handlers, results_log.handlers = [stderr], [stdout]
     files_log.handlers = [] if bars else [stderr]
     all_logs.setLevel(min(level, logging.INFO))
-    all_logs.propagate = False
     # paramiko logs every broken connection with a traceback.
     logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)
 
@@ -4329,8 +4326,8 @@ def main(argv: list[str] | None = None) -> int:
     stopping, summary, secrets = StopEvent(), dict[str, object](), set[str]()
     exit_status, shows_json = FATAL, False
     try:
-        arguments = make_parser().parse_args(argv)
         stopping.handle_signals()
+        arguments = make_parser().parse_args(argv)
         tune_memory()
         # Of these, stdout gets a JSON object at the end, and nothing else.
         shows_json = arguments.function in (run, restore) and arguments.json
