@@ -725,6 +725,7 @@ class Config:
 
 SETTINGS = [f.metadata["setting"][0] for f in dataclasses.fields(Config) if f.metadata]
 SETTINGS += ["AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"]
+SETTINGS += ["AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"]
 # All other AWS_ variables, and the proxies, are passed on to boto3.
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 SECRETS = re.compile("HETZNER_PASSWORD|HETZNER_KEY_PASSPHRASE|AWS_.*SECRET.*|AWS_.*TOKEN")
@@ -746,9 +747,8 @@ def read_env_file(path: Path, faults: list[str]) -> dict[str, str]:
                 settings[binding.key] = binding.value
             elif binding.key is not None or binding.error:
                 faults.append(f"{path}, line {number}: expected NAME=value")
-    for name in filter(AWS_FILES.fullmatch, settings):
-        if settings[name]:
-            settings[name] = str(path.parent / parse_path(settings[name]))
+    for name in [n for n, value in settings.items() if value and AWS_FILES.fullmatch(n)]:
+        settings[name] = str(path.parent / parse_path(settings[name]))
     return settings
 
 
