@@ -68,6 +68,7 @@ import threading
 import time
 import unicodedata
 import zlib
+from argparse import ArgumentTypeError
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -79,7 +80,7 @@ from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Generic, NamedTuple, NoReturn, TextIO, TypeVar
-from urllib.parse import quote, quote_plus, urlsplit
+from urllib.parse import quote, quote_plus
 
 try:
     import boto3
@@ -97,9 +98,10 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}: start it as .venv/bin/python archive.py, see the README")
 
-log = logging.getLogger("archive")  # to stderr and LOG_FILE
+all_logs = logging.getLogger("archive")  # to LOG_FILE
+log = logging.getLogger("archive.messages")  # to stderr as well
 files_log = logging.getLogger("archive.files")  # one line per file; progress bars replace it
-results_log = logging.getLogger("archive.results")  # to stdout and LOG_FILE
+results_log = logging.getLogger("archive.results")  # to stdout as well
 
 T = TypeVar("T")
 
@@ -327,13 +329,33 @@ class StopEvent(threading.Event):
     thread."""
 
     signal: int | None = None
-    is_deferred = False  # the signal handler does not raise Stopped then
+    is_deferred = False  # a signal does not raise Stopped then
 
     def is_set(self) -> bool:
         return self.signal is not None or super().is_set()
 
     def check(self) -> None:
         if self.is_set():
+            raise Stopped
+
+    def handle_signals(self) -> None:
+        """From now on, SIGINT, SIGTERM and SIGHUP raise Stopped.  SIGINT after another one, or
+        EXIT_GRACE after STOP_LIMIT, ends the program at once."""
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            # A signal stays ignored if the program was started so, for example by nohup.
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame: object) -> None:
+        if self.signal is not None:
+            if number == signal.SIGINT:
+                os._exit(128 + number)
+            return  # a shell, sudo and the kernel may all pass the same signal on
+        # A print waits for ever while nobody reads from a pipe.
+        threading.Timer(STOP_LIMIT + EXIT_GRACE, os._exit, [128 + number]).start()
+        self.signal = number
+        if not self.is_deferred:
             raise Stopped
 
     @contextlib.contextmanager
@@ -530,7 +552,14 @@ def possible_part_sizes(etag: str, size: int) -> set[int]:
 
 # -------------------------------------------------------------------- Settings
 #
-# A parse_ function returns a setting's value; its ValueError says what was expected.
+# A parse_ function returns the value of a setting or an option.  Its ArgumentTypeError, whose
+# text argparse shows as well, says what was expected.
+
+
+def parse_match(pattern: str, expected: str, text: str) -> str:
+    if not re.fullmatch(pattern, text):
+        raise ArgumentTypeError(f"expected {expected}")
+    return text
 
 
 def parse_size(text: str, minimum: int = 1) -> int:
@@ -539,14 +568,14 @@ def parse_size(text: str, minimum: int = 1) -> int:
     unit = " KMGT".index(match[2].upper() or " ") if match else 0
     size = int(float(match[1]) * 1024**unit) if match else 0
     if size < minimum:
-        raise ValueError(f"expected bytes like 128M or 2G, at least {minimum:,}")
+        raise ArgumentTypeError(f"expected bytes like 128M or 2G, at least {minimum:,}")
     return size
 
 
-def parse_match(pattern: str, expected: str, text: str) -> str:
-    if not re.fullmatch(pattern, text):
-        raise ValueError(f"expected {expected}")
-    return text
+def parse_int(low: int, high: int, text: str) -> int:
+    if not re.fullmatch(r"\d{1,9}", text.strip()) or not low <= int(text) <= high:
+        raise ArgumentTypeError(f"expected a whole number from {low} to {high}")
+    return int(text)
 
 
 def parse_usd(text: str) -> float:
@@ -556,9 +585,24 @@ def parse_usd(text: str) -> float:
 
 def parse_duration(text: str) -> int:
     """Seconds of `90s`, `1h30m`, `2d` or `45`."""
-    pattern, units = r"(?a)\d+|(\d+\s*[smhd]\s*)+", {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    pattern, units = r"(?a)\d+|(\d+\s*[smhd]\s*)+", {"s": 1, "m": 60, "h": 3600, "d": DAY}
     text = parse_match(pattern, "a time like 90m or 6h", text.strip().lower())
     return sum(int(n) * units[u or "s"] for n, u in re.findall(r"(\d+)\s*(\w?)", text))
+
+
+def parse_time(text: str) -> float:
+    """Seconds since the epoch of a date, a time or an age like `30d`.  A date means its
+    beginning.  A time without an offset is in the user's time zone."""
+    text, seconds = text.strip(), math.inf
+    with contextlib.suppress(ArgumentTypeError, ValueError, OverflowError, OSError):
+        if text[-1:].lower() in ("s", "m", "h", "d"):
+            seconds = time.time() - parse_duration(text)
+        else:
+            seconds = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text)).timestamp()
+    if not 0 <= seconds <= time.time():
+        example = "2026-11-30, 2026-11-30T18:00 or 30d"
+        raise ArgumentTypeError(f"expected a time in the past like {example}")
+    return seconds
 
 
 def parse_bool(text: str) -> bool:
@@ -566,10 +610,9 @@ def parse_bool(text: str) -> bool:
     return word in ("true", "yes", "on", "1")
 
 
-def parse_int(low: int, high: int, text: str) -> int:
-    if not re.fullmatch(r"\d{1,9}", text.strip()) or not low <= int(text) <= high:
-        raise ValueError(f"expected a whole number from {low} to {high}")
-    return int(text)
+def parse_path(text: str) -> Path:
+    text = os.fsdecode(text.encode("utf-8", "surrogateescape"))  # names need not be UTF-8
+    return Path(os.path.expanduser(text).removeprefix("~/"))  # of a user without a home
 
 
 def parse_folder(text: str) -> bytes:
@@ -577,120 +620,79 @@ def parse_folder(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape").rstrip(b"/") or b"/"
 
 
-def parse_prefix(text: str) -> str:
-    if {".", ".."} & set(text.split("/")[:-1]) or KEY_ESCAPES.search(text):
-        raise ValueError("expected no . or .. segment and no control character")
-    if len(text.encode()) >= MAX_KEY_BYTES:
-        raise ValueError(f"expected fewer than {MAX_KEY_BYTES} bytes")
-    return text
-
-
-def parse_endpoint(text: str) -> str:
-    url = urlsplit(text)
-    is_local = url.scheme == "http" and url.hostname in ("localhost", "127.0.0.1", "::1")
-    if not url.hostname or not (is_local or url.scheme == "https") or "@" in url.netloc:
-        raise ValueError("expected an https:// URL (http:// only to this machine), no login")
-    return text
-
-
 def parse_list(text: str) -> tuple[str, ...]:
     return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
+def parse_pairs(names: list[str], text: str) -> dict[str, str]:
+    """Values by name, of `ServerSideEncryption=aws:kms, Tagging=kind=backup`, or of a JSON
+    object, whose values may have commas."""
+    items = (item.partition("=") for item in parse_list(text))
+    pairs = {name.strip(): value.strip() for name, _, value in items}
+    if text.lstrip().startswith("{"):
+        pairs = json.loads(text)
+    for number, (name, value) in enumerate(pairs.items(), 1):
+        if not (name in names and isinstance(value, str) and re.fullmatch("[ -~]+", value)):
+            # The text of the item may be an encryption key.
+            expected = f"name=value in ASCII, with names of {', '.join(names)}"
+            raise ArgumentTypeError(f"item {number}: expected {expected}")
+    return pairs
+
+
 def parse_prices(text: str) -> dict[str, float]:
     """USD by name, of `DEEP_ARCHIVE.month=0.0018, egress=0.05`."""
-    prices = {}
-    for item in parse_list(text):
-        name, _, usd = (part.strip() for part in item.partition("="))
-        if name not in ALL_PRICE_NAMES:
-            raise ValueError(f"expected name=USD with names of {', '.join(ALL_PRICE_NAMES)}")
-        prices[name] = parse_usd(usd)
-    return prices
+    return {name: parse_usd(usd) for name, usd in parse_pairs(ALL_PRICE_NAMES, text).items()}
 
 
+# No port, which would be behind the only colon; IPv6 addresses have more of them.
+host_expected = "a bare host name without a port, like u12345.your-storagebox.de"
+parse_host = partial(parse_match, r"[^/\s@:]+|[^/\s@]*:[^/\s@]*:[^/\s@]*", host_expected)
+parse_text = partial(parse_match, r"(?s).+", "a path")  # "" may be an unset variable
+parse_user = partial(parse_match, r"[^\s@]+", "a bare user name, like u12345-sub1")
+bucket_expected = "the bare name of a bucket, like my-archive"
+parse_bucket = partial(parse_match, r"(?ai)[a-z0-9][\w.-]{1,253}[a-z0-9]", bucket_expected)
+prefix_pattern = r"(?!(.*/)?\.\.?/)[^\0-\x1f\x7f\ud800-\udfff\ufffe\uffff]*"
+prefix_expected = "no . or .. segment, no control character and valid UTF-8"
+parse_prefix = partial(parse_match, prefix_pattern, prefix_expected)
+url_pattern = r"(?i)(https://[^/@\s]+|http://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?)(/\S*)?"
+url_expected = "an https:// URL (http:// only to this machine), no login"
+parse_endpoint = partial(parse_match, url_pattern, url_expected)
+parse_class = partial(parse_match, "|".join(CLASSES), "one of " + ", ".join(CLASSES))
 # The names of boto3's ExtraArgs, without those that this program sets itself.
 OURS = ("Checksum", "Metadata", "MpuObjectSize", "StorageClass")
 EXTRA_ARGS = [name for name in S3Transfer.ALLOWED_UPLOAD_ARGS if not name.startswith(OURS)]
 
 
-def parse_extra_args(text: str) -> dict[str, str]:
-    """Values by name, of `ServerSideEncryption=aws:kms, Tagging=kind=backup`, or of a JSON
-    object, whose values may have commas.  A message never has text that may be a key's."""
-    if text.lstrip().startswith("{"):
-        pairs: dict[str, Any] = json.loads(text)
-    else:
-        items = (item.partition("=") for item in parse_list(text))
-        pairs = {name.strip(): value.strip() for name, _, value in items}
-    for number, (name, value) in enumerate(pairs.items(), 1):
-        if name not in EXTRA_ARGS:
-            # What has no = may be an encryption key.
-            shown = name if value and "SSECustomerKey" not in text else f"item {number}"
-            raise ValueError(f"{shown} is none of {', '.join(EXTRA_ARGS)}")
-        if not (isinstance(value, str) and value and value.isascii() and value.isprintable()):
-            raise ValueError(f"{name} has no value of printable ASCII characters")
-    return pairs
+def setting(name: str, parse: Callable[[str], Any] = str, default: str | None = None) -> Any:
+    """A field of Config that is read from the setting `name`.  `default` is the text to parse
+    if it is missing or empty; with None, the value is None then."""
+    return field(metadata={"setting": (name, parse, default)})
 
 
-def parse_time(text: str) -> float:
-    """Seconds since the epoch of a date, a time or an age like `30d`.  A date means its
-    beginning.  A time without an offset is in the user's time zone."""
-    text, seconds = text.strip(), math.inf
-    with contextlib.suppress(ValueError, OverflowError, OSError):
-        if text[-1:].lower() in ("s", "m", "h", "d"):
-            seconds = time.time() - parse_duration(text)
-        else:
-            seconds = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text)).timestamp()
-    if not 0 <= seconds <= time.time():
-        raise ValueError("expected a time in the past like 2026-11-30, 2026-11-30T18:00 or 30d")
-    return seconds
-
-
-def parse_path(text: str) -> Path:
-    text = os.fsdecode(text.encode("utf-8", "surrogateescape"))  # names need not be UTF-8
-    return Path(os.path.expanduser(text).removeprefix("~/"))  # of a user without a home
-
-
-parse_class = partial(parse_match, "|".join(CLASSES), "one of " + ", ".join(CLASSES))
-# No port, which would be behind the only colon; IPv6 addresses have more of them.
-host_expected = "a bare host name without a port, like u12345.your-storagebox.de"
-parse_host = partial(parse_match, r"[^/\s@:]+|[^/\s@]*:[^/\s@]*:[^/\s@]*", host_expected)
-parse_user = partial(parse_match, r"[^\s@]+", "a bare user name, like u12345-sub1")
-bucket_expected = "the bare name of a bucket, like my-archive"
-parse_bucket = partial(parse_match, r"(?ai)[a-z0-9][\w.-]{1,253}[a-z0-9]", bucket_expected)
-REQUIRED = object()
-SECRETS = ["HETZNER_PASSWORD", "HETZNER_KEY_PASSPHRASE", "AWS_SECRET_ACCESS_KEY"]
-SECRETS += ["AWS_SESSION_TOKEN", "AWS_CONTAINER_AUTHORIZATION_TOKEN"]
-
-
-def setting(name: str, parse: Callable[[str], Any] = str, default: object = None) -> Any:
-    """A field of Config that is read from the setting `name`.  `default` is text to parse,
-    None if the setting may be missing, or REQUIRED."""
-    return field(metadata={"setting": (name, parse, default)}, repr=name not in SECRETS)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Config:
     """All settings, checked, in bytes, bytes per second, seconds and USD; None if off."""
 
-    host: str = setting("HETZNER_HOST", parse_host, REQUIRED)
-    user: str = setting("HETZNER_USER", parse_user, REQUIRED)
+    host: str = setting("HETZNER_HOST", parse_host, "")  # an empty one is refused
+    user: str = setting("HETZNER_USER", parse_user, "")
     port: int = setting("HETZNER_PORT", partial(parse_int, 1, 65535), "23")
     password: str | None = setting("HETZNER_PASSWORD")
     key_file: Path | None = setting("HETZNER_KEY_FILE", parse_path)
     key_passphrase: str | None = setting("HETZNER_KEY_PASSPHRASE")
     known_hosts: Path = setting("HETZNER_KNOWN_HOSTS", parse_path, "~/.ssh/known_hosts")
     remote_path: bytes = setting("REMOTE_PATH", parse_folder, ".")
-    bucket: str = setting("S3_BUCKET", parse_bucket, REQUIRED)
+    bucket: str = setting("S3_BUCKET", parse_bucket, "")
     prefix: str = setting("S3_PREFIX", parse_prefix, "")
     region: str | None = setting("AWS_REGION")
     endpoint_url: str | None = setting("AWS_ENDPOINT_URL", parse_endpoint)
     storage_class: str = setting("STORAGE_CLASS", parse_class, "DEEP_ARCHIVE")
     small_files_below: int | None = setting("SMALL_FILES_BELOW", parse_size)
     small_files_class: str | None = setting("SMALL_FILES_CLASS", parse_class)
-    extra_args: dict[str, str] = setting("S3_EXTRA_ARGS", parse_extra_args, "")
+    extra_args: dict[str, str] = setting("S3_EXTRA_ARGS", partial(parse_pairs, EXTRA_ARGS), "")
     state_db: Path = setting("STATE_DB", parse_path, "archive_state.db")
-    log_file: Path | None = setting("LOG_FILE", parse_path, "archive.log")
+    log_file: Path | None = setting("LOG_FILE", parse_path)
     exclude: tuple[str, ...] = setting("EXCLUDE_PATHS", parse_list, "")
+    exclude_dirs: tuple[str, ...] = setting("EXCLUDE_DIRS", parse_list, "")  # an older name
     include_hidden: bool = setting("INCLUDE_HIDDEN", parse_bool, "false")
     transfers: int = setting("TRANSFERS", partial(parse_int, 1, 256), "32")
     memory_limit: int = setting("MEMORY_LIMIT", partial(parse_size, minimum=MIN_MEMORY), "128M")
@@ -699,8 +701,7 @@ class Config:
     max_cost: float | None = setting("MAX_COST", parse_usd)
     max_changed: int | None = setting("MAX_CHANGED", partial(parse_int, 0, 100))
     prices: dict[str, float] = setting("PRICES", parse_prices, "")
-    aws_environ: Mapping[str, str] = field(repr=False, kw_only=True)  # for boto3
-    secrets: set[str] = field(repr=False, kw_only=True)  # in every form that a message may have
+    secrets: set[str] = field(kw_only=True)  # in every form that a message may have
 
     @property
     def url(self) -> str:
@@ -718,59 +719,55 @@ class Config:
         return hashlib.sha256(settings.encode()).hexdigest()
 
 
+SETTINGS = [f.metadata["setting"][0] for f in dataclasses.fields(Config) if f.metadata]
+SETTINGS += ["AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"]
+SETTINGS += ["AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"]
 # All other AWS_ variables, and the proxies, are passed on to boto3.
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
-AWS_FILES = ["AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"]
-AWS_FILES += ["AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"]
-SETTINGS = [f.metadata["setting"][0] for f in dataclasses.fields(Config) if f.metadata]
-SETTINGS += ["EXCLUDE_DIRS"]  # the earlier script's name of EXCLUDE_PATHS
-SETTINGS += ["AWS_PROFILE", "AWS_ACCESS_KEY_ID", *SECRETS, *AWS_FILES]
+SECRETS = re.compile("HETZNER_PASSWORD|HETZNER_KEY_PASSPHRASE|AWS_.*SECRET.*|AWS_.*TOKEN")
+AWS_FILES = re.compile("AWS_.*_FILE|AWS_CA_BUNDLE")
 
 
-def read_settings(env_file: Path | None, environ: Mapping[str, str]) -> dict[str, str]:
-    """The settings of the env file and the environment; Fatal if the file, or a line of it,
-    cannot be read.  A variable of the environment replaces the file's, even if it is empty."""
+def read_env_file(path: Path, faults: list[str]) -> dict[str, str]:
+    """The settings in the env file; Fatal if it cannot be read.  Adds to `faults` the lines
+    without a setting.  load_dotenv() would skip them, and expand ${...}, which may be part of
+    a password."""
     settings: dict[str, str] = {}
-    if env_file is not None:
-        with fatal_os_errors(f"cannot read the env file {env_file}", USAGE):
-            text = env_file.read_text(encoding="utf-8-sig")
-        # load_dotenv() would expand ${...}, which may be part of a password, and skip a
-        # line that it cannot read.
-        for binding in dotenv.parser.parse_stream(io.StringIO(text)):
+    with fatal_os_errors("cannot read the env file, see .env.example", USAGE):
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        if os.name == "posix" and path.stat().st_mode & 0o077:
+            log.warning("%s can be read by others: chmod 600 %s", path, path)
+    for number, line in enumerate(lines, 1):
+        for binding in dotenv.parser.parse_stream(io.StringIO(line)):
             if binding.key is not None and binding.value is not None:
                 settings[binding.key] = binding.value
             elif binding.key is not None or binding.error:
-                source, line = binding.original  # with the empty lines before it
-                line += source[: -len(source.lstrip())].count("\n")
-                raise Fatal(f"{env_file}, line {line}: expected NAME=value", status=USAGE)
-        for name in filter(settings.get, AWS_FILES):
-            settings[name] = str(env_file.absolute().parent / parse_path(settings[name]))
-    ours = (n for n in environ if n in SETTINGS or n.startswith(("HETZNER_", "AWS_")))
-    # Python decodes the environment by the locale, which may not be UTF-8.
-    raw = {name: os.fsencode(environ[name]) for name in ours}
-    return settings | {n: value.decode("utf-8", "surrogateescape") for n, value in raw.items()}
+                faults.append(f"{path}, line {number}: expected NAME=value")
+    for name in [n for n, value in settings.items() if value and AWS_FILES.fullmatch(n)]:
+        settings[name] = str(path.parent / parse_path(settings[name]))
+    return settings
 
 
-def setting_faults(settings: Mapping[str, str], environ: Mapping[str, str]) -> Iterator[str]:
-    """Messages, without the values, about unknown settings, credentials with characters that
-    no server accepts, and settings that need another one."""
+def setting_faults(settings: Mapping[str, str]) -> Iterator[str]:
+    """Messages, without the values, about unknown settings, and about characters that no
+    server accepts in a credential."""
     for name, value in settings.items():
-        is_aws = name.startswith("AWS_")
-        odd = "[\0-\x1f\x7f]" if name in AWS_FILES else "[\0-\x1f\x7f\udc80-\udcff]"
-        if (name in SECRETS or is_aws) and re.search(odd, value):
+        is_secret, is_aws = SECRETS.fullmatch(name), name.startswith("AWS_")
+        odd = "[\0-\x1f\x7f\udc80-\udcff]" if is_secret else "[\0-\x1f\x7f]"
+        if (is_secret or is_aws) and re.search(odd, value):
             yield f"{name}: contains a line break, another control character or invalid UTF-8"
-        if name in SETTINGS or name.upper() in PROXIES:
+        if name in SETTINGS or name.upper() in PROXIES or name.startswith("AWS_ENDPOINT_URL_"):
             continue
         # An unknown AWS_ name is left to boto3, unless it looks like a typo of one of ours; in
         # the environment only if it is very near: other programs have variables there, too.
-        cutoff = 0.5 if not is_aws else 0.86 if name in environ else 0.76
+        cutoff = 0.5 if not is_aws else 0.86 if name in os.environ else 0.76
         near = difflib.get_close_matches(name.upper(), SETTINGS, 1, cutoff)
-        if not is_aws or (near and not name.startswith("AWS_ENDPOINT_URL_")):
+        if near or not is_aws:
             yield f"{name}: unknown setting" + (f"; did you mean {near[0]}?" if near else "")
     if bool(settings.get("SMALL_FILES_BELOW")) != bool(settings.get("SMALL_FILES_CLASS")):
         yield "SMALL_FILES_BELOW and SMALL_FILES_CLASS: set both, or none"
     # On Windows no variable shows whether there is an agent.
-    has_agent = environ.get("SSH_AUTH_SOCK") or sys.platform == "win32"
+    has_agent = os.environ.get("SSH_AUTH_SOCK") or sys.platform == "win32"
     if not (has_agent or settings.get("HETZNER_PASSWORD") or settings.get("HETZNER_KEY_FILE")):
         yield "HETZNER_PASSWORD or HETZNER_KEY_FILE: set one, or start an SSH agent"
 
@@ -785,53 +782,55 @@ def add_secret(secrets: set[str], secret: str | None) -> None:
         secrets |= {secret, base64.b64encode(raw).decode(), *quoted, *escaped}
 
 
-def load_config(env_file: Path | None, environ: Mapping[str, str]) -> Config:
-    """The checked settings; Fatal with a line for each fault.  Paths are relative to the env
-    file's folder, or to archive.py's: cron starts the program in another folder."""
-    settings = read_settings(env_file, environ)
-    faults = list(setting_faults(settings, environ))
+def load_config(env_file: Path | None, secrets: set[str]) -> Config:
+    """The checked settings.  A variable of the environment replaces the env file's, even if it
+    is empty.  Paths are relative to the env file's folder: cron starts the program in another
+    one.  Adds to `secrets`, and passes boto3's settings on to it.  Fatal with the last fault,
+    after the others were logged."""
+    settings, faults = {"LOG_FILE": "archive.log"}, list[str]()  # an empty one: no log file
     # A link is not resolved here: an env file may be mounted as a link (a secret of a
     # container), whose target is in a folder that does not persist.
-    folder = env_file.absolute().parent if env_file else Path(__file__).resolve().parent
-    exclude = (settings.get(name, "") for name in ("EXCLUDE_PATHS", "EXCLUDE_DIRS"))
-    settings["EXCLUDE_PATHS"] = ",".join(exclude)
-    secrets: set[str] = set()
-    for name in SECRETS:
-        add_secret(secrets, settings.get(name))
+    path = env_file.absolute() if env_file else Path(__file__).resolve().parent / ".env"
+    if env_file or path.is_file() or "HETZNER_HOST" not in os.environ:
+        settings |= read_env_file(path, faults)
+    for name in os.environ:
+        if name in SETTINGS or name.startswith(("HETZNER_", "AWS_")):
+            # Python decodes the environment by the locale, which may not be UTF-8.
+            raw = os.fsencode(os.environ[name])
+            settings[name] = raw.decode("utf-8", "surrogateescape")
+    for name in filter(SECRETS.fullmatch, settings):
+        add_secret(secrets, settings[name])
+    faults += setting_faults(settings)
     values: dict[str, Any] = {}
     for option in (f for f in dataclasses.fields(Config) if f.metadata):
         name, parse, default = option.metadata["setting"]
         text = settings.get(name) or default
-        if name == "LOG_FILE" and settings.get(name) == "":
-            text = None  # no log file
-        values[option.name] = None
-        if text is REQUIRED:
-            faults.append(f"{name}: is required, in {env_file or 'the environment'}")
-        elif text is not None:
-            try:
-                value = parse(text)
-                value = folder / value if isinstance(value, Path) else value
-                # A database has one lock and one journal, even if it is opened through a link.
-                values[option.name] = value.resolve() if name == "STATE_DB" else value
-            except (ValueError, OSError, RuntimeError) as error:
-                is_secret = "@" in text or any(secret in text for secret in secrets)
-                is_secret |= name == "S3_EXTRA_ARGS"  # it may contain an encryption key
-                faults.append(f"{name}: {error}" + ("" if is_secret else f", not {text!r}"))
+        try:
+            value = None if text is None else parse(text)
+        except (ArgumentTypeError, ValueError) as error:
+            # A URL may contain a password, and S3_EXTRA_ARGS an encryption key.
+            is_secret = "@" in text or name == "S3_EXTRA_ARGS"
+            faults.append(f"{name}: {error}" + ("" if is_secret else f", not {text!r}"))
+            continue
+        if isinstance(value, Path):
+            value = path.parent / value
+            if name == "STATE_DB":  # it has one lock and journal, whatever link leads to it
+                value = Path(os.path.realpath(value))
+        values[option.name] = value
     if faults:
-        raise Fatal("\n".join(faults), status=USAGE)
+        last = faults.pop()
+        for fault in faults:
+            log.critical("%s", fault)
+        raise Fatal(last, status=USAGE)
     add_secret(secrets, values["extra_args"].get("SSECustomerKey"))
-    for_boto3 = (n for n in settings if n.startswith("AWS_") or n.upper() in PROXIES)
-    aws_environ = {name: settings[name] for name in for_boto3 if settings[name]}
-    return Config(**values, aws_environ=aws_environ, secrets=secrets)
-
-
-def config_warnings(config: Config, env_file: Path | None) -> Iterator[str]:
-    """Warnings about settings that are valid, but probably not intended."""
-    if config.prefix and not re.fullmatch(r"[^/].*/", config.prefix):
+    if (prefix := values["prefix"]) and not re.fullmatch("[^/].*/", prefix):
         usual = "it usually ends in a slash, and does not begin with one"
-        yield f"S3_PREFIX {config.prefix!r}: keys will begin {config.prefix}name; {usual}"
-    if env_file and os.name == "posix" and env_file.stat().st_mode & 0o077:
-        yield f"{env_file} can be read by others: chmod 600 {env_file}"
+        log.warning("S3_PREFIX %r: keys will begin %sname; %s", prefix, prefix, usual)
+    for name in [n for n in settings if n.startswith("AWS_") or n.upper() in PROXIES]:
+        os.environ.pop(name, None)  # boto3 would take an empty variable for a value
+        if settings[name]:
+            os.environ[name] = settings[name]
+    return Config(**values, secrets=secrets)
 
 
 # ------------------------------------------------------------------------ SFTP
@@ -1241,10 +1240,8 @@ def log_in(config: Config, transport: paramiko.Transport) -> None:
         attempts = [(name, transport.auth_publickey, key) for key in keys]
     tried = " and ".join(dict.fromkeys(name for name, *_ in attempts)) or "an empty SSH agent"
     message = f"the login of {config.user} with {tried}: correct HETZNER_USER or that; a box "
-    message += (
-        "takes a public key in RFC 4716 form (ssh-keygen -e) on port 22, in OpenSSH's on "
-    )
-    message += f"port 23: HETZNER_PORT is {config.port}"
+    message += "takes a public key in RFC 4716 form (ssh-keygen -e) on port 22, in OpenSSH's "
+    message += f"on port 23: HETZNER_PORT is {config.port}"
     for name, authenticate, credential in attempts:
         with contextlib.suppress(paramiko.AuthenticationException):
             if others := authenticate(config.user, credential):
@@ -1576,7 +1573,7 @@ class Exclusions:
         self.unmatched: dict[str, re.Pattern[str]] = {}
         start = join(self._root, b"").decode("utf-8", "surrogateescape")
         patterns: list[str] = []
-        for item in config.exclude:
+        for item in (*config.exclude, *config.exclude_dirs):
             path = nfc(item.rstrip("/").removeprefix(start).removeprefix("./").lstrip("/"))
             paths = {path, path.removeprefix("**/")}  # **/ is the top, too
             existing = set(filter(self._exists, paths))
@@ -2263,7 +2260,7 @@ class Bucket:
                 )
                 self._credentials = session.get_credentials()
             parse_endpoint(self.client.meta.endpoint_url)  # it may be set in ~/.aws
-        except (ValueError, RuntimeError) as error:
+        except (ArgumentTypeError, ValueError, RuntimeError) as error:
             raise Fatal(f"AWS_ENDPOINT_URL, or the AWS credentials: {error}") from None
         self.prices = Prices(self.client.meta.region_name, config.prices)
         # "Expect: 100-continue" costs every PUT a round trip.
@@ -2613,36 +2610,38 @@ class Console(logging.StreamHandler):  # type: ignore[type-arg]
             super().emit(record)
 
 
+def start_logging(level: int, bars: bool, results: TextIO, secrets: set[str]) -> None:
+    """Sends results to `results`, and everything else from `level` on to stderr."""
+    logging.raiseExceptions = False  # no traceback for a full disk or a closed pipe
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is
+    stderr, stdout = Console(sys.stderr), Console(results)
+    for handler in (stderr, stdout):
+        handler.setFormatter(Formatter("%(prefix)s%(message)s", secrets))
+    stderr.setLevel(level)
+    log.handlers, results_log.handlers = [stderr], [stdout]
+    files_log.handlers = [] if bars else [stderr]
+    all_logs.setLevel(min(level, logging.INFO))
+    # paramiko logs every broken connection with a traceback.
+    logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)
+
+
+def start_log_file(path: Path, secrets: set[str]) -> None:
+    """Sends everything to the log file as well; Fatal if it cannot be written."""
+    create_private(path)
+    with fatal_os_errors("LOG_FILE cannot be written", USAGE):
+        file = RotatingFileHandler(path, maxBytes=10 * MIB, backupCount=5, encoding="utf-8")
+    file.rotator = rotate_log
+    file.setFormatter(Formatter("%(asctime)s %(levelname)-8s %(message)s", secrets))
+    all_logs.addHandler(file)
+
+
 def rotate_log(source: str, dest: str) -> None:
     """Renames a log, and creates a new one that only its owner can read.  It grows if it
     cannot be renamed, as a file that is mounted into a container."""
     with contextlib.suppress(OSError):
         os.rename(source, dest)
         create_private(Path(source))
-
-
-def start_logging(config: Config, level: int, bars: bool, results: TextIO) -> None:
-    """Sends results to `results`, everything else from `level` on to stderr, and all of it to
-    LOG_FILE; Fatal if LOG_FILE cannot be written."""
-    logging.raiseExceptions = False  # no traceback for a full disk or a closed pipe
-    stderr, stdout = Console(sys.stderr), Console(results)
-    stderr.setFormatter(Formatter("%(prefix)s%(message)s", config.secrets))
-    stdout.setFormatter(Formatter("%(message)s", config.secrets))
-    stderr.setLevel(level)
-    hidden = {results_log.name, files_log.name if bars else ""}
-    stderr.addFilter(lambda record: record.name not in hidden)
-    results_log.handlers, log.handlers = [stdout], [stderr]
-    if (path := config.log_file) is not None:
-        create_private(path)
-        with fatal_os_errors("LOG_FILE cannot be written", USAGE):
-            file = RotatingFileHandler(path, maxBytes=10 * MIB, backupCount=5, encoding="utf-8")
-        file.rotator = rotate_log
-        file.setFormatter(Formatter("%(asctime)s %(levelname)-8s %(message)s", config.secrets))
-        log.addHandler(file)
-    log.setLevel(min(level, logging.INFO))
-    log.propagate = False
-    # paramiko logs every broken connection with a traceback.
-    logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)
 
 
 show = partial(results_log.info, "%s")  # writes a line of a result to stdout and LOG_FILE
@@ -2692,31 +2691,29 @@ def show_json(value: object) -> None:
 
 
 def print_line(text: str) -> None:
-    """Writes a line to stdout only; Stopped if its reader has closed it, Fatal."""
+    """Writes a line to stdout only; Stopped if its reader has closed it, or it is full."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
-        raise Stopped from None
     except OSError as error:
-        raise Fatal(f"stdout cannot be written: {error}") from None
+        if not isinstance(error, BrokenPipeError):
+            log.critical("stdout cannot be written: %s", error)
+        raise Stopped from None
 
 
 class Progress:
     """tqdm bars on a terminal, for the bytes that are moved and the files that are counted."""
 
     def __init__(self, shown: bool):
-        self._tqdm = partial(tqdm, disable=not shown, dynamic_ncols=True, leave=False)
+        new_bar = partial(tqdm, disable=not shown, dynamic_ncols=True, leave=False)
+        # Makes a bar that counts the items it yields, or that is updated with their number.
+        self.counting = partial(new_bar, unit=" files")
+        self._of_bytes = partial(new_bar, unit="B", unit_scale=True, unit_divisor=1024)
         self._bar = tqdm(disable=True)  # until `expect` is called
-
-    def counting(self, doing: str, items: Iterable[T] | None = None) -> Any:
-        """A bar that counts the items it yields, or that is updated with numbers of files."""
-        return self._tqdm(items, doing, unit=" files")
 
     def expect(self, size: int) -> None:
         """Adds bytes to the number of those that will be moved."""
         if self._bar.disable:
-            unit = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
-            self._bar = self._tqdm(desc="all files", total=0, **unit)
+            self._bar = self._of_bytes(desc="all files", total=0)
         self._bar.total += size
         self._bar.refresh()
 
@@ -2968,7 +2965,7 @@ class Forecast(Scan):
 
     def walk_box(self) -> None:
         """Adds all files of the box; Fatal, Stopped."""
-        with self._context.progress.counting("looking") as bar:
+        with self._context.progress.counting(desc="looking") as bar:
             for page in self.pages():
                 self._add_page(page)
                 self._state.note_seen(path_text(file.path) for file in page)
@@ -3454,7 +3451,7 @@ def verify(context: Context, options: argparse.Namespace) -> int:
             reason = f"{config.state_db} is missing, or an earlier script's"
             raise Fatal(f"{reason}: archive.py run makes the state, or takes it over")
         comparisons = reconcile(config, context.bucket, state)
-        bar = context.progress.counting("verifying", comparisons)
+        bar = context.progress.counting(comparisons, "verifying")
         for path, verdict, reason, _, is_other_class in bar:
             counts[verdict] += 1
             if reason:
@@ -3769,7 +3766,7 @@ class Restore:
         prices, tier, days = self._context.bucket.prices, self._options.tier, self._options.days
         cold, sizes = Counts(), Counter[str]()
         outcomes = self._outcomes(self._label, log.warning)
-        for (_, found), label, _ in self._context.progress.counting("looking", outcomes):
+        for (_, found), label, _ in self._context.progress.counting(outcomes, "looking"):
             if label == NOT_ASKED:
                 cold.add(found.storage_class, found.size)
             sizes[label or FAILED] += found.size
@@ -3948,7 +3945,7 @@ exit statuses:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+        self.exit(USAGE, f"error: {message}; see {self.prog} --help\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -3966,6 +3963,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_level("-v", "--verbose", const=logging.DEBUG, help="also list unchanged files")
     quiet = "only warnings, failures and the summary"
     add_level("-q", "--quiet", const=logging.WARNING, help=quiet)
+    parser.set_defaults(level=logging.INFO, function=run, new_source=False, json=False)
     commands = parser.add_subparsers(metavar="COMMAND")
 
     def add(function: Callable[..., int], example: str, **flags: str) -> Parser:
@@ -3974,100 +3972,55 @@ def make_parser() -> argparse.ArgumentParser:
         name = function.__name__
         command = commands.add_parser(name, help=text, description=f"{text}.", epilog=end)
         command.set_defaults(function=function)
-        for flag, effect in flags.items():
-            command.add_argument(f"--{flag}", action="store_true", help=effect)
+        add_flags(command, **flags)
         return command
 
     summary = "the table as JSON, and nothing else on stdout"
-    command = add(run, "-q", json=summary)
     new_source = "the files are at another HETZNER_USER or REMOTE_PATH now: compare them"
-    command.add_argument("--new-source", action="store_true", help=new_source)
-    dry_run = "the same as plan --list"
-    command.add_argument(
-        "-n", "--dry-run", action="store_const", dest="function", const=plan, help=dry_run
-    )
-    command.set_defaults(list=True)  # for --dry-run
-    output = add(plan, "plan --list").add_mutually_exclusive_group()
+    of_run = add(run, "-q", json=summary, new_source=new_source)
+    dry_run = partial(of_run.add_argument, action="store_const", dest="function", const=plan)
+    dry_run("-n", "--dry-run", help="the same as plan --list")
+    of_run.set_defaults(list=True)  # for --dry-run
     files = "first each file: + new, * changed, ? to compare, - gone from the box, ! failing"
-    output.add_argument("--list", action="store_true", help=files)
-    output.add_argument("--json", action="store_true", help=summary)
-    add_selection(add(ls, "ls photos/2024 --at 30d", json="as JSON, an object a line"))
+    add_flags(add(plan, "plan --list").add_mutually_exclusive_group(), list=files, json=summary)
+    of_ls = add(ls, "ls photos/2024 --at 30d", json="as JSON, an object a line")
     add(status, "status --json", json=summary)
     repair = "correct the state: the next run uploads or compares what differs"
     add(verify, "verify --repair", repair=repair)
-    example = "restore photos/2024 letters/will.pdf --to drill"
-    add_restore(add(restore, example, json=summary))
+    of_restore = add(restore, "restore photos/2024 will.pdf --to drill", json=summary)
+    add_restore(of_restore)
     add(check, "--env-file other.env check")
-    parser.set_defaults(level=logging.INFO, function=run, new_source=False, json=False)
+    for command in (of_ls, of_restore):
+        path = "file or folder as on the box (default: all)"
+        command.add_argument("path", nargs="*", type=parse_text, metavar="PATH", help=path)
+        when = "as it was then: a date, a time, or an age like 30d (for versioned buckets)"
+        command.add_argument("--at", type=parse_time, metavar="WHEN", help=when)
     return parser
 
 
-def add_selection(command: argparse.ArgumentParser) -> None:
-    path = "file or folder as on the box (default: all)"
-    command.add_argument("path", nargs="*", type=path_argument, metavar="PATH", help=path)
-    when = "as it was then: a date, a time, or an age like 30d (for versioned buckets)"
-    command.add_argument("--at", type=argument(parse_time), metavar="WHEN", help=when)
+def add_flags(options: argparse._ActionsContainer, **flags: str) -> None:
+    for name, effect in flags.items():
+        flag = f"--{name.replace('_', '-')}"
+        options.add_argument(flag, action="store_true", help=effect)
 
 
 def add_restore(command: argparse.ArgumentParser) -> None:
-    add_selection(command)
-    add = command.add_argument
+    """Adds the options that only `restore` has."""
     place = command.add_mutually_exclusive_group(required=True)
-    here, there = "a folder of this machine", "a folder of the Storage Box"
-    place.add_argument("--to", type=path_argument, metavar="FOLDER", help=here)
-    place.add_argument("--to-box", type=path_argument, metavar="FOLDER", help=there)
+    add_place = partial(place.add_argument, type=parse_text, metavar="FOLDER")
+    add_place("--to", help="a folder of this machine")
+    add_place("--to-box", help="a folder of the Storage Box")
     tiers = "bulk: within 48 hours; standard: within 12, costs more"
-    add("--tier", choices=TIERS, default="bulk", help=tiers)
+    command.add_argument("--tier", choices=TIERS, default="bulk", help=tiers)
     days = f"how long the copies can be read (default: {DAYS_RESTORED})"
-    parse_days = argument(partial(parse_int, 1, 3650))
-    add("--days", type=parse_days, default=DAYS_RESTORED, metavar="N", help=days)
-    add("--yes", action="store_true", help="agree to the cost without being asked")
-    add("--overwrite", action="store_true", help="replace other files that are in the way")
-    manifest = "write what is cold there, for S3 Batch Operations, and ask for nothing"
+    add_days = partial(command.add_argument, type=partial(parse_int, 1, 3650), metavar="N")
+    add_days("--days", default=DAYS_RESTORED, help=days)
+    add_flags(command, yes="agree to the cost without being asked")
+    add_flags(command, overwrite="replace other files that are in the way")
     later = command.add_mutually_exclusive_group()
+    manifest = "write what is cold there, for S3 Batch Operations, and ask for nothing"
     later.add_argument("--manifest", type=Path, metavar="FILE", help=manifest)
-    wait = "repeat this until all is there, instead of ending with 75"
-    later.add_argument("--wait", action="store_true", help=wait)
-
-
-def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """`parse` for argparse, which would not show the message of a ValueError."""
-
-    def parse_argument(text: str) -> T:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{error}, not {text!r}") from None
-
-    return parse_argument
-
-
-# An empty path is refused: it may be an unset variable of a script.
-path_argument = argument(partial(parse_match, r"(?s).+", "a path"))
-
-
-def handle_signals(stopping: StopEvent) -> None:
-    """SIGINT, SIGTERM and SIGHUP raise Stopped on the main thread, which ends the program in
-    order.  SIGINT after another one, or EXIT_GRACE after STOP_LIMIT, ends it at once."""
-
-    def handle(number: int, _frame: object) -> None:
-        if stopping.signal is not None:
-            if number == signal.SIGINT:
-                os._exit(128 + number)
-            return  # a shell, sudo and the kernel may all pass the same signal on
-        # A print waits for ever while nobody reads from a pipe.
-        cut_off = threading.Timer(STOP_LIMIT + EXIT_GRACE, os._exit, [128 + number])
-        cut_off.daemon = True
-        cut_off.start()
-        stopping.signal = number
-        if not stopping.is_deferred:
-            raise Stopped
-
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        # A signal stays ignored if the program was started so, for example by nohup.
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, handle)
+    add_flags(later, wait="repeat this until all is there, instead of ending with 75")
 
 
 def tune_memory() -> None:
@@ -4083,61 +4036,33 @@ def tune_memory() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Reads the arguments and settings, runs the command, and returns its exit status.
-    Nothing is raised."""
-    default = Path(__file__).resolve().parent / ".env"
-    env_file = default if default.is_file() else None
+    """Runs the command, and returns its exit status.  Nothing is raised."""
+    stopping, summary, secrets = StopEvent(), dict[str, object](), set[str]()
+    exit_status, shows_json = FATAL, False
     try:
+        stopping.handle_signals()
         arguments = make_parser().parse_args(argv)
-        bars = bool(sys.stderr and sys.stderr.isatty()) and arguments.level <= logging.INFO
         tune_memory()
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is
-        env_file = arguments.env_file or env_file
-        config = load_config(env_file, os.environ)
-        results = sys.stderr if shows_summary_as_json(arguments) else sys.stdout
-        start_logging(config, arguments.level, bars, results)
-        for warning in config_warnings(config, env_file):
-            log.warning("%s", warning)
-        # boto3 reads the environment, where an empty variable counts as a value.
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            del os.environ[name]
-        os.environ.update(config.aws_environ)
-        return execute(config, arguments, bars)
-    except Fatal as error:  # of the settings, of LOG_FILE, or of stdout at the end
-        faults = str(error).splitlines()
-        if not env_file and "HETZNER_HOST" not in os.environ:
-            faults = [f"there is no {default}: copy .env.example to it"]
-        for fault in faults:
-            print(f"error: {fault}", file=sys.stderr)
-        return error.status
-    except KeyboardInterrupt:  # before handle_signals
-        return 128 + signal.SIGINT
-    except SystemExit as end:  # argparse has printed help or a usage error
-        return int(end.code or 0)
-    finally:
-        for stream in filter(None, (sys.stdout, sys.stderr)):
-            with contextlib.suppress(OSError):  # closed by its reader
-                stream.flush()
-
-
-def shows_summary_as_json(arguments: argparse.Namespace) -> bool:
-    """Whether stdout gets a JSON object at the end, and nothing else."""
-    return arguments.json and arguments.function is not ls
-
-
-def execute(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
-    """Runs the command, and turns what it raises into an exit status."""
-    stopping, summary, exit_status = StopEvent(), dict[str, object](), FATAL
-    retries = arguments.function not in (status, check)
-    box, progress = StorageBox(config, stopping, retries), Progress(bars)
-    try:
-        handle_signals(stopping)
+        # Then stdout gets a JSON object at the end, and nothing else.
+        shows_json = arguments.json and arguments.function is not ls
+        bars = bool(sys.stderr and sys.stderr.isatty()) and arguments.level <= logging.INFO
+        start_logging(arguments.level, bars, sys.stderr if shows_json else sys.stdout, secrets)
+        config = load_config(arguments.env_file, secrets)
+        if config.log_file is not None:
+            start_log_file(config.log_file, secrets)
+        retries = arguments.function not in (status, check)
+        box, progress = StorageBox(config, stopping, retries), Progress(bars)
         try:
             context = Context(config, box, Bucket(config, retries), progress, summary)
             exit_status = arguments.function(context, arguments)
         finally:  # from here on, a signal cuts off neither the message nor the JSON
             stopping.is_deferred = True
+            box.close()
+            progress.close()
+    except SystemExit as end:  # argparse has printed help or a usage error
+        exit_status = int(end.code or 0)
+        with contextlib.suppress(AttributeError, OSError):  # there is no stdout, or no reader
+            sys.stdout.flush()
     except Stopped:
         pass
     except ArchiveError as error:
@@ -4146,14 +4071,13 @@ def execute(config: Config, arguments: argparse.Namespace, bars: bool) -> int:
     except Exception as error:  # a defect of this program, also shown as one line
         log.critical("unexpected %s: %s", type(error).__name__, error)
         log.debug("traceback", exc_info=True)
-    finally:
-        box.close()
-        progress.close()
     if stopping.signal is not None:
         exit_status = 128 + stopping.signal
-    if shows_summary_as_json(arguments):
-        with contextlib.suppress(Stopped):
+    if shows_json:
+        try:
             show_json(summary | {"exit_status": exit_status})
+        except Stopped:
+            exit_status = FATAL
     return exit_status
 
 

@@ -210,7 +210,7 @@ def test_arguments_that_are_none_are_refused_without_their_values(archive, s3, t
 
 def test_refusal_names_what_can_be_set(archive):
     for text in ("NoSuchName=hush", '{"NoSuchName": "hush"}'):
-        named = ("NoSuchName is none of", "SSEKMSKeyId", "Tagging", "ObjectLockMode")
+        named = ("expected name=value", "SSEKMSKeyId", "Tagging", "ObjectLockMode")
         assert_refused(archive(S3_EXTRA_ARGS=text), *named)
     result = archive(S3_EXTRA_ARGS="NoSuchName=hush")
     for name in ("StorageClass", "Metadata", "Checksum"):

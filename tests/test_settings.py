@@ -123,7 +123,8 @@ def test_no_env_file_is_looked_for_in_the_folders_above(archive, installed):
 
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
-    assert f"there is no {installed.folder}/.env: copy .env.example to it" in result.stderr
+    assert "see .env.example" in result.stderr
+    assert f"No such file or directory: '{installed.folder}/.env'" in result.stderr
 
 
 def test_relative_files_are_relative_to_the_env_file(archive, tmp_path):
