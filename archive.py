@@ -174,6 +174,8 @@ EARLIEST = -(1 << 31)
 TIME_RANGES = ((0, (1 << 32) - 1), (EARLIEST, (1 << 31) - 1), (EARLIEST, 15032385535))
 DAYS_RESTORED = 7  # for which S3 keeps restored copies, by default
 WAIT_PAUSE = 15 * 60  # s between the passes of `restore --wait`
+# Below TINY_FILE, STANDARD costs less than the 40 KB that S3 adds to a cold object.
+TINY_FILE, CLASS_FOR_TINY = 8 * KIB, "STANDARD"
 
 # ---------------------------------------------------------------------- Prices
 #
@@ -2957,6 +2959,7 @@ class Forecast(Scan):
         self.gone = Counts()  # by class: archived, but not on the box any more
         self.gone_paths = set[str]()  # as in the path column
         self.requests = Counter[tuple[str, str]]()  # by class and kind
+        self.tiny = Counts()  # by class, of what is to be uploaded
         self.afterwards = state.archived()
 
     def add_failure(self, path: bytes, reason: object) -> None:
@@ -2991,6 +2994,8 @@ class Forecast(Scan):
             else:
                 label, requests = MODIFIED if record else NEW, job.requests
                 self.counts.add(TO_UPLOAD, size)
+                if size < TINY_FILE:
+                    self.tiny.add(storage_class, size)
                 self.early += job.early
                 self.afterwards.add(storage_class, size)
                 if record:
@@ -2999,19 +3004,23 @@ class Forecast(Scan):
             self.requests.update({(storage_class, kind): n for kind, n in requests.items()})
             self._on_file(MARKS[label], job.file.path)
 
+    def upload_cost(self) -> float:
+        """USD for the requests."""
+        requests = self.requests.items()
+        return math.fsum(self.prices.requests(name, {kind: n}) for (name, kind), n in requests)
+
     def rows(self) -> Rows:
         prices, after, total = self.prices, self.afterwards, self.afterwards.total()
-        requests, upload = Counter(put=0, create=0, part=0, complete=0, head=0), 0.0
-        for (storage_class, kind), number in (+self.requests).items():
+        requests = Counter(put=0, create=0, part=0, complete=0, head=0)
+        for (_, kind), number in (+self.requests).items():
             requests[kind] += number
-            upload += prices.requests(storage_class, {kind: number})
         yield from self.counts.items()
         yield "Unreadable", self.failed
         yield "Gone from the box", self.gone.total()
         yield "Gone, a month", month_cost(prices, self.gone)
         yield from (+self.left_out).items()  # without those that are 0
         yield "Requests", requests
-        yield "Upload", upload
+        yield "Upload", self.upload_cost()
         yield "Overwritten early", self.early
         yield "Archive afterwards", total
         yield "Storage a month", month_cost(prices, after)
@@ -3019,6 +3028,20 @@ class Forecast(Scan):
             yield f"Restore, {tier} ({hours} hours)", restore_cost(prices, after, tier)
         yield "Download of all", prices.download(total.files, total.bytes)
         yield "Prices", prices.note
+
+    def advise(self) -> None:
+        """Warns if tiny files cost a tenth of the upload, or of a month, more than they would
+        in CLASS_FOR_TINY."""
+        prices, tiny, other = self.prices, self.tiny.total(), CLASS_FOR_TINY
+        upload = math.fsum(prices.requests(n, {"put": c.files}) for n, c in self.tiny.items())
+        upload -= prices.requests(other, {"put": tiny.files})
+        month = month_cost(prices, self.tiny) - prices.month(other, tiny.files, tiny.bytes)
+        month_of_all = month_cost(prices, self.afterwards)
+        if upload > self.upload_cost() / 10 or month > month_of_all / 10:
+            message = "files to upload below %s: %s; SMALL_FILES_BELOW=%dK and "
+            message += "SMALL_FILES_CLASS=%s would save %s of the upload and %s a month"
+            saved = format_usd(upload), format_usd(month)
+            log.warning(message, format_size(TINY_FILE), tiny, TINY_FILE // KIB, other, *saved)
 
 
 def plan(context: Context, options: argparse.Namespace) -> int:
@@ -3038,6 +3061,7 @@ def plan(context: Context, options: argparse.Namespace) -> int:
         forecast = Forecast(context, state, show_file)
         forecast.walk_box()
     context.show_summary("PLAN", forecast.rows())
+    forecast.advise()
     return INCOMPLETE if forecast.failed else 0
 
 
