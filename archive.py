@@ -1208,8 +1208,10 @@ def check_host_key(
         return
     name = known_host_name(config)
     if known:
+        digests = (hashlib.sha256(base64.b64decode(other + "===")).digest() for other in known)
+        expected = ", ".join("SHA256:" + base64.b64encode(d).decode()[:-1] for d in digests)
         raise Fatal(
-            f"{subject}, but HETZNER_KNOWN_HOSTS has another one: it has changed, or somebody "
+            f"{subject}, not {expected} as in HETZNER_KNOWN_HOSTS: it has changed, or somebody "
             "is intercepting the connection; only if you know that the change is right, remove "
             f"the old key with: ssh-keygen -R {shlex.quote(name)} -f {path}"
         )
@@ -3421,6 +3423,9 @@ def status(context: Context, _options: argparse.Namespace) -> int:
         since = time.time() - 30 * DAY
         rows["Archived"] = counts.total()
         rows.update(counts)
+        others = {*counts} - {config.storage_class, config.small_files_class}
+        if others:
+            log.warning("not the STORAGE_CLASS that is set: %s", ", ".join(sorted(others)))
         rows["Storage a month"] = month_cost(prices, counts)
         spent = (past["spent"] or 0.0 for past in runs if past["started_at"] >= since)
         rows["Spent in 30 days"] = math.fsum(spent)

@@ -333,6 +333,7 @@ def test_a_changed_host_key_ends_the_run_before_any_credential_is_sent(archive, 
 
     assert result.status == 1
     assert fingerprint(real_key) in result.stderr
+    assert f", not {fingerprint(asyncssh_box.host_key)} as in" in result.stderr
     assert "has changed" in result.stderr and "ssh-keygen -R" in result.stderr
     assert asyncssh_box.attempts == []
 

@@ -53,6 +53,16 @@ def test_files_and_bytes_are_told_by_class_with_their_price(archive, box):
     assert told(archive, PRICES="STANDARD.month=0")["storage_a_month"] == pytest.approx(
         0.099, 1e-4
     )
+    assert "warning: not the STORAGE_CLASS that is set: STANDARD" in archive("status").stderr
+    assert (
+        "not the"
+        not in archive(
+            "status",
+            STORAGE_CLASS="STANDARD",
+            SMALL_FILES_BELOW="1",
+            SMALL_FILES_CLASS="DEEP_ARCHIVE",
+        ).stderr
+    )
     text = archive("status").stdout
     for note in (text, status["prices"]):
         assert re.search(r"estimates, prices of \w+ \d{4} for ", note)
