@@ -1927,7 +1927,7 @@ class State:
     def note_upload(self, job: Job, upload_id: str | None) -> None:
         """Notes an upload in parts before its first part is sent.  For any thread.  It can be
         continued, unless the file was modified so recently that its parts could be of two
-        versions.  Without an id, the next run uploads the file and does not compare it."""
+        versions.  Without an id, the next run begins it anew, and does not compare the file."""
         file = job.file
         mtime = None if upload_id and is_recent(file, time.time()) else file.mtime
         row = job.key, path_text(file.path), file.size, mtime, job.plan.part_size
@@ -2066,7 +2066,7 @@ TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504, *range(520, 528))
 # A run's requests, with their kinds in Prices.requests; repetitions do not count.
 COUNTED = {"put_object": "put", "create_multipart_upload": "create", "upload_part": "part"}
 COUNTED |= {"complete_multipart_upload": "complete", "head_object": "head"}
-COUNTED |= {"list_objects_v2": "list", "list_parts": "list"}
+COUNTED |= {"list_objects_v2": "list", "list_parts": "list", "list_multipart_uploads": "list"}
 
 Read = Callable[[int], bytes]  # the next bytes of a file, as FileReader.read
 
@@ -2299,7 +2299,9 @@ class Bucket:
         for attempt in range(self._attempts):
             try:
                 with s3_errors():
-                    return getattr(self.client, operation)(**arguments)
+                    answer = getattr(self.client, operation)(**arguments)
+                    answer["ResponseMetadata"]["RetryAttempts"] = attempt
+                    return answer
             except FileError as error:
                 if error.code in allowed:
                     return None
@@ -2335,7 +2337,11 @@ class Bucket:
     def begin_upload(self, key: str, size: int, mtime: int) -> Upload:
         """Begins an upload in parts.  Its id has to be noted before the first part is sent."""
         arguments = self._upload_arguments(size, mtime) | {"ChecksumType": "FULL_OBJECT"}
-        return Upload(self.request("create_multipart_upload", Key=key, **arguments)["UploadId"])
+        answer = self.request("create_multipart_upload", Key=key, **arguments)
+        # S3 may have begun another one, whose id got lost with the answer.
+        if answer["ResponseMetadata"]["RetryAttempts"] > 0:
+            self.abort_upload(key, but=answer["UploadId"])
+        return Upload(answer["UploadId"])
 
     def upload(self, job: Job, read: Read, upload: Upload, progress: Progress) -> StoredObject:
         """Uploads a large file in parts, after those that are stored; `read` returns the rest
@@ -2415,16 +2421,21 @@ class Bucket:
             return None
         return Upload(upload_id, tuple(parts))
 
-    def abort_upload(self, key: str, upload_id: str) -> bool:
-        """Aborts an unfinished upload, whose parts cost money.  Returns False after a warning
-        if S3 refuses."""
+    def abort_upload(self, key: str, upload_id: str | None = None, but: str = "") -> bool:
+        """Aborts an unfinished upload of `key`, or all but one if its id is not known: their
+        parts cost money.  Returns False after a warning if S3 refuses."""
         try:
-            self.request("abort_multipart_upload", *NOT_FOUND, Key=key, UploadId=upload_id)
+            ids = {upload_id}
+            if not upload_id:
+                uploads = self._list("list_multipart_uploads", "Uploads", Prefix=key)
+                ids = {one["UploadId"] for one in uploads if one["Key"] == key} - {but}
+            for one in ids:
+                self.request("abort_multipart_upload", *NOT_FOUND, Key=key, UploadId=one)
             return True
         except ArchiveError as error:
             message = "the unfinished upload of %s (id %s) could not be aborted: %s; its parts "
             message += "cost money until a lifecycle rule aborts it"
-            log.warning(message, printable(key), upload_id, error)
+            log.warning(message, printable(key), upload_id or "unknown", error)
             return False
 
     def count_unfinished(self) -> int:
@@ -2927,7 +2938,7 @@ class Scan(Walk):
                 early = self.prices.early(stored.storage_class, stored.size, age_days)
             compares = record is not None and record.stored.size == file.size and not resumes
             heads = int(compares and (record is None or record.stored.crc32 is None))
-            lists = int(resumes)  # of its parts
+            lists = int(begun is not None)  # of its parts, or its uploads
             requests = {"head": heads + lists, "list": lists, **plan.requests(file.size)}
             usd = early + self.prices.requests(config.class_of(file.size), requests)
             known = file, key, plan, record, settings, begun, resumes
@@ -3116,7 +3127,7 @@ class Run(Scan):
         if not (self.unlisted or self.ended_early):
             # Unfinished uploads of files that are gone, or are archived by now.
             for key, begun in self._uploads.items():
-                if not begun["upload_id"] or self._bucket.abort_upload(key, begun["upload_id"]):
+                if self._bucket.abort_upload(key, begun["upload_id"]):
                     log.info("aborted the unfinished upload of %s", printable(key))
                     self._state.forget_upload(key)
 
@@ -3185,7 +3196,7 @@ class Run(Scan):
         upload_id = job.begun["upload_id"] if job.begun else None
         if upload_id and job.resumes:
             return self._bucket.unfinished_upload(job, upload_id)
-        if upload_id:  # it may have parts of another version
+        if job.begun:  # it may have parts of another version, or its id may have got lost
             self._bucket.abort_upload(job.key, upload_id)
         return Upload()
 
@@ -3211,6 +3222,7 @@ class Run(Scan):
             if reader.file != file:
                 raise FileError("changed since it was listed: the next run archives it")
             if not upload.id:
+                self._state.note_upload(job, None)  # S3's answer may get lost
                 upload = self._bucket.begin_upload(job.key, file.size, file.mtime)
                 self._state.note_upload(job, upload.id)
             self._progress.moved(offset)

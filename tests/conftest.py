@@ -256,8 +256,8 @@ class Archive:
 
     def assert_invariant(self, named=frozenset()):
         """Each row has an object of that size; with an mtime also of that CRC-32, as far as
-        the state knows one.  Unfinished uploads below our prefix that have parts are known to
-        the state, but for those whose keys are `named`.
+        the state knows one.  Unfinished uploads below our prefix are known to the state,
+        but for those whose keys are `named`.
 
         Multipart uploads outside of our prefix are other people's.
         """
@@ -277,7 +277,7 @@ class Archive:
                 if crc is not None:
                     assert held_crc == self.bucket.checksum(key) == crc, path
         prefix = self.settings.get("S3_PREFIX", "")
-        left = {key for key in self.bucket.uploads_with_parts() if key.startswith(prefix)}
+        left = {key for key in self.bucket.uploads() if key.startswith(prefix)}
         assert left <= unfinished | named, "unfinished uploads that nobody goes on with"
 
 
@@ -320,13 +320,6 @@ class Bucket:
     def uploads(self):
         """The keys of multipart uploads that were begun, but not ended or aborted."""
         return [upload["Key"] for upload in self._uploads()]
-
-    def uploads_with_parts(self):
-        """The keys of those that cost money."""
-        for upload in self._uploads():
-            named = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
-            if self.client.list_parts(Bucket=self.name, **named).get("Parts"):
-                yield upload["Key"]
 
     def upload_ids(self, key=None):
         """The ids of these uploads, of all keys or of one."""

@@ -92,7 +92,8 @@ def test_signal_loses_nothing_that_s3_has_stored(archive, box, s3, at):
 
 
 @pytest.mark.parametrize(
-    ("operation", "nth"), [("UploadPart", 2), ("CompleteMultipartUpload", 1)]
+    ("operation", "nth"),
+    [("CreateMultipartUpload", 1), ("UploadPart", 2), ("CompleteMultipartUpload", 1)],
 )
 def test_upload_of_a_file_that_is_gone_after_a_kill_is_aborted_and_nobody_elses(
     archive, box, s3, bucket, operation, nth

@@ -467,23 +467,33 @@ def test_abort_that_is_refused_is_a_warning_with_key_and_upload_id(
         assert bucket.upload_ids() == set(), "a later run has aborted it"
 
 
-@pytest.mark.parametrize("how", ["asked again", "killed"])
-def test_upload_whose_answer_was_lost_has_no_parts_that_cost_money(
-    archive, box, s3, bucket, how
-):
-    """Its id is not known, and the file is sent in another one."""
+def test_upload_that_could_not_be_looked_for_is_not_left_for_ever(archive, box, s3, bucket):
     write(box.root / "big", BIG)
-    if how == "killed":
-        s3.on("CreateMultipartUpload", first_in_s3(archive.kill, lost_answer))
-        assert archive.start(constants=SIZES).wait().status == -9
-        wait_for(lambda: not s3.under_way)
-    else:
-        s3.on("CreateMultipartUpload", lost_answer)
+    interrupt(archive, s3)
+    s3.always("ListMultipartUploads", error(500, "InternalError"))
+    result = archive(constants={**SIZES, "S3_ATTEMPTS": 2})
+    assert result.status in (0, 3)
+    assert "big" in result.stderr
+    archive.assert_invariant()
+    s3.rules.clear()
+
     assert archive(constants=SIZES).status == 0
+    assert bucket.upload_ids() == set()
+    assert_all_archived(archive, box)
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_upload_whose_first_answer_was_lost_is_aborted(archive, box, s3, bucket, is_refused):
+    """The request was made again, so that there are two, and one id is not known."""
+    write(box.root / "big", LARGE)
+    s3.on("CreateMultipartUpload", lost_answer)
+    if is_refused:
+        s3.on("CompleteMultipartUpload", error(400, "BadDigest"))
+    assert archive(constants=SIZES).status == (3 if is_refused else 0)
     assert s3.requests["CreateMultipartUpload"] == 2
-    (left,) = bucket.upload_ids()
-    upload = {"Bucket": bucket.name, "Key": "big", "UploadId": left}
-    assert bucket.client.list_parts(**upload).get("Parts", []) == []
+    assert bucket.upload_ids() == set()
+    assert archive(constants=SIZES).status == 0
+    assert bucket.upload_ids() == set()
     assert_all_archived(archive, box)
 
 
@@ -538,6 +548,18 @@ def test_upload_whose_parts_s3_refuses_is_begun_anew_by_the_next_run(archive, bo
     assert_failed(refused, {"big": "InvalidRequest"})
     assert bucket.upload_ids() == set()
     assert archive(constants=SIZES).counts == (1, 0, 0)
+    assert_all_archived(archive, box)
+
+
+def test_upload_whose_only_answer_was_lost_is_gone_on_with_or_aborted(archive, box, s3, bucket):
+    write(box.root / "big", BIG)
+    s3.on("CreateMultipartUpload", first_in_s3(archive.kill, lost_answer))
+    assert archive.start(constants=SIZES).wait().status == -9
+    wait_for(lambda: not s3.under_way)
+    assert len(bucket.upload_ids()) == 1
+    archive.assert_invariant()
+    assert archive(constants=SIZES).status == 0
+    assert bucket.upload_ids() == set()
     assert_all_archived(archive, box)
 
 
