@@ -587,6 +587,14 @@ def test_empty_aws_setting_counts_as_not_set(archive):
     assert archive(**dict.fromkeys(names, "")).status == 0
 
 
+def test_setting_of_another_program_about_secrets_is_no_secret(archive):
+    """Lambda's extension for secrets has such variables, whose values are everyday words."""
+    name = "AWS_PARAMETERS_SECRETS_EXTENSION_"
+    result = archive(**{f"{name}MAX_CONNECTIONS": "3", f"{name}LOG_LEVEL": "files"})
+    assert result.counts == (1, 0, 0)
+    assert "***" not in result.output + result.log
+
+
 def test_text_that_the_terminal_cannot_show_is_escaped(archive, box):
     fill(box.root, {"\u0444/a": b"1"})
     result = archive("check", REMOTE_PATH="\u0444", PYTHONIOENCODING="ascii")
