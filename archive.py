@@ -796,7 +796,7 @@ def load_config(env_file: Path | None, secrets: set[str]) -> Config:
     if env_file or path.is_file() or "HETZNER_HOST" not in os.environ:
         settings |= read_env_file(path, faults)
     for name in os.environ:
-        if name in SETTINGS or name.startswith(("HETZNER_", "AWS_")):
+        if name in SETTINGS or re.match("HETZNER_|AWS_|(?i:(https?|no)_proxy$)", name):
             # Python decodes the environment by the locale, which may not be UTF-8.
             raw = os.fsencode(os.environ[name])
             settings[name] = raw.decode("utf-8", "surrogateescape")

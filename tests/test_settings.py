@@ -76,6 +76,16 @@ def test_the_environment_comes_before_the_env_file(archive, tmp_path):
     assert archive("--env-file", file).status == 0
 
 
+@pytest.mark.parametrize("in_file, in_environment", [("", "DEAD"), ("DEAD", "")])
+def test_the_proxy_of_the_environment_comes_before_that_of_the_env_file(
+    archive, in_file, in_environment
+):
+    dead = "http://127.0.0.1:9"
+    archive.env_file.write_text(f"HTTP_PROXY={in_file.replace('DEAD', dead)}\n")
+    result = archive("status", HTTP_PROXY=in_environment.replace("DEAD", dead))
+    assert (f'proxy URL: "{dead}"' in result.stderr) == bool(in_environment)
+
+
 @pytest.fixture
 def installed(archive, tmp_path):
     """Runs a copy of the program in a folder of its own, with no --env-file."""
