@@ -240,6 +240,17 @@ def test_what_the_credentials_may_not_ask_is_said_to_be_so(archive, box, s3):
     assert status["archived"] == status["deep_archive"] == {"files": 1, "bytes": 10}
 
 
+def test_server_without_lifecycle_rules_is_asked_for_versioning(archive, s3):
+    at = {"Bucket": archive.bucket.name, "VersioningConfiguration": {"Status": "Enabled"}}
+    archive.bucket.client.put_bucket_versioning(**at)
+
+    s3.on("GET", error(501, "NotImplemented"))  # the first is about lifecycle rules
+    result = archive("check")
+    assert ("ok     versioning" in result.stdout, result.status) == (True, 0)
+    s3.on("GET", error(501, "NotImplemented"))
+    assert told(archive)["versioning"] is True
+
+
 @pytest.mark.parametrize("trouble", ["unreachable", "hangs", "no such bucket"])
 def test_bucket_that_cannot_be_asked_leaves_the_rest(archive, box, s3, trouble):
     fill(box.root, {"a": 10})
