@@ -4078,27 +4078,28 @@ def tune_memory() -> None:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command, and returns its exit status.  Nothing is raised."""
     stopping, summary, secrets = StopEvent(), dict[str, object](), set[str]()
-    exit_status, shows_json = FATAL, False
+    exit_status, shows_json, stack = FATAL, False, contextlib.ExitStack()
     try:
-        stopping.handle_signals()
-        arguments = make_parser().parse_args(argv)
-        tune_memory()
-        # Then stdout gets a JSON object at the end, and nothing else.
-        shows_json = arguments.json and arguments.function is not ls
-        bars = bool(sys.stderr and sys.stderr.isatty()) and arguments.level <= logging.INFO
-        start_logging(arguments.level, bars, sys.stderr if shows_json else sys.stdout, secrets)
-        config = load_config(arguments.env_file, secrets)
-        if config.log_file is not None:
-            start_log_file(config.log_file, secrets)
-        retries = arguments.function not in (status, check)
-        box, progress = StorageBox(config, stopping, retries), Progress(bars)
         try:
+            stopping.handle_signals()
+            arguments = make_parser().parse_args(argv)
+            tune_memory()
+            # Then stdout gets a JSON object at the end, and nothing else.
+            shows_json = arguments.json and arguments.function is not ls
+            bars = bool(sys.stderr and sys.stderr.isatty()) and arguments.level <= logging.INFO
+            results = sys.stderr if shows_json else sys.stdout
+            start_logging(arguments.level, bars, results, secrets)
+            config = load_config(arguments.env_file, secrets)
+            if config.log_file is not None:
+                start_log_file(config.log_file, secrets)
+            retries = arguments.function not in (status, check)
+            progress = stack.enter_context(contextlib.closing(Progress(bars)))
+            box = stack.enter_context(contextlib.closing(StorageBox(config, stopping, retries)))
             context = Context(config, box, Bucket(config, retries), progress, summary)
             exit_status = arguments.function(context, arguments)
         finally:  # from here on, a signal cuts off neither the message nor the JSON
             stopping.is_deferred = True
-            box.close()
-            progress.close()
+            stack.close()
     except SystemExit as end:  # argparse has printed help or a usage error
         exit_status = int(end.code or 0)
         with contextlib.suppress(AttributeError, OSError):  # there is no stdout, or no reader

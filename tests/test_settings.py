@@ -641,3 +641,19 @@ def test_ctrl_c_before_anything_was_done_is_no_traceback(archive):
     )
     result = archive.start(before=pressed).wait()
     assert (result.status, result.stderr) == (130, "")
+
+
+@pytest.mark.parametrize("message", [1, 2])
+def test_signal_at_a_message_about_settings_is_no_traceback(archive, message):
+    stopped = (
+        "import itertools, logging, os, signal\n"
+        "real, number = logging.StreamHandler.emit, itertools.count(1)\n"
+        "def emit(self, record):\n"
+        "    real(self, record)\n"
+        f"    if next(number) == {message}:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "logging.StreamHandler.emit = emit"
+    )
+    faults = {"TRANSFERS": "none", "MAX_COST": "much"}
+    result = archive.start("status", "--json", before=stopped, **faults).wait()
+    assert (result.status, json.loads(result.stdout)) == (143, {"exit_status": 143})
