@@ -4118,7 +4118,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             show_json(summary | {"exit_status": exit_status})
         except Stopped:
-            exit_status = FATAL
+            exit_status = exit_status or FATAL
     return exit_status
 
 

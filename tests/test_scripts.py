@@ -115,6 +115,13 @@ def test_error_before_anything_is_counted_leaves_the_exit_status(archive, faulty
     assert summary(archive("run", "--json")) == {"exit_status": 11}
 
 
+def test_json_that_nobody_reads_leaves_the_exit_status_of_what_failed(archive, faulty_box):
+    fill(faulty_box.root, {"a" * 255: 1})
+    running = archive.start("run", "--json", S3_PREFIX="p" * 800 + "/")
+    running.process.stdout.close()
+    assert running.process.wait(60) == 3, running.process.stderr.read()
+
+
 def test_run_that_a_signal_ends_prints_its_summary(archive, faulty_box, s3):
     fill(faulty_box.root, {"a": 10})
     held = s3.on("PutObject", hang)
