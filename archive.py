@@ -780,7 +780,7 @@ def add_secret(secrets: set[str], secret: str | None) -> None:
         raw = secret.encode("utf-8", "surrogateescape")  # any bytes of the environment
         quoted = {quote(raw), quote(raw, safe=""), quote_plus(raw)}
         quoted |= {re.sub("%..", lambda code: code[0].lower(), form) for form in quoted}
-        escaped = {form(secret)[1:-1] for form in (repr, json.dumps)}
+        escaped = repr(secret)[1:-1], repr(f'"{secret}')[2:-1], json.dumps(secret)[1:-1]
         secrets |= {secret, base64.b64encode(raw).decode(), *quoted, *escaped}
 
 

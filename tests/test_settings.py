@@ -577,6 +577,12 @@ def test_password_in_a_setting_is_refused_and_not_shown(archive):
     assert "hush" not in result.output + result.log
 
 
+def test_password_between_quotes_in_another_setting_is_not_shown(archive):
+    result = archive(HETZNER_PASSWORD="hush'hush", TRANSFERS='password: "hush\'hush"')
+    assert result.status == 2 and "TRANSFERS" in result.stderr
+    assert "hush" not in result.output
+
+
 def test_endpoint_that_boto3_refuses_is_told(archive):
     result = archive(AWS_ENDPOINT_URL="https://exam_ple.org")
     assert result.status == 1
