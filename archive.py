@@ -2487,12 +2487,12 @@ class Bucket:
         """Whether a lifecycle rule aborts unfinished uploads below the prefix."""
         missing = "NoSuchLifecycleConfiguration"
         answer = self.request("get_bucket_lifecycle_configuration", missing) or {}
-        prefixes = [
-            rule.get("Filter", rule).get("Prefix", "")  # older rules have it directly
+        scopes = [
+            rule.get("Filter", rule)  # older rules have the prefix directly
             for rule in answer.get("Rules", ())
             if rule["Status"] == "Enabled" and "AbortIncompleteMultipartUpload" in rule
         ]
-        return self.prefix.startswith(tuple(prefixes))
+        return self.prefix.startswith(tuple(s.get("And", s).get("Prefix", "") for s in scopes))
 
     def versioning(self) -> str:
         """`Enabled`, `Suspended`, or empty if the bucket has never kept earlier versions."""

@@ -215,6 +215,12 @@ def test_lifecycle_rule_that_aborts_nothing_is_none(archive):
             "Filter": {"Prefix": ""},
             "Expiration": {"Days": 9},
         },
+        {
+            "ID": "of another prefix",
+            "Status": "Enabled",
+            "Filter": {"And": {"Prefix": "other/", "ObjectSizeGreaterThan": 1}},
+            **abort,
+        },
     ]
     archive.bucket.client.put_bucket_lifecycle_configuration(
         Bucket=archive.bucket.name, LifecycleConfiguration={"Rules": rules}
