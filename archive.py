@@ -725,7 +725,7 @@ SETTINGS = [f.metadata["setting"][0] for f in dataclasses.fields(Config) if f.me
 SETTINGS += ["AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"]
 SETTINGS += ["AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"]
 # All other AWS_ variables, and the proxies, are passed on to boto3.
-PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+PROXIES = re.compile("(?i)(https?|no)_proxy")
 SECRETS = re.compile("HETZNER_(PASSWORD|KEY_PASSPHRASE)|AWS_(SECRET_ACCESS_KEY|.*_TOKEN)")
 AWS_FILES = re.compile("AWS_.*_FILE|AWS_CA_BUNDLE")
 
@@ -758,7 +758,7 @@ def setting_faults(settings: Mapping[str, str]) -> Iterator[str]:
         odd = "[\0-\x1f\x7f\udc80-\udcff]" if is_secret else "[\0-\x1f\x7f]"
         if (is_secret or is_aws) and re.search(odd, value):
             yield f"{name}: contains a line break, another control character or invalid UTF-8"
-        if name in SETTINGS or name.upper() in PROXIES or name.startswith("AWS_ENDPOINT_URL_"):
+        if name in SETTINGS or PROXIES.fullmatch(name) or name.startswith("AWS_ENDPOINT_URL_"):
             continue
         # An unknown AWS_ name is left to boto3, unless it looks like a typo of one of ours; in
         # the environment only if it is very near: other programs have variables there, too.
@@ -796,7 +796,7 @@ def load_config(env_file: Path | None, secrets: set[str]) -> Config:
     if env_file or path.is_file() or "HETZNER_HOST" not in os.environ:
         settings |= read_env_file(path, faults)
     for name in os.environ:
-        if name in SETTINGS or re.match("HETZNER_|AWS_|(?i:(https?|no)_proxy$)", name):
+        if name in SETTINGS or PROXIES.fullmatch(name) or name.startswith(("HETZNER_", "AWS_")):
             # Python decodes the environment by the locale, which may not be UTF-8.
             raw = os.fsencode(os.environ[name])
             settings[name] = raw.decode("utf-8", "surrogateescape")
@@ -828,7 +828,7 @@ def load_config(env_file: Path | None, secrets: set[str]) -> Config:
     if (prefix := values["prefix"]) and not re.fullmatch("[^/].*/", prefix):
         usual = "it usually ends in a slash, and does not begin with one"
         log.warning("S3_PREFIX %r: keys will begin %sname; %s", prefix, prefix, usual)
-    for name in [n for n in settings if n.startswith("AWS_") or n.upper() in PROXIES]:
+    for name in [n for n in settings if n.startswith("AWS_") or PROXIES.fullmatch(n)]:
         os.environ.pop(name, None)  # boto3 would take an empty variable for a value
         if settings[name]:
             os.environ[name] = settings[name]
