@@ -3770,6 +3770,7 @@ class Restore:
             self._target = LocalFolder(options.to)
         self._asked_at: float | None = None  # when S3 was last asked to restore an object
         self._present: set[str] = set()  # keys of files that are known to be there
+        self._warn = log.warning  # of names, until all objects were looked at once
 
     def one_pass(self) -> int:
         """Restores what can be read now, and asks S3 for the rest.  The exit status."""
@@ -3805,11 +3806,12 @@ class Restore:
         costs to restore the cold ones and to download all, and warns if there is no room."""
         prices, tier, days = self._context.bucket.prices, self._options.tier, self._options.days
         cold, sizes = Counts(), Counter[str]()
-        outcomes = self._outcomes(self._label, log.warning)
+        outcomes = self._outcomes(self._label)
         for (_, found), label, _ in self._context.progress.counting(outcomes, "looking"):
             if label == NOT_ASKED:
                 cold.add(found.storage_class, found.size)
             sizes[label or FAILED] += found.size
+        self._warn = log.debug
         needed = sizes[READY] + sizes[BUSY] + sizes[NOT_ASKED]
         if cold:
             asked_for, when = cold.total(), f"ready within {TIERS[tier]} hours, for {days} days"
@@ -3831,7 +3833,7 @@ class Restore:
     def _restore_all(self, manifest: TextIO | None) -> None:
         """Downloads what can be read, asks S3 for the rest, counts it, and logs failures.
         `manifest` gets a line of CSV for each object that is not asked for."""
-        for (name, found), label, error in self._outcomes(self._restore_one, log.debug):
+        for (name, found), label, error in self._outcomes(self._restore_one):
             if error and error.code == UNFINISHED:
                 continue
             self._counts.add(label or FAILED, found.size)
@@ -3873,16 +3875,14 @@ class Restore:
             log.warning(message, f"{waiting:,}", TIERS[options.tier])
         return THAWING if waiting else INCOMPLETE if counts[FAILED].files else 0
 
-    def _outcomes(
-        self, work: Callable[[bytes, StoredObject], str], warn: Callable[..., None]
-    ) -> Iterator[Any]:
+    def _outcomes(self, work: Callable[[bytes, StoredObject], str]) -> Iterator[Any]:
         """Each wanted object with the label that `work` returns, or with a FileError."""
         box, threads = self._context.box, self._config.transfers
         pool: Parallel[Selected, str] = Parallel(lambda one: work(*one), box, threads)
-        with contextlib.closing(pool.outcomes(self._wanted(warn))) as outcomes:
+        with contextlib.closing(pool.outcomes(self._wanted())) as outcomes:
             yield from itertools.chain.from_iterable(outcomes)
 
-    def _wanted(self, warn: Callable[..., None]) -> Iterator[Selected]:
+    def _wanted(self) -> Iterator[Selected]:
         """The selected objects and the paths to restore them to.  A file whose path is also a
         folder gets a name beside it.  If two keys stand for one path, the key that this
         program writes wins."""
@@ -3897,11 +3897,11 @@ class Restore:
                 while any(self._select([name], set())):
                     name += b".file"
                 message = "%s is a folder as well: the file of that name is restored as %s"
-                warn(message, printable(folder), printable(name))
+                self._warn(message, printable(folder), printable(name))
                 yield name, upper
             same_path = (other.key for _, other in self._select([path], set()))
             if our_key != key and our_key in same_path:
-                warn("left out %s: %s stands for the same name", printable(key), our_key)
+                self._warn("left out %s: %s stands for the same name", printable(key), our_key)
             else:
                 held.append((path, found))
         yield from held

@@ -257,6 +257,16 @@ def test_wait_goes_on_until_all_is_there(archive, s3, to):
     assert abs(asked - time.time()) < 60
 
 
+def test_wait_warns_of_another_name_once(archive, s3, to):
+    expected = cold_and_back(archive, {"a": b"content"})
+    expected |= stored(archive, {"x": b"file", "x/y": b"in a folder"})
+    thaw(s3, "a")
+    result = archive("restore", "--to", to, "--yes", "--wait", constants={"WAIT_PAUSE": 1})
+    assert result.status == 0, result.stderr
+    assert len(whole(to)) == len(expected)
+    assert result.stderr.count("x is a folder as well") == 1
+
+
 def test_wait_ends_with_3_if_something_has_failed(archive, s3, to):
     cold_and_back(archive, {"a": b"content"})
     stored(archive, {"no/../file": b""})
