@@ -1113,6 +1113,7 @@ STORAGE_BOX_KEYS = (
 )
 CONNECT_REMEDY = "check HETZNER_HOST and HETZNER_PORT (23 for SSH, or 22), and SSH support and"
 CONNECT_REMEDY += " external reachability in Hetzner's console; a box allows 10 connections"
+Keys = list[paramiko.PKey]
 
 
 def connect(config: Config) -> Session:
@@ -1130,7 +1131,7 @@ def connect(config: Config) -> Session:
     watchdog.start()
     try:
         known, revoked = known_host_keys(config)
-        prefer_algorithms(transport.get_security_options(), {*known.values()})
+        prefer_algorithms(transport.get_security_options(), {key.get_name() for key in known})
         transport.start_client(timeout=CONNECT_LIMIT)
         check_host_key(config, transport.get_remote_server_key(), known, revoked)
         log_in(config, transport)
@@ -1154,19 +1155,25 @@ def known_host_name(config: Config) -> str:
     return config.host if config.port == 22 else f"[{config.host}]:{config.port}"
 
 
-def known_host_keys(config: Config) -> tuple[dict[str, str], set[str]]:
-    """The keys in base64 that known_hosts has for the box, with their types, and the keys
-    that it revokes for any host; Fatal if the file cannot be read."""
+def known_host_keys(config: Config) -> tuple[Keys, Keys]:
+    """The keys that known_hosts has for the box, and those that it revokes for any host;
+    Fatal if the file cannot be read."""
     file, text = f"HETZNER_KNOWN_HOSTS {config.known_hosts}", ""
     with fatal_os_errors(file), contextlib.suppress(FileNotFoundError):
         text = config.known_hosts.read_text("utf-8", "replace")
-    # HostKeys.load() stops at a line that it does not know, and keeps one key per type.
-    lines = [line.split() for line in text.splitlines() if len(line.split()) > 2]
-    revoked = {field for line in lines if line[0] == "@revoked" for field in line}
-    known: dict[str, str] = {}
+    lines, revoked = list[tuple[str, paramiko.PKey]](), Keys()
+    for line in map(str.strip, text.splitlines()):
+        # HostKeys.load() stops at a line that it does not know, and keeps one key per type.
+        with contextlib.suppress(Exception):
+            names, kind, encoded, *_ = line.removeprefix("@revoked").split()
+            key = paramiko.PKey.from_type_string(kind, base64.b64decode(encoded))
+            if line.startswith("@revoked"):
+                revoked.append(key)
+            elif not line.startswith("#"):
+                lines.append((names, key))
     for name in (known_host_name(config).lower(), config.host.lower()):
-        if not known:  # a line for the bare host counts only if no line names this port
-            known = {key: kind for names, kind, key, *_ in lines if matches_host(names, name)}
+        if known := [key for names, key in lines if matches_host(names, name)]:
+            break  # a line for the bare host counts only if no line names this port
     return known, revoked
 
 
@@ -1194,22 +1201,18 @@ def prefer_algorithms(options: paramiko.SecurityOptions, types: set[str]) -> Non
     options.key_types = sorted(options.key_types, key=lambda name: name not in types)
 
 
-def check_host_key(
-    config: Config, key: paramiko.PKey, known: Mapping[str, str], revoked: set[str]
-) -> None:
+def check_host_key(config: Config, key: paramiko.PKey, known: Keys, revoked: Keys) -> None:
     """Fatal unless `key` is known for the box.  No credential has been sent yet."""
-    kind, base64_key = key.get_name(), key.get_base64()
-    subject = f"{config.host}:{config.port} has the host key {kind} {key.fingerprint}"
+    subject = f"{config.host}:{config.port} has the host key {key.get_name()} {key.fingerprint}"
     path = shlex.quote(str(config.known_hosts))
-    if base64_key in revoked:
+    if key in revoked:
         raise Fatal(f"{subject}, which is revoked in HETZNER_KNOWN_HOSTS {path}")
     is_storage_box = config.host.lower().endswith(".your-storagebox.de")
-    if base64_key in known or (is_storage_box and key.fingerprint in STORAGE_BOX_KEYS):
+    if key in known or (is_storage_box and key.fingerprint in STORAGE_BOX_KEYS):
         return
     name = known_host_name(config)
     if known:
-        digests = (hashlib.sha256(base64.b64decode(other + "===")).digest() for other in known)
-        expected = ", ".join("SHA256:" + base64.b64encode(d).decode()[:-1] for d in digests)
+        expected = ", ".join(other.fingerprint for other in known)
         raise Fatal(
             f"{subject}, not {expected} as in HETZNER_KNOWN_HOSTS: it has changed, or somebody "
             "is intercepting the connection; only if you know that the change is right, remove "
@@ -1219,7 +1222,7 @@ def check_host_key(
     raise Fatal(
         f"{subject}, which is not in HETZNER_KNOWN_HOSTS; if that is its fingerprint, accept "
         f"it with: mkdir -p {shlex.quote(str(config.known_hosts.parent))} && "
-        f"echo '{name} {kind} {base64_key}' >> {path}"
+        f"echo '{name} {key.get_name()} {key.get_base64()}' >> {path}"
     )
 
 

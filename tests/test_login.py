@@ -386,6 +386,33 @@ def test_a_damaged_known_hosts_file_does_not_make_every_key_known(archive, async
     assert asyncssh_box.attempts == []
 
 
+@pytest.mark.parametrize("mark", ["#other,", "  #*,", "@cert-authority "])
+def test_line_of_known_hosts_that_is_no_host_key_makes_none_known(archive, asyncssh_box, mark):
+    line = asyncssh_box.known_hosts.read_text()
+    asyncssh_box.known_hosts.write_text(mark + line)
+
+    result = archive()
+
+    assert result.status == 1
+    assert "which is not in HETZNER_KNOWN_HOSTS" in result.stderr
+    assert asyncssh_box.attempts == []
+
+
+@pytest.mark.parametrize("bad", ["A", "\u00e9", " of a type that is not known"])
+def test_damaged_line_of_known_hosts_counts_for_nothing(archive, asyncssh_box, bad):
+    names, kind, _ = asyncssh_box.known_hosts.read_text().split()[:3]
+    good = asyncssh_box.known_hosts.read_text()
+    asyncssh_box.known_hosts.write_text(f"{names} {kind} AAAA{bad}\n")
+
+    result = archive()
+
+    assert result.status == 1
+    assert "which is not in HETZNER_KNOWN_HOSTS" in result.stderr
+    assert asyncssh_box.connections == 1
+    asyncssh_box.known_hosts.write_text(f"{names} {kind} AAAA{bad}\n{good}")
+    assert archive().status == 0
+
+
 def test_no_secret_is_in_the_most_talkative_output(archive):
     """The fixture looks for secrets in the output of every run, so also here."""
     assert archive("-v").status == 0
