@@ -1378,7 +1378,11 @@ class StorageBox:
 
     def list_folder(self, path: bytes, limit: float = math.inf) -> list[Entry] | None:
         """The entries of a folder, sorted by name; None if `limit` or more; FileError."""
-        return self.retry(lambda session: read_folder(session, path, limit))
+        try:
+            return self.retry(lambda session: read_folder(session, path, limit))
+        except SFTPError:
+            self.retry(lambda session: session.send((FXP_LSTAT, path)).result())  # VANISHED
+            raise
 
     def space(self) -> tuple[int, int] | None:
         """Bytes used and free on the file system of REMOTE_PATH; None if the server does not
@@ -1484,7 +1488,7 @@ class FileReader:
                 requested = end
             batch, sizes = batches.popleft()
             *reads, fstat, lstat = batch.results()[: len(sizes) + 2]
-            for now in map(self._file_now, (fstat, lstat)):
+            for now in map(self._file_now, (lstat, fstat)):
                 if now != self.file:
                     was = (
                         f"changed while it was read: {size:,} bytes of mtime {self.file.mtime}"
@@ -1535,10 +1539,7 @@ class FileReader:
 def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | None:
     """As StorageBox.list_folder, with several READDIRs at a time.  SFTPError if the folder
     cannot be read, FileError if it has no end, ConnectionLost."""
-    handle, found = session.send((FXP_OPENDIR, path), (FXP_LSTAT, path)).results()
-    not_found = found if isinstance(found, SFTPError) else None
-    if isinstance(handle, SFTPError):
-        raise not_found or handle
+    handle = session.send((FXP_OPENDIR, path)).result()
     names: dict[bytes, Attributes] = {}  # a name may come twice while the folder changes
     count, refusals = READDIRS_PER_BATCH, list[SFTPError]()
     try:
@@ -1557,7 +1558,7 @@ def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | No
     finally:
         session.send((FXP_CLOSE, handle))  # not waited for
     if refusals[0].sftp_code != FX_EOF:  # what is refused after the end does not matter
-        raise not_found or refusals[0]
+        raise refusals[0]
     return sorted(entry for entry in names.items() if entry[0] not in (b".", b".."))
 
 

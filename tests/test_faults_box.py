@@ -31,6 +31,7 @@ from faulty_sftp import (
     A_FOLDER,
     EOF,
     FAILURE,
+    NO_SUCH_FILE,
     PERMISSION_DENIED,
     FaultyBox,
     Generated,
@@ -944,6 +945,17 @@ def test_remote_path_that_does_not_exist_is_fatal(archive, box):
     result = archive(REMOTE_PATH="nowhere")
     assert result.status == 1
     assert "nowhere" in result.stderr
+
+
+def test_what_vanishes_while_it_is_read_is_no_failure(archive, box):
+    """On a server that answers FSTAT and READDIR by path."""
+    write(box.root / "d" / "f", SMALL)
+    write(box.root / "f", SMALL)
+    box.on("READDIR", b"d", first(lambda: shutil.rmtree(box.root / "d"), status(NO_SUCH_FILE)))
+    box.on("FSTAT", b"f", first((box.root / "f").unlink, status(NO_SUCH_FILE)))
+    result = archive(constants=SIZES)
+    assert (result.status, result.failures) == (0, []), result.stderr
+    assert "Vanished       : 2" in result.stdout
 
 
 def test_what_vanishes_after_it_was_listed_is_no_failure(archive, box):
