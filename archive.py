@@ -1427,7 +1427,7 @@ class FileReader:
             if self.file.size > listed.size + MAX_GROWTH:
                 sizes = f"{listed.size:,} bytes when it was listed, now {self.file.size:,}"
                 raise FileError(f"changed: {sizes}")
-            if self.file.size == 0:  # it may be larger than the box says
+            if self.file.size == offset == 0:  # it may be larger than the box says
                 self._advance()
         except FileError:
             self.close()

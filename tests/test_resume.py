@@ -359,6 +359,15 @@ def test_parts_of_another_source_are_not_gone_on_with(archive, box, s3):
     assert_all_archived(archive, box)
 
 
+def test_file_that_is_emptied_after_it_was_listed_fails_with_the_reason(archive, box, s3):
+    write(box.root / "big", BIG)
+    interrupt(archive, s3)
+    box.on("OPEN", b"big", first(lambda: os.truncate(box.root / "big", 0)))
+    assert_failed(archive(constants=SIZES), {"big": "changed since it was listed"})
+    assert archive(constants=SIZES).counts == (1, 0, 0)
+    archive.assert_invariant()
+
+
 @pytest.mark.parametrize("row", [False, True], ids=["a new file", "one that was compared"])
 def test_file_that_is_rewritten_within_its_second_is_not_gone_on_with(archive, box, s3, row):
     """Its parts would be of two versions that have the same size and mtime."""
