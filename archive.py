@@ -3558,11 +3558,11 @@ def check(context: Context, _options: argparse.Namespace) -> int:
 # --------------------------------------------------------------------- Restore
 
 
-def partial_name(name: bytes, key: str) -> bytes:
+def partial_name(name: bytes, uri: str) -> bytes:
     """The name of a file until it is complete, in the same folder.  Each object has its own,
     which is the same in every pass: at most one is left behind, and no two write to it."""
     folder, slash, _ = name.rpartition(b"/")
-    digest = hashlib.sha256(key.encode()).hexdigest()[:32]
+    digest = hashlib.sha256(uri.encode()).hexdigest()[:32]
     return folder + slash + f".archive-{digest}.partial".encode()
 
 
@@ -3575,6 +3575,7 @@ class Download:
         answer = context.bucket.get(found, ChecksumMode="ENABLED")
         self._body = answer["Body"]  # the one to read next, None once it was read
         self.stored = stored_object(found.key, answer)
+        self.uri = f"s3://{context.config.bucket}/{found.key}"
 
     def blocks(self, block_size: int) -> Iterator[bytes]:
         """The object's bytes, from the start at each call, in blocks of at most this size.  A
@@ -3631,7 +3632,7 @@ class LocalFolder:
         """Writes the file under another name, and renames it.  FileError, also if there is
         one and not `overwrite`; Fatal if the disk is full."""
         path, stored = self._folder / os.fsdecode(name), download.stored
-        partial_path = self._folder / os.fsdecode(partial_name(name, stored.key))
+        partial_path = self._folder / os.fsdecode(partial_name(name, download.uri))
         if os.path.realpath(path.parent) != str(path.parent):
             raise FileError("a folder above it is a link, which may lead anywhere")
         try:
@@ -3684,7 +3685,7 @@ class BoxFolder:
     def store(self, name: bytes, download: Download, overwrite: bool) -> None:
         """As LocalFolder.store; Fatal if the box is full."""
         path, stored = join(self._folder, name), download.stored
-        partial_path = join(self._folder, partial_name(name, stored.key))
+        partial_path = join(self._folder, partial_name(name, download.uri))
         mtime = min(max(stored.mtime, TIME_RANGES[0][0]), TIME_RANGES[0][1])
 
         def write_and_rename(session: Session) -> None:

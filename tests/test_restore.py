@@ -22,7 +22,7 @@ from urllib.parse import unquote
 from zlib import crc32
 
 import pytest
-from conftest import CHANGED, MIB, OLD, PROGRAM, Archive, fill, real, tree
+from conftest import CHANGED, MIB, OLD, PROGRAM, Archive, Bucket, fill, real, tree
 from faults import LARGE, SIZES, wait_for, write
 from faulty_sftp import FAILURE, PERMISSION_DENIED, Dropped, FaultyBox, drop, status
 from relay import Relay
@@ -1033,14 +1033,18 @@ def test_second_restore_at_once_ends_with_11(archive, s3, to):
     assert whole(to) == expected
 
 
-def test_two_boxes_restored_to_one_folder_do_not_mix(archive, s3, to):
+@pytest.mark.parametrize("own", ["prefix", "bucket"])
+def test_two_boxes_restored_to_one_folder_do_not_mix(archive, moto, s3, to, own):
     """Each has a lock of its own, and they write to one folder at once."""
-    stored(archive, {"one/a": BODY, "two/a": b"content"})
+    stored(archive, {"one/a": BODY})
+    bucket = archive.bucket if own == "prefix" else Bucket(moto, "another-bucket")
+    prefix = "two/" if own == "prefix" else "one/"
+    bucket.client.put_object(Bucket=bucket.name, Key=f"{prefix}a", Body=b"content")
     others = []
 
     def other_restore():
         wait_for_partial(to)
-        settings = {"S3_PREFIX": "two/", "STATE_DB": "two.db"}
+        settings = {**bucket.settings(), "S3_PREFIX": prefix, "STATE_DB": "two.db"}
         others.append(archive("restore", "--to", to, **settings))
 
     s3.on("GetObject", halfway(other_restore), key="one/a")
