@@ -3706,6 +3706,7 @@ class BoxFolder:
         try:
             self._box.retry(write_and_rename)
         except FileError as error:
+            self._known = {b""}  # somebody may have deleted a folder
             free = math.inf
             with contextlib.suppress(Fatal, Stopped, FileError):
                 free = self.free_space()  # before the partial file is deleted

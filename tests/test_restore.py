@@ -10,6 +10,7 @@ import csv
 import os
 import pty
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -1299,6 +1300,17 @@ def test_file_that_the_box_refuses_fails_and_leaves_nothing(archive, faulty_box,
     assert result.status == 3, result.stderr
     assert sorted(failed(result)) == sorted(WRITING)
     assert settled(faulty_box.root / "back") == {b"well": expected[b"well"]}
+
+
+def test_folder_on_the_box_that_is_deleted_meanwhile_costs_one_file(archive, faulty_box, s3):
+    stored(archive, dict.fromkeys(["a/1", "a/2", "a/3"], b"content"))
+    s3.on("GetObject", first(lambda: shutil.rmtree(faulty_box.root / "back/a")), key="a/2")
+
+    result = archive("restore", "--to-box", "back", TRANSFERS=1)
+
+    assert set(failed(result)) == {"a/2"}
+    assert set(whole(faulty_box.root / "back")) == {b"a/3"}
+    assert archive("restore", "--to-box", "back").status == 0
 
 
 def test_file_that_fails_leaves_nothing_open_on_the_box(archive, faulty_box, s3):
