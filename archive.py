@@ -1094,8 +1094,7 @@ class Session:
             while len(unread) >= 4:
                 end = 4 + U32.unpack_from(unread)[0]
                 if not 9 <= end <= MAX_PACKET:
-                    begin = bytes(unread[:4])
-                    raise ConnectionLost(f"the box sent {begin!r}, which begins no reply")
+                    raise ConnectionLost(f"the box sent {bytes(unread[:4])!r}, not a reply")
                 if len(unread) < end:
                     break
                 yield memoryview(unread[4:end])
@@ -1156,25 +1155,24 @@ def known_host_name(config: Config) -> str:
 
 
 def known_host_keys(config: Config) -> tuple[Keys, Keys]:
-    """The keys that known_hosts has for the box, and those that it revokes for any host;
-    Fatal if the file cannot be read."""
+    """The keys that known_hosts has for the box, and those that it revokes for all; Fatal."""
     file, text = f"HETZNER_KNOWN_HOSTS {config.known_hosts}", ""
     with fatal_os_errors(file), contextlib.suppress(FileNotFoundError):
         text = config.known_hosts.read_text("utf-8", "replace")
-    lines, revoked = list[tuple[str, paramiko.PKey]](), Keys()
+    names, revoked = (known_host_name(config).lower(), config.host.lower()), Keys()
+    known: dict[str, Keys] = {name: [] for name in names}
     for line in map(str.strip, text.splitlines()):
         # HostKeys.load() stops at a line that it does not know, and keeps one key per type.
         with contextlib.suppress(Exception):
-            names, kind, encoded, *_ = line.removeprefix("@revoked").split()
+            patterns, kind, encoded, *_ = line.removeprefix("@revoked").split()
             key = paramiko.PKey.from_type_string(kind, base64.b64decode(encoded))
             if line.startswith("@revoked"):
                 revoked.append(key)
             elif not line.startswith("#"):
-                lines.append((names, key))
-    for name in (known_host_name(config).lower(), config.host.lower()):
-        if known := [key for names, key in lines if matches_host(names, name)]:
-            break  # a line for the bare host counts only if no line names this port
-    return known, revoked
+                for name in filter(partial(matches_host, patterns), known):
+                    known[name].append(key)
+    # A line for the bare host counts only if no line names this port.
+    return known[names[0]] or known[names[1]], revoked
 
 
 def matches_host(patterns: str, name: str) -> bool:
@@ -1183,8 +1181,7 @@ def matches_host(patterns: str, name: str) -> bool:
 
     def matches(pattern: str) -> bool:
         if pattern.startswith("|1|"):
-            with contextlib.suppress(Exception):  # of paramiko, if it is damaged
-                return bool(paramiko.HostKeys.hash_host(name, pattern) == pattern)
+            return bool(paramiko.HostKeys.hash_host(name, pattern) == pattern)
         literal = pattern.lower().replace("[", "[[]")  # [host]:23 is no set of characters
         return fnmatch.fnmatchcase(name, literal)
 
@@ -1490,10 +1487,9 @@ class FileReader:
             *reads, fstat, lstat = batch.results()[: len(sizes) + 2]
             for now in map(self._file_now, (lstat, fstat)):
                 if now != self.file:
-                    was = (
-                        f"changed while it was read: {size:,} bytes of mtime {self.file.mtime}"
-                    )
-                    raise FileError(f"{was}, then {now.size:,} of {now.mtime}", CHANGED)
+                    both = f"{size:,} bytes of mtime {self.file.mtime}"
+                    both += f", then {now.size:,} of {now.mtime}"
+                    raise FileError(f"changed while it was read: {both}", CHANGED)
             for due, reply in zip(sizes, reads):
                 if isinstance(reply, SFTPError) and reply.sftp_code != FX_EOF:
                     raise reply
@@ -1547,9 +1543,7 @@ def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | No
             before = len(names)
             results = session.send(*[(FXP_READDIR, handle)] * count).results()
             refusals = [result for result in results if isinstance(result, SFTPError)]
-            for entries in results:
-                if not isinstance(entries, SFTPError):
-                    names.update(entries)
+            names.update(itertools.chain(*(r for r in results if r not in refusals)))
             if not refusals and len(names) == before:  # only names that it has sent before
                 raise FileError("the box sent a listing that does not end")
             if not refusals and len(names) >= limit:
