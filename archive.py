@@ -3682,6 +3682,10 @@ class BoxFolder:
         partial_path = join(self._folder, partial_name(name, download.uri))
         mtime = min(max(stored.mtime, TIME_RANGES[0][0]), TIME_RANGES[0][1])
 
+        def check(session: Session, where: bytes) -> None:
+            if session.send((FXP_LSTAT, where)).result()[:2] != (stored.size, mtime):
+                raise FileError(f"not {stored.size:,} bytes of mtime {mtime} on the box")
+
         def write_and_rename(session: Session) -> None:
             self._make_folders(session, path)
             # ProFTPD lets nobody write anew to a file, which a killed pass may have left.
@@ -3690,10 +3694,12 @@ class BoxFolder:
                 return  # an earlier attempt has renamed it, and the reply got lost
             handle = session.send((FXP_OPEN, partial_path, FOR_WRITING, NO_ATTRIBUTES)).result()
             try:  # from here on, trying again would fetch it from S3 again
-                write_file(session, handle, partial_path, download, mtime)
+                write_file(session, handle, download, mtime)
+                check(session, partial_path)
                 if overwrite:
                     session.send((FXP_REMOVE, path)).results()
                 session.send((FXP_RENAME, partial_path, path)).result()
+                check(session, path)  # a lost session may have opened it anew just before
             except SFTPError as error:
                 raise FileError(f"the box cannot store it: {error}") from None
 
@@ -3725,11 +3731,8 @@ class BoxFolder:
             self._known.add(folder)
 
 
-def write_file(
-    session: Session, handle: bytes, path: bytes, download: Download, mtime: int
-) -> None:
-    """Writes the new file at `path`, which is open, and closes it.  SFTPError; FileError if
-    the box has another size or mtime then."""
+def write_file(session: Session, handle: bytes, download: Download, mtime: int) -> None:
+    """Writes a new file, which is open, and closes it; SFTPError, FileError."""
     batches, at = deque[Batch](), 0
     try:
         for block in download.blocks(WRITE_SIZE):
@@ -3743,9 +3746,6 @@ def write_file(
     finally:
         closing = session.send((FXP_CLOSE, handle))
     closing.result()
-    found = session.send((FXP_LSTAT, path)).result()
-    if found[:2] != (at, mtime):
-        raise FileError(f"the box has other than {at:,} bytes of mtime {mtime} afterwards")
 
 
 # What happens to an object: labels of the table, except READY.

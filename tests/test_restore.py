@@ -1325,6 +1325,31 @@ def test_file_that_fails_leaves_nothing_open_on_the_box(archive, faulty_box, s3)
     assert faulty_box.requests["OPEN"] == faulty_box.requests["CLOSE"] >= 3
 
 
+def test_open_that_a_lost_session_carries_out_late_is_noticed(archive, faulty_box, s3):
+    """It empties what the next session has written."""
+    stored(archive, {"f": b"content"})
+    expired, emptied = threading.Event(), threading.Event()
+
+    def late(request):
+        expired.wait(30)
+        reply = request.reply()
+        emptied.set()
+        return reply
+
+    def meanwhile(request):
+        expired.set()
+        emptied.wait(30)
+        return request.reply()
+
+    once_fetching(s3, faulty_box, "OPEN", late)
+    faulty_box.on("RENAME", None, meanwhile)
+    constants = {**SOON, "SILENCE_LIMIT": 1}
+    result = archive("restore", "--to-box", "back", constants=constants)
+    assert emptied.is_set()
+    assert result.status == 3
+    assert "not 7 bytes" in failed(result)["f"]
+
+
 def test_write_that_the_box_cuts_short_is_noticed(archive, faulty_box):
     stored(archive, {"file": 100_000})
 
