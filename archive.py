@@ -1618,8 +1618,7 @@ class Walk:
 
     def pages(self) -> Iterator[list[RemoteFile]]:
         """Lists of at most PAGE files, and an empty list after each COMMIT_PAUSE without a
-        file.  Warns of exclusions without effect.  Fatal if REMOTE_PATH itself cannot be
-        listed, Stopped."""
+        file.  Fatal if REMOTE_PATH itself cannot be listed, Stopped."""
         self._exclusions = Exclusions(self._config, self._box)
         waiting = [self._root]
         begun: deque[tuple[bytes, Future[list[Entry] | None]]] = deque()
@@ -1642,6 +1641,9 @@ class Walk:
                 waiting += reversed(folders)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def warn_of_unmatched(self) -> None:
+        """Warns of exclusions without effect, after the walk."""
         for item in sorted(self._exclusions.unmatched):
             log.warning("EXCLUDE_PATHS: %s has matched nothing", printable(item))
 
@@ -3071,6 +3073,7 @@ def plan(context: Context, options: argparse.Namespace) -> int:
             take_over(context.config, context.bucket, state)
         forecast = Forecast(context, state, show_file)
         forecast.walk_box()
+    forecast.warn_of_unmatched()
     context.show_summary("PLAN", forecast.rows())
     forecast.advise()
     return INCOMPLETE if forecast.failed else 0
@@ -3122,6 +3125,7 @@ class Run(Scan):
         with contextlib.closing(pool.outcomes(self._jobs())) as outcomes:
             for finished in outcomes:
                 self._settle(finished)
+        self.warn_of_unmatched()
         if not (self.unlisted or self.ended_early):
             # Unfinished uploads of files that are gone, or are archived by now.
             for key, begun in self._uploads.items():
