@@ -735,7 +735,7 @@ def read_env_file(path: Path, faults: list[str]) -> dict[str, str]:
     without a setting.  load_dotenv() would skip them, and expand ${...}, which may be part of
     a password."""
     settings: dict[str, str] = {}
-    with fatal_os_errors("cannot read the env file, see .env.example", USAGE):
+    with fatal_os_errors(f"cannot read the env file {path}, see .env.example", USAGE):
         lines = path.read_text(encoding="utf-8-sig").split("\n")
         if os.name == "posix" and path.stat().st_mode & 0o077:
             log.warning("%s can be read by others: chmod 600 %s", path, path)

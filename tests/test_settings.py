@@ -137,6 +137,14 @@ def test_no_env_file_is_looked_for_in_the_folders_above(archive, installed):
     assert f"No such file or directory: '{installed.folder}/.env'" in result.stderr
 
 
+def test_env_file_that_is_no_text_is_named(archive, tmp_path):
+    path = tmp_path / "latin-1.env"
+    path.write_bytes(b"HETZNER_PASSWORD=\xe4\n")
+    result = archive("--env-file", path)
+    assert result.status == 2
+    assert f"cannot read the env file {path}" in result.stderr
+
+
 def test_relative_files_are_relative_to_the_env_file(archive, tmp_path):
     """From another working directory everything would be paid for a second time."""
     settings = {**archive.settings, "STATE_DB": "state/my.db", "LOG_FILE": "my.log"}
