@@ -3462,8 +3462,8 @@ def status(context: Context, _options: argparse.Namespace) -> int:
         rows[label] = NOT_KNOWN if is_over else try_or_unknown(question)
     rows["Prices"] = prices.note
     context.show_summary("STATUS", rows.items())
+    context.summary["runs"] = None if isinstance(runs, Unknown) else [*map(dict, runs)]
     if not isinstance(runs, Unknown):
-        context.summary["runs"] = [dict(past) for past in runs]
         show_runs(runs)
     return 0
 

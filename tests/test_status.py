@@ -284,5 +284,5 @@ def test_damaged_state_leaves_the_rest(archive):
 
     status = told(archive)
 
-    assert status["archived"] is status["storage_a_month"] is None
+    assert status["archived"] is status["storage_a_month"] is status["runs"] is None
     assert status["unfinished_uploads"] == 0
