@@ -3437,8 +3437,7 @@ def status(context: Context, _options: argparse.Namespace) -> int:
         since = time.time() - 30 * DAY
         rows["Archived"] = counts.total()
         rows.update(counts)
-        others = {*counts} - {config.storage_class, config.small_files_class}
-        if others:
+        if others := {*counts} - {config.storage_class, config.small_files_class}:
             log.warning("not the STORAGE_CLASS that is set: %s", ", ".join(sorted(others)))
         rows["Storage a month"] = month_cost(prices, counts)
         spent = (past["spent"] or 0.0 for past in runs if past["started_at"] >= since)
@@ -3558,7 +3557,7 @@ def check(context: Context, _options: argparse.Namespace) -> int:
 
 def partial_name(name: bytes, uri: str) -> bytes:
     """The name of a file until it is complete, in the same folder.  Each object has its own,
-    which is the same in every pass: at most one is left behind, and no two write to it."""
+    which is the same in every pass: at most one is left behind."""
     folder, slash, _ = name.rpartition(b"/")
     digest = hashlib.sha256(uri.encode()).hexdigest()[:32]
     return folder + slash + f".archive-{digest}.partial".encode()
@@ -3640,6 +3639,8 @@ class LocalFolder:
                 file.writelines(download.blocks(DOWNLOAD_BLOCK))
                 file.flush()
                 os.fsync(file.fileno())  # the next pass trusts size and mtime
+                if not os.path.samestat(os.fstat(file.fileno()), partial_path.lstat()):
+                    raise FileError("another restore to this folder is writing it")
             os.utime(partial_path, (stored.mtime, stored.mtime))
             if not overwrite and os.path.lexists(path):
                 raise FileError("another file has appeared there: --overwrite replaces it")

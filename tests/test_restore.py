@@ -1034,6 +1034,24 @@ def test_second_restore_at_once_ends_with_11(archive, s3, to):
     assert whole(to) == expected
 
 
+def test_two_restores_with_states_of_their_own_do_not_mix_in_one_folder(archive, s3, to):
+    """Each has a lock of its own, but they write under the same temporary name."""
+    stored(archive, {"a": BODY})
+
+    def other_restore():
+        wait_for_partial(to)
+        [partial] = to.glob(".*partial")
+        partial.unlink()
+        partial.write_bytes(b"the other's")
+
+    s3.on("GetObject", halfway(other_restore), key="a")
+    result = archive("restore", "--to", to)
+    assert result.status == 3
+    assert "another restore" in failed(result)["a"]
+    assert not (to / "a").exists()
+    assert archive("restore", "--to", to).status == 0
+
+
 @pytest.mark.parametrize("own", ["prefix", "bucket"])
 def test_two_boxes_restored_to_one_folder_do_not_mix(archive, moto, s3, to, own):
     """Each has a lock of its own, and they write to one folder at once."""
