@@ -2081,12 +2081,12 @@ def s3_errors() -> Iterator[None]:
         details, answer = error.response.get("Error", {}), error.response["ResponseMetadata"]
         operation, code = error.operation_name, str(details.get("Code"))
         code = HEAD_CODES.get(code, code)
-        refusal = f"{operation}: {code} {details.get('Message', '')}"
+        words = code, details.get("BucketName"), details.get("Message")
+        refusal = f"{operation}: {' '.join(filter(None, words))}"
         if operation.startswith(("Assume", "GetSession", "GetRole", "CreateToken")):
             raise Fatal(f"no AWS credentials: {refusal}", code) from None
         if code in REMEDIES:
-            headers = answer.get("HTTPHeaders", {})
-            region = headers.get("x-amz-bucket-region", "the bucket's region")
+            region = answer["HTTPHeaders"].get("x-amz-bucket-region", "the bucket's region")
             refusal += "; " + REMEDIES[code].format(region=region)
             # One object may be denied to `restore`, and 400 may have any cause.
             if code != "400" and (operation, code) != ("GetObject", DENIED):

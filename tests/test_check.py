@@ -312,7 +312,7 @@ def test_key_that_may_not_list_at_all_is_told_so(archive, s3):
 def test_bucket_that_does_not_exist_is_told_with_the_setting_to_correct(archive):
     fault = only_fault(archive("check", S3_BUCKET="no-such-bucket-anywhere"))
 
-    assert "NoSuchBucket" in fault
+    assert "NoSuchBucket no-such-bucket-anywhere" in fault
     assert "S3_BUCKET" in fault
     assert_run_says_the_same(
         archive, fault.partition("NoSuchBucket")[2], S3_BUCKET="no-such-bucket-anywhere"
