@@ -736,15 +736,16 @@ def read_env_file(path: Path, faults: list[str]) -> dict[str, str]:
     a password."""
     settings: dict[str, str] = {}
     with fatal_os_errors(f"cannot read the env file {path}, see .env.example", USAGE):
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        text = path.read_text(encoding="utf-8-sig")
         if os.name == "posix" and path.stat().st_mode & 0o077:
             log.warning("%s can be read by others: chmod 600 %s", path, path)
-    for number, line in enumerate(lines, 1):
-        for binding in dotenv.parser.parse_stream(io.StringIO(line)):
-            if binding.key is not None and binding.value is not None:
-                settings[binding.key] = binding.value
-            elif binding.key is not None or binding.error:
-                faults.append(f"{path}, line {number}: expected NAME=value")
+    for binding in dotenv.parser.parse_stream(io.StringIO(text)):
+        if binding.key is not None and binding.value is not None:
+            settings[binding.key] = binding.value
+        elif binding.key is not None or binding.error:
+            source, line = binding.original  # with the empty lines before it
+            line += source[: -len(source.lstrip())].count("\n")
+            faults.append(f"{path}, line {line}: expected NAME=value")
     for name in [n for n, value in settings.items() if value and AWS_FILES.fullmatch(n)]:
         settings[name] = str(path.parent / parse_path(settings[name]))
     return settings

@@ -137,6 +137,15 @@ def test_no_env_file_is_looked_for_in_the_folders_above(archive, installed):
     assert f"No such file or directory: '{installed.folder}/.env'" in result.stderr
 
 
+def test_value_in_quotes_may_have_several_lines(archive, box):
+    fill(box.root, {"file": b"x"})
+    archive.env_file.write_text('S3_EXTRA_ARGS=\'{\n"ContentLanguage": "de"}\'\nTRANSFERS=2\n')
+    assert archive().counts == (1, 0, 0)
+    bucket = archive.bucket
+    answer = bucket.client.head_object(Bucket=bucket.name, Key="file")
+    assert answer["ContentLanguage"] == "de"
+
+
 def test_env_file_that_is_no_text_is_named(archive, tmp_path):
     path = tmp_path / "latin-1.env"
     path.write_bytes(b"HETZNER_PASSWORD=\xe4\n")
