@@ -2315,16 +2315,16 @@ class Bucket:
     def _list(self, operation: str, *entries: str, **parameters: Any) -> Iterator[Any]:
         """The items of a listing in the lists that are named `entries`, merged by key.  The
         next page begins where an answer's NextMarker says, as a parameter Marker."""
+        marker: dict[str, Any] = {}
         while True:
-            page = self.request(operation, **parameters)
+            page = self.request(operation, **parameters, **marker)
             lists = (page.get(name, ()) for name in entries)
             yield from heapq.merge(*lists, key=lambda entry: entry.get("Key", ""))
             if not page.get("IsTruncated"):
                 return
-            next_page = {n.removeprefix("Next"): page[n] for n in page if n.startswith("Next")}
-            if next_page.items() <= parameters.items():  # none, or this one again
+            last, marker = marker, {n[4:]: page[n] for n in page if n[:4] == "Next" and page[n]}
+            if marker in ({}, last):  # none, or this page's again
                 raise FileError("S3's listing breaks off, and does not say how it goes on")
-            parameters |= next_page
 
     # Uploads
 

@@ -214,6 +214,29 @@ def in_pages(entries, most):
     return answer
 
 
+@pytest.mark.parametrize("empty", ["", "<NextVersionIdMarker></NextVersionIdMarker>"])
+def test_page_that_begins_with_a_key_is_asked_for_without_version(archive, versions, s3, empty):
+    pages = {  # by the markers in the query: what follows them, and the versions
+        (None, None): ("b", "<NextVersionIdMarker>b1</NextVersionIdMarker>"),
+        ("b", "b1"): ("c", empty),
+        ("c", None): ("d", None),
+    }
+
+    def answer(exchange):
+        query = parse_qs(urlsplit(exchange.handler.path).query, keep_blank_values=True)
+        names = "key-marker", "version-id-marker"
+        key, more = pages[tuple(query.get(name, [None])[0] for name in names)]
+        body = f"<IsTruncated>{str(more is not None).lower()}</IsTruncated>"
+        body += f"<NextKeyMarker>{key}</NextKeyMarker>{more or ''}" if more is not None else ""
+        body += "".join(entries(key, [(f"{key}1", 10)]))
+        body = f"<ListVersionsResult>{body}</ListVersionsResult>"
+        return Answer(200, {"content-type": "application/xml"}, body.encode())
+
+    s3.always("ListObjectVersions", answer)
+    result = archive("ls", "--at", "2021-06-02", "--json")
+    assert [found["path"] for found in objects(result)] == ["b", "c", "d"], result.output
+
+
 IN_ORDER = {  # the versions of a key as S3 lists them, and which is current at a second
     "in one second": ([("c", 10), ("b", 10), ("a", 10)], {9: None, 10: "c", 30: "c"}),
     "overwritten later": ([("c", 20), ("b", 10), ("a", 10)], {10: "b", 20: "c"}),
