@@ -1437,9 +1437,10 @@ class FileReader:
 
     def read(self, amount: int = -1) -> bytes:
         """The next `amount` bytes, fewer at the end; all if negative; FileError, Stopped."""
-        self._box.stopping.check()
         left = self.file.size - self._offset + len(self._piece)
         missing = amount = left if amount < 0 else min(amount, left)
+        if missing:
+            self._box.stopping.check()
         data = io.BytesIO(bytes(amount))  # getvalue() copies nothing, join() would
         while missing:
             if not self._piece:
@@ -2805,6 +2806,7 @@ class Parallel(Generic[Item, Result]):
                             pool.submit(self._attempt, item)
                 stopping.is_deferred = True  # within `try`: there is no gap for a signal
             except (ArchiveError, Stopped) as error:
+                stopping.is_deferred = True
                 self._fail(error)
             with stopping.deferred():
                 while self._under_way and time.monotonic() < self._wait_until:
