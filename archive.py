@@ -3823,15 +3823,14 @@ class Restore:
         needed = sizes[READY] + sizes[BUSY] + sizes[NOT_ASKED]
         if cold:
             asked_for, when = cold.total(), f"ready within {TIERS[tier]} hours, for {days} days"
-            download = format_usd(prices.download(asked_for.files, needed))
             rows: dict[str, object] = {
                 "To be asked of S3": asked_for,
                 "Tier": f"{tier.capitalize()}, {when}",
                 "Restore": restore_cost(prices, cold, tier, days),
-                "Download": f"{download} out of AWS",
+                "Download": prices.download(asked_for.files, needed),
+                "Prices": prices.note,
             }
             show_table("ESTIMATE", rows.items())
-            show(f"({prices.note})")
         if needed > (free := self._target.free_space()):
             message = "%s are to be restored, but only %s are free there: copies that S3 makes "
             message += "cost money while they wait"
