@@ -1416,7 +1416,7 @@ class FileReader:
         was listed, because no memory is reserved for that."""
         self._box, self._path, self._began = box, listed.path, time.time()
         self._offset = offset  # of the next byte to receive
-        self._piece = memoryview(b"")  # received, and not yet returned by `read`
+        self._pieces = deque[memoryview]()  # received, and not yet returned by `read`
         self._read_size = READ_SIZE
         self._session: Session | None = None
         self._handle = b""  # of `_session`; empty once its CLOSE has been sent
@@ -1437,16 +1437,18 @@ class FileReader:
 
     def read(self, amount: int = -1) -> bytes:
         """The next `amount` bytes, fewer at the end; all if negative; FileError, Stopped."""
-        left = self.file.size - self._offset + len(self._piece)
+        left = self.file.size - self._offset + sum(map(len, self._pieces))
         missing = amount = left if amount < 0 else min(amount, left)
         if missing:
             self._box.stopping.check()
         data = io.BytesIO(bytes(amount))  # getvalue() copies nothing, join() would
         while missing:
-            if not self._piece:
+            if not self._pieces:
                 self._advance()
-            size = data.write(self._piece[:missing])
-            self._piece, missing = self._piece[size:], missing - size
+            piece = self._pieces.popleft()
+            if len(piece) > missing:
+                self._pieces.appendleft(piece[missing:])
+            missing -= data.write(piece[:missing])
         return data.getvalue()
 
     def close(self) -> None:
@@ -1463,48 +1465,59 @@ class FileReader:
         if isinstance(handle, SFTPError):
             raise found if isinstance(found, SFTPError) else handle
         self._session, self._handle = session, handle
-        self._pieces = self._receive(session)
+        self._batches = self._receive(session)
         return self._file_now(found)
 
     def _advance(self) -> None:
-        self._piece = self._box.retry(self._next_piece, self._session)
+        self._pieces = self._box.retry(self._next_batch, self._session)
 
-    def _next_piece(self, session: Session) -> memoryview:
-        piece = next(self._pieces, None) if session is self._session else None
-        if piece is None:  # the session is a new one, or a reply was short
+    def _next_batch(self, session: Session) -> deque[memoryview]:
+        pieces = next(self._batches, None) if session is self._session else None
+        if pieces is None:  # the session is a new one, or a reply was short
             self._open(session)
-            piece = next(self._pieces)
-        return piece
+            pieces = next(self._batches)
+        return pieces
 
-    def _receive(self, session: Session) -> Iterator[memoryview]:
+    def _receive(self, session: Session) -> Iterator[deque[memoryview]]:
         """The bytes from `_offset` to the end of the file, or to a short reply."""
-        size, requested = self.file.size, self._offset
+        size = self.file.size
+        begun = requested = self._offset
         batches: deque[tuple[Batch, list[int]]] = deque()  # with the bytes that are due
         while batches or self._handle:
             while self._handle and requested < self._offset + READ_WINDOW:
                 end = min(size, requested + READS_PER_BATCH * self._read_size)
                 batches.append(self._request(session, requested, end))
                 requested = end
-            batch, sizes = batches.popleft()
-            *reads, fstat, lstat = batch.results()[: len(sizes) + 2]
-            for now in map(self._file_now, (lstat, fstat)):
-                if now != self.file:
-                    both = f"{size:,} bytes of mtime {self.file.mtime}"
-                    both += f", then {now.size:,} of {now.mtime}"
-                    raise FileError(f"changed while it was read: {both}", CHANGED)
-            for due, reply in zip(sizes, reads):
-                if isinstance(reply, SFTPError) and reply.sftp_code != FX_EOF:
-                    raise reply
-                data = memoryview(b"") if isinstance(reply, SFTPError) else reply
-                if len(data) > due:
-                    raise FileError(f"has more than {size:,} bytes, its size on the box")
-                if due and not data:
-                    raise FileError(f"ended at {self._offset:,} of {size:,} bytes", CHANGED)
-                self._offset += len(data)
-                yield data
-                if len(data) < due:  # the server may never send more
-                    self._read_size = max(len(data), MIN_READ_SIZE)
-                    return
+            begun += sum(batches[0][1])
+            yield self._take(*batches.popleft())  # a name here would keep the bytes in memory
+            if self._offset < begun:
+                return
+
+    def _take(self, batch: Batch, sizes: list[int]) -> deque[memoryview]:
+        """The replies to READs of these sizes, as far as none is short.  FileError if the file
+        has changed."""
+        *reads, fstat, lstat = batch.results()[: len(sizes) + 2]
+        for now in map(self._file_now, (lstat, fstat)):
+            if now != self.file:
+                both = f"{self.file.size:,} bytes of mtime {self.file.mtime}"
+                both += f", then {now.size:,} of {now.mtime}"
+                raise FileError(f"changed while it was read: {both}", CHANGED)
+        pieces, end = deque[memoryview](), self._offset
+        for due, reply in zip(sizes, reads):
+            if isinstance(reply, SFTPError) and reply.sftp_code != FX_EOF:
+                raise reply
+            data = memoryview(b"") if isinstance(reply, SFTPError) else reply
+            if len(data) > due:
+                raise FileError(f"has more than {self.file.size:,} bytes, its size on the box")
+            if due and not data:
+                raise FileError(f"ended at {end:,} of {self.file.size:,} bytes", CHANGED)
+            pieces.append(data)
+            end += len(data)
+            if len(data) < due:  # the server may never send more
+                self._read_size = max(len(data), MIN_READ_SIZE)
+                break
+        self._offset = end  # not before all replies are right
+        return pieces
 
     def _request(self, session: Session, begin: int, end: int) -> tuple[Batch, list[int]]:
         """Sends READs of these bytes, and the requests that show whether the file has changed
