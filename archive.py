@@ -1908,9 +1908,9 @@ class State:
     def unrecorded(self, files: list[RemoteFile]) -> list[RemoteFile]:
         """Those of `files` that have no row with their size and mtime."""
         query = f"SELECT path, size, mtime FROM files WHERE path IN {PATHS}"
-        rows = self._execute(query, json.dumps([path_text(file.path) for file in files]))
-        known = {tuple(row) for row in rows}
-        return [f for f in files if (path_text(f.path), f.size, f.mtime) not in known]
+        paths = [path_text(file.path) for file in files]
+        known = {tuple(row) for row in self._execute(query, json.dumps(paths))}
+        return [f for path, f in zip(paths, files) if (path, f.size, f.mtime) not in known]
 
     def find(self, paths: Iterable[str]) -> dict[str, Record]:
         """The records of these paths, as far as there are any."""
