@@ -224,12 +224,12 @@ class Prices:
     def __init__(self, region: str | None, overrides: Mapping[str, float]):
         rows = (line.split() for line in REGION_PRICES.splitlines()[2:])
         table = {name: dict(zip(PRICE_NAMES, map(float, usd))) for name, *usd in rows}
-        self.region = region if region in table else "us-east-1"
-        usd = table[self.region] | FREE
+        known = region if region in table else "us-east-1"
+        usd = table[known] | FREE
         usd |= {"GLACIER.part": usd["DEEP_ARCHIVE.part"], "STANDARD.part": usd["STANDARD.put"]}
         self._usd = usd | dict(overrides)
-        self.note = f"estimates, prices of {PRICES_OF} for {self.region}"
-        if self.region != region:
+        self.note = f"estimates, prices of {PRICES_OF} for {known}"
+        if known != region:
             self.note += f" (those of {region or 'your region'} may differ: set PRICES)"
         self.note += " with PRICES" if overrides else ""
 
@@ -2716,10 +2716,6 @@ def json_value(value: object) -> object:
     return None if isinstance(value, Unknown) else value
 
 
-def show_json(value: object) -> None:
-    print_line(json.dumps(value, indent=2, default=vars))
-
-
 def print_line(text: str) -> None:
     """Writes a line to stdout only; Stopped if its reader has closed it, or it is full."""
     try:
@@ -2934,7 +2930,8 @@ class Scan(Walk):
 
     def _make_jobs(self, files: list[RemoteFile]) -> Iterator[Job]:
         """Jobs for files that are not recorded.  One that S3 cannot hold is a failure."""
-        config, records = self._config, self._state.find(path_text(f.path) for f in files)
+        config = self._config
+        records = self._state.find(path_text(f.path) for f in files) if files else {}
         for file in files:
             try:
                 key = object_key(config.prefix, relative_path(config.remote_path, file.path))
@@ -3159,7 +3156,8 @@ class Run(Scan):
                 for file in sorted(set(page) - set(files)):
                     log.debug("unchanged %s", printable(file.path))
             jobs = [*filter(self._fits, self._make_jobs(files))]
-            self._state.note_begun(jobs)
+            if jobs:
+                self._state.note_begun(jobs)
             self._progress.expect(sum(job.file.size for job in jobs))
             for job in filter(self._fits, jobs):  # beside those before it
                 self._reserved += job.usd
@@ -4136,7 +4134,8 @@ def main(argv: list[str] | None = None) -> int:
         exit_status = 128 + stopping.signal
     if shows_json:
         try:
-            show_json(summary | {"exit_status": exit_status})
+            summary["exit_status"] = exit_status
+            print_line(json.dumps(summary, indent=2, default=vars))
         except Stopped:
             exit_status = exit_status or FATAL
     return exit_status
