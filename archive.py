@@ -1937,18 +1937,18 @@ class State:
         for job in jobs:
             if job.record is not None:
                 unknown = job.record.stored._replace(key=job.key, etag="", crc32=None)
-                self._store(Record(path_text(job.file.path), None, unknown))
+                self._store(job.record._replace(mtime=None, stored=unknown))
 
     def note_upload(self, job: Job, upload_id: str | None) -> None:
         """Notes an upload in parts before its first part is sent.  For any thread.  It can be
         continued, unless the file was modified so recently that its parts could be of two
         versions.  Without an id, the next run begins it anew, and does not compare the file."""
-        file = job.file
-        mtime = None if upload_id and is_recent(file, time.time()) else file.mtime
-        row = job.key, path_text(file.path), file.size, mtime, job.plan.part_size
+        key, path, size, mtime, *how = job.upload
+        if upload_id and is_recent(job.file, time.time()):
+            mtime = None
         insert = "INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?)"
         with state_errors(self._path), contextlib.closing(self._open(self._path)) as db:
-            db.execute(insert, (*row, job.settings, upload_id))
+            db.execute(insert, (key, path, size, mtime, *how, upload_id))
 
     @in_transaction
     def record(self, archived: Iterable[Archived]) -> None:
@@ -2899,9 +2899,9 @@ class Job(NamedTuple):
     key: str
     plan: UploadPlan
     record: Record | None  # its row
-    settings: str  # of its upload, as from Config.upload_settings
-    begun: sqlite3.Row | None  # its row of `uploads`, by an earlier run
-    resumes: bool  # it was begun for this version of the file, in the same way
+    upload: tuple[Any, ...]  # what a row of `uploads` says of it, without an upload_id
+    begun: sqlite3.Row | None  # that row, of an upload that an earlier run has begun
+    resumes: bool  # this was begun for the same version of the file, in the same way
     compares: bool  # it is first compared with its object
     heads: int  # HEADs that this takes: 0 if the state knows the content
     requests: dict[str, int]  # by kind, if it comes to an upload
@@ -2941,20 +2941,20 @@ class Scan(Walk):
                 self.add_failure(file.path, error)
                 continue
             settings = config.upload_settings(file.size) if plan.is_multipart else ""
-            path, early = path_text(file.path), 0.0
+            path = path_text(file.path)
             upload = key, path, file.size, file.mtime, plan.part_size, settings
-            resumes = begun is not None and begun[:-1] == upload  # all but the upload_id
-            record = records.get(path)
-            if record is not None:
+            resumes = begun is not None and begun[:-1] == upload
+            compares, heads, early = False, 0, 0.0
+            if record := records.get(path):
                 stored = record.stored
+                compares = stored.size == file.size and not resumes
+                heads = int(compares and stored.crc32 is None)
                 age_days = (time.time() - stored.uploaded_at) / DAY
                 early = self.prices.early(stored.storage_class, stored.size, age_days)
-            compares = record is not None and record.stored.size == file.size and not resumes
-            heads = int(compares and (record is None or record.stored.crc32 is None))
             lists = int(begun is not None)  # of its parts, or its uploads
             requests = {"head": heads + lists, "list": lists, **plan.requests(file.size)}
             usd = early + self.prices.requests(config.class_of(file.size), requests)
-            known = file, key, plan, record, settings, begun, resumes
+            known = file, key, plan, record, upload, begun, resumes
             yield Job(*known, compares, heads, requests, early, usd)
 
 
