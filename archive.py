@@ -206,8 +206,8 @@ CLASSES = [*COLD_CLASSES, "STANDARD", "GLACIER_IR", "STANDARD_IA", "ONEZONE_IA"]
 CLASSES += ["INTELLIGENT_TIERING", "REDUCED_REDUNDANCY"]
 PRICE_NAMES = REGION_PRICES.splitlines()[1].split()[1:]
 FREE = {"GLACIER.bulk.gb": 0.0, "GLACIER.bulk.request": 0.0}
-OF_CLASSES = [f"{name}.{what}" for name in CLASSES for what in ("month", "put", "part")]
-ALL_PRICE_NAMES = list(dict.fromkeys([*PRICE_NAMES, *FREE, *OF_CLASSES]))  # for PRICES
+CLASS_PRICES = [f"{name}.{what}" for name in CLASSES for what in ("month", "put", "part")]
+ALL_PRICE_NAMES = list(dict.fromkeys([*PRICE_NAMES, *FREE, *CLASS_PRICES]))  # for PRICES
 
 # S3 adds to each cold object: 8 KB at STANDARD's price, and 32 KB at the class's own.
 OVERHEAD_IN_STANDARD, OVERHEAD_IN_CLASS = 8 * KIB, 32 * KIB
@@ -224,12 +224,12 @@ class Prices:
     def __init__(self, region: str | None, overrides: Mapping[str, float]):
         rows = (line.split() for line in REGION_PRICES.splitlines()[2:])
         table = {name: dict(zip(PRICE_NAMES, map(float, usd))) for name, *usd in rows}
-        known = region if region in table else "us-east-1"
-        usd = table[known] | FREE
+        priced = region if region in table else "us-east-1"
+        usd = table[priced] | FREE
         usd |= {"GLACIER.part": usd["DEEP_ARCHIVE.part"], "STANDARD.part": usd["STANDARD.put"]}
         self._usd = usd | dict(overrides)
-        self.note = f"estimates, prices of {PRICES_OF} for {known}"
-        if known != region:
+        self.note = f"estimates, prices of {PRICES_OF} for {priced}"
+        if priced != region:
             self.note += f" (those of {region or 'your region'} may differ: set PRICES)"
         self.note += " with PRICES" if overrides else ""
 
@@ -261,7 +261,7 @@ class Prices:
     def restore(self, storage_class: str, tier: str, files: int, size: int, days: int) -> float:
         """Restoring: requests and bytes at the tier's price, and copies in STANDARD for
         `days` (S3 user guide, "Restoring an archived object")."""
-        if storage_class == "STANDARD":
+        if storage_class == "STANDARD":  # retrieval from STANDARD_IA and the like is charged
             return 0.0
         requests = self._cost(files / 1000, f"{storage_class}.{tier}.request")
         copies = self._cost(size / GIB, "STANDARD.month") * days / DAYS_PER_MONTH
@@ -326,12 +326,11 @@ class Stopped(BaseException):
 
 
 class StopEvent(threading.Event):
-    """Set when the program has to end: no new work begins then.  If a signal is the cause,
-    `signal` is its number, which is as good as the event, and Stopped is raised on the main
-    thread."""
+    """Set when the program has to end: no new work begins then.  A signal sets only `signal`:
+    in its handler, set() would wait for ever for a lock that the interrupted code holds."""
 
-    signal: int | None = None
-    is_deferred = False  # a signal does not raise Stopped then
+    signal: int | None = None  # the number of the first one
+    is_deferred = False  # while True, a signal does not raise Stopped on the main thread
 
     def is_set(self) -> bool:
         return self.signal is not None or super().is_set()
@@ -354,7 +353,7 @@ class StopEvent(threading.Event):
             if number == signal.SIGINT:
                 os._exit(128 + number)
             return  # a shell, sudo and the kernel may all pass the same signal on
-        # A print waits for ever while nobody reads from a pipe.
+        # Whatever hangs then is cut off, such as a print into a pipe that nobody reads.
         threading.Timer(STOP_LIMIT + EXIT_GRACE, os._exit, [128 + number]).start()
         self.signal = number
         if not self.is_deferred:
@@ -389,7 +388,7 @@ def escape(name: bytes, pattern: re.Pattern[str]) -> str:
     """`name` as text, with everything escaped that `pattern` matches.  `unescape` reverses
     it: an ESCAPE in the name that hex digits follow is escaped itself."""
     text = name.decode("utf-8", "surrogateescape")
-    if text.isascii() and text.isprintable():
+    if text.isascii() and text.isprintable():  # nothing to escape; this is only faster
         return text
 
     def escape_match(match: re.Match[str]) -> str:
@@ -410,8 +409,6 @@ def path_text(path: bytes) -> str:
 
 def one_line(text: str) -> str:
     """`text` with unprintable characters escaped as in a Python string."""
-    if text.isprintable():
-        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -423,10 +420,10 @@ def printable(name: bytes | str) -> str:
 
 def format_size(size: float) -> str:
     """`1.5 GiB`; exact below 1 KiB."""
-    units = iter(("bytes", "KiB", "MiB", "GiB", "TiB"))
-    unit = next(units)
-    while size >= 1024 and unit != "TiB":
-        size, unit = size / 1024, next(units)
+    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
     return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
 
 
@@ -492,7 +489,7 @@ def plan_upload(size: int, memory_limit: int) -> UploadPlan:
     possible = [part for part in PART_SIZES if part * MAX_PARTS >= size] or PART_SIZES[-1:]
     for_parts = memory_limit - READ_WINDOW
     fitting = [part for part in possible if part <= PART_SIZE and 2 * part <= for_parts]
-    part_size = max(fitting, default=possible[0])
+    part_size = max(fitting, default=possible[0])  # else the smallest that is possible
     at_once = min(PARTS_AT_ONCE, for_parts // part_size - 1)
     if at_once < 1:
         reason = f"{size:,} bytes need parts of {part_size:,}"
@@ -567,8 +564,8 @@ def parse_match(pattern: str, expected: str, text: str) -> str:
 def parse_size(text: str, minimum: int = 1) -> int:
     """Bytes of `20M`, `1.5G` or `4096`, in binary units."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.I | re.A)
-    unit = " KMGT".index(match[2].upper() or " ") if match else 0
-    size = int(float(match[1]) * 1024**unit) if match else 0
+    units = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1024 * GIB}
+    size = int(float(match[1]) * units[match[2].upper()]) if match else 0
     if size < minimum:
         raise ArgumentTypeError(f"expected bytes like 128M or 2G, at least {minimum:,}")
     return size
@@ -646,11 +643,11 @@ def parse_prices(text: str) -> dict[str, float]:
     return {name: parse_usd(usd) for name, usd in parse_pairs(ALL_PRICE_NAMES, text).items()}
 
 
-# No port, which would be behind the only colon; IPv6 addresses have more of them.
+# One colon would precede a port, which has a setting of its own; an IPv6 address has more.
 host_expected = "a bare host name without a port, like u12345.your-storagebox.de"
 parse_host = partial(parse_match, r"[^/\s@:]+|[^/\s@]*:[^/\s@]*:[^/\s@]*", host_expected)
 parse_text = partial(parse_match, r"(?s).+", "a path")  # "" may be an unset variable
-parse_user = partial(parse_match, r"[^\s@]+", "a bare user name, like u12345-sub1")
+parse_user = partial(parse_match, r"[^\s@\ud800-\udfff]+", "a bare user name, like u12345-sub1")
 bucket_expected = "the bare name of a bucket, like my-archive"
 parse_bucket = partial(parse_match, r"(?ai)[a-z0-9][\w.-]{1,253}[a-z0-9]", bucket_expected)
 prefix_pattern = r"(?!(.*/)?\.\.?/)[^\0-\x1f\x7f\ud800-\udfff\ufffe\uffff]*"
@@ -661,8 +658,8 @@ url_expected = "an https:// URL (http:// only to this machine), no login"
 parse_endpoint = partial(parse_match, url_pattern, url_expected)
 parse_class = partial(parse_match, "|".join(CLASSES), "one of " + ", ".join(CLASSES))
 # The names of boto3's ExtraArgs, without those that this program sets itself.
-OURS = ("Checksum", "Metadata", "MpuObjectSize", "StorageClass")
-EXTRA_ARGS = [name for name in S3Transfer.ALLOWED_UPLOAD_ARGS if not name.startswith(OURS)]
+SET_HERE = ("Checksum", "Metadata", "MpuObjectSize", "StorageClass")  # as they begin
+EXTRA_ARGS = [name for name in S3Transfer.ALLOWED_UPLOAD_ARGS if not name.startswith(SET_HERE)]
 
 
 def setting(name: str, parse: Callable[[str], Any] = str, default: str | None = None) -> Any:
@@ -716,7 +713,7 @@ class Config:
         return self.storage_class
 
     def upload_settings(self, size: int) -> str:
-        """A hash of the settings that an upload in parts is begun with."""
+        """The settings that an upload in parts is begun with: a hash, as they may be secret."""
         settings = json.dumps([self.class_of(size), self.extra_args], sort_keys=True)
         return hashlib.sha256(settings.encode()).hexdigest()
 
@@ -781,6 +778,7 @@ def add_secret(secrets: set[str], secret: str | None) -> None:
         raw = secret.encode("utf-8", "surrogateescape")  # any bytes of the environment
         quoted = {quote(raw), quote(raw, safe=""), quote_plus(raw)}
         quoted |= {re.sub("%..", lambda code: code[0].lower(), form) for form in quoted}
+        # repr() escapes a single quote only where there is a double quote, too.
         escaped = repr(secret)[1:-1], repr(f'"{secret}')[2:-1], json.dumps(secret)[1:-1]
         secrets |= {secret, base64.b64encode(raw).decode(), *quoted, *escaped}
 
@@ -790,7 +788,7 @@ def load_config(env_file: Path | None, secrets: set[str]) -> Config:
     is empty.  Paths are relative to the env file's folder: cron starts the program in another
     one.  Adds to `secrets`, and passes boto3's settings on to it.  Fatal with the last fault,
     after the others were logged."""
-    settings, faults = {"LOG_FILE": "archive.log"}, list[str]()  # an empty one: no log file
+    settings, faults = {"LOG_FILE": "archive.log"}, list[str]()  # LOG_FILE= turns it off
     # A link is not resolved here: an env file may be mounted as a link (a secret of a
     # container), whose target is in a folder that does not persist.
     path = env_file.absolute() if env_file else Path(__file__).resolve().parent / ".env"
@@ -1021,13 +1019,13 @@ class Session:
         self._sending = threading.Lock()
         # Guards `_owed` and `lost`, and is never held while waiting for the box.
         self._lock = threading.Lock()
+        # INIT and its reply have the version, which is 3, in the place of the id.
         self._ids = itertools.count(3)
         self._owed: dict[int, Batch] = {}  # by request id, oldest first
         self.lost: str | None = None  # the reason, once the session has ended
         channel.in_buffer = Pipe()
         channel.settimeout(SILENCE_LIMIT)
         threading.Thread(target=self._receive, daemon=True).start()
-        # The version, which is 3, is in the place of the id, also in the reply.
         self.send((FXP_INIT,)).result()
 
     def send(self, *requests: Request) -> Batch:
@@ -1039,8 +1037,8 @@ class Session:
                 batch.types[request_id] = packet_type
                 payload = b"".join(map(encode, fields))
                 packets += HEADER.pack(len(payload) + 5, packet_type, request_id) + payload
-            if self.lost is not None or not requests:
-                return batch
+            if self.lost is not None:
+                return batch  # whose `results` raises ConnectionLost
             batch.waiting.acquire()
             self._owed |= dict.fromkeys(batch.types, batch)
         try:
@@ -1160,8 +1158,8 @@ def known_host_keys(config: Config) -> tuple[Keys, Keys]:
     file, text = f"HETZNER_KNOWN_HOSTS {config.known_hosts}", ""
     with fatal_os_errors(file), contextlib.suppress(FileNotFoundError):
         text = config.known_hosts.read_text("utf-8", "replace")
-    names, revoked = (known_host_name(config).lower(), config.host.lower()), Keys()
-    known: dict[str, Keys] = {name: [] for name in names}
+    with_port, bare = known_host_name(config).lower(), config.host.lower()
+    known, revoked = {with_port: Keys(), bare: Keys()}, Keys()
     for line in map(str.strip, text.splitlines()):
         # HostKeys.load() stops at a line that it does not know, and keeps one key per type.
         with contextlib.suppress(Exception):
@@ -1173,7 +1171,7 @@ def known_host_keys(config: Config) -> tuple[Keys, Keys]:
                 for name in filter(partial(matches_host, patterns), known):
                     known[name].append(key)
     # A line for the bare host counts only if no line names this port.
-    return known[names[0]] or known[names[1]], revoked
+    return known[with_port] or known[bare], revoked
 
 
 def matches_host(patterns: str, name: str) -> bool:
@@ -1340,11 +1338,11 @@ class StorageBox:
         raise self._given_up
 
     def retry(self, operation: Callable[[Session], T], session: Session | None = None) -> T:
-        """The result of operation(session).  It is tried again from its start if the session
-        is lost, or if the server answers FAILURE: it may have too many files open.  After
-        SHARED_TRIES no other operation may begin, so that a file which breaks each connection
-        does not make others fail.  One that is given a `session` has begun, and goes on: it
-        has to close its file.  FileError (LOST) after TRIES, SFTPError, Fatal, Stopped."""
+        """The result of operation(session).  It is called again if the session is lost, or if
+        the server answers FAILURE: it may have too many files open.  After SHARED_TRIES, no
+        other operation may begin, so that a file which breaks each connection does not make
+        others fail.  One that goes on in its own `session` does not wait for that: its file is
+        closed only at its end.  FileError (LOST) after TRIES, SFTPError, Fatal, Stopped."""
         with contextlib.ExitStack() as stack:
             for attempt in range(1, TRIES + 1):
                 if attempt > SHARED_TRIES:
@@ -1379,7 +1377,7 @@ class StorageBox:
         try:
             return self.retry(lambda session: read_folder(session, path, limit))
         except SFTPError:
-            self.retry(lambda session: session.send((FXP_LSTAT, path)).result())  # VANISHED
+            self.retry(lambda s: s.send((FXP_LSTAT, path)).result())  # VANISHED if it is gone
             raise
 
     def space(self) -> tuple[int, int] | None:
@@ -1394,8 +1392,8 @@ class StorageBox:
 
 
 def is_recent(file: RemoteFile, began: float) -> bool:
-    """Whether the file was modified later than RECENT seconds before its reading `began`: a
-    second change could have kept its size and mtime."""
+    """Whether the file was modified since RECENT seconds before its reading `began`: another
+    change could keep its size and mtime.  False for an mtime in the future."""
     return began - RECENT <= file.mtime <= time.time() + RECENT
 
 
@@ -1425,7 +1423,7 @@ class FileReader:
             if self.file.size > listed.size + MAX_GROWTH:
                 sizes = f"{listed.size:,} bytes when it was listed, now {self.file.size:,}"
                 raise FileError(f"changed: {sizes}")
-            if self.file.size == offset == 0:  # it may be larger than the box says
+            if self.file.size == offset == 0:  # `read` would not look whether it is empty
                 self._advance()
         except FileError:
             self.close()
@@ -1472,25 +1470,23 @@ class FileReader:
         self._pieces = self._box.retry(self._next_batch, self._session)
 
     def _next_batch(self, session: Session) -> deque[memoryview]:
-        pieces = next(self._batches, None) if session is self._session else None
-        if pieces is None:  # the session is a new one, or a reply was short
-            self._open(session)
-            pieces = next(self._batches)
-        return pieces
+        if session is self._session and (pieces := next(self._batches, None)) is not None:
+            return pieces
+        self._open(session)  # the session is a new one, or a reply was short
+        return next(self._batches)
 
     def _receive(self, session: Session) -> Iterator[deque[memoryview]]:
         """The bytes from `_offset` to the end of the file, or to a short reply."""
-        size = self.file.size
-        begun = requested = self._offset
-        batches: deque[tuple[Batch, list[int]]] = deque()  # with the bytes that are due
+        requested = self._offset
+        batches: deque[tuple[Batch, list[int]]] = deque()  # with the size of each READ
         while batches or self._handle:
             while self._handle and requested < self._offset + READ_WINDOW:
-                end = min(size, requested + READS_PER_BATCH * self._read_size)
+                end = min(self.file.size, requested + READS_PER_BATCH * self._read_size)
                 batches.append(self._request(session, requested, end))
                 requested = end
-            begun += sum(batches[0][1])
+            expected = self._offset + sum(batches[0][1])
             yield self._take(*batches.popleft())  # a name here would keep the bytes in memory
-            if self._offset < begun:
+            if self._offset < expected:  # the batches after a short reply would leave a gap
                 return
 
     def _take(self, batch: Batch, sizes: list[int]) -> deque[memoryview]:
@@ -1513,10 +1509,10 @@ class FileReader:
                 raise FileError(f"ended at {end:,} of {self.file.size:,} bytes", CHANGED)
             pieces.append(data)
             end += len(data)
-            if len(data) < due:  # the server may never send more
+            if len(data) < due:  # perhaps the most that it sends: request no more in future
                 self._read_size = max(len(data), MIN_READ_SIZE)
                 break
-        self._offset = end  # not before all replies are right
+        self._offset = end  # last: after an error, the next try begins where this one did
         return pieces
 
     def _request(self, session: Session, begin: int, end: int) -> tuple[Batch, list[int]]:
@@ -1527,8 +1523,8 @@ class FileReader:
         for at in range(begin, end or 1, step):
             sizes.append(min(step, end - at))
             # The last one asks for a byte more: the size may be too small.
-            asked = sizes[-1] + (1 if at + step >= self.file.size else 0)
-            requests.append((FXP_READ, handle, *divmod(at, 1 << 32), asked))
+            length = sizes[-1] + (1 if at + step >= self.file.size else 0)
+            requests.append((FXP_READ, handle, *divmod(at, 1 << 32), length))
         requests += [(FXP_FSTAT, handle), (FXP_LSTAT, self._path)]
         if end == self.file.size:
             requests.append((FXP_CLOSE, handle))
@@ -1586,18 +1582,18 @@ class Exclusions:
 
     def __init__(self, config: Config, box: StorageBox):
         self._box, self._root = box, config.remote_path
-        # Those that match nothing and do not exist: what exists may be in a hidden folder.
+        # The items to warn of: nothing has matched them yet.  One that exists on the box is
+        # never among them: if it is in a hidden folder, the walk does not reach it.
         self.unmatched: dict[str, re.Pattern[str]] = {}
         start = join(self._root, b"").decode("utf-8", "surrogateescape")
         patterns: list[str] = []
         for item in (*config.exclude, *config.exclude_dirs):
             path = nfc(item.rstrip("/").removeprefix(start).removeprefix("./").lstrip("/"))
-            paths = {path, path.removeprefix("**/")}  # **/ is the top, too
+            paths = {path, path.removeprefix("**/")}  # **/ also matches no folder at all
             existing = set(filter(self._exists, paths))
-            ours = [*map(re.escape, existing), *map(fnmatch.translate, paths - existing)]
+            patterns += [*map(re.escape, existing), *map(fnmatch.translate, paths - existing)]
             if not existing:
-                self.unmatched[item] = re.compile("|".join(ours))
-            patterns += ours
+                self.unmatched[item] = re.compile("|".join(map(fnmatch.translate, paths)))
         self._pattern = re.compile("|".join(patterns)) if patterns else None
 
     def match(self, path: bytes) -> bool:
@@ -1606,8 +1602,8 @@ class Exclusions:
         text = nfc(relative_path(self._root, path).decode("utf-8", "surrogateescape"))
         if not self._pattern.fullmatch(text):  # several times faster than one by one
             return False
-        left = self.unmatched.items()
-        self.unmatched = {item: own for item, own in left if not own.fullmatch(text)}
+        for item in [i for i, pattern in self.unmatched.items() if pattern.fullmatch(text)]:
+            del self.unmatched[item]
         return True
 
     def _exists(self, path: str) -> bool:
@@ -1627,9 +1623,9 @@ class Walk:
     def __init__(self, box: StorageBox, config: Config):
         self._box, self._config, self._root = box, config, config.remote_path
         labels = "Hidden entries", "Excluded", "Links", "Special files", "Vanished"
-        self.left_out = Counter(dict.fromkeys(labels, 0))  # entries
+        self.left_out = Counter(dict.fromkeys(labels, 0))  # entries, in the summary's order
         self.failed = 0
-        self.unlisted: set[bytes] = set()  # folders that could not be listed
+        self.unlisted: set[bytes] = set()  # folders and files that the box does not describe
 
     def pages(self) -> Iterator[list[RemoteFile]]:
         """Lists of at most PAGE files, and an empty list after each COMMIT_PAUSE without a
@@ -1647,7 +1643,7 @@ class Walk:
                 while not concurrent.futures.wait([listing], COMMIT_PAUSE).done:
                     yield []
                 entries = self._entries(path, listing)
-                if entries is None:
+                if entries is None:  # too large to be kept ahead; now it is its turn
                     begun.appendleft((path, pool.submit(list_folder, path)))
                     continue
                 folders: list[bytes] = []
@@ -1719,22 +1715,22 @@ class Walk:
 # ----------------------------------------------------------------------- State
 
 STATE_VERSION = 5  # SQLite's user_version of a database that has these tables
-# `files`: without an mtime, a file has to be compared.  `uploads`: those in parts that were
-# begun and not completed.  Without an mtime, which is the file's, one must not be continued;
-# `settings` are as from Config.upload_settings; `upload_id` is set once S3 has given one.
-# `runs`: one that was killed has no values behind `started_at`; `spent` is in USD.
 SCHEMA = """
-CREATE TABLE IF NOT EXISTS files
+CREATE TABLE IF NOT EXISTS files  -- mtime: NULL if the file has to be compared
     (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, uploaded_at INTEGER);
 CREATE TABLE objects (path TEXT PRIMARY KEY, key TEXT NOT NULL UNIQUE, etag TEXT,
     crc32 INTEGER, storage_class TEXT) WITHOUT ROWID;
-CREATE TABLE uploads (key TEXT PRIMARY KEY, path TEXT NOT NULL, size INTEGER NOT NULL,
-    mtime INTEGER, part_size INTEGER NOT NULL, settings TEXT NOT NULL, upload_id TEXT)
+CREATE TABLE uploads  -- in parts, begun and not completed
+    (key TEXT PRIMARY KEY, path TEXT NOT NULL, size INTEGER NOT NULL,
+    mtime INTEGER,  -- of the file, NULL if the upload must not be continued
+    part_size INTEGER NOT NULL, settings TEXT NOT NULL,  -- see Config.upload_settings
+    upload_id TEXT)  -- NULL until S3 has given one
     WITHOUT ROWID;
-CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE runs (started_at INTEGER PRIMARY KEY, ended_at INTEGER, status INTEGER,
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);  -- see State._check_pins
+CREATE TABLE runs  -- one that was killed has only its start, `spent` is in USD
+    (started_at INTEGER PRIMARY KEY, ended_at INTEGER, status INTEGER,
     uploaded INTEGER, skipped INTEGER, failed INTEGER, bytes INTEGER, spent REAL);
-CREATE TABLE gone (path TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE gone (path TEXT PRIMARY KEY) WITHOUT ROWID;  -- see State.known_gone
 """
 SOURCE_PINS = ("HETZNER_USER", "REMOTE_PATH")
 PATHS = "(SELECT value FROM json_each(?))"  # of a list of any length, in JSON
@@ -1792,7 +1788,7 @@ def state_errors(path: Path) -> Iterator[None]:
     """Turns an sqlite3.Error into Fatal."""
     try:
         yield
-    except (sqlite3.Error, UnicodeEncodeError) as error:
+    except sqlite3.Error as error:
         remedy = "repair it, or move it away: the next run makes one from the bucket's listing"
         if isinstance(error, sqlite3.OperationalError):  # the database is not damaged
             remedy = "check its permissions, the room on its disk and in the folder for "
@@ -1819,8 +1815,8 @@ class State:
         """Opens the database, or makes it.  With `copy`, it opens a temporary copy instead,
         which is empty if there is no database; changes are lost.  Fatal if it belongs to
         another destination, or to another source and that is not the `new_source`."""
-        path, self._default_class = config.state_db, config.storage_class
-        self._path = path
+        self._path = path = config.state_db
+        self._default_class = config.storage_class  # of a row whose object is not known
         # With other settings than these, files would count as archived that are not.
         self._pins = {
             "S3_BUCKET": config.bucket,
@@ -1849,13 +1845,13 @@ class State:
             if version < STATE_VERSION:
                 self._make_tables()
             self._db.execute("CREATE TEMP TABLE seen (path TEXT PRIMARY KEY) WITHOUT ROWID")
-        self._check_pins(but=SOURCE_PINS if new_source else ())
+        self._check_pins(ignored=SOURCE_PINS if new_source else ())
 
     @in_transaction
     def _make_tables(self) -> None:
         """Makes the tables.  Rows of an earlier script's `files` stay, for `take_over`.  Those
-        of an earlier version of this program, which had a table `meta`, do not: it may have
-        noted elsewhere what is uncertain."""
+        of an earlier version of this program, which had a table `meta`, do not: which of them
+        were uncertain was noted in tables that are dropped here."""
         tables = {name for (name,) in self._execute("SELECT name FROM sqlite_master")}
         old = {"objects", "recheck", "replacing", "uploads", "meta", "runs", "gone"}
         if "meta" in tables:
@@ -1864,8 +1860,8 @@ class State:
             self._execute(f"DROP TABLE {table}")
         for statement in SCHEMA.split(";"):
             self._execute(statement)
-        for column, expected in {"path": "text", "size": "integer", "mtime": "integer"}.items():
-            self._execute(f"DELETE FROM files WHERE typeof({column}) != '{expected}'")
+        types = "(typeof(path), typeof(size), typeof(mtime))"  # SQLite does not enforce them
+        self._execute(f"DELETE FROM files WHERE {types} != ('text', 'integer', 'integer')")
         self._execute(f"PRAGMA user_version = {STATE_VERSION}")
 
     def _execute(self, statement: str, *values: Any) -> list[Any]:
@@ -1883,11 +1879,11 @@ class State:
         """Whether the state still has to be made from the bucket's listing."""
         return not self._execute("SELECT 1 FROM meta WHERE name = 'S3_BUCKET'")
 
-    def _check_pins(self, but: tuple[str, ...]) -> None:
-        """Fatal if a setting is another than the state belongs to, but for those named."""
+    def _check_pins(self, ignored: tuple[str, ...]) -> None:
+        """Fatal if a setting, except those `ignored`, is not the one the state belongs to."""
         known = dict(self._execute("SELECT name, value FROM meta"))
         for name, value in self._pins.items():
-            if name not in but and known.get(name, value) != value:
+            if name not in ignored and known.get(name, value) != value:
                 pinned, wanted = (printable(text) or "(empty)" for text in (known[name], value))
                 remedy = "give the other one a STATE_DB and S3_PREFIX of its own"
                 if name in SOURCE_PINS:
@@ -1940,9 +1936,10 @@ class State:
                 self._store(job.record._replace(mtime=None, stored=unknown))
 
     def note_upload(self, job: Job, upload_id: str | None) -> None:
-        """Notes an upload in parts before its first part is sent.  For any thread.  It can be
-        continued, unless the file was modified so recently that its parts could be of two
-        versions.  Without an id, the next run begins it anew, and does not compare the file."""
+        """Notes an upload in parts before its first part is sent; for any thread.  It can be
+        continued, unless the file was modified so recently that the parts could be of two
+        versions.  Without an id no part was sent: the next run uploads the file from its
+        start, and does not compare it first."""
         key, path, size, mtime, *how = job.upload
         if upload_id and is_recent(job.file, time.time()):
             mtime = None
@@ -2084,6 +2081,7 @@ COUNTED |= {"complete_multipart_upload": "complete", "head_object": "head"}
 COUNTED |= {"list_objects_v2": "list", "list_parts": "list", "list_multipart_uploads": "list"}
 
 Read = Callable[[int], bytes]  # the next bytes of a file, as FileReader.read
+OnSent = Callable[[int], None]  # is called with the number of bytes that were sent
 
 
 @contextlib.contextmanager
@@ -2289,8 +2287,8 @@ class Bucket:
 
     def _note_secrets(self, **_: Any) -> None:
         """Hides the credentials.  Those of a role exist only once a request is signed."""
-        held = vars(self._credentials)  # as they are now: asking could renew them
-        for secret in map(held.get, ("secret_key", "_secret_key", "token", "_token")):
+        fields = vars(self._credentials)  # its properties could renew them
+        for secret in map(fields.get, ("secret_key", "_secret_key", "token", "_token")):
             add_secret(self._config.secrets, secret)
 
     def request(self, operation: str, *allowed: str, **parameters: Any) -> Any:
@@ -2315,7 +2313,7 @@ class Bucket:
             try:
                 with s3_errors():
                     answer = getattr(self.client, operation)(**arguments)
-                    answer["ResponseMetadata"]["RetryAttempts"] = attempt
+                    answer["ResponseMetadata"]["RetryAttempts"] = attempt  # boto3's is 0
                     return answer
             except FileError as error:
                 if error.code in allowed:
@@ -2358,14 +2356,14 @@ class Bucket:
             self.abort_upload(key, but=answer["UploadId"])
         return Upload(answer["UploadId"])
 
-    def upload(self, job: Job, read: Read, upload: Upload, progress: Progress) -> StoredObject:
+    def upload(self, job: Job, read: Read, upload: Upload, on_sent: OnSent) -> StoredObject:
         """Uploads a large file in parts, after those that are stored; `read` returns the rest
         of its bytes.  If this fails, the parts stay for the next run, unless the file has
         changed while it was read, or S3 has refused a request."""
         key, size, part_size = job.key, job.file.size, job.plan.part_size
         rest = size - len(upload.parts) * part_size
         config = TransferConfig(
-            multipart_threshold=min(rest, part_size),  # the size of the first read
+            multipart_threshold=min(rest, part_size),  # with less, it would do a PUT
             multipart_chunksize=part_size,
             max_concurrency=job.plan.parts_at_once,
             preferred_transfer_client="classic",
@@ -2375,7 +2373,7 @@ class Bucket:
         source = SimpleNamespace(read=client.read)  # which s3transfer reads as a stream
         try:
             bucket = self._config.bucket
-            upload_fileobj(client, source, bucket, key, None, progress.moved, config)
+            upload_fileobj(client, source, bucket, key, None, on_sent, config)
         except FileError as error:
             # If S3's answer to Complete got lost, a retry gets NoSuchUpload.
             found = self.head(key) if error.code == "NoSuchUpload" else None
@@ -2397,14 +2395,13 @@ class Bucket:
     def _confirm(self, key: str, answer: Any, size: int, crc32: int) -> StoredObject:
         """The object that S3 has stored; FileError if it is not what was read.  A server
         whose answer has no CRC-32 may not have checked it, and gets a HEAD."""
-        now, storage_class = datetime.now(timezone.utc), self._config.class_of(size)
-        known = {"Size": size, "LastModified": now, "StorageClass": storage_class}
-        found: StoredObject | None = stored_object(key, {**answer, **known})
-        if crc32_of(answer) is None:
-            found = self.head(key)
+        known = {"Size": size, "LastModified": datetime.now(timezone.utc)}
+        known["StorageClass"] = self._config.class_of(size)
+        has_crc32 = crc32_of(answer) is not None
+        found = stored_object(key, {**answer, **known}) if has_crc32 else self.head(key)
         if found is None or found.size != size:
-            held = f"{found.size:,} bytes" if found else "no object"
-            raise FileError(f"S3 holds {held}, read {size:,}")
+            stored = f"{found.size:,} bytes" if found else "no object"
+            raise FileError(f"S3 holds {stored}, read {size:,}")
         if found.crc32 is None:
             with self._lock:
                 if not self._has_warned:
@@ -2417,9 +2414,9 @@ class Bucket:
     # Unfinished uploads
 
     def unfinished_upload(self, job: Job, upload_id: str) -> Upload | None:
-        """An upload to continue, with its stored parts before the first one that is missing,
-        of another size or without a CRC-32, and before the end of the file, because
-        upload_fileobj has to send a part; None if S3 does not have this upload any more."""
+        """An upload to continue, with the stored parts that can be kept: those before the
+        first one that is missing, of another size or without a CRC-32.  The file's last part is
+        sent again, as upload_fileobj has to send one.  None if S3 does not have the upload."""
         parts: list[dict[str, Any]] = []
         size, part_size = job.file.size, job.plan.part_size
         try:
@@ -2437,8 +2434,8 @@ class Bucket:
         return Upload(upload_id, tuple(parts))
 
     def abort_upload(self, key: str, upload_id: str | None = None, but: str = "") -> bool:
-        """Aborts an unfinished upload of `key`, or all but one if its id is not known: their
-        parts cost money.  Returns False after a warning if S3 refuses."""
+        """Aborts the upload with this id; without one, all unfinished uploads of `key` except
+        `but`.  Their parts cost money.  Returns False after a warning if S3 refuses."""
         try:
             ids = {upload_id}
             if not upload_id:
@@ -2485,11 +2482,11 @@ class Bucket:
         try:
             answer = self.request("restore_object", RestoreRequest=request, **version)
         except FileError as error:
-            # The last two say that the object needs no restore, or was restored already.
-            codes = "RestoreAlreadyInProgress", "ObjectAlreadyInActiveTierError", INVALID_STATE
-            if error.code not in codes:
+            if error.code in ("ObjectAlreadyInActiveTierError", INVALID_STATE):
+                return True  # it needs no restore, or is restored already
+            if error.code != "RestoreAlreadyInProgress":
                 raise
-            return error.code != codes[0]
+            return False
         return bool(answer["ResponseMetadata"]["HTTPStatusCode"] == 200)
 
     def get(self, found: StoredObject, **more: str) -> Any:
@@ -2502,12 +2499,12 @@ class Bucket:
         """Whether a lifecycle rule aborts unfinished uploads below the prefix."""
         missing = "NoSuchLifecycleConfiguration"
         answer = self.request("get_bucket_lifecycle_configuration", missing) or {}
-        scopes = [
-            rule.get("Filter", rule)  # older rules have the prefix directly
-            for rule in answer.get("Rules", ())
-            if rule["Status"] == "Enabled" and "AbortIncompleteMultipartUpload" in rule
-        ]
-        return self.prefix.startswith(tuple(s.get("And", s).get("Prefix", "") for s in scopes))
+        for rule in answer.get("Rules", ()):
+            if rule["Status"] == "Enabled" and "AbortIncompleteMultipartUpload" in rule:
+                scope = rule.get("Filter", rule)  # older rules have the prefix directly
+                if self.prefix.startswith(scope.get("And", scope).get("Prefix", "")):
+                    return True
+        return False
 
     def versioning(self) -> str:
         """`Enabled`, `Suspended`, or empty if the bucket has never kept earlier versions."""
@@ -2556,22 +2553,22 @@ class Comparison(NamedTuple):
 
 def compare(path: str, found: StoredObject, record: Record | None) -> Comparison:
     """Compares a listed object with its record."""
-    corrected = Record(path, None, found)
+    as_listed = Record(path, None, found)  # its file has to be compared
     if record is None:
-        return Comparison(path, NOT_RECORDED, "in the bucket, but not recorded", corrected)
+        return Comparison(path, NOT_RECORDED, "in the bucket, but not recorded", as_listed)
     known = record.stored
     if found.size != known.size:
         reason = f"S3 holds {found.size:,} bytes, recorded are {known.size:,}"
-        return Comparison(path, WRONG_SIZE, reason, corrected)
+        return Comparison(path, WRONG_SIZE, reason, as_listed)
     if known.etag not in ("", found.etag):
         reason = f"S3 holds ETag {found.etag}, recorded is {known.etag}"
-        return Comparison(path, WRONG_ETAG, reason, corrected)
+        return Comparison(path, WRONG_ETAG, reason, as_listed)
     verdict = TO_COMPARE if record.mtime is None else AGREE
     if (found.etag, found.storage_class) == (known.etag, known.storage_class):
         return Comparison(path, verdict)
-    corrected = record._replace(stored=found._replace(crc32=known.crc32))
+    completed = record._replace(stored=found._replace(crc32=known.crc32))
     is_other_class = found.storage_class != known.storage_class
-    return Comparison(path, verdict, "", corrected, is_other_class)
+    return Comparison(path, verdict, "", completed, is_other_class)
 
 
 def path_of_key(config: Config, key: str) -> str | None:
@@ -3242,7 +3239,7 @@ class Run(Scan):
                 upload = self._bucket.begin_upload(job.key, file.size, file.mtime)
                 self._state.note_upload(job, upload.id)
             self._progress.moved(offset)
-            stored = self._bucket.upload(job, reader.read, upload, self._progress)
+            stored = self._bucket.upload(job, reader.read, upload, self._progress.moved)
             return Archived(file, stored, reader.is_recent, is_upload=True)
 
     def _settle(self, outcomes: list[Outcome[Job, Archived | None]]) -> None:
