@@ -2091,7 +2091,7 @@ def s3_errors() -> Iterator[None]:
     try:
         yield
     except aws.ClientError as error:
-        details, answer = error.response.get("Error", {}), error.response["ResponseMetadata"]
+        details, http = error.response.get("Error", {}), error.response["ResponseMetadata"]
         operation, code = error.operation_name, str(details.get("Code"))
         code = HEAD_CODES.get(code, code)
         words = code, details.get("BucketName"), details.get("Message")
@@ -2099,19 +2099,19 @@ def s3_errors() -> Iterator[None]:
         if operation.startswith(("Assume", "GetSession", "GetRole", "CreateToken")):
             raise Fatal(f"no AWS credentials: {refusal}", code) from None
         if code in REMEDIES:
-            region = answer["HTTPHeaders"].get("x-amz-bucket-region", "the bucket's region")
+            region = http["HTTPHeaders"].get("x-amz-bucket-region", "the bucket's region")
             refusal += "; " + REMEDIES[code].format(region=region)
             # One object may be denied to `restore`, and 400 may have any cause.
             if code != "400" and (operation, code) != ("GetObject", DENIED):
                 raise Fatal(f"S3 refused {refusal}", code) from None
-        may_pass = answer.get("HTTPStatusCode") in TRANSIENT_STATUSES or code in TRANSIENT_CODES
+        may_pass = http.get("HTTPStatusCode") in TRANSIENT_STATUSES or code in TRANSIENT_CODES
         # BadDigest of Complete does not pass: S3 has other bytes.
         if may_pass and (operation, code) != ("CompleteMultipartUpload", "BadDigest"):
             code = UNAVAILABLE
         raise FileError(f"S3 refused {refusal}", code) from None
     except (aws.ConnectionError, aws.HTTPClientError) as error:
-        # HTTPClientError itself: the body could not be read, because its upload has failed.
-        code = "cut off" if type(error) is aws.HTTPClientError else UNAVAILABLE
+        # HTTPClientError itself: s3transfer has cut off a part, because its upload has failed.
+        code = "" if type(error) is aws.HTTPClientError else UNAVAILABLE
         reason = f"S3 does not answer: {error}; check the network and AWS_REGION"
         raise FileError(reason, code) from None
     except (aws.BotoCoreError, EOFError, OSError) as error:
@@ -2313,7 +2313,7 @@ class Bucket:
             try:
                 with s3_errors():
                     answer = getattr(self.client, operation)(**arguments)
-                    answer["ResponseMetadata"]["RetryAttempts"] = attempt  # boto3's is 0
+                    answer["ResponseMetadata"]["RetryAttempts"] = attempt  # for begin_upload
                     return answer
             except FileError as error:
                 if error.code in allowed:
@@ -2321,12 +2321,12 @@ class Bucket:
                 if error.code != UNAVAILABLE or attempt == self._attempts - 1:
                     raise
             time.sleep(random.uniform(0.5, 1.5) * (1 << attempt))  # not all at once
-            if hasattr(arguments.get("Body"), "seek"):
+            if hasattr(arguments.get("Body"), "seek"):  # that of a part; a PUT's is bytes
                 arguments["Body"].seek(0)
 
     def _list(self, operation: str, *entries: str, **parameters: Any) -> Iterator[Any]:
-        """The items of a listing in the lists that are named `entries`, merged by key.  The
-        next page begins where an answer's NextMarker says, as a parameter Marker."""
+        """The entries of all pages of a listing: of the lists that are named `entries`, merged
+        by key.  An answer's NextKeyMarker is the KeyMarker of the next request, and so on."""
         marker: dict[str, Any] = {}
         while True:
             page = self.request(operation, **parameters, **marker)
@@ -2395,10 +2395,10 @@ class Bucket:
     def _confirm(self, key: str, answer: Any, size: int, crc32: int) -> StoredObject:
         """The object that S3 has stored; FileError if it is not what was read.  A server
         whose answer has no CRC-32 may not have checked it, and gets a HEAD."""
-        known = {"Size": size, "LastModified": datetime.now(timezone.utc)}
-        known["StorageClass"] = self._config.class_of(size)
+        now, storage_class = datetime.now(timezone.utc), self._config.class_of(size)
+        sent = {"Size": size, "LastModified": now, "StorageClass": storage_class}
         has_crc32 = crc32_of(answer) is not None
-        found = stored_object(key, {**answer, **known}) if has_crc32 else self.head(key)
+        found = stored_object(key, {**answer, **sent}) if has_crc32 else self.head(key)
         if found is None or found.size != size:
             stored = f"{found.size:,} bytes" if found else "no object"
             raise FileError(f"S3 holds {stored}, read {size:,}")
@@ -2418,12 +2418,11 @@ class Bucket:
         first one that is missing, of another size or without a CRC-32.  The file's last part is
         sent again, as upload_fileobj has to send one.  None if S3 does not have the upload."""
         parts: list[dict[str, Any]] = []
-        size, part_size = job.file.size, job.plan.part_size
+        part_size, last = job.plan.part_size, job.plan.requests(job.file.size)["part"]
         try:
             for part in self._list("list_parts", "Parts", Key=job.key, UploadId=upload_id):
-                number = len(parts) + 1
-                is_next = (part["PartNumber"], part["Size"]) == (number, part_size)
-                if not is_next or crc32_of(part) is None or number * part_size >= size:
+                is_next = (part["PartNumber"], part["Size"]) == (len(parts) + 1, part_size)
+                if not is_next or crc32_of(part) is None or part["PartNumber"] == last:
                     break
                 names = ("PartNumber", "ETag", "ChecksumCRC32")
                 parts.append({name: part[name] for name in names})
@@ -2440,7 +2439,7 @@ class Bucket:
             ids = {upload_id}
             if not upload_id:
                 uploads = self._list("list_multipart_uploads", "Uploads", Prefix=key)
-                ids = {one["UploadId"] for one in uploads if one["Key"] == key} - {but}
+                ids = {entry["UploadId"] for entry in uploads if entry["Key"] == key} - {but}
             for one in ids:
                 self.request("abort_multipart_upload", *NOT_FOUND, Key=key, UploadId=one)
             return True
@@ -2482,12 +2481,12 @@ class Bucket:
         try:
             answer = self.request("restore_object", RestoreRequest=request, **version)
         except FileError as error:
+            if error.code == "RestoreAlreadyInProgress":
+                return False
             if error.code in ("ObjectAlreadyInActiveTierError", INVALID_STATE):
                 return True  # it needs no restore, or is restored already
-            if error.code != "RestoreAlreadyInProgress":
-                raise
-            return False
-        return bool(answer["ResponseMetadata"]["HTTPStatusCode"] == 200)
+            raise
+        return bool(answer["ResponseMetadata"]["HTTPStatusCode"] == 200)  # 202: S3 begins
 
     def get(self, found: StoredObject, **more: str) -> Any:
         """S3's answer to a GET."""
@@ -2587,8 +2586,8 @@ def reconcile(config: Config, bucket: Bucket, state: State) -> Iterator[Comparis
     while page := list(itertools.islice(objects, PAGE)):
         paths = ((path_of_key(config, found.key), found) for found in page)
         by_path = {path: found for path, found in paths if path is not None}
-        records = state.find(by_path)
-        comparisons = [compare(path, one, records.get(path)) for path, one in by_path.items()]
+        known = state.find(by_path)
+        comparisons = [compare(path, found, known.get(path)) for path, found in by_path.items()]
         state.replace(one.corrected for one in comparisons if one.corrected)
         state.note_seen(by_path)
         yield from comparisons
@@ -2747,9 +2746,6 @@ class Progress:
         self._bar.close()
 
 
-# --------------------------------------------------------------- Parallel work
-
-
 @dataclass
 class Context:
     config: Config
@@ -2766,6 +2762,8 @@ class Context:
             self.summary[name] = json_value(value)
         show_table(title, rows)
 
+
+# --------------------------------------------------------------- Parallel work
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -2804,8 +2802,10 @@ class Parallel(Generic[Item, Result]):
             try:
                 for item in items:
                     with stopping.deferred():
-                        while self._must_wait(item):
+                        while self._failure is None and self._must_wait(item):
                             yield self._collect()
+                        if self._failure is not None:
+                            break
                         if item is not None:
                             self._under_way += 1
                             self._memory_in_use += self.memory(item)
@@ -2844,10 +2844,7 @@ class Parallel(Generic[Item, Result]):
         self._finished.put((item, result, error))
 
     def _must_wait(self, item: Item | None) -> bool:
-        """Whether finished work has to be collected before `item` is begun.  Raises what ends
-        the rest of the work."""
-        if self._failure is not None:
-            raise self._failure
+        """Whether finished work has to be collected before `item` is begun."""
         if not self._finished.empty():
             return True
         if item is None or not self._under_way:
@@ -2868,7 +2865,7 @@ class Parallel(Generic[Item, Result]):
             self._memory_in_use -= self.memory(item)
             code = error.code if error else ""
             if code not in (VANISHED, CHANGED, UNFINISHED):
-                self._codes.append(code)
+                self._codes.append(code)  # an empty one after a success
             if code and self._codes.count(code) == SAME_FAILURES:
                 self._fail(Fatal(f"{error}; {SAME_FAILURES} in a row failed like this", code))
         if self.box.stopping.is_set():
@@ -3010,6 +3007,7 @@ class Forecast(Scan):
         for job in self._make_jobs(pending):
             size, record = job.file.size, job.record
             storage_class = self._config.class_of(size)
+            # Without an mtime in its row, a file of the same size may be unchanged.
             if record and (record.stored.size != size or record.mtime is not None):
                 self.altered += 1
             if job.compares:
@@ -3053,17 +3051,17 @@ class Forecast(Scan):
         yield "Prices", prices.note
 
     def advise(self) -> None:
-        """Warns if tiny files cost a tenth of the upload, or of a month, more than they would
-        in CLASS_FOR_TINY."""
+        """Recommends CLASS_FOR_TINY if it would save a tenth of the upload's cost, or of a
+        month's."""
         prices, tiny, other = self.prices, self.tiny.total(), CLASS_FOR_TINY
-        upload = math.fsum(prices.requests(n, {"put": c.files}) for n, c in self.tiny.items())
-        upload -= prices.requests(other, {"put": tiny.files})
-        month = month_cost(prices, self.tiny) - prices.month(other, tiny.files, tiny.bytes)
+        once = math.fsum(prices.requests(n, {"put": c.files}) for n, c in self.tiny.items())
+        once -= prices.requests(other, {"put": tiny.files})
+        monthly = month_cost(prices, self.tiny) - prices.month(other, tiny.files, tiny.bytes)
         month_of_all = month_cost(prices, self.afterwards)
-        if upload > self.upload_cost() / 10 or month > month_of_all / 10:
+        if once > self.upload_cost() / 10 or monthly > month_of_all / 10:
             message = "files to upload below %s: %s; SMALL_FILES_BELOW=%dK and "
             message += "SMALL_FILES_CLASS=%s would save %s of the upload and %s a month"
-            saved = format_usd(upload), format_usd(month)
+            saved = format_usd(once), format_usd(monthly)
             log.warning(message, format_size(TINY_FILE), tiny, TINY_FILE // KIB, other, *saved)
 
 
@@ -3128,7 +3126,7 @@ class Run(Scan):
         """Archives what is new or changed; Fatal, Stopped, after what S3 has acknowledged is
         committed."""
         # While TRANSFERS files are sent, nearly as many small ones are read, so that S3 never
-        # waits for the box.  With TRANSFERS=1, a file is read and sent after the other.
+        # waits for the box.  With TRANSFERS=1, one file is read and sent after the other.
         threads, limit = 2 * self._config.transfers - 1, self._config.memory_limit
         pool = Parallel(self._transfer, self._box, threads, lambda j: j.plan.memory, limit)
         self._reserved = self.spent
@@ -3156,14 +3154,14 @@ class Run(Scan):
             if jobs:
                 self._state.note_begun(jobs)
             self._progress.expect(sum(job.file.size for job in jobs))
-            for job in filter(self._fits, jobs):  # beside those before it
+            for job in filter(self._fits, jobs):  # again: others before it were added
                 self._reserved += job.usd
                 yield job
             yield None
 
     def _fits(self, job: Job) -> bool:
         """Whether MAX_COST allows the job beside what is reserved; False if a price of it is
-        not known.  Warns of the first one that is not allowed."""
+        not known.  If not, the run has ended early; warns of the first such job."""
         limit = self._config.max_cost
         if limit is None or round(self._reserved + job.usd - limit, 9) <= 0:
             return True
@@ -3176,22 +3174,21 @@ class Run(Scan):
         self.ended_early = "MAX_COST was reached"
         return False
 
-    def _transfer(self, job: Job) -> Archived | None:
-        """Reads one file, and uploads it unless S3 holds it; None if the run is ending."""
-        if self._box.stopping.is_set():
-            return None
-        upload = self._begun_upload(job)
+    def _transfer(self, job: Job) -> Archived:
+        """Reads one file, and uploads it unless S3 holds it; FileError, Fatal, Stopped."""
+        self._box.stopping.check()
+        upload = self._upload_to_continue(job)
         found = self._object_to_compare(job) if job.compares or upload is None else None
         # An mtime in the object's metadata is as good as a row of ours, unless the upload came
-        # so soon after it that a later change could have the same mtime.
+        # so soon after it that a later change could have the same mtime.  (The object of a row
+        # has no metadata: its mtime is `uploaded_at`.)
         if found and found.mtime == job.file.mtime < found.uploaded_at - RECENTLY_STORED:
             return Archived(job.file, found, is_recent=False, is_upload=False)
         if upload is None and found and found.mtime != job.file.mtime:
             found = None  # an earlier version: the upload was not completed, but aborted
         if job.plan.is_multipart:
             with self._turns:
-                if self._box.stopping.is_set():
-                    return None
+                self._box.stopping.check()
                 return self._transfer_large(job, found, upload or Upload())
         with contextlib.closing(FileReader(self._box, job.file)) as reader:
             data = reader.read()
@@ -3203,9 +3200,9 @@ class Run(Scan):
         self._progress.moved(len(data))
         return Archived(reader.file, stored, reader.is_recent, is_upload=True)
 
-    def _begun_upload(self, job: Job) -> Upload | None:
-        """The upload of an earlier run to continue, or a new one.  None if S3 does not have it
-        any more: it may be complete, and S3's answer got lost."""
+    def _upload_to_continue(self, job: Job) -> Upload | None:
+        """The upload that an earlier run has begun, or an empty one to begin.  None if S3 does
+        not have it any more: it may be complete, and S3's answer got lost."""
         upload_id = job.begun["upload_id"] if job.begun else None
         if upload_id and job.resumes:
             return self._bucket.unfinished_upload(job, upload_id)
@@ -3227,8 +3224,12 @@ class Run(Scan):
         version."""
         file, offset = job.file, len(upload.parts) * job.plan.part_size
         if found and possible_part_sizes(found.etag, found.size):
-            with contextlib.closing(FileReader(self._box, file)) as reader:
-                same = match_content(found, reader.read)
+            try:
+                with contextlib.closing(FileReader(self._box, file)) as reader:
+                    same = match_content(found, reader.read)
+            except Stopped:  # it would begin again every night, an upload can be continued
+                self._state.note_upload(job, None)
+                raise
             if same:
                 return Archived(reader.file, same, reader.is_recent, is_upload=False)
         with contextlib.closing(FileReader(self._box, file, offset)) as reader:
@@ -3242,7 +3243,7 @@ class Run(Scan):
             stored = self._bucket.upload(job, reader.read, upload, self._progress.moved)
             return Archived(file, stored, reader.is_recent, is_upload=True)
 
-    def _settle(self, outcomes: list[Outcome[Job, Archived | None]]) -> None:
+    def _settle(self, outcomes: list[Outcome[Job, Archived]]) -> None:
         self._state.record(archived for _, archived, _ in outcomes if archived)
         for job, archived, error in outcomes:
             path = printable(job.file.path)
@@ -3252,19 +3253,14 @@ class Run(Scan):
                 self.bytes_uploaded += archived.file.size
                 files_log.info("archived %s (%s bytes)", path, f"{archived.file.size:,}")
             elif archived:
-                asked = self.prices.requests("", {"head": job.heads})
-                self._reserved -= job.usd - asked
+                # Its upload is not needed, only the HEAD was.
+                self._reserved -= job.usd - self.prices.requests("", {"head": job.heads})
                 self.compared += 1
                 log.debug("compared %s", path)
             elif error and error.code == VANISHED:
                 self.left_out["Vanished"] += 1
                 log.info("vanished %s", path)
-            elif error and error.code == UNFINISHED:
-                # A comparison would begin again every night, an upload can be continued.
-                has_begun = self._state.uploads().get(job.key) != job.begun
-                if job.compares and job.plan.is_multipart and not has_begun:
-                    self._state.note_upload(job, None)
-            elif error:
+            elif error and error.code != UNFINISHED:
                 self.add_failure(job.file.path, error)
 
 
@@ -3352,7 +3348,7 @@ NOTHING_THERE = "nothing is archived under this path: the exact one, no pattern"
 
 
 def try_or_unknown(question: Callable[[], T]) -> T | Unknown:
-    """The answer; after an error Unknown, NOT_KNOWN if it is no missing permission."""
+    """The answer; Unknown if a permission is missing, NOT_KNOWN after any other error."""
     try:
         return question()
     except ArchiveError as error:
@@ -3363,9 +3359,9 @@ def try_or_unknown(question: Callable[[], T]) -> T | Unknown:
 
 
 def wanted_paths(context: Context, options: argparse.Namespace) -> list[bytes]:
-    """The paths given, absolute or relative to REMOTE_PATH, as relative ones, without those
-    below another one.  Empty for all files.  Fatal for /, unless that is REMOTE_PATH, and for
-    --at if the bucket has never kept versions."""
+    """Checks the paths given and --at.  Returns the paths, absolute or relative to REMOTE_PATH,
+    as relative ones, without those below another one; none for all files.  Fatal for /, unless
+    that is REMOTE_PATH, and for --at if the bucket has never kept versions."""
     root = context.config.remote_path
     start = join(root, b"")
     names = [os.fsencode(path).rstrip(b"/") for path in options.path]
@@ -3374,11 +3370,11 @@ def wanted_paths(context: Context, options: argparse.Namespace) -> list[bytes]:
         raise Fatal(message, status=USAGE)
     if options.at is not None and not context.bucket.versioning():
         raise Fatal("--at: the bucket is not versioned, and has no earlier versions")
-    inner = {name.removeprefix(start).removeprefix(b"./") for name in names}
-    if inner & {b"", b"."} or {root, join(b".", root)} & set(names):
+    relative = {name.removeprefix(start).removeprefix(b"./") for name in names}
+    if relative & {b"", b"."} or {root, join(b".", root)} & set(names):  # REMOTE_PATH itself
         return []
-    folders = tuple(join(path, b"") for path in inner)
-    return sorted(path for path in inner if not path.startswith(folders))
+    folders = tuple(join(path, b"") for path in relative)
+    return sorted(path for path in relative if not path.startswith(folders))
 
 
 Selected = tuple[bytes, StoredObject]  # the path of its key, and the object
@@ -3391,11 +3387,11 @@ def select_objects(
     `at`.  A path without objects is added to `missing`.  Fatal if nothing is archived."""
     config, bucket = context.config, context.bucket
     for path in paths or [b""]:
-        others = config.prefix + path.decode("utf-8", "replace")  # other programs' keys
+        others = config.prefix + path.decode("utf-8", "replace")  # as other programs write it
         is_empty = True
         for start in sorted({unchecked_key(config.prefix, path), others}):
             for found in bucket.objects(start, at):
-                if not path or found.key[len(start) :][:1] in ("", "/"):
+                if not path or found.key == start or found.key.startswith(start + "/"):
                     is_empty = False
                     yield unescape(found.key[len(config.prefix) :]), found
         if is_empty and not path:
@@ -3554,8 +3550,9 @@ def check(context: Context, _options: argparse.Namespace) -> int:
                 is_harmless = error.status == LOCKED or name in ("s3:RestoreObject", *advice)
                 verdict, text = "note" if is_harmless else "WRONG", f"{name}: {error}"
                 status = status if is_harmless else FATAL
-                # The others would meet it, too.  Without the permission to abort,
-                # s3:PutObject would leave an upload behind.
+                # The rest of the group needs what has failed, unless that is a permission, or
+                # the rule, which some servers do not know.  But without the permission to
+                # abort, s3:PutObject would leave an upload behind.
                 is_over = name != rule and (error.code != DENIED or "Abort" in name)
             show(f"{verdict:<5}  {text}")
             if is_over:
@@ -3696,26 +3693,28 @@ class BoxFolder:
         """As LocalFolder.store; Fatal if the box is full."""
         path, stored = join(self._folder, name), download.stored
         partial_path = join(self._folder, partial_name(name, download.uri))
-        mtime = min(max(stored.mtime, TIME_RANGES[0][0]), TIME_RANGES[0][1])
+        first, last = TIME_RANGES[0]  # of SFTP
+        mtime = min(max(stored.mtime, first), last)
+        complete = stored.size, mtime  # the first two of its Attributes
 
         def check(session: Session, where: bytes) -> None:
-            if session.send((FXP_LSTAT, where)).result()[:2] != (stored.size, mtime):
+            if session.send((FXP_LSTAT, where)).result()[:2] != complete:
                 raise FileError(f"not {stored.size:,} bytes of mtime {mtime} on the box")
 
         def write_and_rename(session: Session) -> None:
             self._make_folders(session, path)
             # ProFTPD lets nobody write anew to a file, which a killed pass may have left.
             found, _ = session.send((FXP_LSTAT, path), (FXP_REMOVE, partial_path)).results()
-            if isinstance(found, Attributes) and found[:2] == (stored.size, mtime):
+            if isinstance(found, Attributes) and found[:2] == complete:
                 return  # an earlier attempt has renamed it, and the reply got lost
             handle = session.send((FXP_OPEN, partial_path, FOR_WRITING, NO_ATTRIBUTES)).result()
-            try:  # from here on, trying again would fetch it from S3 again
+            try:  # no retry after FAILURE from here on: it would download the object again
                 write_file(session, handle, download, mtime)
                 check(session, partial_path)
                 if overwrite:
                     session.send((FXP_REMOVE, path)).results()
                 session.send((FXP_RENAME, partial_path, path)).result()
-                check(session, path)  # a lost session may have opened it anew just before
+                check(session, path)  # an OPEN of a lost session may have emptied it meanwhile
             except SFTPError as error:
                 raise FileError(f"the box cannot store it: {error}") from None
 
@@ -3821,29 +3820,30 @@ class Restore:
         """The cold objects by class, and the bytes that can be downloaded.  Shows what it
         costs to restore the cold ones and to download all, and warns if there is no room."""
         prices, tier, days = self._context.bucket.prices, self._options.tier, self._options.days
-        cold, sizes = Counts(), Counter[str]()
-        outcomes = self._outcomes(self._label)
+        cold, needed = Counts(), Counts({READY: Count()})
+        outcomes = self._outcomes(self._state_of)
         for (_, found), label, _ in self._context.progress.counting(outcomes, "looking"):
             if label == NOT_ASKED:
                 cold.add(found.storage_class, found.size)
-            sizes[label or FAILED] += found.size
+            if label in (READY, BUSY, NOT_ASKED):
+                needed.add(label, found.size)
         self._warn = log.debug
-        needed = sizes[READY] + sizes[BUSY] + sizes[NOT_ASKED]
+        files, size = needed.total().files, needed.total().bytes
         if cold:
-            asked_for, when = cold.total(), f"ready within {TIERS[tier]} hours, for {days} days"
+            when = f"ready within {TIERS[tier]} hours, for {days} days"
             rows: dict[str, object] = {
-                "To be asked of S3": asked_for,
+                "To be asked of S3": cold.total(),
                 "Tier": f"{tier.capitalize()}, {when}",
                 "Restore": restore_cost(prices, cold, tier, days),
-                "Download": prices.download(asked_for.files, needed),
+                "Download": prices.download(files, size),
                 "Prices": prices.note,
             }
             show_table("ESTIMATE", rows.items())
-        if needed > (free := self._target.free_space()):
+        if size > (free := self._target.free_space()):
             message = "%s are to be restored, but only %s are free there: copies that S3 makes "
             message += "cost money while they wait"
-            log.warning(message, format_size(needed), format_size(free))
-        return cold, sizes[READY]
+            log.warning(message, format_size(size), format_size(free))
+        return cold, needed[READY].bytes
 
     def _restore_all(self, manifest: TextIO | None) -> None:
         """Downloads what can be read, asks S3 for the rest, counts it, and logs failures.
@@ -3901,19 +3901,20 @@ class Restore:
         """The selected objects and the paths to restore them to.  A file whose path is also a
         folder gets a name beside it.  If two keys stand for one path, the key that this
         program writes wins."""
-        held: list[Selected] = []  # with keys that the next key may begin with
+        held: list[Selected] = []  # as `a` and `a.txt`, until `a/b` shows that `a` is a folder
         for path, found in self._select(self._paths, self._missing):
             key, our_key = found.key, unchecked_key(self._config.prefix, path)
             while held and not key.startswith(held[-1][1].key):  # keys are sorted
                 yield held.pop()
             if held and key.startswith(held[-1][1].key + "/"):
-                folder, upper = held.pop()
-                name = folder + b".file"
+                file_path, file = held.pop()
+                name = file_path + b".file"
                 while any(self._select([name], set())):
                     name += b".file"
                 message = "%s is a folder as well: the file of that name is restored as %s"
-                self._warn(message, printable(folder), printable(name))
-                yield name, upper
+                self._warn(message, printable(file_path), printable(name))
+                yield name, file
+            # Sends no request unless another program wrote the key.
             same_path = (other.key for _, other in self._select([path], set()))
             if our_key != key and our_key in same_path:
                 self._warn("left out %s: %s stands for the same name", printable(key), our_key)
@@ -3921,7 +3922,7 @@ class Restore:
                 held.append((path, found))
         yield from held
 
-    def _label(self, name: bytes, found: StoredObject) -> str:
+    def _state_of(self, name: bytes, found: StoredObject) -> str:
         """THERE, READY, BUSY or NOT_ASKED; FileError."""
         is_windows_name = os.name == "nt" and (b"\\" in name or b":" in name)
         if {b"", b".", b".."} & set(name.split(b"/")) or b"\0" in name or is_windows_name:
@@ -3932,6 +3933,7 @@ class Restore:
         if existing is not None:
             if not stat.S_ISREG(existing.mode or 0):
                 raise FileError("something that is not a file has its name")
+            # A listing has no metadata.
             mtime = (self._bucket.head(found.key, found.version_id) or found).mtime
             # FAT has only even seconds.  SFTP and some file systems have a first and last time.
             nearest = (min(max(mtime, first), last) for first, last in TIME_RANGES)
@@ -3947,7 +3949,7 @@ class Restore:
 
     def _restore_one(self, name: bytes, found: StoredObject) -> str:
         """Downloads the object or asks S3 for it, and returns its label then; FileError."""
-        options, label = self._options, self._label(name, found)
+        options, label = self._options, self._state_of(name, found)
         # The user has agreed to a number of requests; more objects may be cold by now.
         if label == NOT_ASKED and self._allowed_requests.acquire(blocking=False):
             self._context.box.stopping.check()
@@ -3958,6 +3960,7 @@ class Restore:
         try:
             self._target.store(name, Download(self._context, found), options.overwrite)
         except FileError as error:
+            # One in an archive tier of INTELLIGENT_TIERING is never asked for.
             if error.code != INVALID_STATE or found.storage_class not in COLD_CLASSES:
                 raise
             return NOT_ASKED  # S3's copy has expired meanwhile; the next pass asks again
@@ -4068,8 +4071,8 @@ def add_restore(command: argparse.ArgumentParser) -> None:
     tiers = "bulk: within 48 hours; standard: within 12, costs more"
     command.add_argument("--tier", choices=TIERS, default="bulk", help=tiers)
     days = f"how long the copies can be read (default: {DAYS_RESTORED})"
-    add_days = partial(command.add_argument, type=partial(parse_int, 1, 3650), metavar="N")
-    add_days("--days", default=DAYS_RESTORED, help=days)
+    number = partial(parse_int, 1, 3650)
+    command.add_argument("--days", type=number, default=DAYS_RESTORED, metavar="N", help=days)
     add_flags(command, yes="agree to the cost without being asked")
     add_flags(command, overwrite="replace other files that are in the way")
     later = command.add_mutually_exclusive_group()
@@ -4119,7 +4122,7 @@ def main(argv: list[str] | None = None) -> int:
         exit_status = int(end.code or 0)
         with contextlib.suppress(AttributeError, OSError):  # there is no stdout, or no reader
             sys.stdout.flush()
-    except Stopped:
+    except Stopped:  # by a signal, see below; else stdout could not be written
         pass
     except ArchiveError as error:
         log.critical("%s", error)
@@ -4132,7 +4135,7 @@ def main(argv: list[str] | None = None) -> int:
     if shows_json:
         try:
             summary["exit_status"] = exit_status
-            print_line(json.dumps(summary, indent=2, default=vars))
+            print_line(json.dumps(summary, indent=2, default=vars))  # vars() of a Count
         except Stopped:
             exit_status = exit_status or FATAL
     return exit_status
