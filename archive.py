@@ -45,7 +45,6 @@ import errno
 import fnmatch
 import gc
 import hashlib
-import heapq
 import io
 import itertools
 import json
@@ -1716,7 +1715,7 @@ class Walk:
 
 STATE_VERSION = 5  # SQLite's user_version of a database that has these tables
 SCHEMA = """
-CREATE TABLE IF NOT EXISTS files  -- mtime: NULL if the file has to be compared
+CREATE TABLE files  -- mtime: NULL if the file has to be compared
     (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, uploaded_at INTEGER);
 CREATE TABLE objects (path TEXT PRIMARY KEY, key TEXT NOT NULL UNIQUE, etag TEXT,
     crc32 INTEGER, storage_class TEXT) WITHOUT ROWID;
@@ -1849,19 +1848,21 @@ class State:
 
     @in_transaction
     def _make_tables(self) -> None:
-        """Makes the tables.  Rows of an earlier script's `files` stay, for `take_over`.  Those
-        of an earlier version of this program, which had a table `meta`, do not: which of them
-        were uncertain was noted in tables that are dropped here."""
+        """Makes the tables.  Rows of an earlier script's `files`, whose columns may have other
+        types, are kept for `take_over`.  Those of an earlier version of this program, which
+        had a table `meta`, are not: which of them were uncertain was noted in other tables."""
         tables = {name for (name,) in self._execute("SELECT name FROM sqlite_master")}
-        old = {"objects", "recheck", "replacing", "uploads", "meta", "runs", "gone"}
-        if "meta" in tables:
-            old.add("files")
+        if is_earlier_script := "files" in tables and "meta" not in tables:
+            rows = "SELECT path, size, mtime, NULL FROM files WHERE typeof(path) = 'text'"
+            rows += " AND typeof(size) = 'integer' AND typeof(mtime) = 'integer'"
+            self._execute(f"CREATE TEMP TABLE earlier AS {rows}")
+        old = {"files", "objects", "recheck", "replacing", "uploads", "meta", "runs", "gone"}
         for table in tables & old:
             self._execute(f"DROP TABLE {table}")
         for statement in SCHEMA.split(";"):
             self._execute(statement)
-        types = "(typeof(path), typeof(size), typeof(mtime))"  # SQLite does not enforce them
-        self._execute(f"DELETE FROM files WHERE {types} != ('text', 'integer', 'integer')")
+        if is_earlier_script:
+            self._execute("INSERT OR REPLACE INTO files SELECT * FROM earlier")
         self._execute(f"PRAGMA user_version = {STATE_VERSION}")
 
     def _execute(self, statement: str, *values: Any) -> list[Any]:
@@ -2254,8 +2255,8 @@ class Bucket:
         self._config, self.prefix = config, config.prefix
         self._attempts = S3_ATTEMPTS if retries else 1
         self.spent = 0.0  # USD for requests
-        self._has_warned = False  # that this server gives no CRC-32
-        self._lock = threading.Lock()  # for both of these
+        self._lock = threading.Lock()  # for `spent`
+        self._has_warned = threading.Lock()  # taken by who warns that S3 gives no CRC-32
         settings = botocore.config.Config(
             connect_timeout=S3_CONNECT_LIMIT,
             read_timeout=S3_READ_LIMIT,
@@ -2330,8 +2331,10 @@ class Bucket:
         marker: dict[str, Any] = {}
         while True:
             page = self.request(operation, **parameters, **marker)
+            if page.keys() == {"ResponseMetadata"}:  # an empty body, or HTML
+                raise FileError("S3's answer is no listing", UNAVAILABLE)
             lists = (page.get(name, ()) for name in entries)
-            yield from heapq.merge(*lists, key=lambda entry: entry.get("Key", ""))
+            yield from sorted(itertools.chain(*lists), key=lambda entry: entry.get("Key", ""))
             if not page.get("IsTruncated"):
                 return
             last, marker = marker, {n[4:]: page[n] for n in page if n[:4] == "Next" and page[n]}
@@ -2403,10 +2406,8 @@ class Bucket:
             stored = f"{found.size:,} bytes" if found else "no object"
             raise FileError(f"S3 holds {stored}, read {size:,}")
         if found.crc32 is None:
-            with self._lock:
-                if not self._has_warned:
-                    self._has_warned = True
-                    log.warning("this S3 server gives no CRC-32: only sizes are compared")
+            if self._has_warned.acquire(blocking=False):
+                log.warning("this S3 server gives no CRC-32: only sizes are compared")
         elif found.crc32 != crc32:
             raise FileError(f"S3 holds CRC-32 {crc_text(found.crc32)}, read {crc_text(crc32)}")
         return found._replace(crc32=crc32)
@@ -3282,13 +3283,10 @@ def match_content(found: StoredObject, read: Read) -> StoredObject | None:
     return None
 
 
-def check_changes(context: Context, state: State) -> None:
-    """Walks the box, before the run does.  Fatal if more archived files have changed or are
-    gone than MAX_CHANGED allows, as after an attack by ransomware.  A file that is gone does
+def check_changes(context: Context, state: State, limit: int) -> None:
+    """Walks the box, before the run does.  Fatal if more than `limit` per cent of the archived
+    files have changed or are gone, as after an attack by ransomware.  A file that is gone does
     not count again once this has let a run go on."""
-    limit = context.config.max_changed
-    if limit is None:
-        return
     forecast = Forecast(context, state, lambda *_: None)
     forecast.walk_box()
     before = state.archived().total().files
@@ -3318,7 +3316,8 @@ def run(context: Context, options: argparse.Namespace) -> int:
                 out_of_time.start()
             if state.is_new:
                 take_over(config, context.bucket, state)
-            check_changes(context, state)
+            if config.max_changed is not None:
+                check_changes(context, state, config.max_changed)
             work.archive()
             status = INCOMPLETE if work.failed or work.ended_early else 0
         except Stopped:
@@ -3575,12 +3574,16 @@ class Download:
     """An object that is being read."""
 
     def __init__(self, context: Context, found: StoredObject):
-        """Sends the GET; FileError (INVALID_STATE) if the object is cold."""
+        """Sends the GET; FileError (INVALID_STATE) if the object is cold, or if it is not the
+        one that was listed."""
         self._context, self._found = context, found
         answer = context.bucket.get(found, ChecksumMode="ENABLED")
         self._body = answer["Body"]  # the one to read next, None once it was read
         self.stored = stored_object(found.key, answer)
         self.uri = f"s3://{context.config.bucket}/{found.key}"
+        if self.stored.size != found.size or found.etag not in ("", self.stored.etag):
+            answer = f"{self.stored.size:,} bytes of ETag {self.stored.etag}"
+            raise FileError(f"S3 sent {answer}, not {found.size:,} of {found.etag} as listed")
 
     def blocks(self, block_size: int) -> Iterator[bytes]:
         """The object's bytes, from the start at each call, in blocks of at most this size.  A
@@ -3666,18 +3669,14 @@ class BoxFolder:
     """A folder of the box to restore to, with the methods of LocalFolder."""
 
     def __init__(self, box: StorageBox, folder: bytes):
-        """Creates the folder if it is missing; Fatal if files cannot be created in it."""
+        """Creates the folder if it is missing; Fatal if no file can be stored in it."""
         self._box, self._folder = box, re.sub(b"/+", b"/", folder)
         self._known = {b""}  # folders that exist; / is known
-        probe = join(self._folder, partial_name(b"", ""))
-
-        def write_probe(session: Session) -> None:
-            self._make_folders(session, probe)
-            handle = session.send((FXP_OPEN, probe, FOR_WRITING, NO_ATTRIBUTES)).result()
-            session.send((FXP_CLOSE, handle), (FXP_REMOVE, probe)).results()
-
+        probe, nothing = partial_name(b"", ""), SimpleNamespace(size=0, mtime=0)
+        empty: Any = SimpleNamespace(stored=nothing, uri="empty", blocks=lambda _: ())
         try:
-            box.retry(write_probe)
+            self.store(probe, empty, overwrite=True)
+            box.retry(lambda s: s.send((FXP_REMOVE, join(self._folder, probe))).results())
         except FileError as error:
             reason = f"{printable(folder)} cannot be written to: {error}"
             raise Fatal(f"{reason}; --to-box takes an account that may write") from None
@@ -3755,9 +3754,10 @@ def write_file(session: Session, handle: bytes, download: Download, mtime: int) 
             at += len(block)
             if len(batches) > WRITES_AHEAD:
                 batches.popleft().result()
-        batches.append(session.send((FXP_FSETSTAT, handle, ATTR_ACMODTIME, mtime, mtime)))
         for batch in batches:
             batch.result()
+        # Not before: some servers write meanwhile, which changes the mtime.
+        session.send((FXP_FSETSTAT, handle, ATTR_ACMODTIME, mtime, mtime)).result()
     finally:
         closing = session.send((FXP_CLOSE, handle))
     closing.result()

@@ -16,7 +16,7 @@ from faults import LARGE, SIZES, SMALL, assert_all_archived, scripted_fixtures, 
 from faulty_sftp import first
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
-from scripted_s3 import error, hang, reset
+from scripted_s3 import Answer, error, hang, reset
 
 IMPATIENT = {"LOCKED_LIMIT": 1}
 
@@ -312,10 +312,11 @@ def test_state_behind_a_link_has_one_lock(archive, box):
     [
         ("lost", error(403, "AccessDenied"), 1),
         ("lost", reset, 2),
+        ("lost", lambda _: Answer(200, {"content-type": "application/xml"}), 2),
         ("earlier script's", error(500, "InternalError"), 2),
         ("new source", error(403, "AccessDenied"), 2),
     ],
-    ids=["denied", "cut midway", "an earlier script's", "a new source's"],
+    ids=["denied", "cut midway", "an empty answer", "an earlier script's", "a new source's"],
 )
 def test_listing_that_fails_ends_the_run_and_the_next_one_begins_it_again(
     scripted, box, bucket, s3, many, kind, fault, nth

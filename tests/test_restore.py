@@ -25,9 +25,9 @@ from zlib import crc32
 import pytest
 from conftest import CHANGED, MIB, OLD, PROGRAM, Archive, Bucket, fill, real, tree
 from faults import LARGE, SIZES, wait_for, write
-from faulty_sftp import FAILURE, PERMISSION_DENIED, Dropped, FaultyBox, drop, status
+from faulty_sftp import FAILURE, OK, PERMISSION_DENIED, Dropped, FaultyBox, drop, status
 from relay import Relay
-from scripted_s3 import error, first, halfway, headers, rewritten
+from scripted_s3 import Answer, error, first, halfway, headers, rewritten
 from servers import OpenSSH, ProFTPD
 from test_names import HOSTILE
 
@@ -841,6 +841,23 @@ def test_object_that_was_replaced_while_it_was_fetched_is_not_mixed(archive, buc
     assert whole(to) == {}
 
 
+@HERE_AND_THERE
+def test_answer_that_is_not_the_listed_object_is_not_kept(place, s3):
+    """Such as the page of a gateway, or the answer to another request."""
+    expected = stored(place.archive, {"file": BODY, "well": b"content"})
+    page = Answer(200, {"last-modified": "Sun, 29 Nov 2026 10:00:00 GMT"}, b"<p>In service</p>")
+    rule = s3.on("GetObject", lambda _: page, key="file")
+
+    result = place.archive("restore", *place.arguments)
+
+    assert rule.fired
+    assert result.status == 3
+    assert set(failed(result)) == {"file"}
+    assert settled(place.root) == {b"well": expected[b"well"]}
+    assert place.archive("restore", *place.arguments).status == 0
+    assert settled(place.root) == expected
+
+
 # --- Keys that are not ours -------------------------------------------------
 
 
@@ -855,7 +872,7 @@ def test_keys_that_lead_out_of_the_folder_are_refused_one_by_one(archive, s3, to
         "k6": f"{ESCAPE}2E{ESCAPE}2E/x",
         "k7": f"a{ESCAPE}00x",
         "k8": "./x",
-        "k9": "a/..",
+        "k9": "b/..",
         "l0": "folder/",
     }
     stored(archive, dict.fromkeys([*keys, "well"], b"content"))
@@ -1111,6 +1128,32 @@ def test_box_that_is_read_only_is_told_of_before_anything_is_paid(boxed, box, s3
     assert s3.requests["RestoreObject"] == 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [
+        ("FSETSTAT", status(PERMISSION_DENIED)),
+        ("FSETSTAT", status(OK)),
+        ("RENAME", status(PERMISSION_DENIED)),
+    ],
+    ids=["times refused", "times ignored", "names refused"],
+)
+def test_box_that_cannot_store_a_file_is_told_of_before_anything_is_paid(
+    archive, faulty_box, s3, kind, fault
+):
+    """And before a file is replaced."""
+    stored(archive, {"file": b"content"})
+    fill(faulty_box.root, {"back/file": b"my own"})
+    faulty_box.always(kind, None, fault)
+
+    result = archive("restore", "--to-box", "back", "--overwrite")
+
+    assert result.status == 1, result.stderr
+    assert "back cannot be written to" in result.stderr
+    assert s3.requests["GetObject"] == 0
+    assert os.listdir(faulty_box.root / "back") == ["file"]
+    assert (faulty_box.root / "back/file").read_bytes() == b"my own"
+
+
 @pytest.mark.parametrize("box", [OpenSSH], indirect=True, ids=["openssh"])
 def test_folder_on_the_box_that_is_a_file_is_told_of_before_anything_is_paid(boxed, box, s3):
     """Others refuse to look below it, which is told file by file."""
@@ -1320,6 +1363,25 @@ def test_file_that_the_box_refuses_fails_and_leaves_nothing(archive, faulty_box,
     assert settled(faulty_box.root / "back") == {b"well": expected[b"well"]}
 
 
+def test_server_whose_writes_are_overtaken_keeps_the_times(archive, faulty_box):
+    """As those that write on other threads, such as `rclone serve sftp`."""
+    expected = stored(archive, {"file": 100_000})
+
+    def overtaken(request):
+        def write():
+            request.session.send(request.reply())
+
+        threading.Timer(0.2, write).start()
+        return b""
+
+    faulty_box.always("WRITE", None, overtaken)
+
+    result = archive("restore", "--to-box", "back")
+
+    assert (result.status, result.failures) == (0, []), result.stderr
+    assert whole(faulty_box.root / "back") == expected
+
+
 def test_folder_on_the_box_that_is_deleted_meanwhile_costs_one_file(archive, faulty_box, s3):
     stored(archive, dict.fromkeys(["a/1", "a/2", "a/3"], b"content"))
     s3.on("GetObject", first(lambda: shutil.rmtree(faulty_box.root / "back/a")), key="a/2")
@@ -1360,7 +1422,7 @@ def test_open_that_a_lost_session_carries_out_late_is_noticed(archive, faulty_bo
         return request.reply()
 
     once_fetching(s3, faulty_box, "OPEN", late)
-    faulty_box.on("RENAME", None, meanwhile)
+    faulty_box.on("RENAME", None, meanwhile, nth=2)  # the first is about the folder itself
     constants = {**SOON, "SILENCE_LIMIT": 1}
     result = archive("restore", "--to-box", "back", constants=constants)
     assert emptied.is_set()

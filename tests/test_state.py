@@ -200,6 +200,35 @@ def test_what_changed_since_an_earlier_script_is_archived(archive, bucket):
     assert archive.contents() == {"a": b"--", "folder/b": b"bbb"}
 
 
+@pytest.mark.parametrize(
+    "columns",
+    [
+        "path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, uploaded_at TEXT",
+        "path TEXT PRIMARY KEY, mtime INTEGER, size INTEGER, uploaded_at TIMESTAMP",
+        "path TEXT, size INTEGER, mtime INTEGER, uploaded_at TEXT",
+        "id INTEGER PRIMARY KEY, path TEXT, size INTEGER, mtime INTEGER, uploaded_at TEXT",
+    ],
+    ids=["a time as text", "another order", "no key", "one more"],
+)
+def test_table_of_an_earlier_script_may_have_other_columns(archive, box, bucket, columns):
+    """Its rows are believed, and its columns do not become those of the state."""
+    put(bucket, {"a": b"aa", "folder/b": b"bbb"})
+    rows = [("./a", 2, OLD), ("./folder/b", 3, OLD)]
+    with contextlib.closing(sqlite3.connect(archive.state_db)) as db, db:
+        db.execute(f"CREATE TABLE files ({columns})")
+        insert = "INSERT INTO files (path, size, mtime, uploaded_at) VALUES (?, ?, ?, ?)"
+        db.executemany(insert, [(*row, "2026-01-31T18:00:00") for row in rows])
+
+    assert archive().counts == (0, 2, 0)
+    fill(box.root, {"a": b"AA"}, OLD + 9)
+    assert archive().counts == (1, 1, 0)
+    fill(box.root, {"a": b"aa"}, OLD)
+    assert archive().counts == (1, 1, 0)
+    assert archive().counts == (0, 2, 0)
+    assert len(archive.rows()) == 2
+    assert_all_archived(archive, box)
+
+
 @pytest.mark.parametrize("size", [3, 9], ids=["touched", "stored by another program"])
 def test_what_s3_holds_as_it_is_now_is_compared_and_not_sent(archive, bucket, size):
     """Its row has another time, or another size."""
