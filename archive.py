@@ -26,8 +26,8 @@ not known to hold is uploaded.  No object is ever deleted from the bucket, and o
 `restore --to-box` changes anything on the box.
 
 Sections, each calling only those above it: Limits, Prices, Errors, Names, Uploads and
-checksums, Settings, SFTP, Login, Storage Box, State, Bucket, Output, Parallel work,
-Forecast (with `plan`), Run, Inspection (ls, status, verify, check), Restore, Command line.
+checksums, Settings, SFTP, Login, Storage Box, State, Bucket, Output, Parallel work, Walk
+and forecast (with `plan`), Run, Inspection (ls, status, verify, check), Restore, Command line.
 
 Docstrings end with the errors that are raised, as in "; FileError".
 """
@@ -120,9 +120,9 @@ PART_SIZES = [(size << n) * MIB for n in range(10) for size in (5, 6, 7, 8)] + [
 # A file below SMALL_FILE is read whole and sent with one PUT.  A larger one goes up in parts.
 # Larger parts need fewer requests (16 MiB: about $0.33 a TiB), smaller ones less memory.
 SMALL_FILE = 16 * MIB
-PART_SIZE = 16 * MIB  # larger if MAX_PARTS requires it, smaller if MEMORY_LIMIT does
+PART_SIZE = 16 * MIB  # larger if MAX_PARTS requires it
 PARTS_AT_ONCE = 4
-MIN_MEMORY = 32 * MIB  # the least MEMORY_LIMIT: READ_WINDOW, and two parts of 8 MiB
+MIN_MEMORY = 2 * SMALL_FILE  # the least MEMORY_LIMIT: a small file is in memory twice
 MAX_GROWTH = 64 * KIB  # of a file between its listing and its OPEN
 COMPARE_BLOCK, DOWNLOAD_BLOCK = MIB, 256 * KIB  # bytes per read
 
@@ -480,20 +480,14 @@ class UploadPlan(NamedTuple):
 
 
 def plan_upload(size: int, memory_limit: int) -> UploadPlan:
-    """The plan for a file of `size` bytes; FileError if `memory_limit` is too small for it.
-    A small file is in memory twice: as replies, and joined.  Of a large one, the parts that
-    are being sent, the part that is being read, and READ_WINDOW are in memory."""
+    """The plan for a file of `size` bytes.  A small file is in memory twice: as replies, and
+    joined.  Of a large one, the parts that are being sent, the part that is being read, and
+    READ_WINDOW are in memory: more than `memory_limit` if it needs such large parts."""
     if size < SMALL_FILE:
         return UploadPlan(size, 0, 2 * size)
-    possible = [part for part in PART_SIZES if part * MAX_PARTS >= size] or PART_SIZES[-1:]
-    for_parts = memory_limit - READ_WINDOW
-    fitting = [part for part in possible if part <= PART_SIZE and 2 * part <= for_parts]
-    part_size = max(fitting, default=possible[0])  # else the smallest that is possible
-    at_once = min(PARTS_AT_ONCE, for_parts // part_size - 1)
-    if at_once < 1:
-        reason = f"{size:,} bytes need parts of {part_size:,}"
-        needed = f"set it to {-(-(2 * part_size + READ_WINDOW) // MIB)}M or more"
-        raise FileError(f"{reason}: MEMORY_LIMIT is {memory_limit // MIB}M, {needed}")
+    possible = (part for part in PART_SIZES if part >= max(PART_SIZE, size / MAX_PARTS))
+    part_size = next(possible, PART_SIZES[-1])
+    at_once = max(1, min(PARTS_AT_ONCE, (memory_limit - READ_WINDOW) // part_size - 1))
     memory = min(2 * size, (at_once + 1) * part_size + READ_WINDOW)
     return UploadPlan(part_size, at_once, memory)
 
@@ -1613,104 +1607,6 @@ class Exclusions:
         return False
 
 
-class Walk:
-    """A walk of all regular files below REMOTE_PATH, in the same order each time, and what it
-    has left out.  LISTINGS_AT_ONCE folders are listed ahead.  Of a folder with more than
-    NAMES_AHEAD entries nothing is kept in memory: it is listed again when its turn comes.
-    Links are not followed."""
-
-    def __init__(self, box: StorageBox, config: Config):
-        self._box, self._config, self._root = box, config, config.remote_path
-        labels = "Hidden entries", "Excluded", "Links", "Special files", "Vanished"
-        self.left_out = Counter(dict.fromkeys(labels, 0))  # entries, in the summary's order
-        self.failed = 0
-        self.unlisted: set[bytes] = set()  # folders and files that the box does not describe
-
-    def pages(self) -> Iterator[list[RemoteFile]]:
-        """Lists of at most PAGE files, and an empty list after each COMMIT_PAUSE without a
-        file.  Fatal if REMOTE_PATH itself cannot be listed, Stopped."""
-        self._exclusions = Exclusions(self._config, self._box)
-        waiting = [self._root]
-        begun: deque[tuple[bytes, Future[list[Entry] | None]]] = deque()
-        pool, list_folder = ThreadPoolExecutor(LISTINGS_AT_ONCE), self._box.list_folder
-        try:
-            while waiting or begun:
-                while waiting and len(begun) < LISTINGS_AT_ONCE:
-                    path = waiting.pop()
-                    begun.append((path, pool.submit(list_folder, path, NAMES_AHEAD)))
-                path, listing = begun.popleft()
-                while not concurrent.futures.wait([listing], COMMIT_PAUSE).done:
-                    yield []
-                entries = self._entries(path, listing)
-                if entries is None:  # too large to be kept ahead; now it is its turn
-                    begun.appendleft((path, pool.submit(list_folder, path)))
-                    continue
-                folders: list[bytes] = []
-                for start in range(0, len(entries), PAGE):
-                    yield [*self._files(path, entries[start : start + PAGE], folders)]
-                waiting += reversed(folders)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def warn_of_unmatched(self) -> None:
-        """Warns of exclusions without effect, after the walk."""
-        for item in sorted(self._exclusions.unmatched):
-            log.warning("EXCLUDE_PATHS: %s has matched nothing", printable(item))
-
-    def add_failure(self, path: bytes, reason: object) -> None:
-        self.failed += 1
-        log_failure(path, reason)
-
-    def leaves_out(self, path: bytes) -> bool:
-        """Whether the walk does not reach this path, because it or a folder above it is
-        hidden or excluded, or could not be listed."""
-        names = relative_path(self._root, path).split(b"/")
-        _, *paths = itertools.accumulate(names, join, initial=self._root)
-        return any(path in self.unlisted or self._label(path) for path in paths)
-
-    def _label(self, path: bytes) -> str:
-        """The label under which a hidden or excluded entry is counted; empty for others."""
-        if self._exclusions.match(path):
-            return "Excluded"
-        is_hidden = path.rpartition(b"/")[2].startswith(b".")
-        return "Hidden entries" if is_hidden and not self._config.include_hidden else ""
-
-    def _entries(self, path: bytes, listing: Future[list[Entry] | None]) -> list[Entry] | None:
-        """The result of the listing; empty if it failed, and Fatal if REMOTE_PATH's failed."""
-        try:
-            return listing.result()
-        except FileError as error:
-            if path == self._root:
-                message = f"REMOTE_PATH {printable(path)} cannot be listed: {error}"
-                raise Fatal(message) from None
-            if error.code == VANISHED:
-                self.left_out["Vanished"] += 1
-            else:
-                self.unlisted.add(path)
-                self.add_failure(path, f"this folder cannot be listed: {error}")
-            return []
-
-    def _files(
-        self, folder: bytes, entries: list[Entry], folders: list[bytes]
-    ) -> Iterator[RemoteFile]:
-        """The files among the entries of `folder`.  Its folders are added to `folders`."""
-        for name, (size, mtime, mode) in entries:
-            path, file_type = join(folder, name), stat.S_IFMT(mode or 0)
-            if not name or b"/" in name or len(path) > MAX_PATH_BYTES:
-                self.add_failure(path[:MAX_PATH_BYTES], "no file can have this name")
-            elif label := self._label(path):
-                self.left_out[label] += 1
-            elif file_type == stat.S_IFDIR:
-                folders.append(path)
-            elif file_type == stat.S_IFREG and size is not None and mtime is not None:
-                yield RemoteFile(path, size, mtime)
-            elif file_type in (stat.S_IFREG, 0):
-                self.unlisted.add(path)
-                self.add_failure(path, "the box does not tell its type, size and time")
-            else:
-                self.left_out["Links" if file_type == stat.S_IFLNK else "Special files"] += 1
-
-
 # ----------------------------------------------------------------------- State
 
 STATE_VERSION = 5  # SQLite's user_version of a database that has these tables
@@ -1759,6 +1655,12 @@ class Record(NamedTuple):
     path: str  # as in the path column
     mtime: int | None  # the file's; None if the file has to be compared
     stored: StoredObject
+
+    def in_doubt(self, key: str) -> Record:
+        """The record while a new version may be sent.  S3 may store that although its answer
+        gets lost: until it has acknowledged it, nothing is known about the content."""
+        unknown = self.stored._replace(key=key, etag="", crc32=None)
+        return self._replace(mtime=None, stored=unknown)
 
 
 @dataclass
@@ -1924,18 +1826,6 @@ class State:
             for path, mtime, *stored in self._db.execute(query, (self._default_class, *values)):
                 yield Record(path, mtime, StoredObject(*stored))
 
-    @in_transaction
-    def note_begun(self, jobs: Iterable[Job]) -> None:
-        """Notes which files may be sent from now on.
-
-        S3 may store a new version although its answer gets lost.  So until S3 has acknowledged
-        the upload, the row says nothing about the object's content.
-        """
-        for job in jobs:
-            if job.record is not None:
-                unknown = job.record.stored._replace(key=job.key, etag="", crc32=None)
-                self._store(job.record._replace(mtime=None, stored=unknown))
-
     def note_upload(self, job: Job, upload_id: str | None) -> None:
         """Notes an upload in parts before its first part is sent; for any thread.  It can be
         continued, unless the file was modified so recently that the parts could be of two
@@ -1981,7 +1871,7 @@ class State:
 
     @in_transaction
     def replace(self, records: Iterable[Record]) -> None:
-        """Stores what the bucket's listing says, in place of what was recorded."""
+        """Stores these records in place of earlier ones."""
         for record in records:
             self._store(record)
 
@@ -2884,7 +2774,7 @@ class Parallel(Generic[Item, Result]):
             self._wait_until = min(self._wait_until, time.monotonic() + limit)
 
 
-# ------------------------------------------------------------------- Forecast
+# ---------------------------------------------------------- Walk and forecast
 
 
 class Job(NamedTuple):
@@ -2913,15 +2803,106 @@ class Archived(NamedTuple):
     is_upload: bool
 
 
-class Scan(Walk):
-    """A walk of the box that finds what is not recorded: the base of Forecast and Run."""
+class Walk:
+    """A walk of all regular files below REMOTE_PATH, in the same order each time, and what it
+    has left out: the base of Forecast and Run.  LISTINGS_AT_ONCE folders are listed ahead.  Of
+    a folder with more than NAMES_AHEAD entries nothing is kept in memory: it is listed again
+    when its turn comes.  Links are not followed."""
 
     def __init__(self, context: Context, state: State):
-        super().__init__(context.box, context.config)
         self._context, self._state = context, state
+        self._box, self._config = context.box, context.config
+        self._root, self.prices = context.config.remote_path, context.bucket.prices
+        labels = "Hidden entries", "Excluded", "Links", "Special files", "Vanished"
+        self.left_out = Counter(dict.fromkeys(labels, 0))  # entries, in the summary's order
+        self.failed = 0
+        self.unlisted: set[bytes] = set()  # folders and files that the box does not describe
         self._uploads = state.uploads()  # without those of the jobs that were made
-        self.prices = context.bucket.prices
         self.early = 0.0  # USD for objects that are overwritten early
+
+    def pages(self) -> Iterator[list[RemoteFile]]:
+        """Lists of at most PAGE files, and an empty list after each COMMIT_PAUSE without a
+        file.  Fatal if REMOTE_PATH itself cannot be listed, Stopped."""
+        self._exclusions = Exclusions(self._config, self._box)
+        waiting = [self._root]
+        begun: deque[tuple[bytes, Future[list[Entry] | None]]] = deque()
+        pool, list_folder = ThreadPoolExecutor(LISTINGS_AT_ONCE), self._box.list_folder
+        try:
+            while waiting or begun:
+                while waiting and len(begun) < LISTINGS_AT_ONCE:
+                    path = waiting.pop()
+                    begun.append((path, pool.submit(list_folder, path, NAMES_AHEAD)))
+                path, listing = begun.popleft()
+                while not concurrent.futures.wait([listing], COMMIT_PAUSE).done:
+                    yield []
+                entries = self._entries(path, listing)
+                if entries is None:  # too large to be kept ahead; now it is its turn
+                    begun.appendleft((path, pool.submit(list_folder, path)))
+                    continue
+                folders: list[bytes] = []
+                for start in range(0, len(entries), PAGE):
+                    yield [*self._files(path, entries[start : start + PAGE], folders)]
+                waiting += reversed(folders)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def warn_of_unmatched(self) -> None:
+        """Warns of exclusions without effect, after the walk."""
+        for item in sorted(self._exclusions.unmatched):
+            log.warning("EXCLUDE_PATHS: %s has matched nothing", printable(item))
+
+    def add_failure(self, path: bytes, reason: object) -> None:
+        self.failed += 1
+        log_failure(path, reason)
+
+    def leaves_out(self, path: bytes) -> bool:
+        """Whether the walk does not reach this path, because it or a folder above it is
+        hidden or excluded, or could not be listed."""
+        names = relative_path(self._root, path).split(b"/")
+        _, *paths = itertools.accumulate(names, join, initial=self._root)
+        return any(path in self.unlisted or self._label(path) for path in paths)
+
+    def _label(self, path: bytes) -> str:
+        """The label under which a hidden or excluded entry is counted; empty for others."""
+        if self._exclusions.match(path):
+            return "Excluded"
+        is_hidden = path.rpartition(b"/")[2].startswith(b".")
+        return "Hidden entries" if is_hidden and not self._config.include_hidden else ""
+
+    def _entries(self, path: bytes, listing: Future[list[Entry] | None]) -> list[Entry] | None:
+        """The result of the listing; empty if it failed, and Fatal if REMOTE_PATH's failed."""
+        try:
+            return listing.result()
+        except FileError as error:
+            if path == self._root:
+                message = f"REMOTE_PATH {printable(path)} cannot be listed: {error}"
+                raise Fatal(message) from None
+            if error.code == VANISHED:
+                self.left_out["Vanished"] += 1
+            else:
+                self.unlisted.add(path)
+                self.add_failure(path, f"this folder cannot be listed: {error}")
+            return []
+
+    def _files(
+        self, folder: bytes, entries: list[Entry], folders: list[bytes]
+    ) -> Iterator[RemoteFile]:
+        """The files among the entries of `folder`.  Its folders are added to `folders`."""
+        for name, (size, mtime, mode) in entries:
+            path, file_type = join(folder, name), stat.S_IFMT(mode or 0)
+            if not name or b"/" in name or len(path) > MAX_PATH_BYTES:
+                self.add_failure(path[:MAX_PATH_BYTES], "no file can have this name")
+            elif label := self._label(path):
+                self.left_out[label] += 1
+            elif file_type == stat.S_IFDIR:
+                folders.append(path)
+            elif file_type == stat.S_IFREG and size is not None and mtime is not None:
+                yield RemoteFile(path, size, mtime)
+            elif file_type in (stat.S_IFREG, 0):
+                self.unlisted.add(path)
+                self.add_failure(path, "the box does not tell its type, size and time")
+            else:
+                self.left_out["Links" if file_type == stat.S_IFLNK else "Special files"] += 1
 
     def _make_jobs(self, files: list[RemoteFile]) -> Iterator[Job]:
         """Jobs for files that are not recorded.  One that S3 cannot hold is a failure."""
@@ -2930,11 +2911,11 @@ class Scan(Walk):
         for file in files:
             try:
                 key = object_key(config.prefix, relative_path(config.remote_path, file.path))
-                begun = self._uploads.pop(key, None)
-                plan = plan_upload(file.size, config.memory_limit)
             except FileError as error:
                 self.add_failure(file.path, error)
                 continue
+            begun = self._uploads.pop(key, None)
+            plan = plan_upload(file.size, config.memory_limit)
             settings = config.upload_settings(file.size) if plan.is_multipart else ""
             path = path_text(file.path)
             upload = key, path, file.size, file.mtime, plan.part_size, settings
@@ -2968,7 +2949,7 @@ TO_UPLOAD = "To upload"
 MARKS = {NEW: "+", MODIFIED: "*", TO_COMPARE: "?"}
 
 
-class Forecast(Scan):
+class Forecast(Walk):
     """What a run would do, and what that costs.  `on_file` is called with a mark, a path and
     the reason of a failure for each file that is not archived as it is."""
 
@@ -2979,7 +2960,8 @@ class Forecast(Scan):
         self.altered = 0  # archived files that have another size or mtime now
         self.gone = Counts()  # by class: archived, but not on the box any more
         self.gone_paths = set[str]()  # as in the path column
-        self.requests = Counter[tuple[str, str]]()  # by class and kind
+        self.requests = Counter(put=0, create=0, part=0, complete=0, head=0)  # by kind
+        self.upload_cost = 0.0  # USD for them
         self.tiny = Counts()  # by class, of what is to be uploaded
         self.afterwards = state.archived()
 
@@ -3023,26 +3005,19 @@ class Forecast(Scan):
                 if record:
                     self.afterwards.add(record.stored.storage_class, -record.stored.size, -1)
             self.counts.add(label, size)
-            self.requests.update({(storage_class, kind): n for kind, n in requests.items()})
+            self.requests.update(+Counter(requests))  # without those that are 0
+            self.upload_cost += self.prices.requests(storage_class, requests)
             self._on_file(MARKS[label], job.file.path)
-
-    def upload_cost(self) -> float:
-        """USD for the requests."""
-        requests = self.requests.items()
-        return math.fsum(self.prices.requests(name, {kind: n}) for (name, kind), n in requests)
 
     def rows(self) -> Rows:
         prices, after, total = self.prices, self.afterwards, self.afterwards.total()
-        requests = Counter(put=0, create=0, part=0, complete=0, head=0)
-        for (_, kind), number in (+self.requests).items():
-            requests[kind] += number
         yield from self.counts.items()
         yield "Unreadable", self.failed
         yield "Gone from the box", self.gone.total()
         yield "Gone, a month", month_cost(prices, self.gone)
         yield from (+self.left_out).items()  # without those that are 0
-        yield "Requests", requests
-        yield "Upload", self.upload_cost()
+        yield "Requests", self.requests
+        yield "Upload", self.upload_cost
         yield "Overwritten early", self.early
         yield "Archive afterwards", total
         yield "Storage a month", month_cost(prices, after)
@@ -3059,7 +3034,7 @@ class Forecast(Scan):
         once -= prices.requests(other, {"put": tiny.files})
         monthly = month_cost(prices, self.tiny) - prices.month(other, tiny.files, tiny.bytes)
         month_of_all = month_cost(prices, self.afterwards)
-        if once > self.upload_cost() / 10 or monthly > month_of_all / 10:
+        if once > self.upload_cost / 10 or monthly > month_of_all / 10:
             message = "files to upload below %s: %s; SMALL_FILES_BELOW=%dK and "
             message += "SMALL_FILES_CLASS=%s would save %s of the upload and %s a month"
             saved = format_usd(once), format_usd(monthly)
@@ -3091,7 +3066,7 @@ def plan(context: Context, options: argparse.Namespace) -> int:
 # ------------------------------------------------------------------------- Run
 
 
-class Run(Scan):
+class Run(Walk):
     """One pass over the box, and its summary.  Other threads only read and send files; the
     main thread walks, decides what to do with each file, and commits what is done."""
 
@@ -3152,8 +3127,8 @@ class Run(Scan):
                 for file in sorted(set(page) - set(files)):
                     log.debug("unchanged %s", printable(file.path))
             jobs = [*filter(self._fits, self._make_jobs(files))]
-            if jobs:
-                self._state.note_begun(jobs)
+            if in_doubt := [job.record.in_doubt(job.key) for job in jobs if job.record]:
+                self._state.replace(in_doubt)
             self._progress.expect(sum(job.file.size for job in jobs))
             for job in filter(self._fits, jobs):  # again: others before it were added
                 self._reserved += job.usd

@@ -82,6 +82,16 @@ def test_next_run_after_a_kill_goes_on_behind_the_stored_parts(archive, box, s3)
     assert_all_archived(archive, box)
 
 
+def test_another_memory_limit_goes_on_behind_the_stored_parts(archive, box, s3):
+    write(box.root / "big", 33 * MIB)
+    s3.on("UploadPart", first_in_s3(archive.kill, reset), nth=3)
+    assert archive.start(constants={"PARTS_AT_ONCE": 1}).wait().status == -9
+    wait_for(lambda: not s3.under_way)
+    assert archive(MEMORY_LIMIT="32M").counts == (1, 0, 0)
+    assert sent(s3) == {1: 1, 2: 1, 3: 1}
+    assert_all_archived(archive, box)
+
+
 def test_part_that_arrived_though_its_answer_was_lost_is_not_sent_again(archive, box, s3):
     write(box.root / "big", BIG)
     s3.on("UploadPart", first_in_s3(archive.kill, lost_answer), nth=3)
@@ -672,19 +682,6 @@ def test_upload_that_s3_cannot_begin_costs_no_reading_of_the_whole_file(archive,
     s3.always("CreateMultipartUpload", error(400, "Odd"))
     assert_failed(archive(constants=IN_ORDER, MEMORY_LIMIT="64M"), {"big": "Odd"})
     assert box.handed_out < 16 * PART
-
-
-def test_smaller_memory_limit_leaves_the_parts_of_a_file_that_it_excludes(
-    archive, box, s3, bucket
-):
-    """A later run with the old limit goes on with them."""
-    write(box.root / "big", BIG)
-    interrupt(archive, s3)
-    few_parts = {**SIZES, "MAX_PARTS": 1}  # which stands for a file of many GiB
-    assert archive(constants=few_parts, MEMORY_LIMIT="32M").status == 3
-    s3.parts.clear()
-    assert archive(constants=SIZES).counts == (1, 0, 0)
-    assert sent(s3) == {4: 1}
 
 
 # --- Completing -------------------------------------------------------------
