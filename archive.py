@@ -643,8 +643,8 @@ parse_text = partial(parse_match, r"(?s).+", "a path")  # "" may be an unset var
 parse_user = partial(parse_match, r"[^\s@\ud800-\udfff]+", "a bare user name, like u12345-sub1")
 bucket_expected = "the bare name of a bucket, like my-archive"
 parse_bucket = partial(parse_match, r"(?ai)[a-z0-9][\w.-]{1,253}[a-z0-9]", bucket_expected)
-prefix_pattern = r"(?!(.*/)?\.\.?/)[^\0-\x1f\x7f\ud800-\udfff\ufffe\uffff]*"
-prefix_expected = "no . or .. segment, no control character and valid UTF-8"
+prefix_pattern = r"(?!(.*/)?\.\.?/|s3:)[^\0-\x1f\x7f\ud800-\udfff\ufffe\uffff]*"
+prefix_expected = "no URL, no . or .. segment, no control character and valid UTF-8"
 parse_prefix = partial(parse_match, prefix_pattern, prefix_expected)
 url_pattern = r"(?i)(https://[^/@\s]+|http://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?)(/\S*)?"
 url_expected = "an https:// URL (http:// only to this machine), no login"
@@ -730,8 +730,9 @@ def read_env_file(path: Path, faults: list[str]) -> dict[str, str]:
         if os.name == "posix" and path.stat().st_mode & 0o077:
             log.warning("%s can be read by others: chmod 600 %s", path, path)
     for binding in dotenv.parser.parse_stream(io.StringIO(text)):
-        if binding.key is not None and binding.value is not None:
-            settings[binding.key] = binding.value
+        # What is no name may be the second line of a secret.
+        if binding.value is not None and re.fullmatch(r"(?a)[\w.-]{1,40}", binding.key or ""):
+            settings[str(binding.key)] = binding.value
         elif binding.key is not None or binding.error:
             source, line = binding.original  # with the empty lines before it
             line += source[: -len(source.lstrip())].count("\n")
@@ -747,15 +748,18 @@ def setting_faults(settings: Mapping[str, str]) -> Iterator[str]:
     for name, value in settings.items():
         is_secret, is_aws = SECRETS.fullmatch(name), name.startswith("AWS_")
         odd = "[\0-\x1f\x7f\udc80-\udcff]" if is_secret else "[\0-\x1f\x7f]"
-        if (is_secret or is_aws) and re.search(odd, value):
+        if "PRIVATE KEY" in value:
+            yield f"{name}: expected the path of a key's file, not the key itself"
+        elif (is_secret or is_aws) and re.search(odd, value):
             yield f"{name}: contains a line break, another control character or invalid UTF-8"
         if name in SETTINGS or PROXIES.fullmatch(name) or name.startswith("AWS_ENDPOINT_URL_"):
             continue
-        # An unknown AWS_ name is left to boto3, unless it looks like a typo of one of ours; in
-        # the environment only if it is very near: other programs have variables there, too.
-        cutoff = 0.5 if not is_aws else 0.86 if name in os.environ else 0.76
+        # An unknown AWS_ name is left to boto3, unless it looks like a typo of one of ours.  In
+        # the environment, other programs have variables, too.
+        is_foreign = name in os.environ
+        cutoff = 0.86 if is_foreign else 0.76 if is_aws else 0.5
         near = difflib.get_close_matches(name.upper(), SETTINGS, 1, cutoff)
-        if near or not is_aws:
+        if near or not (is_aws or is_foreign):
             yield f"{name}: unknown setting" + (f"; did you mean {near[0]}?" if near else "")
     if bool(settings.get("SMALL_FILES_BELOW")) != bool(settings.get("SMALL_FILES_CLASS")):
         yield "SMALL_FILES_BELOW and SMALL_FILES_CLASS: set both, or none"
@@ -794,6 +798,9 @@ def load_config(env_file: Path | None, secrets: set[str]) -> Config:
             settings[name] = raw.decode("utf-8", "surrogateescape")
     for name in filter(SECRETS.fullmatch, settings):
         add_secret(secrets, settings[name])
+    for name in filter(PROXIES.fullmatch, settings):  # http://user:password@host
+        login = settings[name].rpartition("@")[0].rpartition("//")[2]
+        add_secret(secrets, login.partition(":")[2])
     faults += setting_faults(settings)
     values: dict[str, Any] = {}
     for option in (f for f in dataclasses.fields(Config) if f.metadata):
@@ -803,7 +810,7 @@ def load_config(env_file: Path | None, secrets: set[str]) -> Config:
             value = None if text is None else parse(text)
         except (ArgumentTypeError, ValueError) as error:
             # A URL may contain a password, and S3_EXTRA_ARGS an encryption key.
-            is_secret = "@" in text or name == "S3_EXTRA_ARGS"
+            is_secret = re.search("@|PRIVATE KEY", text) or name == "S3_EXTRA_ARGS"
             faults.append(f"{name}: {error}" + ("" if is_secret else f", not {text!r}"))
             continue
         if isinstance(value, Path):
@@ -1153,7 +1160,7 @@ def known_host_keys(config: Config) -> tuple[Keys, Keys]:
         text = config.known_hosts.read_text("utf-8", "replace")
     with_port, bare = known_host_name(config).lower(), config.host.lower()
     known, revoked = {with_port: Keys(), bare: Keys()}, Keys()
-    for line in map(str.strip, text.splitlines()):
+    for line in map(str.strip, text.split("\n")):
         # HostKeys.load() stops at a line that it does not know, and keeps one key per type.
         with contextlib.suppress(Exception):
             patterns, kind, encoded, *_ = line.removeprefix("@revoked").split()
@@ -1211,7 +1218,7 @@ def check_host_key(config: Config, key: paramiko.PKey, known: Keys, revoked: Key
     raise Fatal(
         f"{subject}, which is not in HETZNER_KNOWN_HOSTS; if that is its fingerprint, accept "
         f"it with: mkdir -p {shlex.quote(str(config.known_hosts.parent))} && "
-        f"echo '{name} {key.get_name()} {key.get_base64()}' >> {path}"
+        f"printf '\\n{name} {key.get_name()} {key.get_base64()}\\n' >> {path}"
     )
 
 
@@ -1234,7 +1241,7 @@ def log_in(config: Config, transport: paramiko.Transport) -> None:
             raise Fatal(f"the SSH agent does not answer: {remedy}") from None
         name = f"the SSH agent's keys ({len(keys)})"
         attempts = [(name, transport.auth_publickey, key) for key in keys]
-    tried = " and ".join(dict.fromkeys(name for name, *_ in attempts)) or "an empty SSH agent"
+    tried = " and ".join(dict.fromkeys(name for name, *_ in attempts)) or "no key"
     message = f"the login of {config.user} with {tried}: correct HETZNER_USER or that; a box "
     message += "takes a public key in RFC 4716 form (ssh-keygen -e) on port 22, in OpenSSH's "
     message += f"on port 23: HETZNER_PORT is {config.port}"
@@ -3110,7 +3117,7 @@ class Run(Walk):
             for finished in outcomes:
                 self._settle(finished)
         self.warn_of_unmatched()
-        if not (self.unlisted or self.ended_early):
+        if not self.unlisted:
             # Unfinished uploads of files that are gone, or are archived by now.
             for key, begun in self._uploads.items():
                 if self._bucket.abort_upload(key, begun["upload_id"]):
@@ -3155,10 +3162,11 @@ class Run(Walk):
         self._box.stopping.check()
         upload = self._upload_to_continue(job)
         found = self._object_to_compare(job) if job.compares or upload is None else None
-        # An mtime in the object's metadata is as good as a row of ours, unless the upload came
-        # so soon after it that a later change could have the same mtime.  (The object of a row
-        # has no metadata: its mtime is `uploaded_at`.)
-        if found and found.mtime == job.file.mtime < found.uploaded_at - RECENTLY_STORED:
+        # An mtime in the metadata of an object that was listed is as good as a row of ours,
+        # unless the upload came so soon after it that a later change could have the same mtime.
+        # The row has no ETag after an upload of ours whose answer got lost or was wrong.
+        etag, mtime = job.record.stored.etag if job.record else "", job.file.mtime
+        if found and etag and found.mtime == mtime < found.uploaded_at - RECENTLY_STORED:
             return Archived(job.file, found, is_recent=False, is_upload=False)
         if upload is None and found and found.mtime != job.file.mtime:
             found = None  # an earlier version: the upload was not completed, but aborted
@@ -3278,7 +3286,8 @@ def run(context: Context, options: argparse.Namespace) -> int:
     """Archives what is new or changed (the default).  0, or 3 if something is incomplete."""
     config, stopping, status = context.config, context.box.stopping, FATAL
     # What is on its way to S3 then still gets RUNTIME_GRACE.
-    out_of_time = threading.Timer(config.max_runtime or 0, context.box.close)
+    limit = min(config.max_runtime or 0, threading.TIMEOUT_MAX)
+    out_of_time = threading.Timer(limit, context.box.close)
     out_of_time.daemon = True
     with locked(config), contextlib.closing(State(config, options.new_source)) as state:
         if options.new_source:

@@ -13,7 +13,7 @@ import pytest
 from conftest import MIB, OLD, fill
 from faults import SMALL, strict_fixtures, write
 from faulty_sftp import PERMISSION_DENIED, FaultyBox, many_files, status
-from scripted_s3 import error
+from scripted_s3 import error, first
 
 GB = 2**30
 DAY = 86_400
@@ -184,6 +184,23 @@ def test_file_that_costs_more_than_max_cost_does_not_keep_back_the_others(archiv
     assert archive.objects()["m"][0] == 10
     # It is not noted as one that has to be compared: MAX_CHANGED still sees its change.
     assert archive.query("SELECT mtime FROM files WHERE path = './m'") != [(None,)]
+
+
+def test_upload_of_a_file_that_is_gone_is_aborted_though_another_costs_too_much(
+    archive, box, s3
+):
+    write(box.root / "dear", SMALL)
+    assert archive(constants=SMALL_PARTS).status == 0
+    age(archive, 1)
+    write(box.root / "dear", SMALL + 1)
+    write(box.root / "gone", 2 * LIMIT)
+    s3.on("UploadPart", first(archive.kill), nth=2)
+    assert archive(constants=SMALL_PARTS, MAX_COST="0.5").status == -9
+    assert len(archive.bucket.uploads()) == 1
+    (box.root / "gone").unlink()
+    next_second(archive)
+    assert_ended_early(archive(constants=SMALL_PARTS, MAX_COST="0.5"), 0)
+    assert archive.bucket.uploads() == []
 
 
 def test_limit_is_reached_to_the_cent(archive, box):

@@ -5,6 +5,7 @@ import hashlib
 import os
 import socket
 import struct
+import subprocess
 import threading
 
 import asyncssh
@@ -316,11 +317,25 @@ def test_an_unknown_host_key_ends_the_run_before_any_credential_is_sent(archive,
     assert result.status == 1
     assert fingerprint(asyncssh_box.host_key) in result.stderr
     assert "HETZNER_KNOWN_HOSTS" in result.stderr
-    assert "accept it with: mkdir -p " in result.stderr and "&& echo '[" in result.stderr
     assert str(asyncssh_box.known_hosts) in result.stderr
     assert asyncssh_box.connections == 1
     assert asyncssh_box.attempts == []
     assert archive.bucket.list() == []
+
+
+@pytest.mark.parametrize("before", ["", "other ssh-rsa AAAA"], ids=["none", "no line break"])
+def test_host_key_is_accepted_with_the_command_that_the_message_names(
+    archive, asyncssh_box, before
+):
+    """Also behind a last line without its line break, which it leaves as it is."""
+    asyncssh_box.known_hosts.write_text(before)
+    command = archive().stderr.partition("accept it with: ")[2]
+    assert command.startswith("mkdir -p ")
+
+    subprocess.run(command, shell=True, check=True)
+
+    assert archive().status == 0
+    assert before in asyncssh_box.known_hosts.read_text().split("\n")
 
 
 def test_a_changed_host_key_ends_the_run_before_any_credential_is_sent(archive, asyncssh_box):

@@ -264,6 +264,7 @@ BAD_VALUES = [
         "HETZNER_USER": "u1@box.example.com",
         "HETZNER_PORT": "65536",
         "S3_BUCKET": "bucket/folder",
+        "S3_PREFIX": "s3://bucket/folder/",
         "MAX_RUNTIME": "10\u017f",  # a long s
         "AWS_ENDPOINT_URL": "http://127.0.0.1.example.com",
         "MAX_COST": "5 USD",
@@ -292,7 +293,59 @@ def test_a_bad_value_ends_with_status_2_and_the_name_of_its_setting(archive, val
     assert sorted(told) == sorted(bad), result.stderr
 
 
+PASTED = """-----BEGIN OPENSSH PRIVATE KEY-----
+b3BlbnNzaC1rZXktdjEAAAAABG5vbmUAAAAEbm9uZQAAAAAAAAABAAAAMwAAAAtzc2gtZW
+vjVgElzDQBvOpPMRwniwAAAACGJveEBob21lAQIDBAU=
+-----END OPENSSH PRIVATE KEY-----
+"""
+
+
+@pytest.mark.parametrize("name", ["HETZNER_KEY_FILE", "HETZNER_KNOWN_HOSTS", "HETZNER_HOST"])
+@pytest.mark.parametrize("quote", ["'", "", None], ids=["quoted", "bare", "environment"])
+def test_key_that_was_pasted_into_a_setting_is_not_shown(archive, name, quote):
+    """Without quotes, its second line looks like another setting."""
+    settings = {}
+    if quote is None:
+        settings[name] = PASTED
+    else:
+        archive.settings.pop(name, None)
+        archive.env_file.write_text(f"{name}={quote}{PASTED}{quote}\n")
+
+    result = archive(**settings)
+
+    assert result.status == 2
+    assert name in result.stderr
+    assert "b3Blb" not in result.stderr and "vjVgE" not in result.stderr
+
+
+def test_second_line_of_a_secret_is_not_shown(archive):
+    archive.env_file.write_text("AWS_SESSION_TOKEN=one+part\nthe/other+part==\n")
+    result = archive()
+    assert result.status == 2
+    assert "line 2: expected NAME=value" in result.stderr
+    assert "other" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "proxy", ["socks5://user:%s@127.0.0.1:1", "http://user:%s@127.0.0.1:1"]
+)
+def test_password_of_a_proxy_is_not_shown(archive, proxy):
+    password = "secret+of the:proxy"
+    result = archive("status", HTTP_PROXY=proxy % password)
+    assert "127.0.0.1:1" in result.stderr
+    assert password not in result.stderr
+
+
+def test_variables_of_other_programs_are_no_faults(archive):
+    """A variable that is nearly one of ours is."""
+    assert archive(HETZNER_API_TOKEN="x", HETZNER_DNS_API_TOKEN="x").status == 0
+    result = archive(HETZNER_PORTS="23")
+    assert result.status == 2
+    assert "did you mean HETZNER_PORT?" in result.stderr
+
+
 GOOD_VALUES = [
+    {"MAX_RUNTIME": "999999d"},
     {
         "MEMORY_LIMIT": "256M",
         "BANDWIDTH_LIMIT": "20M",
@@ -313,7 +366,7 @@ GOOD_VALUES = [
     },
     dict.fromkeys(("MAX_COST", "MAX_CHANGED", "S3_EXTRA_ARGS", "SMALL_FILES_BELOW"), ""),
 ]
-GOOD_IDS = ["one of each", "others", "guards", "empty"]
+GOOD_IDS = ["endless", "one of each", "others", "guards", "empty"]
 
 
 @pytest.mark.parametrize("values", GOOD_VALUES, ids=GOOD_IDS)
