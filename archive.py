@@ -731,7 +731,8 @@ def read_env_file(path: Path, faults: list[str]) -> dict[str, str]:
             log.warning("%s can be read by others: chmod 600 %s", path, path)
     for binding in dotenv.parser.parse_stream(io.StringIO(text)):
         # What is no name may be the second line of a secret.
-        if binding.value is not None and re.fullmatch(r"(?a)[\w.-]{1,40}", binding.key or ""):
+        is_name = re.fullmatch(r"(?a)AWS_\w+|[\w.-]{1,40}", binding.key or "")
+        if is_name and binding.value is not None:
             settings[str(binding.key)] = binding.value
         elif binding.key is not None or binding.error:
             source, line = binding.original  # with the empty lines before it
@@ -748,19 +749,20 @@ def setting_faults(settings: Mapping[str, str]) -> Iterator[str]:
     for name, value in settings.items():
         is_secret, is_aws = SECRETS.fullmatch(name), name.startswith("AWS_")
         odd = "[\0-\x1f\x7f\udc80-\udcff]" if is_secret else "[\0-\x1f\x7f]"
-        if "PRIVATE KEY" in value:
+        if "PRIVATE KEY-----" in value:
             yield f"{name}: expected the path of a key's file, not the key itself"
         elif (is_secret or is_aws) and re.search(odd, value):
             yield f"{name}: contains a line break, another control character or invalid UTF-8"
         if name in SETTINGS or PROXIES.fullmatch(name) or name.startswith("AWS_ENDPOINT_URL_"):
             continue
-        # An unknown AWS_ name is left to boto3, unless it looks like a typo of one of ours.  In
-        # the environment, other programs have variables, too.
-        is_foreign = name in os.environ
-        cutoff = 0.86 if is_foreign else 0.76 if is_aws else 0.5
+        # An unknown AWS_ name is left to boto3, unless it looks like a typo of one of ours; in
+        # the environment only if it is very near: other programs have variables there, too.
+        cutoff = 0.5 if not is_aws else 0.86 if name in os.environ else 0.76
         near = difflib.get_close_matches(name.upper(), SETTINGS, 1, cutoff)
-        if near or not (is_aws or is_foreign):
-            yield f"{name}: unknown setting" + (f"; did you mean {near[0]}?" if near else "")
+        if near or not is_aws:
+            where = " in the environment" if name in os.environ else ""
+            advice = f"; did you mean {near[0]}?" if near else ""
+            yield f"{name}: unknown setting{where}{advice}"
     if bool(settings.get("SMALL_FILES_BELOW")) != bool(settings.get("SMALL_FILES_CLASS")):
         yield "SMALL_FILES_BELOW and SMALL_FILES_CLASS: set both, or none"
     # On Windows no variable shows whether there is an agent.
@@ -810,7 +812,7 @@ def load_config(env_file: Path | None, secrets: set[str]) -> Config:
             value = None if text is None else parse(text)
         except (ArgumentTypeError, ValueError) as error:
             # A URL may contain a password, and S3_EXTRA_ARGS an encryption key.
-            is_secret = re.search("@|PRIVATE KEY", text) or name == "S3_EXTRA_ARGS"
+            is_secret = re.search("@|PRIVATE KEY-----", text) or name == "S3_EXTRA_ARGS"
             faults.append(f"{name}: {error}" + ("" if is_secret else f", not {text!r}"))
             continue
         if isinstance(value, Path):
@@ -1218,7 +1220,7 @@ def check_host_key(config: Config, key: paramiko.PKey, known: Keys, revoked: Key
     raise Fatal(
         f"{subject}, which is not in HETZNER_KNOWN_HOSTS; if that is its fingerprint, accept "
         f"it with: mkdir -p {shlex.quote(str(config.known_hosts.parent))} && "
-        f"printf '\\n{name} {key.get_name()} {key.get_base64()}\\n' >> {path}"
+        f"printf '\\n%s\\n' '{name} {key.get_name()} {key.get_base64()}' >> {path}"
     )
 
 
@@ -3162,11 +3164,10 @@ class Run(Walk):
         self._box.stopping.check()
         upload = self._upload_to_continue(job)
         found = self._object_to_compare(job) if job.compares or upload is None else None
-        # An mtime in the metadata of an object that was listed is as good as a row of ours,
-        # unless the upload came so soon after it that a later change could have the same mtime.
-        # The row has no ETag after an upload of ours whose answer got lost or was wrong.
-        etag, mtime = job.record.stored.etag if job.record else "", job.file.mtime
-        if found and etag and found.mtime == mtime < found.uploaded_at - RECENTLY_STORED:
+        # An mtime in the object's metadata is as good as a row of ours, unless the upload came
+        # so soon after it that a later change could have the same mtime.  (The object of a row
+        # has no metadata: its mtime is `uploaded_at`.)
+        if found and found.mtime == job.file.mtime < found.uploaded_at - RECENTLY_STORED:
             return Archived(job.file, found, is_recent=False, is_upload=False)
         if upload is None and found and found.mtime != job.file.mtime:
             found = None  # an earlier version: the upload was not completed, but aborted
@@ -3656,10 +3657,12 @@ class BoxFolder:
         """Creates the folder if it is missing; Fatal if no file can be stored in it."""
         self._box, self._folder = box, re.sub(b"/+", b"/", folder)
         self._known = {b""}  # folders that exist; / is known
-        probe, nothing = partial_name(b"", ""), SimpleNamespace(size=0, mtime=0)
-        empty: Any = SimpleNamespace(stored=nothing, uri="empty", blocks=lambda _: ())
+        # Stores an empty file, under names that no other restore has.
+        unique, stored = os.urandom(8).hex(), SimpleNamespace(size=0, mtime=1_000_000_000)
+        empty: Any = SimpleNamespace(stored=stored, uri=unique, blocks=lambda _: ())
+        probe = f".archive-{unique}.probe".encode()
         try:
-            self.store(probe, empty, overwrite=True)
+            self.store(probe, empty, overwrite=False)
             box.retry(lambda s: s.send((FXP_REMOVE, join(self._folder, probe))).results())
         except FileError as error:
             reason = f"{printable(folder)} cannot be written to: {error}"

@@ -26,7 +26,7 @@ from faults import (
 )
 from faulty_sftp import drop, freeze, honest
 from faulty_sftp import first as first_on_box
-from scripted_s3 import headers, rewritten
+from scripted_s3 import hang, headers, rewritten
 
 KIB = 2**10
 WRITES = {"PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"}
@@ -353,6 +353,26 @@ def test_files_whose_etag_is_no_md5_are_sent(archive, box, s3):
     expected = (0, (2 * len(NO_MD5), 0, 0), 0)
     assert (result.status, result.counts, result.compared) == expected, result.stderr
     assert_all_archived(archive, box)
+
+
+def test_takeover_that_was_ended_goes_on_with_a_head_for_each_file(archive, box, s3):
+    """Reading a file would not show that it is there: the ETag is no MD5."""
+    fill(box.root, {f"f{number}": SMALL for number in range(10)})
+    assert archive().counts == (10, 0, 0)
+    archive.state_db.unlink()
+    stuck = s3.on("HeadObject", hang, nth=3)
+    s3.always("HeadObject", headers(etag=f'"{NO_MD5["encrypted"]}"'))
+    running = archive.start(TRANSFERS="1")
+    wait_for(lambda: stuck.fired)
+    running.process.terminate()
+    assert running.wait().status == 143
+    forget_counts(box, s3)
+
+    result = archive()
+
+    assert (result.status, result.counts[0]) == (0, 0), result.stderr
+    assert result.compared >= 8
+    assert not any(box.opened[name] for name in box.opened if name.startswith(b"f"))
 
 
 def test_file_whose_upload_was_answered_with_no_md5_is_sent_when_it_was_touched(

@@ -1,16 +1,14 @@
 """What S3 may do to a run: refuse, fail, hang, and answer wrongly."""
 
-import base64
 import os
 import re
 import signal
 import threading
 import time
-from zlib import crc32
 
 import faulty_sftp
 import pytest
-from conftest import MIB, OLD, fill, tree
+from conftest import MIB, tree
 from faults import (
     LARGE,
     SIZES,
@@ -277,41 +275,6 @@ def test_object_that_differs_from_what_was_read_is_not_recorded(archive, box, s3
     # HEAD says something else now, and so nothing is sent again.
     result = archive(constants=SIZES)
     assert (result.status, result.counts) == (0, (0, 1, 0)), result.stderr
-    assert_all_archived(archive, box)
-
-
-@pytest.mark.parametrize("size", [SMALL, LARGE], ids=["small", "large"])
-@pytest.mark.parametrize("before", [True, False], ids=["changed", "new"])
-def test_damage_that_was_noticed_is_not_believed_by_the_next_run(
-    archive, box, s3, size, before
-):
-    """Of a server that checks nothing, and whose HEAD tells what it holds."""
-
-    def damaged(exchange):
-        exchange.body()
-        exchange._body = bytes([exchange._body[0] ^ 1]) + exchange._body[1:]
-        return no_checksums(exchange)
-
-    def sum_of_what_is_held(exchange):
-        held = crc32(archive.contents()[exchange.key]).to_bytes(4, "big")
-        return headers(
-            x_amz_checksum_crc32=base64.b64encode(held).decode(),
-            x_amz_checksum_type="FULL_OBJECT",
-        )(exchange)
-
-    if before:
-        fill(box.root, {"f": os.urandom(size)})
-        assert archive(constants=SIZES).status == 0
-    fill(box.root, {"f": os.urandom(size)}, OLD + 5)
-    for operation in ("PutObject", "UploadPart"):
-        s3.on(operation, damaged)
-        s3.always(operation, no_checksums)
-    s3.always("CompleteMultipartUpload", no_checksums)
-    s3.always("HeadObject", sum_of_what_is_held)
-    assert_failed(archive(constants=SIZES), {"f": "S3 holds CRC-32"})
-    del s3.rules[:-1]
-
-    assert archive(constants=SIZES).counts == (1, 0, 0)
     assert_all_archived(archive, box)
 
 

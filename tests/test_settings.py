@@ -336,12 +336,17 @@ def test_password_of_a_proxy_is_not_shown(archive, proxy):
     assert password not in result.stderr
 
 
-def test_variables_of_other_programs_are_no_faults(archive):
-    """A variable that is nearly one of ours is."""
-    assert archive(HETZNER_API_TOKEN="x", HETZNER_DNS_API_TOKEN="x").status == 0
+def test_unknown_variable_is_said_to_be_in_the_environment(archive):
     result = archive(HETZNER_PORTS="23")
     assert result.status == 2
-    assert "did you mean HETZNER_PORT?" in result.stderr
+    message = "HETZNER_PORTS: unknown setting in the environment; did you mean HETZNER_PORT?"
+    assert message in result.stderr
+
+
+def test_names_as_long_as_those_of_boto3_and_paths_with_odd_names_are_no_faults(archive):
+    name = "AWS_ENDPOINT_URL_APPLICATION_DISCOVERY_SERVICE"
+    archive.env_file.write_text(f"{name}=https://example.com\n")
+    assert archive(EXCLUDE_PATHS="PRIVATE KEYS").status == 0
 
 
 GOOD_VALUES = [
