@@ -429,7 +429,7 @@ def test_estimate_is_of_what_is_asked_for_and_of_all_that_is_downloaded(
     archive, s3, to, options, usd
 ):
     """200 GB are in DEEP_ARCHIVE and 100 in GLACIER, S3 is restoring 30, and 20 can be read:
-    350 GB, of which 250 are not free. 250 x 0.09 = 22.50."""
+    350 GB, of which 250 are not free. 250 x 0.09 = 22.50, and 4 GETs, at a dollar each."""
     stored(archive, {"cold": 200, "busy": 30}, "DEEP_ARCHIVE")
     stored(archive, {"less cold": 100}, "GLACIER")
     stored(archive, {"warm": 20})
@@ -442,12 +442,12 @@ def test_estimate_is_of_what_is_asked_for_and_of_all_that_is_downloaded(
 
     s3.always("ListObjectsV2", rewritten(in_gb))
 
-    result = archive("restore", "--to", to, *options)
+    result = archive("restore", "--to", to, *options, PRICES="get=1000")
 
     estimate = result.stdout.partition("==== ESTIMATE ====\n")[2]
     assert re.search(r"^To be asked of S3 *: 2 \(300.0 GiB\)$", estimate, re.MULTILINE)
     assert re.search(rf"^Restore *: \${usd}$", estimate, re.MULTILINE), estimate
-    assert re.search(r"^Download *: \$22.50$", estimate, re.MULTILINE), estimate
+    assert re.search(r"^Download *: \$26.50$", estimate, re.MULTILINE), estimate
 
 
 @pytest.mark.parametrize(("answer", "ending", "asked"), [("", 2, 0), ("y", 75, 1)])

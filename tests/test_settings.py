@@ -276,10 +276,11 @@ BAD_VALUES = [
     },
     {"SMALL_FILES_BELOW": "tiny", "SMALL_FILES_CLASS": "STANDARD"},
     {"SMALL_FILES_BELOW": "8K", "SMALL_FILES_CLASS": "WARM"},
+    {"HETZNER_USER": "u1\udcff"},
 ]
 
 
-BAD_IDS = ["one of each", "others", "a bad limit", "a bad class"]
+BAD_IDS = ["one of each", "others", "a bad limit", "a bad class", "no UTF-8"]
 
 
 @pytest.mark.parametrize("values", BAD_VALUES, ids=BAD_IDS)
