@@ -45,6 +45,7 @@ import errno
 import fnmatch
 import gc
 import hashlib
+import heapq
 import io
 import itertools
 import json
@@ -730,10 +731,10 @@ def read_env_file(path: Path, faults: list[str]) -> dict[str, str]:
         if os.name == "posix" and path.stat().st_mode & 0o077:
             log.warning("%s can be read by others: chmod 600 %s", path, path)
     for binding in dotenv.parser.parse_stream(io.StringIO(text)):
+        name = binding.key or ""
         # What is no name may be the second line of a secret.
-        is_name = re.fullmatch(r"(?a)AWS_\w+|[\w.-]{1,40}", binding.key or "")
-        if is_name and binding.value is not None:
-            settings[str(binding.key)] = binding.value
+        if binding.value is not None and re.fullmatch(r"(?a)AWS_\w+|[\w.-]{1,40}", name):
+            settings[name] = binding.value
         elif binding.key is not None or binding.error:
             source, line = binding.original  # with the empty lines before it
             line += source[: -len(source.lstrip())].count("\n")
@@ -2233,7 +2234,7 @@ class Bucket:
             if page.keys() == {"ResponseMetadata"}:  # an empty body, or HTML
                 raise FileError("S3's answer is no listing", UNAVAILABLE)
             lists = (page.get(name, ()) for name in entries)
-            yield from sorted(itertools.chain(*lists), key=lambda entry: entry.get("Key", ""))
+            yield from heapq.merge(*lists, key=lambda entry: entry.get("Key", ""))
             if not page.get("IsTruncated"):
                 return
             last, marker = marker, {n[4:]: page[n] for n in page if n[:4] == "Next" and page[n]}
@@ -2274,8 +2275,7 @@ class Bucket:
         client = MultipartClient(self, job, read, upload)
         source = SimpleNamespace(read=client.read)  # which s3transfer reads as a stream
         try:
-            bucket = self._config.bucket
-            upload_fileobj(client, source, bucket, key, None, on_sent, config)
+            upload_fileobj(client, source, self._config.bucket, key, None, on_sent, config)
         except FileError as error:
             # If S3's answer to Complete got lost, a retry gets NoSuchUpload.
             found = self.head(key) if error.code == "NoSuchUpload" else None
@@ -3567,8 +3567,8 @@ class Download:
         self.stored = stored_object(found.key, answer)
         self.uri = f"s3://{context.config.bucket}/{found.key}"
         if self.stored.size != found.size or found.etag not in ("", self.stored.etag):
-            answer = f"{self.stored.size:,} bytes of ETag {self.stored.etag}"
-            raise FileError(f"S3 sent {answer}, not {found.size:,} of {found.etag} as listed")
+            sent = f"{self.stored.size:,} bytes of ETag {self.stored.etag}"
+            raise FileError(f"S3 sent {sent}, not {found.size:,} of {found.etag} as listed")
 
     def blocks(self, block_size: int) -> Iterator[bytes]:
         """The object's bytes, from the start at each call, in blocks of at most this size.  A
@@ -3815,21 +3815,21 @@ class Restore:
             if label in (READY, BUSY, NOT_ASKED):
                 needed.add(label, found.size)
         self._warn = log.debug
-        files, size = needed.total().files, needed.total().bytes
+        total = needed.total()
         if cold:
             when = f"ready within {TIERS[tier]} hours, for {days} days"
             rows: dict[str, object] = {
                 "To be asked of S3": cold.total(),
                 "Tier": f"{tier.capitalize()}, {when}",
                 "Restore": restore_cost(prices, cold, tier, days),
-                "Download": prices.download(files, size),
+                "Download": prices.download(total.files, total.bytes),
                 "Prices": prices.note,
             }
             show_table("ESTIMATE", rows.items())
-        if size > (free := self._target.free_space()):
+        if total.bytes > (free := self._target.free_space()):
             message = "%s are to be restored, but only %s are free there: copies that S3 makes "
             message += "cost money while they wait"
-            log.warning(message, format_size(size), format_size(free))
+            log.warning(message, format_size(total.bytes), format_size(free))
         return cold, needed[READY].bytes
 
     def _restore_all(self, manifest: TextIO | None) -> None:
