@@ -29,7 +29,7 @@ Sections, each calling only those above it: Limits, Prices, Errors, Names, Uploa
 checksums, Settings, SFTP, Login, Storage Box, State, Bucket, Output, Parallel work, Walk
 and forecast (with `plan`), Run, Inspection (ls, status, verify, check), Restore, Command line.
 
-Docstrings end with the errors that are raised, as in "; FileError".
+"; FileError" at the end of a docstring means "raises FileError"; Fatal, Stopped likewise.
 """
 
 from __future__ import annotations
@@ -104,6 +104,8 @@ files_log = logging.getLogger("archive.files")  # one line per file; progress ba
 results_log = logging.getLogger("archive.results")  # to stdout as well
 
 T = TypeVar("T")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 VERSION = "2.0"  # "Upgrading" in the README says what changes with the first number
 
@@ -145,7 +147,7 @@ PAGE = 2_000  # files per query or commit of the state
 
 # Limits of all waits, and pauses, in seconds.
 CONNECT_LIMIT = 30  # for TCP, and again from SSH's banner to the SFTP session
-SILENCE_LIMIT = 60  # for any byte from the box while it owes a reply
+SILENCE_LIMIT = 60  # without a byte from the box while it owes a reply; twice that at most
 RECONNECT_PAUSES = (0, 1, 2, 4, 8, 15)  # before each attempt to connect to the box
 FAILURE_PAUSE = 0.1  # after the answer FAILURE: too many files may have been open
 KEEPALIVE = 60  # the box closes idle sessions, and a part may take minutes to upload
@@ -168,8 +170,8 @@ RECENT, RECENTLY_STORED = 2, 60
 
 # The hours that S3 takes at most (S3 user guide, "Archive retrieval options").
 TIERS = {"bulk": 48, "standard": 12}
-# The first and last mtimes of SFTP, of ext3 and XFS without bigtime, and of ext4, which keep
-# the nearest one instead of others.
+# The first and last mtimes of SFTP, of ext3 and XFS without bigtime, and of ext4.  A file with
+# a time outside this range gets the first or the last one.
 EARLIEST = -(1 << 31)
 TIME_RANGES = ((0, (1 << 32) - 1), (EARLIEST, (1 << 31) - 1), (EARLIEST, 15032385535))
 DAYS_RESTORED = 7  # for which S3 keeps restored copies, by default
@@ -286,9 +288,9 @@ FATAL, USAGE, INCOMPLETE, LOCKED, THAWING = 1, 2, 3, 11, 75  # exit statuses, se
 
 
 class ArchiveError(Exception):
-    """An error that the user sees as one line, without a traceback.  `code` is S3's error
-    code, one of those below, the name of a library's error, or empty.  `status` is the exit
-    status if the error ends the program."""
+    """An error that the user sees as one line, without a traceback.  `code` is S3's error code
+    or HTTP status, one of those below, the name of a library's error, or empty.  `status` is
+    the exit status if the error ends the program."""
 
     def __init__(self, message: str, code: str = "", status: int = FATAL):
         super().__init__(message)
@@ -340,8 +342,8 @@ class StopEvent(threading.Event):
             raise Stopped
 
     def handle_signals(self) -> None:
-        """From now on, SIGINT, SIGTERM and SIGHUP raise Stopped.  SIGINT after another one, or
-        EXIT_GRACE after STOP_LIMIT, ends the program at once."""
+        """From now on, SIGINT, SIGTERM and SIGHUP raise Stopped.  A SIGINT that follows another
+        signal ends the program at once.  So does a timer, some seconds after the first one."""
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP
             # A signal stays ignored if the program was started so, for example by nohup.
@@ -361,7 +363,7 @@ class StopEvent(threading.Event):
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """For the main thread: a signal raises Stopped after this block, not inside it."""
+        """For the main thread: a signal that comes in this block raises Stopped after it."""
         before, self.is_deferred = self.signal, True
         try:
             yield
@@ -403,7 +405,7 @@ def unescape(text: str) -> bytes:
 
 
 def path_text(path: bytes) -> str:
-    """`path` as the state's path column has it: unchanged if it is valid UTF-8."""
+    """`path` as the state's path column has it: what is not UTF-8 is escaped, and ESCAPE."""
     return escape(path, TEXT_ESCAPES)
 
 
@@ -413,7 +415,7 @@ def one_line(text: str) -> str:
 
 
 def printable(name: bytes | str) -> str:
-    """A name on one line; no two names look the same."""
+    """A name on one line.  Bytes that are not UTF-8 are shown in hex."""
     raw = name.encode("utf-8", "surrogateescape") if isinstance(name, str) else name
     return one_line(raw.replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace"))
 
@@ -438,11 +440,11 @@ def join(folder: bytes, name: bytes) -> bytes:
 
 def relative_path(root: bytes, path: bytes) -> bytes:
     """`path` relative to the folder `root`, which is above it."""
-    return path[len(join(root, b"")) :]
+    return path[len(root.rstrip(b"/")) + 1 :]
 
 
 def unchecked_key(prefix: str, relative: bytes) -> str:
-    """As object_key, for a path that S3 may not allow."""
+    """The key of a path relative to REMOTE_PATH, even if S3 does not allow it."""
     return prefix + escape(relative, KEY_ESCAPES)
 
 
@@ -586,7 +588,7 @@ def parse_duration(text: str) -> int:
 def parse_time(text: str) -> float:
     """Seconds since the epoch of a date, a time or an age like `30d`.  A date means its
     beginning.  A time without an offset is in the user's time zone."""
-    text, seconds = text.strip(), math.inf
+    text, seconds = text.strip(), math.inf  # inf is refused below
     with contextlib.suppress(ArgumentTypeError, ValueError, OverflowError, OSError):
         if text[-1:].lower() in ("s", "m", "h", "d"):
             seconds = time.time() - parse_duration(text)
@@ -605,7 +607,7 @@ def parse_bool(text: str) -> bool:
 
 def parse_path(text: str) -> Path:
     text = os.fsdecode(text.encode("utf-8", "surrogateescape"))  # names need not be UTF-8
-    return Path(os.path.expanduser(text).removeprefix("~/"))  # of a user without a home
+    return Path(os.path.expanduser(text).removeprefix("~/"))  # it stays if there is no home
 
 
 def parse_folder(text: str) -> bytes:
@@ -652,7 +654,7 @@ url_expected = "an https:// URL (http:// only to this machine), no login"
 parse_endpoint = partial(parse_match, url_pattern, url_expected)
 parse_class = partial(parse_match, "|".join(CLASSES), "one of " + ", ".join(CLASSES))
 # The names of boto3's ExtraArgs, without those that this program sets itself.
-SET_HERE = ("Checksum", "Metadata", "MpuObjectSize", "StorageClass")  # as they begin
+SET_HERE = ("Checksum", "Metadata", "MpuObjectSize", "StorageClass")  # beginnings of names
 EXTRA_ARGS = [name for name in S3Transfer.ALLOWED_UPLOAD_ARGS if not name.startswith(SET_HERE)]
 
 
@@ -701,14 +703,14 @@ class Config:
         """Where the objects are, for messages."""
         return f"s3://{self.bucket}/{self.prefix}"
 
-    def class_of(self, size: int) -> str:
+    def storage_class_of(self, size: int) -> str:
         if self.small_files_class and size < (self.small_files_below or 0):
             return self.small_files_class
         return self.storage_class
 
     def upload_settings(self, size: int) -> str:
         """The settings that an upload in parts is begun with: a hash, as they may be secret."""
-        settings = json.dumps([self.class_of(size), self.extra_args], sort_keys=True)
+        settings = json.dumps([self.storage_class_of(size), self.extra_args], sort_keys=True)
         return hashlib.sha256(settings.encode()).hexdigest()
 
 
@@ -756,9 +758,8 @@ def setting_faults(settings: Mapping[str, str]) -> Iterator[str]:
             yield f"{name}: contains a line break, another control character or invalid UTF-8"
         if name in SETTINGS or PROXIES.fullmatch(name) or name.startswith("AWS_ENDPOINT_URL_"):
             continue
-        # An unknown AWS_ name is left to boto3, unless it looks like a typo of one of ours; in
-        # the environment only if it is very near: other programs have variables there, too.
-        cutoff = 0.5 if not is_aws else 0.86 if name in os.environ else 0.76
+        # An unknown AWS_ name is left to boto3, unless it is very near to one of ours.
+        cutoff = 0.86 if is_aws else 0.5
         near = difflib.get_close_matches(name.upper(), SETTINGS, 1, cutoff)
         if near or not is_aws:
             where = " in the environment" if name in os.environ else ""
@@ -786,8 +787,8 @@ def add_secret(secrets: set[str], secret: str | None) -> None:
 def load_config(env_file: Path | None, secrets: set[str]) -> Config:
     """The checked settings.  A variable of the environment replaces the env file's, even if it
     is empty.  Paths are relative to the env file's folder: cron starts the program in another
-    one.  Adds to `secrets`, and passes boto3's settings on to it.  Fatal with the last fault,
-    after the others were logged."""
+    one.  Adds to `secrets`, and puts boto3's settings into the environment.  Fatal with the
+    last fault, after the others were logged."""
     settings, faults = {"LOG_FILE": "archive.log"}, list[str]()  # LOG_FILE= turns it off
     # A link is not resolved here: an env file may be mounted as a link (a secret of a
     # container), whose target is in a folder that does not persist.
@@ -862,7 +863,7 @@ class ConnectionLost(Exception):
 
 class SFTPError(FileError):
     """The server refused a request with this SFTP status code.  `code` is VANISHED if an LSTAT
-    found no file.  OpenSSH answers the same to an OPEN of a file that cannot be read."""
+    found no file.  After an OPEN, some servers give that answer for other reasons, too."""
 
     def __init__(self, request_type: int, sftp_code: int, message: str):
         is_gone = request_type == FXP_LSTAT and sftp_code == FX_NO_SUCH_FILE
@@ -951,9 +952,9 @@ REPLIES: dict[int, tuple[int, Callable[[memoryview], Any]]] = {
 
 
 def decode_reply(request_type: int, packet: memoryview) -> Any:
-    """The content of a reply to a request of this type, None for success.  A refusal is
-    returned as SFTPError, not raised: the other replies of its batch may be useful.
-    ConnectionLost for a reply of another type."""
+    """The content of a reply to a request of this type, None if it only says that all is well.
+    A refusal is returned as SFTPError, not raised: the other replies of its batch may be
+    useful.  ConnectionLost for a reply of another type."""
     packet_type, body = packet[0], packet[5:]
     expected, decode = REPLIES.get(request_type, (FXP_STATUS, None))
     if packet_type == FXP_STATUS and (code := U32.unpack_from(body)[0]) != FX_OK:
@@ -973,12 +974,12 @@ class Batch:
         self.replies: dict[int, memoryview] = {}  # by request id
         # The session holds it until the last reply has arrived, or until the session has
         # ended.  This is much faster than an Event or a Future.
-        self.waiting = threading.Lock()
+        self.arriving = threading.Lock()
 
     def results(self) -> list[Any]:
         """The replies as from decode_reply, in the order of the requests.  Waits for all of
         them; the session ends a wait that is too long, with ConnectionLost."""
-        with self.waiting:
+        with self.arriving:  # waits for the replies
             if len(self.replies) < len(self.types):
                 raise ConnectionLost(self._session.lost)
         try:
@@ -1042,7 +1043,7 @@ class Session:
                 packets += HEADER.pack(len(payload) + 5, packet_type, request_id) + payload
             if self.lost is not None:
                 return batch  # whose `results` raises ConnectionLost
-            batch.waiting.acquire()
+            batch.arriving.acquire()
             self._owed |= dict.fromkeys(batch.types, batch)
         try:
             with self._sending:
@@ -1059,7 +1060,7 @@ class Session:
             self.lost = one_line(reason)
             owed, self._owed = self._owed, {}
         for batch in set(owed.values()):
-            batch.waiting.release()
+            batch.arriving.release()
         # Transport.close() waits for a thread that may be blocked in a send.
         threading.Thread(target=self._transport.close, daemon=True).start()
 
@@ -1071,7 +1072,7 @@ class Session:
                     batch = self._owed.pop(request_id)
                 batch.replies[request_id] = packet
                 if len(batch.replies) == len(batch.types):
-                    batch.waiting.release()
+                    batch.arriving.release()
         except KeyError:
             self.close("the box replied to a request that was not made")
         except Exception as error:  # of any kind: no thread may wait for ever
@@ -1157,7 +1158,7 @@ def known_host_name(config: Config) -> str:
 
 
 def known_host_keys(config: Config) -> tuple[Keys, Keys]:
-    """The keys that known_hosts has for the box, and those that it revokes for all; Fatal."""
+    """The keys that known_hosts has for the box, and those that it revokes for any host."""
     file, text = f"HETZNER_KNOWN_HOSTS {config.known_hosts}", ""
     with fatal_os_errors(file), contextlib.suppress(FileNotFoundError):
         text = config.known_hosts.read_text("utf-8", "replace")
@@ -1293,7 +1294,7 @@ class StorageBox:
         self._config, self.stopping = config, stopping
         self._pauses = RECONNECT_PAUSES if retries else (0,)
         self._connect_lock = threading.Lock()
-        self._start_lock = threading.RLock()  # held while no other operation may begin
+        self._alone_lock = threading.RLock()  # held while no other operation may begin
         self._pace_lock = threading.Lock()
         self._session: Session | None = None
         self._given_up: Fatal | None = None
@@ -1344,14 +1345,14 @@ class StorageBox:
         """The result of operation(session).  It is called again if the session is lost, or if
         the server answers FAILURE: it may have too many files open.  After SHARED_TRIES, no
         other operation may begin, so that a file which breaks each connection does not make
-        others fail.  One that goes on in its own `session` does not wait for that: its file is
-        closed only at its end.  FileError (LOST) after TRIES, SFTPError, Fatal, Stopped."""
+        others fail.  A FileReader passes its `session`, and does not wait: others may wait for
+        its file to be closed.  FileError (LOST) after TRIES, SFTPError, Fatal, Stopped."""
         with contextlib.ExitStack() as stack:
             for attempt in range(1, TRIES + 1):
                 if attempt > SHARED_TRIES:
-                    stack.enter_context(self._start_lock)
+                    stack.enter_context(self._alone_lock)
                 if session is None or session.lost is not None:
-                    with self._start_lock:
+                    with self._alone_lock:
                         session = self.session()
                 try:
                     return operation(session)
@@ -1376,7 +1377,7 @@ class StorageBox:
         return found
 
     def list_folder(self, path: bytes, limit: float = math.inf) -> list[Entry] | None:
-        """The entries of a folder, sorted by name; None if `limit` or more; FileError."""
+        """A folder's entries by name; None if `limit` came before the end of it; FileError."""
         try:
             return self.retry(lambda session: read_folder(session, path, limit))
         except SFTPError:
@@ -1396,7 +1397,7 @@ class StorageBox:
 
 def is_recent(file: RemoteFile, began: float) -> bool:
     """Whether the file was modified since RECENT seconds before its reading `began`: another
-    change could keep its size and mtime.  False for an mtime in the future."""
+    change could keep its size and mtime.  False for one that is further in the future."""
     return began - RECENT <= file.mtime <= time.time() + RECENT
 
 
@@ -1426,8 +1427,8 @@ class FileReader:
             if self.file.size > listed.size + MAX_GROWTH:
                 sizes = f"{listed.size:,} bytes when it was listed, now {self.file.size:,}"
                 raise FileError(f"changed: {sizes}")
-            if self.file.size == offset == 0:  # `read` would not look whether it is empty
-                self._advance()
+            if self.file.size == offset == 0:  # `read` would not ask whether it stays empty
+                self._fetch()
         except FileError:
             self.close()
             raise
@@ -1445,7 +1446,7 @@ class FileReader:
         data = io.BytesIO(bytes(amount))  # getvalue() copies nothing, join() would
         while missing:
             if not self._pieces:
-                self._advance()
+                self._fetch()
             piece = self._pieces.popleft()
             if len(piece) > missing:
                 self._pieces.appendleft(piece[missing:])
@@ -1466,19 +1467,19 @@ class FileReader:
         if isinstance(handle, SFTPError):
             raise found if isinstance(found, SFTPError) else handle
         self._session, self._handle = session, handle
-        self._batches = self._receive(session)
+        self._batches = self._read_ahead(session)
         return self._file_now(found)
 
-    def _advance(self) -> None:
-        self._pieces = self._box.retry(self._next_batch, self._session)
+    def _fetch(self) -> None:
+        self._pieces = self._box.retry(self._fetch_once, self._session)
 
-    def _next_batch(self, session: Session) -> deque[memoryview]:
+    def _fetch_once(self, session: Session) -> deque[memoryview]:
         if session is self._session and (pieces := next(self._batches, None)) is not None:
             return pieces
         self._open(session)  # the session is a new one, or a reply was short
         return next(self._batches)
 
-    def _receive(self, session: Session) -> Iterator[deque[memoryview]]:
+    def _read_ahead(self, session: Session) -> Iterator[deque[memoryview]]:
         """The bytes from `_offset` to the end of the file, or to a short reply."""
         requested = self._offset
         batches: deque[tuple[Batch, list[int]]] = deque()  # with the size of each READ
@@ -1488,15 +1489,15 @@ class FileReader:
                 batches.append(self._request(session, requested, end))
                 requested = end
             expected = self._offset + sum(batches[0][1])
-            yield self._take(*batches.popleft())  # a name here would keep the bytes in memory
+            yield self._unpack(*batches.popleft())  # a name would keep the bytes in memory
             if self._offset < expected:  # the batches after a short reply would leave a gap
                 return
 
-    def _take(self, batch: Batch, sizes: list[int]) -> deque[memoryview]:
+    def _unpack(self, batch: Batch, sizes: list[int]) -> deque[memoryview]:
         """The replies to READs of these sizes, as far as none is short.  FileError if the file
         has changed."""
-        *reads, fstat, lstat = batch.results()[: len(sizes) + 2]
-        for now in map(self._file_now, (lstat, fstat)):
+        *reads, fstat, lstat = batch.results()[: len(sizes) + 2]  # without that of a CLOSE
+        for now in map(self._file_now, (lstat, fstat)):  # LSTAT's says that it has vanished
             if now != self.file:
                 both = f"{self.file.size:,} bytes of mtime {self.file.mtime}"
                 both += f", then {now.size:,} of {now.mtime}"
@@ -1520,10 +1521,10 @@ class FileReader:
 
     def _request(self, session: Session, begin: int, end: int) -> tuple[Batch, list[int]]:
         """Sends READs of these bytes, and the requests that show whether the file has changed
-        by then; after the last byte a CLOSE, too.  Returns the number of bytes of each READ."""
+        by then; after the last byte a CLOSE, too.  Returns also the size of each READ."""
         requests, sizes = list[Request](), list[int]()
         step, handle = self._read_size, self._handle
-        for at in range(begin, end or 1, step):
+        for at in range(begin, end or 1, step):  # one READ even of an empty file
             sizes.append(min(step, end - at))
             # The last one asks for a byte more: the size may be too small.
             length = sizes[-1] + (1 if at + step >= self.file.size else 0)
@@ -1570,10 +1571,6 @@ def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | No
     return sorted(entry for entry in names.items() if entry[0] not in (b".", b".."))
 
 
-def log_failure(name: bytes | str, reason: object) -> None:
-    log.error("FAIL %s: %s", printable(name), reason)
-
-
 nfc = partial(unicodedata.normalize, "NFC")
 
 
@@ -1588,18 +1585,20 @@ class Exclusions:
         # The items to warn of: nothing has matched them yet.  One that exists on the box is
         # never among them: if it is in a hidden folder, the walk does not reach it.
         self.unmatched: dict[str, re.Pattern[str]] = {}
-        start = join(self._root, b"").decode("utf-8", "surrogateescape")
+        start = (self._root.rstrip(b"/") + b"/").decode("utf-8", "surrogateescape")
         patterns: list[str] = []
         for item in (*config.exclude, *config.exclude_dirs):
             path = nfc(item.rstrip("/").removeprefix(start).removeprefix("./").lstrip("/"))
             paths = {path, path.removeprefix("**/")}  # **/ also matches no folder at all
             existing = set(filter(self._exists, paths))
-            patterns += [*map(re.escape, existing), *map(fnmatch.translate, paths - existing)]
+            globs = map(fnmatch.translate, paths - existing)
+            patterns.append("|".join([*map(re.escape, existing), *globs]))
             if not existing:
-                self.unmatched[item] = re.compile("|".join(map(fnmatch.translate, paths)))
+                self.unmatched[item] = re.compile(patterns[-1])
         self._pattern = re.compile("|".join(patterns)) if patterns else None
 
     def match(self, path: bytes) -> bool:
+        """Whether `path` is excluded.  Items that match it are `unmatched` no longer."""
         if self._pattern is None:
             return False
         text = nfc(relative_path(self._root, path).decode("utf-8", "surrogateescape"))
@@ -1638,7 +1637,7 @@ CREATE TABLE runs  -- one that was killed has only its start, `spent` is in USD
 CREATE TABLE gone (path TEXT PRIMARY KEY) WITHOUT ROWID;  -- see State.known_gone
 """
 SOURCE_PINS = ("HETZNER_USER", "REMOTE_PATH")
-PATHS = "(SELECT value FROM json_each(?))"  # of a list of any length, in JSON
+PATHS = "(SELECT value FROM json_each(?))"  # in JSON: the number of ? is limited
 
 # Whether S3 lets an object be read: one in a cold class has to be restored first.
 READABLE, COLD, RESTORING, RESTORED = "readable", "cold", "restoring", "restored"
@@ -1650,7 +1649,7 @@ class StoredObject(NamedTuple):
     key: str
     size: int
     uploaded_at: int  # seconds since the epoch; S3 dates an upload in parts by its beginning
-    mtime: int  # from the metadata, where rclone keeps it, too; else as `uploaded_at`
+    mtime: int  # from the metadata, as rclone's; `uploaded_at` in a listing and in a Record
     storage_class: str
     etag: str
     crc32: int | None = None  # of the whole object
@@ -1660,7 +1659,7 @@ class StoredObject(NamedTuple):
 
 class Record(NamedTuple):
     """A row: what the state knows about a file.  `stored` has an empty etag if nothing is
-    known about the content, and no crc32 unless this program has read that."""
+    known about the content, and a crc32 only if this program has read the content."""
 
     path: str  # as in the path column
     mtime: int | None  # the file's; None if the file has to be compared
@@ -1708,8 +1707,8 @@ def state_errors(path: Path) -> Iterator[None]:
 
 
 def in_transaction(method: Callable[..., None]) -> Callable[..., None]:
-    """A method of State whose statements are committed together, or not at all.  No context
-    manager in Python: a signal as it begins or ends would leave the transaction open."""
+    """A method of State whose statements are committed together, or not at all.  (In a context
+    manager written in Python, a signal before the block would leave the transaction open.)"""
 
     def call(self: State, *values: Any) -> None:
         with state_errors(self._path), self._db:  # which commits or rolls back
@@ -1841,12 +1840,12 @@ class State:
         continued, unless the file was modified so recently that the parts could be of two
         versions.  Without an id no part was sent: the next run uploads the file from its
         start, and does not compare it first."""
-        key, path, size, mtime, *how = job.upload
+        key, path, size, mtime, part_size, settings = job.upload
         if upload_id and is_recent(job.file, time.time()):
             mtime = None
         insert = "INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?)"
         with state_errors(self._path), contextlib.closing(self._open(self._path)) as db:
-            db.execute(insert, (key, path, size, mtime, *how, upload_id))
+            db.execute(insert, (key, path, size, mtime, part_size, settings, upload_id))
 
     @in_transaction
     def record(self, archived: Iterable[Archived]) -> None:
@@ -1976,7 +1975,7 @@ TRANSIENT_CODES = ["IncompleteBody", "BadDigest", "OperationAborted", "RequestTi
 TRANSIENT_CODES += ["XAmzContentSHA256Mismatch", "ThrottlingException"]  # by KMS
 TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504, *range(520, 528))
 
-# A run's requests, with their kinds in Prices.requests; repetitions do not count.
+# The requests that a run counts, with their kinds in Prices.requests; retries do not count.
 COUNTED = {"put_object": "put", "create_multipart_upload": "create", "upload_part": "part"}
 COUNTED |= {"complete_multipart_upload": "complete", "head_object": "head"}
 COUNTED |= {"list_objects_v2": "list", "list_parts": "list", "list_multipart_uploads": "list"}
@@ -2108,8 +2107,7 @@ class MultipartClient:
         try:
             data = self._read(amount)
         except Stopped:
-            # s3transfer would cut off the parts under way, and after an error that is not an
-            # Exception it would wait for ever.
+            # s3transfer would cut off the parts under way, or wait for ever after Stopped.
             while self.error is None and not all("ETag" in part for part in self._parts):
                 time.sleep(0.1)
             raise FileError("the run ended before it was done", UNFINISHED) from None
@@ -2154,16 +2152,15 @@ class Bucket:
     def __init__(self, config: Config, retries: bool = True):
         self._config, self.prefix = config, config.prefix
         self._attempts = S3_ATTEMPTS if retries else 1
-        self.spent = 0.0  # USD for requests
-        self._lock = threading.Lock()  # for `spent`
+        self.request_cost = 0.0  # USD, of all requests
+        self._lock = threading.Lock()  # for `request_cost`
         self._has_warned = threading.Lock()  # taken by who warns that S3 gives no CRC-32
         settings = botocore.config.Config(
             connect_timeout=S3_CONNECT_LIMIT,
             read_timeout=S3_READ_LIMIT,
             retries={"mode": "standard", "total_max_attempts": 1},  # see request
             max_pool_connections=config.transfers * PARTS_AT_ONCE,
-            # Every upload has a checksum of ours.  boto3 would add another one, and would
-            # read each body once more to sign it.
+            # Uploads have checksums of ours.  boto3 would read each body again for others.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
             s3={"payload_signing_enabled": False},
@@ -2207,8 +2204,9 @@ class Bucket:
         if operation in COUNTED:
             # A part's request does not name its class.
             storage_class = given.get("StorageClass", config.storage_class)
+            cost = self.prices.requests(storage_class, {COUNTED[operation]: 1})
             with self._lock:
-                self.spent += self.prices.requests(storage_class, {COUNTED[operation]: 1})
+                self.request_cost += cost
         arguments: dict[str, Any] = {"Bucket": config.bucket, **extra, **given}
         for attempt in range(self._attempts):
             try:
@@ -2289,7 +2287,7 @@ class Bucket:
 
     def _upload_arguments(self, size: int, mtime: int) -> dict[str, Any]:
         return {
-            "StorageClass": self._config.class_of(size),
+            "StorageClass": self._config.storage_class_of(size),
             "ChecksumAlgorithm": "CRC32",
             "Metadata": {"mtime": str(mtime)},  # as rclone does, which restores it, too
         }
@@ -2297,7 +2295,7 @@ class Bucket:
     def _confirm(self, key: str, answer: Any, size: int, crc32: int) -> StoredObject:
         """The object that S3 has stored; FileError if it is not what was read.  A server
         whose answer has no CRC-32 may not have checked it, and gets a HEAD."""
-        now, storage_class = datetime.now(timezone.utc), self._config.class_of(size)
+        now, storage_class = datetime.now(timezone.utc), self._config.storage_class_of(size)
         sent = {"Size": size, "LastModified": now, "StorageClass": storage_class}
         has_crc32 = crc32_of(answer) is not None
         found = stored_object(key, {**answer, **sent}) if has_crc32 else self.head(key)
@@ -2388,10 +2386,6 @@ class Bucket:
             raise
         return bool(answer["ResponseMetadata"]["HTTPStatusCode"] == 200)  # 202: S3 begins
 
-    def get(self, found: StoredObject, **more: str) -> Any:
-        """S3's answer to a GET."""
-        return self.request("get_object", Key=found.key, VersionId=found.version_id, **more)
-
     # The bucket itself
 
     def has_abort_rule(self) -> bool:
@@ -2446,7 +2440,7 @@ class Comparison(NamedTuple):
     path: str  # as in the state's path column
     verdict: str  # one of these labels
     reason: str = ""  # what is wrong; empty if nothing is
-    corrected: Record | None = None  # to be recorded instead
+    update: Record | None = None  # to be recorded instead
     is_other_class: bool = False  # than was recorded; this does no harm
 
 
@@ -2457,10 +2451,10 @@ def compare(path: str, found: StoredObject, record: Record | None) -> Comparison
         return Comparison(path, NOT_RECORDED, "in the bucket, but not recorded", as_listed)
     known = record.stored
     if found.size != known.size:
-        reason = f"S3 holds {found.size:,} bytes, recorded are {known.size:,}"
+        reason = f"S3 holds {found.size:,} bytes, the state says {known.size:,}"
         return Comparison(path, WRONG_SIZE, reason, as_listed)
     if known.etag not in ("", found.etag):
-        reason = f"S3 holds ETag {found.etag}, recorded is {known.etag}"
+        reason = f"S3 holds ETag {found.etag}, the state says {known.etag}"
         return Comparison(path, WRONG_ETAG, reason, as_listed)
     verdict = TO_COMPARE if record.mtime is None else AGREE
     if (found.etag, found.storage_class) == (known.etag, known.storage_class):
@@ -2480,7 +2474,7 @@ def path_of_key(config: Config, key: str) -> str | None:
 
 
 def reconcile(config: Config, bucket: Bucket, state: State) -> Iterator[Comparison]:
-    """Brings the state in line with the bucket's listing, and yields how they were before.
+    """Brings the state in line with the bucket's listing, while it yields how they were before.
     Objects whose key no file can have are not ours, and are skipped."""
     objects = bucket.objects(config.prefix)
     while page := list(itertools.islice(objects, PAGE)):
@@ -2488,7 +2482,7 @@ def reconcile(config: Config, bucket: Bucket, state: State) -> Iterator[Comparis
         by_path = {path: found for path, found in paths if path is not None}
         known = state.find(by_path)
         comparisons = [compare(path, found, known.get(path)) for path, found in by_path.items()]
-        state.replace(one.corrected for one in comparisons if one.corrected)
+        state.replace(one.update for one in comparisons if one.update)
         state.note_seen(by_path)
         yield from comparisons
     for record in state.unseen():
@@ -2570,6 +2564,10 @@ def rotate_log(source: str, dest: str) -> None:
         create_private(Path(source))
 
 
+def log_failure(name: bytes | str, reason: object) -> None:
+    log.error("FAIL %s: %s", printable(name), reason)
+
+
 show = partial(results_log.info, "%s")  # writes a line of a result to stdout and LOG_FILE
 
 
@@ -2580,11 +2578,7 @@ class Size(int):
         return format_size(self)
 
 
-class Unknown(str):
-    """The text that a table shows instead of a value that is not known."""
-
-
-Rows = Iterable[tuple[str, object]]  # of a table: a label and a value; a float is USD
+Rows = Iterable[tuple[str, object]]  # of a table: labels and values, see format_value
 
 
 def show_table(title: str, rows: Rows) -> None:
@@ -2596,6 +2590,9 @@ def show_table(title: str, rows: Rows) -> None:
 
 
 def format_value(value: object) -> str:
+    """A row's value for the table.  A float is USD."""
+    if value is None:
+        return "not known"
     if isinstance(value, float):
         return format_usd(value)
     if isinstance(value, bool):
@@ -2603,13 +2600,6 @@ def format_value(value: object) -> str:
     if isinstance(value, dict):  # numbers by kind
         return ", ".join(f"{n:,} {kind}" for kind, n in value.items() if n) or "none"
     return f"{value:,}" if type(value) is int else str(value)
-
-
-def json_value(value: object) -> object:
-    """A row's value for JSON: null if it is not known."""
-    if isinstance(value, float):
-        return None if math.isnan(value) else round(value, 6)
-    return None if isinstance(value, Unknown) else value
 
 
 def print_line(text: str) -> None:
@@ -2659,14 +2649,14 @@ class Context:
         rows = list(rows)
         for label, value in rows:
             name = re.sub(r"\W+", "_", label.lower()).strip("_")
-            self.summary[name] = json_value(value)
+            self.summary[name] = value
+            if isinstance(value, float):
+                self.summary[name] = None if math.isnan(value) else round(value, 6)
         show_table(title, rows)
 
 
 # --------------------------------------------------------------- Parallel work
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 # An item with its result, or with None and the error.
 Outcome = tuple[Item, "Result | None", "ArchiveError | None"]
 
@@ -2794,8 +2784,8 @@ class Job(NamedTuple):
     plan: UploadPlan
     record: Record | None  # its row
     upload: tuple[Any, ...]  # what a row of `uploads` says of it, without an upload_id
-    begun: sqlite3.Row | None  # that row, of an upload that an earlier run has begun
-    resumes: bool  # this was begun for the same version of the file, in the same way
+    begun: sqlite3.Row | None  # the row of an upload that an earlier run has begun
+    resumes: bool  # that upload is of the same version of the file, with the same settings
     compares: bool  # it is first compared with its object
     heads: int  # HEADs that this takes: 0 if the state knows the content
     requests: dict[str, int]  # by kind, if it comes to an upload
@@ -2896,7 +2886,7 @@ class Walk:
     def _files(
         self, folder: bytes, entries: list[Entry], folders: list[bytes]
     ) -> Iterator[RemoteFile]:
-        """The files among the entries of `folder`.  Its folders are added to `folders`."""
+        """Yields the files among the entries of `folder`, and adds its folders to `folders`."""
         for name, (size, mtime, mode) in entries:
             path, file_type = join(folder, name), stat.S_IFMT(mode or 0)
             if not name or b"/" in name or len(path) > MAX_PATH_BYTES:
@@ -2938,7 +2928,7 @@ class Walk:
                 early = self.prices.early(stored.storage_class, stored.size, age_days)
             lists = int(begun is not None)  # of its parts, or its uploads
             requests = {"head": heads + lists, "list": lists, **plan.requests(file.size)}
-            usd = early + self.prices.requests(config.class_of(file.size), requests)
+            usd = early + self.prices.requests(config.storage_class_of(file.size), requests)
             known = file, key, plan, record, upload, begun, resumes
             yield Job(*known, compares, heads, requests, early, usd)
 
@@ -2998,7 +2988,7 @@ class Forecast(Walk):
         self.counts.add(UNCHANGED, size, len(page) - len(pending))
         for job in self._make_jobs(pending):
             size, record = job.file.size, job.record
-            storage_class = self._config.class_of(size)
+            storage_class = self._config.storage_class_of(size)
             # Without an mtime in its row, a file of the same size may be unchanged.
             if record and (record.stored.size != size or record.mtime is not None):
                 self.altered += 1
@@ -3091,7 +3081,7 @@ class Run(Walk):
     @property
     def spent(self) -> float:
         """USD that the run has spent by its own count."""
-        return self.early + self._bucket.spent
+        return self.early + self._bucket.request_cost
 
     def rows(self) -> Rows:
         """The summary: five rows that it always has, and others that are left out if empty."""
@@ -3146,7 +3136,7 @@ class Run(Walk):
 
     def _fits(self, job: Job) -> bool:
         """Whether MAX_COST allows the job beside what is reserved; False if a price of it is
-        not known.  If not, the run has ended early; warns of the first such job."""
+        not known.  Warns of the first job that is left out; the run has ended early then."""
         limit = self._config.max_cost
         if limit is None or round(self._reserved + job.usd - limit, 9) <= 0:
             return True
@@ -3165,12 +3155,10 @@ class Run(Walk):
         upload = self._upload_to_continue(job)
         found = self._object_to_compare(job) if job.compares or upload is None else None
         # An mtime in the object's metadata is as good as a row of ours, unless the upload came
-        # so soon after it that a later change could have the same mtime.  (The object of a row
-        # has no metadata: its mtime is `uploaded_at`.)
+        # so soon after it that a later change could have the same mtime.  (The mtime of a
+        # row's object is its `uploaded_at`, and never comes so long before that.)
         if found and found.mtime == job.file.mtime < found.uploaded_at - RECENTLY_STORED:
             return Archived(job.file, found, is_recent=False, is_upload=False)
-        if upload is None and found and found.mtime != job.file.mtime:
-            found = None  # an earlier version: the upload was not completed, but aborted
         if job.plan.is_multipart:
             with self._turns:
                 self._box.stopping.check()
@@ -3327,19 +3315,16 @@ def run(context: Context, options: argparse.Namespace) -> int:
 
 # ------------------------------------------------------------------ Inspection
 
-NOT_KNOWN = Unknown("not known")
 NOTHING_THERE = "nothing is archived under this path: the exact one, no pattern"
 
 
-def try_or_unknown(question: Callable[[], T]) -> T | Unknown:
-    """The answer; Unknown if a permission is missing, NOT_KNOWN after any other error."""
+def try_or_none(question: Callable[[], T]) -> T | None:
+    """The answer; None after a warning if there is none."""
     try:
         return question()
     except ArchiveError as error:
-        if error.code == DENIED:
-            return Unknown("the credentials may not ask")
         log.warning("%s", error)
-        return NOT_KNOWN
+        return None
 
 
 def wanted_paths(context: Context, options: argparse.Namespace) -> list[bytes]:
@@ -3347,7 +3332,7 @@ def wanted_paths(context: Context, options: argparse.Namespace) -> list[bytes]:
     as relative ones, without those below another one; none for all files.  Fatal for /, unless
     that is REMOTE_PATH, and for --at if the bucket has never kept versions."""
     root = context.config.remote_path
-    start = join(root, b"")
+    start = root.rstrip(b"/") + b"/"
     names = [os.fsencode(path).rstrip(b"/") for path in options.path]
     if b"" in names and root != b"/":  # a script may have left a variable empty: $FOLDER/
         message = f"/ is not below REMOTE_PATH {printable(root)}: name no path for all"
@@ -3357,7 +3342,7 @@ def wanted_paths(context: Context, options: argparse.Namespace) -> list[bytes]:
     relative = {name.removeprefix(start).removeprefix(b"./") for name in names}
     if relative & {b"", b"."} or {root, join(b".", root)} & set(names):  # REMOTE_PATH itself
         return []
-    folders = tuple(join(path, b"") for path in relative)
+    folders = tuple(path.rstrip(b"/") + b"/" for path in relative)
     return sorted(path for path in relative if not path.startswith(folders))
 
 
@@ -3435,25 +3420,24 @@ def status(context: Context, _options: argparse.Namespace) -> int:
         rows["Spent in 30 days"] = math.fsum(spent)
         return runs[:5]
 
-    runs = try_or_unknown(read_state)
-    if isinstance(runs, Unknown):
-        rows |= dict.fromkeys(("Archived", "Storage a month", "Spent in 30 days"), runs)
-    space = try_or_unknown(context.box.space) or Unknown("the server does not tell")
-    used, free = (space, space) if isinstance(space, Unknown) else map(Size, space)
-    rows |= {"Box used": used, "Box free": free}
+    runs = try_or_none(read_state)
+    if runs is None:
+        rows |= dict.fromkeys(("Archived", "Storage a month", "Spent in 30 days"))
+    space = try_or_none(context.box.space)
+    rows |= zip(("Box used", "Box free"), map(Size, space) if space else (None, None))
     questions: dict[str, Callable[[], object]] = {
         "Unfinished uploads": bucket.count_unfinished,
         "Lifecycle rule": bucket.has_abort_rule,
         "Versioning": lambda: bucket.versioning() == "Enabled",
     }
     for label, question in questions.items():
-        # If the first had no answer, each request would wait for a timeout.
-        is_over = rows.get("Unfinished uploads") is NOT_KNOWN
-        rows[label] = NOT_KNOWN if is_over else try_or_unknown(question)
+        # If the first had no answer, each other one would wait as long for one.
+        is_over = rows.get("Unfinished uploads", 0) is None
+        rows[label] = None if is_over else try_or_none(question)
     rows["Prices"] = prices.note
     context.show_summary("STATUS", rows.items())
-    context.summary["runs"] = None if isinstance(runs, Unknown) else [*map(dict, runs)]
-    if not isinstance(runs, Unknown):
+    context.summary["runs"] = None if runs is None else [*map(dict, runs)]
+    if runs is not None:
         show_runs(runs)
     return 0
 
@@ -3561,8 +3545,9 @@ class Download:
     def __init__(self, context: Context, found: StoredObject):
         """Sends the GET; FileError (INVALID_STATE) if the object is cold, or if it is not the
         one that was listed."""
-        self._context, self._found = context, found
-        answer = context.bucket.get(found, ChecksumMode="ENABLED")
+        self._context, version = context, {"Key": found.key, "VersionId": found.version_id}
+        self._get = partial(context.bucket.request, "get_object", **version)
+        answer = self._get(ChecksumMode="ENABLED")
         self._body = answer["Body"]  # the one to read next, None once it was read
         self.stored = stored_object(found.key, answer)
         self.uri = f"s3://{context.config.bucket}/{found.key}"
@@ -3579,9 +3564,9 @@ class Download:
         while offset < size and failures < S3_ATTEMPTS:
             if self._body is None:  # the rest, of the same version of the object
                 span = {"IfMatch": f'"{stored.etag}"', "Range": f"bytes={offset}-"}
-                self._body = self._context.bucket.get(self._found, **span)["Body"]
+                self._body = self._get(**span)["Body"]
             body, self._body = self._body, None
-            failures += 1  # since the last block
+            failures += 1  # until a block arrives
             try:
                 for block in body.iter_chunks(block_size):
                     self._context.box.stopping.check()
@@ -3910,7 +3895,7 @@ class Restore:
         yield from held
 
     def _state_of(self, name: bytes, found: StoredObject) -> str:
-        """THERE, READY, BUSY or NOT_ASKED; FileError."""
+        """THERE, READY, BUSY or NOT_ASKED; FileError if the name is taken, or no name."""
         is_windows_name = os.name == "nt" and (b"\\" in name or b":" in name)
         if {b"", b".", b".."} & set(name.split(b"/")) or b"\0" in name or is_windows_name:
             raise FileError("no file can have this name")

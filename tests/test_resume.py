@@ -656,27 +656,6 @@ def test_upload_that_a_comparison_has_led_to_goes_on_in_the_next_run(archive, bo
     assert_all_archived(archive, box)
 
 
-def test_earlier_version_is_not_read_for_in_place_of_an_upload_that_was_aborted(
-    archive, box, s3, bucket
-):
-    """As by a lifecycle rule. The file was to be sent, not to be compared."""
-    write(box.root / "big", BIG)
-    archive(constants=SIZES)
-    other_content(box.root / "big")
-    s3.on("UploadPart", first_in_s3(archive.kill, reset), nth=3)
-    assert archive.start(constants=IN_ORDER).wait().status == -9
-    wait_for(lambda: not s3.under_way)
-    # What a run notes whose comparison was cut off.
-    archive.execute("UPDATE uploads SET mtime = ?", 1_700_000_005)
-    (upload_id,) = bucket.upload_ids()
-    upload = {"Bucket": bucket.name, "Key": "big", "UploadId": upload_id}
-    bucket.client.abort_multipart_upload(**upload)
-    box.handed_out = 0
-    assert archive(constants=SIZES).counts == (1, 0, 0)
-    assert box.handed_out == BIG
-    assert_all_archived(archive, box)
-
-
 def test_upload_that_s3_cannot_begin_costs_no_reading_of_the_whole_file(archive, box, s3):
     write(box.root / "big", 20 * PART)
     s3.always("CreateMultipartUpload", error(400, "Odd"))
