@@ -451,7 +451,7 @@ def unchecked_key(prefix: str, relative: bytes) -> str:
 def object_key(prefix: str, relative: bytes) -> str:
     """The S3 key of a path relative to REMOTE_PATH; FileError if S3 does not allow it.  The
     path can be read from its key: `unescape(key[len(prefix):])` is `relative`."""
-    if {b"", b".", b".."} & set(relative.split(b"/")):
+    if {b"", b".", b".."} & set(relative.split(b"/")) or b"\0" in relative:
         raise FileError("its path has a . or .. or empty segment: rename it, or exclude it")
     key = unchecked_key(prefix, relative)
     size = len(key.encode())
@@ -1739,7 +1739,7 @@ class State:
             if not copy:
                 create_private(path)
             self._db = self._open("" if copy and not path.exists() else path)
-            (fault,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+            (fault,) = self._db.execute("PRAGMA integrity_check(1)").fetchone()
             if fault != "ok":
                 raise sqlite3.DatabaseError(fault)
             if copy:
@@ -1752,28 +1752,34 @@ class State:
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
             if version > STATE_VERSION:
                 raise Fatal(f"the state database {path} is of a newer archive.py: use that one")
+            ignored = SOURCE_PINS if new_source else ()
             if version < STATE_VERSION:
-                self._make_tables()
+                self._make_tables(ignored)
             self._db.execute("CREATE TEMP TABLE seen (path TEXT PRIMARY KEY) WITHOUT ROWID")
-        self._check_pins(ignored=SOURCE_PINS if new_source else ())
+        self._check_pins(ignored)
 
     @in_transaction
-    def _make_tables(self) -> None:
-        """Makes the tables.  Rows of an earlier script's `files`, whose columns may have other
-        types, are kept for `take_over`.  Those of an earlier version of this program, which
-        had a table `meta`, are not: which of them were uncertain was noted in other tables."""
+    def _make_tables(self, ignored: tuple[str, ...]) -> None:
+        """Makes the tables.  An earlier script's rows of files, whose columns may have other
+        types, are kept for `take_over`.  Of an earlier version of this program, which had a
+        table `meta`, uploads are kept, to be aborted; its rows of files are too uncertain."""
         tables = {name for (name,) in self._execute("SELECT name FROM sqlite_master")}
-        if is_earlier_script := "files" in tables and "meta" not in tables:
-            rows = "SELECT path, size, mtime, NULL FROM files WHERE typeof(path) = 'text'"
-            rows += " AND typeof(size) = 'integer' AND typeof(mtime) = 'integer'"
-            self._execute(f"CREATE TEMP TABLE earlier AS {rows}")
+        kept = rows = ""
+        if "meta" in tables:
+            self._check_pins(ignored)
+            kept, rows = "uploads", "SELECT key, '', 0, NULL, 0, '', NULL FROM uploads"
+        elif "files" in tables:
+            kept, rows = "files", "SELECT path, size, mtime, NULL FROM files WHERE typeof(path)"
+            rows += " = 'text' AND typeof(size) = 'integer' AND typeof(mtime) = 'integer'"
+        if kept:
+            self._execute(f"CREATE TEMP TABLE kept AS {rows}")
         old = {"files", "objects", "recheck", "replacing", "uploads", "meta", "runs", "gone"}
         for table in tables & old:
             self._execute(f"DROP TABLE {table}")
         for statement in SCHEMA.split(";"):
             self._execute(statement)
-        if is_earlier_script:
-            self._execute("INSERT OR REPLACE INTO files SELECT * FROM earlier")
+        if kept:
+            self._execute(f"INSERT OR REPLACE INTO {kept} SELECT * FROM kept")
         self._execute(f"PRAGMA user_version = {STATE_VERSION}")
 
     def _execute(self, statement: str, *values: Any) -> list[Any]:
@@ -2805,8 +2811,8 @@ class Archived(NamedTuple):
 class Walk:
     """A walk of all regular files below REMOTE_PATH, in the same order each time, and what it
     has left out: the base of Forecast and Run.  LISTINGS_AT_ONCE folders are listed ahead.  Of
-    a folder with more than NAMES_AHEAD entries nothing is kept in memory: it is listed again
-    when its turn comes.  Links are not followed."""
+    a folder with more than NAMES_AHEAD entries nothing is kept ahead: it is listed again when
+    its turn comes.  Links are not followed."""
 
     def __init__(self, context: Context, state: State):
         self._context, self._state = context, state
@@ -3328,9 +3334,9 @@ def try_or_none(question: Callable[[], T]) -> T | None:
 
 
 def wanted_paths(context: Context, options: argparse.Namespace) -> list[bytes]:
-    """Checks the paths given and --at.  Returns the paths, absolute or relative to REMOTE_PATH,
-    as relative ones, without those below another one; none for all files.  Fatal for /, unless
-    that is REMOTE_PATH, and for --at if the bucket has never kept versions."""
+    """The paths of the command line, relative to REMOTE_PATH, without those below another one;
+    none for all files.  Fatal for /, unless that is REMOTE_PATH, and for --at if the bucket has
+    never kept versions."""
     root = context.config.remote_path
     start = root.rstrip(b"/") + b"/"
     names = [os.fsencode(path).rstrip(b"/") for path in options.path]

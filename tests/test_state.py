@@ -347,10 +347,29 @@ def test_a_state_of_the_first_edition_is_not_believed_of_another_place(archive, 
     first_edition_database(archive, rows)
     put(bucket, {"a": b"aa", "folder/b": b"bbb", "other/a": b"??", "other/folder/b": b"???"})
 
-    result = archive(S3_PREFIX="other/")
+    before = archive.state_db.read_bytes()
 
-    assert result.status == 1 or archive.contents()["other/a"] == b"aa", "a false row"
-    assert result.status == 0 or "S3_PREFIX" in result.stderr
+    for command in ("run", "plan"):
+        result = archive(command, S3_PREFIX="other/")
+        assert result.status == 1
+        assert "the state belongs to S3_PREFIX=(empty)" in result.stderr
+    assert archive.state_db.read_bytes() == before
+    assert archive().counts == (0, 0, 0)
+
+
+def test_unfinished_uploads_of_the_first_edition_are_aborted(archive, box, bucket):
+    """Of a file that is there, and of one that is gone."""
+    fill(box.root, {"large": 5 * MIB})
+    first_edition_database(archive, [])
+    for key in ("large", "gone"):
+        bucket.client.create_multipart_upload(Bucket=bucket.name, Key=key)
+    archive.execute("INSERT INTO uploads VALUES ('large'), ('gone')")
+
+    result = archive(constants=SIZES)
+
+    assert result.status == 0, result.stderr
+    assert archive.bucket.uploads() == []
+    assert_all_archived(archive, box)
 
 
 # --- Another destination, another source ---
