@@ -115,9 +115,9 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 MAX_PARTS = 10_000  # S3 user guide, "Amazon S3 multipart upload limits"
 MAX_KEY_BYTES = 1024  # S3 user guide, "Naming Amazon S3 objects"
-# Part sizes of this and of other programs, ascending from S3's minimum of 5 MiB to its
-# maximum of 5 GiB: 5 MiB (rclone), 6, 7 and 8 MiB (boto3, AWS CLI), and their doubles.  The
-# ETag of an upload in parts can be compared with a file only if the part size is known.
+# The usual part sizes, from S3's minimum of 5 MiB to its maximum of 5 GiB: those of rclone
+# (5 MiB), of boto3 and the AWS CLI (8 MiB), 6 and 7 MiB, and the doubles of all.  The ETag of
+# an upload in parts can be compared with a file only if the part size is known.
 PART_SIZES = [(size << n) * MIB for n in range(10) for size in (5, 6, 7, 8)] + [5 * GIB]
 
 # A file below SMALL_FILE is read whole and sent with one PUT.  A larger one goes up in parts.
@@ -526,23 +526,6 @@ def crc_text(crc32: int) -> str:
 
 
 md5 = partial(hashlib.md5, usedforsecurity=False)  # FIPS mode forbids it for security
-
-
-def possible_part_sizes(etag: str, size: int) -> set[int]:
-    """The part sizes with which an object of `size` bytes can have this ETag; empty if no file
-    can match it.
-
-    The ETag of an object that one PUT has stored is its MD5.  That of an upload in parts is
-    the MD5 of the parts' MD5s, "-" and their number ("Checking object integrity" in the S3
-    user guide): of the usual part sizes, those that give this number are possible.  With
-    SSE-KMS or SSE-C it is neither, and no file matches.
-    """
-    _, dash, count = etag.partition("-")
-    if not dash:
-        return {max(1, size)}
-    rclone_part = -(-size // (MAX_PARTS * MIB)) * MIB  # of the largest files
-    sizes = {max(1, min(size, part)) for part in (*PART_SIZES, rclone_part)}
-    return {part for part in sizes if str(max(1, -(-size // part))) == count}
 
 
 # -------------------------------------------------------------------- Settings
@@ -2378,6 +2361,39 @@ class Bucket:
         answer = self.request("head_object", "404", ChecksumMode="ENABLED", **version)
         return None if answer is None else stored_object(key, answer)
 
+    def match_content(self, found: StoredObject, read: Read) -> StoredObject | None:
+        """The object with the CRC-32 of a file that has its size and ETag; else None."""
+        md5s = {size: [md5()] for size in self._part_sizes(found)}  # of the parts
+        offset = crc32 = 0
+        # No block goes beyond the end of a part.
+        while block := md5s and read(min(COMPARE_BLOCK, *(n - offset % n for n in md5s))):
+            for part_size, parts in md5s.items():
+                if offset and offset % part_size == 0:
+                    parts.append(md5())
+                parts[-1].update(block)
+            offset, crc32 = offset + len(block), zlib.crc32(block, crc32)
+        for parts in md5s.values():
+            whole = md5(b"".join(part.digest() for part in parts)).hexdigest()
+            same_etag = found.etag in (parts[0].hexdigest(), f"{whole}-{len(parts)}")
+            if same_etag and offset == found.size:
+                return found._replace(crc32=crc32)
+        return None
+
+    def _part_sizes(self, found: StoredObject) -> set[int]:
+        """The sizes that the object's parts can have; empty if no file can match its ETag.
+
+        The ETag of an object that one PUT has stored is its MD5.  That of an upload in parts is
+        the MD5 of the parts' MD5s, "-" and their number ("Checking object integrity" in the S3
+        user guide).  S3 tells the size of the first part; of other servers' objects, the usual
+        sizes that give this number are possible.  With SSE-KMS or SSE-C, no file matches.
+        """
+        _, dash, count = found.etag.partition("-")
+        if not dash:
+            return {max(1, found.size)}
+        first = self.request("head_object", *NOT_FOUND, Key=found.key, PartNumber=1) or {}
+        sizes = {first.get("ContentLength", 0), *(min(found.size, part) for part in PART_SIZES)}
+        return {part for part in sizes if part and str(-(-found.size // part)) == count}
+
     def request_restore(self, found: StoredObject, tier: str, days: int) -> bool:
         """Asks S3 to restore the object; returns True if it can be read already."""
         request = {"Days": days, "GlacierJobParameters": {"Tier": tier.capitalize()}}
@@ -2929,7 +2945,7 @@ class Walk:
             if record := records.get(path):
                 stored = record.stored
                 compares = stored.size == file.size and not resumes
-                heads = int(compares and stored.crc32 is None)
+                heads = compares * ((stored.crc32 is None) + ("-" in stored.etag))
                 age_days = (time.time() - stored.uploaded_at) / DAY
                 early = self.prices.early(stored.storage_class, stored.size, age_days)
             lists = int(begun is not None)  # of its parts, or its uploads
@@ -3171,7 +3187,7 @@ class Run(Walk):
                 return self._transfer_large(job, found, upload or Upload())
         with contextlib.closing(FileReader(self._box, job.file)) as reader:
             data = reader.read()
-        if found and (same := match_content(found, io.BytesIO(data).read)):
+        if found and (same := self._bucket.match_content(found, io.BytesIO(data).read)):
             return Archived(reader.file, same, reader.is_recent, is_upload=False)
         with self._turns:
             self._box.stopping.check()
@@ -3202,10 +3218,10 @@ class Run(Walk):
         are stored.  FileError if it has changed since it was listed, as they are of that
         version."""
         file, offset = job.file, len(upload.parts) * job.plan.part_size
-        if found and possible_part_sizes(found.etag, found.size):
+        if found:
             try:
                 with contextlib.closing(FileReader(self._box, file)) as reader:
-                    same = match_content(found, reader.read)
+                    same = self._bucket.match_content(found, reader.read)
             except Stopped:  # it would begin again every night, an upload can be continued
                 self._state.note_upload(job, None)
                 raise
@@ -3241,24 +3257,6 @@ class Run(Walk):
                 log.info("vanished %s", path)
             elif error and error.code != UNFINISHED:
                 self.add_failure(job.file.path, error)
-
-
-def match_content(found: StoredObject, read: Read) -> StoredObject | None:
-    """The object with the CRC-32 of a file, if that has its size and ETag; else None."""
-    md5s = {size: [md5()] for size in possible_part_sizes(found.etag, found.size)}  # of parts
-    offset = crc32 = 0
-    while block := read(COMPARE_BLOCK):  # of which parts are multiples
-        for part_size, parts in md5s.items():
-            if offset and offset % part_size == 0:
-                parts.append(md5())
-            parts[-1].update(block)
-        offset, crc32 = offset + len(block), zlib.crc32(block, crc32)
-    for parts in md5s.values():
-        whole = md5(b"".join(part.digest() for part in parts)).hexdigest()
-        same_etag = found.etag in (parts[0].hexdigest(), f"{whole}-{len(parts)}")
-        if same_etag and offset == found.size:
-            return found._replace(crc32=crc32)
-    return None
 
 
 def check_changes(context: Context, state: State, limit: int) -> None:

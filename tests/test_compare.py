@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import moto.s3.models
@@ -26,7 +27,7 @@ from faults import (
 )
 from faulty_sftp import drop, freeze, honest
 from faulty_sftp import first as first_on_box
-from scripted_s3 import hang, headers, rewritten
+from scripted_s3 import hang, headers, rewritten, whole_object
 
 KIB = 2**10
 WRITES = {"PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"}
@@ -97,6 +98,11 @@ def assert_rows_name_the_content(archive, box):
         assert crc in (None, held_crc), path
 
 
+def in_parts_of(bucket):
+    """How many objects were uploaded in parts."""
+    return sum("-" in entry["ETag"] for entry in bucket.list())
+
+
 # --- Only touched -----------------------------------------------------------
 
 
@@ -117,10 +123,11 @@ def test_files_that_were_only_touched_are_compared_and_not_sent(archive, box, s3
 
     assert plan["to_compare"] == {"files": len(sizes), "bytes": sum(sizes)}
     assert (plan["new_files"], plan["changed_files"]) == ({"files": 0, "bytes": 0},) * 2
-    assert set(plan["requests"].values()) == {0}
+    parts = in_parts_of(archive.bucket)
+    assert +Counter(plan["requests"]) == {"head": parts}
     assert re.search(f"^To compare +: {len(sizes)} ", text, re.MULTILINE)
     assert_nothing_sent(result, s3, compared=len(sizes))
-    assert s3.requests.total() == 0, "the state knows what S3 holds"
+    assert s3.requests == {"HeadObject": parts}, "the state knows all but the size of parts"
     assert box.handed_out == sum(sizes), "each is read once"
     assert_all_archived(archive, box)
     assert_rows_name_the_content(archive, box)
@@ -164,7 +171,8 @@ def test_lost_state_costs_a_head_for_each_file_and_no_upload(archive, box, s3, t
     result = archive(constants=SIZES)
 
     assert_nothing_sent(result, s3, compared=12)
-    assert s3.requests == {"ListObjectsV2": 1, "HeadObject": 12}
+    heads = 12 + (in_parts_of(archive.bucket) if touched else 0)
+    assert s3.requests == {"ListObjectsV2": 1, "HeadObject": heads}
     assert box.handed_out == (size_of(box.root) if touched else 0)
     assert_all_archived(archive, box)
     assert_settled(archive, box, s3, constants=SIZES)
@@ -279,8 +287,10 @@ def test_objects_of_another_program_are_compared_and_not_paid_for_again(
         result = archive()
 
         assert_nothing_sent(result, s3, compared=len(FOREIGN))
-        assert s3.requests == {"ListObjectsV2": 1, "HeadObject": len(FOREIGN)}
-        assert box.handed_out == (size_of(box.root) if touched or not has_mtime else 0)
+        read = touched or not has_mtime
+        heads = len(FOREIGN) + (in_parts_of(bucket) if read else 0)
+        assert s3.requests == {"ListObjectsV2": 1, "HeadObject": heads}
+        assert box.handed_out == (size_of(box.root) if read else 0)
         assert_rows_name_the_content(archive, box)
     assert {entry["Key"]: entry["ETag"] for entry in bucket.list()} == stored
     assert_settled(archive, box, s3)
@@ -397,27 +407,46 @@ def test_file_whose_upload_was_answered_with_no_md5_is_sent_when_it_was_touched(
     assert_all_archived(archive, box)
 
 
+@pytest.mark.parametrize("part_size", [8 * MIB + 1, 2 * MIB, 10_000_000])
+def test_parts_of_an_unusual_size_are_recognised(
+    archive, box, s3, bucket, monkeypatch, part_size
+):
+    monkeypatch.setattr(moto.s3.models, "S3_UPLOAD_PART_MIN_SIZE", 1)
+    fill(box.root, {"same": 20 * MIB, "other": 20 * MIB})
+    in_parts(bucket, "same", (box.root / "same").read_bytes(), part_size)
+    in_parts(bucket, "other", (box.root / "other").read_bytes()[::-1], part_size)
+    forget_counts(box, s3)
+
+    result = archive()
+
+    assert (result.status, result.counts, result.compared) == (0, (1, 0, 0), 1)
+    assert box.handed_out == 60 * MIB
+    assert_rows_name_the_content(archive, box)
+
+
 @pytest.mark.parametrize("part_size", [8 * MIB + 1, 2 * MIB], ids=["may fit", "cannot fit"])
-def test_parts_of_an_unusual_size_lead_to_an_upload(
+def test_server_that_does_not_tell_the_size_of_parts_gets_unusual_ones_again(
     archive, box, s3, bucket, monkeypatch, part_size
 ):
     """Of 20 MiB, parts of 8 MiB and a byte are as many as of 8 MiB, so the file is read to
     be compared. Ten are more than there can be of a usual size: it is not read in vain."""
     monkeypatch.setattr(moto.s3.models, "S3_UPLOAD_PART_MIN_SIZE", 1)
-    fill(box.root, {"file": 20 * MIB})
+    fill(box.root, {"file": 20 * MIB, "usual": 20 * MIB})
     in_parts(bucket, "file", (box.root / "file").read_bytes(), part_size)
+    in_parts(bucket, "usual", (box.root / "usual").read_bytes(), 8 * MIB)
+    s3.always("HeadObject", whole_object)
     forget_counts(box, s3)
 
     result = archive()
 
-    assert (result.status, result.counts, result.compared) == (0, (1, 0, 0), 0)
-    assert box.handed_out == (40 if part_size > 8 * MIB else 20) * MIB
-    assert_all_archived(archive, box)
+    assert (result.status, result.counts, result.compared) == (0, (1, 0, 0), 1)
+    assert box.handed_out == (60 if part_size > 8 * MIB else 40) * MIB
+    assert_rows_name_the_content(archive, box)
 
 
 def test_etags_of_the_usual_part_sizes_are_recognised(archive, box, s3, bucket, monkeypatch):
-    """Everything a thousandth as large, in KiB for MiB: 5, 6, 7 and 8 MiB and their doubles,
-    for sizes at random and those around whole parts."""
+    """With a server that does not tell them. Everything a thousandth as large, in KiB for MiB:
+    5, 6, 7 and 8 MiB and their doubles, for sizes at random and those around whole parts."""
     print(f"TEST_SEED={SEED}")
     lots = random.Random(SEED)
     monkeypatch.setattr(moto.s3.models, "S3_UPLOAD_PART_MIN_SIZE", 1)
@@ -430,6 +459,7 @@ def test_etags_of_the_usual_part_sizes_are_recognised(archive, box, s3, bucket, 
         fill(box.root, {f"{number} of {part}": size})
         content = (box.root / f"{number} of {part}").read_bytes()
         in_parts(bucket, f"{number} of {part}", content, part)
+    s3.always("HeadObject", whole_object)
     forget_counts(box, s3)
 
     result = archive.start(constants=scaled, before=sizes).wait()
