@@ -827,10 +827,10 @@ def load_config(env_file: Path | None, secrets: set[str]) -> Config:
 # requests in flight from many threads.  paramiko's SFTPClient sends one request at a time
 # and cannot be shared between threads.
 
-FXP_INIT, FXP_VERSION, FXP_OPEN, FXP_CLOSE, FXP_READ, FXP_WRITE = 1, 2, 3, 4, 5, 6
-FXP_LSTAT, FXP_FSTAT, FXP_FSETSTAT, FXP_OPENDIR, FXP_READDIR = 7, 8, 10, 11, 12
-FXP_REMOVE, FXP_MKDIR, FXP_RENAME, FXP_EXTENDED, FXP_EXTENDED_REPLY = 13, 14, 18, 200, 201
-FXP_STATUS, FXP_HANDLE, FXP_DATA, FXP_NAME, FXP_ATTRS = 101, 102, 103, 104, 105
+FXP_INIT, FXP_OPEN, FXP_CLOSE, FXP_READ, FXP_WRITE, FXP_LSTAT, FXP_FSTAT = 1, 3, 4, 5, 6, 7, 8
+FXP_FSETSTAT, FXP_OPENDIR, FXP_READDIR, FXP_REMOVE, FXP_MKDIR = 10, 11, 12, 13, 14
+FXP_RENAME, FXP_READLINK, FXP_EXTENDED, FXP_EXTENDED_REPLY = 18, 19, 200, 201
+FXP_VERSION, FXP_STATUS, FXP_HANDLE, FXP_DATA, FXP_NAME, FXP_ATTRS = 2, 101, 102, 103, 104, 105
 FX_OK, FX_EOF, FX_NO_SUCH_FILE, FX_FAILURE = 0, 1, 2, 4
 FOR_READING, FOR_WRITING = 1, 2 | 8 | 16  # FXF_READ; FXF_WRITE, FXF_CREAT, FXF_TRUNC
 ATTR_SIZE, ATTR_UIDGID, ATTR_PERMISSIONS, ATTR_ACMODTIME, ATTR_EXTENDED = 1, 2, 4, 8, 1 << 31
@@ -920,14 +920,14 @@ def decode_names(body: memoryview) -> list[Entry]:
     return entries
 
 
-# The type of reply to each type of request, and the function that decodes it.  The reply to
-# all other requests is FXP_STATUS.
+# The types of replies, and what decodes them.  The reply to other requests is FXP_STATUS.
 REPLIES: dict[int, tuple[int, Callable[[memoryview], Any]]] = {
     FXP_INIT: (FXP_VERSION, bytes),
     FXP_OPEN: (FXP_HANDLE, decode_string),
     FXP_OPENDIR: (FXP_HANDLE, decode_string),
     FXP_READ: (FXP_DATA, decode_string),
     FXP_READDIR: (FXP_NAME, decode_names),
+    FXP_READLINK: (FXP_NAME, decode_names),
     FXP_LSTAT: (FXP_ATTRS, lambda body: decode_attributes(body, 0)[0]),
     FXP_FSTAT: (FXP_ATTRS, lambda body: decode_attributes(body, 0)[0]),
     FXP_EXTENDED: (FXP_EXTENDED_REPLY, bytes),
@@ -943,7 +943,7 @@ def decode_reply(request_type: int, packet: memoryview) -> Any:
     if packet_type == FXP_STATUS and (code := U32.unpack_from(body)[0]) != FX_OK:
         message = bytes(decode_string(body[4:])) if len(body) >= 8 else b""
         return SFTPError(request_type, code, message[:500].decode("utf-8", "replace"))
-    if packet_type != expected:
+    if packet_type != expected and request_type != FXP_EXTENDED:  # its reply may be a status
         raise ConnectionLost(f"the box sent a reply of type {packet_type}, not {expected}")
     return decode(body) if decode else None
 
@@ -1352,12 +1352,11 @@ class StorageBox:
     def find(self, path: bytes) -> Attributes | None:
         """The attributes of `path`, even of a link; None if it does not exist; FileError."""
         try:
-            found: Attributes = self.retry(lambda s: s.send((FXP_LSTAT, path)).result())
+            return self.retry(partial(look_up, path=path))
         except SFTPError as error:
             if error.code == VANISHED:
                 return None
             raise
-        return found
 
     def list_folder(self, path: bytes, limit: float = math.inf) -> list[Entry] | None:
         """A folder's entries by name; None if `limit` came before the end of it; FileError."""
@@ -1372,10 +1371,19 @@ class StorageBox:
         know this request (statvfs@openssh.com)."""
         request = (FXP_EXTENDED, b"statvfs@openssh.com", self._config.remote_path)
         (reply,) = self.retry(lambda session: session.send(request).results())
-        if isinstance(reply, SFTPError):
+        if isinstance(reply, SFTPError) or len(reply) < 88:
             return None
         _, block_size, blocks, free, available, *_ = struct.unpack_from(">11Q", reply)
         return (blocks - free) * block_size, available * block_size
+
+
+def look_up(session: Session, path: bytes) -> Attributes:
+    """The attributes of `path`, even of a link; SFTPError.  ProFTPD's LSTAT follows links."""
+    found, target = session.send((FXP_LSTAT, path), (FXP_READLINK, path)).results()
+    if isinstance(found, SFTPError):
+        raise found
+    mode = found.mode if isinstance(target, SFTPError) else stat.S_IFLNK
+    return Attributes(found.size, found.mtime, mode)
 
 
 def is_recent(file: RemoteFile, began: float) -> bool:
@@ -2203,7 +2211,7 @@ class Bucket:
                     answer = getattr(self.client, operation)(**arguments)
                     answer["ResponseMetadata"]["RetryAttempts"] = attempt  # for begin_upload
                     return answer
-            except FileError as error:
+            except ArchiveError as error:
                 if error.code in allowed:
                     return None
                 if error.code != UNAVAILABLE or attempt == self._attempts - 1:
@@ -2355,10 +2363,10 @@ class Bucket:
             if entry["Size"] or not entry["Key"].endswith("/"):
                 yield stored_object(entry["Key"], entry)
 
-    def head(self, key: str, version_id: str | None = None) -> StoredObject | None:
-        """The object, which may be cold; None if there is none."""
-        version = {"Key": key, "VersionId": version_id}
-        answer = self.request("head_object", "404", ChecksumMode="ENABLED", **version)
+    def head(self, key: str, *allowed: str, version: str | None = None) -> StoredObject | None:
+        """The object, which may be cold; None if there is none, or after a code `allowed`."""
+        request = {"Key": key, "VersionId": version, "ChecksumMode": "ENABLED"}
+        answer = self.request("head_object", "404", *allowed, **request)
         return None if answer is None else stored_object(key, answer)
 
     def match_content(self, found: StoredObject, read: Read) -> StoredObject | None:
@@ -2776,7 +2784,7 @@ class Parallel(Generic[Item, Result]):
             self._under_way -= 1
             self._memory_in_use -= self.memory(item)
             code = error.code if error else ""
-            if code not in (VANISHED, CHANGED, UNFINISHED):
+            if code not in (VANISHED, CHANGED, UNFINISHED, INVALID_STATE):
                 self._codes.append(code)  # an empty one after a success
             if code and self._codes.count(code) == SAME_FAILURES:
                 self._fail(Fatal(f"{error}; {SAME_FAILURES} in a row failed like this", code))
@@ -3360,7 +3368,7 @@ def select_objects(
     `at`.  A path without objects is added to `missing`.  Fatal if nothing is archived."""
     config, bucket = context.config, context.bucket
     for path in paths or [b""]:
-        others = config.prefix + path.decode("utf-8", "replace")  # as other programs write it
+        others = config.prefix + path_text(path)  # as rclone and others write it
         is_empty = True
         for start in sorted({unchecked_key(config.prefix, path), others}):
             for found in bucket.objects(start, at):
@@ -3642,16 +3650,15 @@ class LocalFolder:
 class BoxFolder:
     """A folder of the box to restore to, with the methods of LocalFolder."""
 
-    def __init__(self, box: StorageBox, folder: bytes):
+    def __init__(self, box: StorageBox, folder: bytes, overwrite: bool):
         """Creates the folder if it is missing; Fatal if no file can be stored in it."""
         self._box, self._folder = box, re.sub(b"/+", b"/", folder)
         self._known = {b""}  # folders that exist; / is known
-        # Stores an empty file, under names that no other restore has.
-        unique, stored = os.urandom(8).hex(), SimpleNamespace(size=0, mtime=1_000_000_000)
-        empty: Any = SimpleNamespace(stored=stored, uri=unique, blocks=lambda _: ())
-        probe = f".archive-{unique}.probe".encode()
+        # Stores an empty file as any other: a server may allow OPEN, but not RENAME.
+        stored, probe = SimpleNamespace(size=0, mtime=1_000_000_000), b".archive.probe"
+        empty: Any = SimpleNamespace(stored=stored, uri="probe", blocks=lambda _: ())
         try:
-            self.store(probe, empty, overwrite=False)
+            self.store(probe, empty, overwrite)
             box.retry(lambda s: s.send((FXP_REMOVE, join(self._folder, probe))).results())
         except FileError as error:
             reason = f"{printable(folder)} cannot be written to: {error}"
@@ -3671,6 +3678,8 @@ class BoxFolder:
         first, last = TIME_RANGES[0]  # of SFTP
         mtime = min(max(stored.mtime, first), last)
         complete = stored.size, mtime  # the first two of its Attributes
+        # RENAME replaces no file, and would lose one that was removed before if it failed.
+        rename = (FXP_EXTENDED, b"posix-rename@openssh.com") if overwrite else (FXP_RENAME,)
 
         def check(session: Session, where: bytes) -> None:
             if session.send((FXP_LSTAT, where)).result()[:2] != complete:
@@ -3686,9 +3695,7 @@ class BoxFolder:
             try:  # no retry after FAILURE from here on: it would download the object again
                 write_file(session, handle, download, mtime)
                 check(session, partial_path)
-                if overwrite:
-                    session.send((FXP_REMOVE, path)).results()
-                session.send((FXP_RENAME, partial_path, path)).result()
+                session.send((*rename, partial_path, path)).result()
                 check(session, path)  # an OPEN of a lost session may have emptied it meanwhile
             except SFTPError as error:
                 raise FileError(f"the box cannot store it: {error}") from None
@@ -3711,11 +3718,12 @@ class BoxFolder:
         for folder in itertools.accumulate(path.split(b"/")[:-1], join):
             if folder in self._known:
                 continue
-            mkdir, lstat = (FXP_MKDIR, folder, NO_ATTRIBUTES), (FXP_LSTAT, folder)
-            refusal, found = session.send(mkdir, lstat).results()
-            if isinstance(found, SFTPError):
-                raise refusal or found
-            mode, is_inner = found.mode or 0, folder.startswith(join(self._folder, b""))
+            making = session.send((FXP_MKDIR, folder, NO_ATTRIBUTES))
+            try:
+                mode = look_up(session, folder).mode or 0
+            except SFTPError as missing:
+                raise making.results()[0] or missing from None
+            is_inner = folder.startswith(self._folder.rstrip(b"/") + b"/")
             if stat.S_ISREG(mode) or (stat.S_ISLNK(mode) and is_inner):
                 raise FileError(f"{printable(folder)} is a file or a link, not a folder")
             self._known.add(folder)
@@ -3756,11 +3764,13 @@ class Restore:
         self._select = partial(select_objects, context, options.at)
         self._target: LocalFolder | BoxFolder
         if options.to_box:
-            self._target = BoxFolder(context.box, os.fsencode(options.to_box))
+            self._target = BoxFolder(
+                context.box, os.fsencode(options.to_box), options.overwrite
+            )
         else:
             self._target = LocalFolder(options.to)
         self._asked_at: float | None = None  # when S3 was last asked to restore an object
-        self._present: set[str] = set()  # keys of files that are known to be there
+        self._present: dict[str, Attributes] = {}  # by key: files that are known to be there
         self._warn = log.warning  # of names, until all objects were looked at once
 
     def one_pass(self) -> int:
@@ -3903,19 +3913,19 @@ class Restore:
         is_windows_name = os.name == "nt" and (b"\\" in name or b":" in name)
         if {b"", b".", b".."} & set(name.split(b"/")) or b"\0" in name or is_windows_name:
             raise FileError("no file can have this name")
-        if found.key in self._present:
-            return THERE
-        existing = self._target.find(name)
-        if existing is not None:
+        if existing := self._target.find(name):
+            if existing == self._present.get(found.key):
+                return THERE
             if not stat.S_ISREG(existing.mode or 0):
                 raise FileError("something that is not a file has its name")
-            # A listing has no metadata.
-            mtime = (self._bucket.head(found.key, found.version_id) or found).mtime
+            # A listing has no metadata.  A HEAD may be denied for this object alone.
+            head = self._bucket.head(found.key, DENIED, version=found.version_id)
+            mtime = (head or found).mtime
             # FAT has only even seconds.  SFTP and some file systems have a first and last time.
             nearest = (min(max(mtime, first), last) for first, last in TIME_RANGES)
             same_mtime = existing.mtime in (mtime, mtime & ~1, *nearest)
             if existing.size == found.size and same_mtime:
-                self._present.add(found.key)
+                self._present[found.key] = existing
                 return THERE
             if not self._options.overwrite:
                 other = f"{existing.size:,} bytes of mtime {existing.mtime} are there"

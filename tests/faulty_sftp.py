@@ -16,6 +16,7 @@ offset or length.
 """
 
 import contextlib
+import errno
 import io
 import itertools
 import os
@@ -48,6 +49,7 @@ KINDS = {
     16: "REALPATH",
     17: "STAT",
     18: "RENAME",
+    19: "READLINK",
     200: "EXTENDED",
 }
 VERSION, STATUS, HANDLE, DATA, NAME, ATTRS = 2, 101, 102, 103, 104, 105
@@ -112,10 +114,17 @@ class Disk:
     def remove(self, path):
         os.unlink(os.path.join(self.root, path))
 
+    def link_target(self, path):
+        return os.readlink(os.path.join(self.root, path))
+
     def rename(self, path, target):
         """As SFTP has it: not over another file."""
         os.link(os.path.join(self.root, path), os.path.join(self.root, target))
         self.remove(path)
+
+    def replace(self, path, target):
+        """As posix-rename has it."""
+        os.replace(os.path.join(self.root, path), os.path.join(self.root, target))
 
 
 class _DiskFile:
@@ -153,6 +162,9 @@ class Generated:
 
     def open(self, path):
         return _ZeroFile(self.lstat(path))
+
+    def link_target(self, path):
+        raise OSError(errno.EINVAL, "not a link")
 
 
 class _ZeroFile:
@@ -364,7 +376,7 @@ class Request:
     writing: bool = False  # what OPEN is for
     data: bytes = b""  # of a WRITE
     times: tuple = ()  # of a FSETSTAT
-    target: bytes = b""  # of a RENAME
+    target: bytes = b""  # of a RENAME or POSIX_RENAME
 
     def packet(self, kind, body):
         return struct.pack(">IBI", len(body) + 5, kind, self.id) + body
@@ -436,6 +448,14 @@ class Request:
     def _rename(self):
         self.session.box.tree.rename(self.path, self.target)
         return self.status(OK)
+
+    def _posix_rename(self):
+        self.session.box.tree.replace(self.path, self.target)
+        return self.status(OK)
+
+    def _readlink(self):
+        target = self.session.box.tree.link_target(self.path)
+        return self.names([(target, Attributes(None, None, None))])
 
     def _close(self):
         if self.handle.file:
@@ -674,6 +694,12 @@ class _Session:
                 request.data = rest[12:]
             if kind == "FSETSTAT":
                 request.times = struct.unpack_from(">II", rest, 4)
+            return request
+        if kind == "EXTENDED" and text == b"posix-rename@openssh.com":
+            (length,) = struct.unpack_from(">I", rest)
+            path, target = rest[4 : 4 + length], rest[8 + length :]
+            request = Request(self, "POSIX_RENAME", number, _relative(path))
+            request.target = _relative(target)
             return request
         if kind == "EXTENDED":
             return Request(self, kind, number, b"", name=text)

@@ -7,6 +7,7 @@ where it is told to. All reach S3 through `s3`, which counts and lies.
 """
 
 import csv
+import math
 import os
 import pty
 import re
@@ -25,7 +26,16 @@ from zlib import crc32
 import pytest
 from conftest import CHANGED, MIB, OLD, PROGRAM, Archive, Bucket, fill, real, tree
 from faults import LARGE, SIZES, wait_for, write
-from faulty_sftp import FAILURE, OK, PERMISSION_DENIED, Dropped, FaultyBox, drop, status
+from faulty_sftp import (
+    FAILURE,
+    OK,
+    PERMISSION_DENIED,
+    UNSUPPORTED,
+    Dropped,
+    FaultyBox,
+    drop,
+    status,
+)
 from relay import Relay
 from scripted_s3 import Answer, error, first, halfway, headers, rewritten
 from servers import OpenSSH, ProFTPD
@@ -585,12 +595,17 @@ def test_no_more_is_asked_for_than_was_agreed_to(archive, s3, to):
 
 
 def test_archive_tier_that_restore_cannot_ask_for_fails_with_the_reason(archive, s3, to):
-    """As INTELLIGENT_TIERING has them."""
-    stored(archive, {"file": b"content"}, "INTELLIGENT_TIERING")
-    s3.always("GetObject", error(403, "InvalidObjectState"))
+    """As INTELLIGENT_TIERING has them. Many in a row do not keep others from coming back."""
+    names = [f"a{number}" for number in range(30)]
+    stored(archive, dict.fromkeys(names, b"content"), "INTELLIGENT_TIERING")
+    stored(archive, {"b": b"content"})
+    for name in names:
+        s3.always("GetObject", error(403, "InvalidObjectState"), key=name)
     result = archive("restore", "--to", to)
     assert result.status == 3, result.stderr
-    assert "InvalidObjectState" in failed(result)["file"]
+    assert failed(result).keys() == set(names)
+    assert all("InvalidObjectState" in reason for reason in failed(result).values())
+    assert tree(to).keys() == {b"b"}
 
 
 @pytest.mark.parametrize(
@@ -693,16 +708,11 @@ def test_other_files_are_kept_until_told_to_overwrite_them(place, s3):
     assert os.readlink(root / "link") == "other size"
     assert s3.requests["GetObject"] == 1  # only what was missing
 
-    if place.kind == "proftpd":
-        os.unlink(root / "link")  # it takes a link for what it points to
     replaced = archive("restore", "folder", "link", *files, *place.arguments, "--overwrite")
 
     # Never anything but a file.
-    assert set(failed(replaced)) == {"link", "folder"} - {place.kind == "proftpd" and "link"}
-    if place.kind == "proftpd":
-        os.unlink(root / "link")
-    else:
-        assert os.readlink(root / "link") == "other size"
+    assert set(failed(replaced)) == {"link", "folder"}
+    assert os.readlink(root / "link") == "other size"
     for name in files:
         assert (root / name).read_bytes() == b"content"
         assert (root / name).stat().st_mtime == OLD
@@ -779,12 +789,18 @@ def test_refusal_that_concerns_every_file_ends_the_pass_soon(archive, s3, to, op
 
 
 def test_object_that_may_not_be_read_does_not_stop_the_others(archive, s3, to):
+    """Nor if a file of its name is there, which takes a HEAD."""
     stored(archive, dict.fromkeys("abcdef", 10))
-    s3.always("GetObject", error(403, "AccessDenied"), key="c")
-    result = archive("restore", "--to", to, TRANSFERS="4")
-    assert result.status == 3
-    assert failed(result).keys() == {"c"}
-    assert len(tree(to)) == 5
+    for operation in ("GetObject", "HeadObject"):
+        s3.always(operation, error(403, "AccessDenied"), key="c")
+    for there in (False, True):
+        if there:
+            fill(to, {"c": b"my own"})
+            (to / "a").unlink()
+        result = archive("restore", "--to", to, "--overwrite", TRANSFERS="4")
+        assert result.status == 3, result.stderr
+        assert failed(result).keys() == {"c"}
+        assert len(tree(to)) == 5 + there
 
 
 def test_body_that_is_always_cut_fails_alone_and_leaves_nothing(archive, s3, to):
@@ -905,11 +921,12 @@ def test_of_two_keys_of_one_name_the_one_that_we_would_have_made_comes_back(arch
 
 
 def test_object_of_an_earlier_script_is_found_by_its_name(archive, to):
-    """Its key has the characters that ours escape."""
-    expected = stored(archive, {"a\tb/file": b"content", "raw\tname": b"content"})
-    result = archive("restore", "a\tb", "raw\tname", "--to", to)
+    """Its key has the characters that ours escape. rclone escapes only the other ones."""
+    keys = ("a\tb/file", "raw\tname", f"caf{ESCAPE}E9\x01")
+    stored(archive, dict.fromkeys(keys, b"content"))
+    result = archive("restore", "a\tb", "raw\tname", "caf\udce9\x01", "--to", to)
     assert (result.status, result.failures) == (0, []), result.stderr
-    assert whole(to) == expected
+    assert whole(to).keys() == {b"a\tb/file", b"raw\tname", b"caf\xe9\x01"}
 
 
 def test_two_keys_of_one_name_do_not_mix(archive, s3, to):
@@ -1133,9 +1150,10 @@ def test_box_that_is_read_only_is_told_of_before_anything_is_paid(boxed, box, s3
     [
         ("FSETSTAT", status(PERMISSION_DENIED)),
         ("FSETSTAT", status(OK)),
-        ("RENAME", status(PERMISSION_DENIED)),
+        ("POSIX_RENAME", status(PERMISSION_DENIED)),
+        ("POSIX_RENAME", status(UNSUPPORTED)),
     ],
-    ids=["times refused", "times ignored", "names refused"],
+    ids=["times refused", "times ignored", "names refused", "names not replaced"],
 )
 def test_box_that_cannot_store_a_file_is_told_of_before_anything_is_paid(
     archive, faulty_box, s3, kind, fault
@@ -1152,6 +1170,41 @@ def test_box_that_cannot_store_a_file_is_told_of_before_anything_is_paid(
     assert s3.requests["GetObject"] == 0
     assert os.listdir(faulty_box.root / "back") == ["file"]
     assert (faulty_box.root / "back/file").read_bytes() == b"my own"
+
+
+def test_box_that_refuses_names_is_told_of_before_anything_is_paid(archive, faulty_box, s3):
+    stored(archive, {"file": b"content"})
+    faulty_box.always("RENAME", None, status(PERMISSION_DENIED))
+
+    result = archive("restore", "--to-box", "back")
+
+    assert (result.status, s3.requests["GetObject"]) == (1, 0), result.stderr
+    assert "back cannot be written to" in result.stderr
+    assert os.listdir(faulty_box.root / "back") == []
+
+
+def test_what_a_killed_pass_has_left_of_its_look_at_the_folder_goes(archive, faulty_box):
+    expected = stored(archive, {"file": b"content"})
+    rule = faulty_box.on("REMOVE", None, status(PERMISSION_DENIED), nth=2)
+    assert archive("restore", "--to-box", "back").status == 0
+    assert (rule.fired, (faulty_box.root / "back/.archive.probe").exists()) == (1, True)
+
+    assert archive("restore", "--to-box", "back", "--overwrite").status == 0
+    assert settled(faulty_box.root / "back") == expected
+
+
+@pytest.mark.parametrize("fault", [status(FAILURE), drop], ids=["refused", "cut"])
+def test_file_on_the_box_that_cannot_be_replaced_stays(archive, faulty_box, fault):
+    stored(archive, {"file": b"content"})
+    fill(faulty_box.root, {"back/file": b"my own"})
+    # The first is about the folder itself.
+    faulty_box.on("POSIX_RENAME", None, fault, nth=2, times=math.inf)
+
+    result = archive("restore", "--to-box", "back", "--overwrite", constants=SOON)
+
+    assert result.status == 3, result.stderr
+    assert failed(result).keys() == {"file"}
+    assert settled(faulty_box.root / "back")[b"file"] == (6, crc32(b"my own"), OLD)
 
 
 @pytest.mark.parametrize("box", [OpenSSH], indirect=True, ids=["openssh"])
@@ -1264,6 +1317,21 @@ def test_nothing_is_written_through_a_link_of_the_box(archive, faulty_box, folde
 
 
 # --- What the box may do to it ----------------------------------------------
+
+
+@pytest.mark.parametrize("box", [OpenSSH, ProFTPD], indirect=True, ids=["openssh", "proftpd"])
+def test_nothing_is_written_through_a_link_of_a_real_box(boxed, box):
+    """ProFTPD's LSTAT follows links."""
+    stored(boxed, {"d/x": 10, "y": b"content"})
+    fill(box.root, {"elsewhere/x": b"precious", "to/z": b"own"})
+    (box.root / "to/d").symlink_to("../elsewhere")
+    for folder in ("to", "elsewhere"):
+        os.chmod(box.root / folder, 0o777)
+    result = boxed("restore", "--to-box", "to", "--overwrite")
+    assert (result.status, failed(result).keys()) == (3, {"d/x"}), result.stderr
+    assert "link" in failed(result)["d/x"]
+    assert (box.root / "elsewhere/x").read_bytes() == b"precious"
+    assert (box.root / "to/y").read_bytes() == b"content"
 
 
 @pytest.mark.parametrize(("folder", "place"), [("/.//back//", "back"), ("/", "")])

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import threading
 import time
 from datetime import datetime, timedelta
 
@@ -255,6 +256,20 @@ def test_wait_goes_on_until_all_is_there(archive, s3, to):
     assert len(times) == 1
     asked = datetime.strptime(times.pop(), "%Y-%m-%d %H:%M:%S %z").timestamp()
     assert abs(asked - time.time()) < 60
+
+
+def test_file_that_is_deleted_while_others_are_waited_for_comes_back(archive, s3, to):
+    expected = cold_and_back(archive, {"a": b"content"})
+    expected |= stored(archive, {"warm": b"warm"})
+    thaw(s3, "a")
+    # The second pass sees that it is there.
+    later = threading.Timer(0.3, (to / "warm").unlink)
+    s3.on("HeadObject", first(later.start), key="warm")
+    result = archive("restore", "--to", to, "--yes", "--wait", constants={"WAIT_PAUSE": 1})
+
+    assert result.status == 0, result.stderr
+    assert whole(to) == expected
+    assert s3.requests["GetObject"] == 3
 
 
 def test_wait_warns_of_another_name_once(archive, s3, to):
