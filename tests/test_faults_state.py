@@ -132,6 +132,28 @@ def test_damaged_database_is_fatal_before_anything_is_uploaded(archive, box, buc
     assert archive.state_db.read_bytes() == damaged, "it is evidence"
 
 
+def test_copy_that_was_made_during_a_commit_is_fatal_before_anything_is_uploaded(
+    archive, box, bucket
+):
+    """It has pages from before and after: its tables and indexes are whole, but disagree."""
+    fill(archive, box, 400)
+    before, size = archive.state_db.read_bytes(), page_size(archive)
+    archive.execute("DELETE FROM files WHERE path LIKE '%7%'")
+    after = archive.state_db.read_bytes()
+    torn = []
+    for start in range(size, len(after), size):
+        copy = after[:start] + before[start : start + size] + after[start + size :]
+        archive.state_db.write_bytes(copy)
+        checks = [archive.query(f"PRAGMA {name}_check(1)") for name in ("quick", "integrity")]
+        if checks[0] == [("ok",)] != checks[1]:
+            torn.append(copy)
+    assert torn
+
+    for copy in torn:
+        archive.state_db.write_bytes(copy)
+        assert_refused(archive, bucket)
+
+
 def test_damaged_database_that_was_moved_away_is_made_anew(archive, box, bucket):
     """As its message says."""
     fill(archive, box)
