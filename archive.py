@@ -741,8 +741,9 @@ def setting_faults(settings: Mapping[str, str]) -> Iterator[str]:
             yield f"{name}: contains a line break, another control character or invalid UTF-8"
         if name in SETTINGS or PROXIES.fullmatch(name) or name.startswith("AWS_ENDPOINT_URL_"):
             continue
-        # An unknown AWS_ name is left to boto3, unless it is very near to one of ours.
-        cutoff = 0.86 if is_aws else 0.5
+        # An unknown AWS_ name is left to boto3, unless it looks like a typo of one of ours; in
+        # the environment only if it is very near: other programs have variables there, too.
+        cutoff = 0.5 if not is_aws else 0.86 if name in os.environ else 0.76
         near = difflib.get_close_matches(name.upper(), SETTINGS, 1, cutoff)
         if near or not is_aws:
             where = " in the environment" if name in os.environ else ""
@@ -1382,8 +1383,8 @@ def look_up(session: Session, path: bytes) -> Attributes:
     found, target = session.send((FXP_LSTAT, path), (FXP_READLINK, path)).results()
     if isinstance(found, SFTPError):
         raise found
-    mode = found.mode if isinstance(target, SFTPError) else stat.S_IFLNK
-    return Attributes(found.size, found.mtime, mode)
+    is_link = target and not isinstance(target, SFTPError)  # some answer with an empty list
+    return Attributes(found.size, found.mtime, stat.S_IFLNK if is_link else found.mode)
 
 
 def is_recent(file: RemoteFile, began: float) -> bool:
@@ -2363,10 +2364,10 @@ class Bucket:
             if entry["Size"] or not entry["Key"].endswith("/"):
                 yield stored_object(entry["Key"], entry)
 
-    def head(self, key: str, *allowed: str, version: str | None = None) -> StoredObject | None:
-        """The object, which may be cold; None if there is none, or after a code `allowed`."""
-        request = {"Key": key, "VersionId": version, "ChecksumMode": "ENABLED"}
-        answer = self.request("head_object", "404", *allowed, **request)
+    def head(self, key: str, version_id: str | None = None) -> StoredObject | None:
+        """The object, which may be cold; None if there is none."""
+        version = {"Key": key, "VersionId": version_id}
+        answer = self.request("head_object", "404", ChecksumMode="ENABLED", **version)
         return None if answer is None else stored_object(key, answer)
 
     def match_content(self, found: StoredObject, read: Read) -> StoredObject | None:
@@ -2392,15 +2393,16 @@ class Bucket:
 
         The ETag of an object that one PUT has stored is its MD5.  That of an upload in parts is
         the MD5 of the parts' MD5s, "-" and their number ("Checking object integrity" in the S3
-        user guide).  S3 tells the size of the first part; of other servers' objects, the usual
-        sizes that give this number are possible.  With SSE-KMS or SSE-C, no file matches.
+        user guide).  S3 tells the size of the first part.  If it does not, as some servers, the
+        usual sizes that give this number are possible.  With SSE-KMS or SSE-C, no file matches.
         """
         _, dash, count = found.etag.partition("-")
+        size, refusals = max(1, found.size), (DENIED, "400", "404", "405", "412", "416", "501")
         if not dash:
-            return {max(1, found.size)}
-        first = self.request("head_object", *NOT_FOUND, Key=found.key, PartNumber=1) or {}
-        sizes = {first.get("ContentLength", 0), *(min(found.size, part) for part in PART_SIZES)}
-        return {part for part in sizes if part and str(-(-found.size // part)) == count}
+            return {size}
+        first = self.request("head_object", *refusals, Key=found.key, PartNumber=1) or {}
+        sizes = {first.get("ContentLength", 0), *(min(size, part) for part in PART_SIZES)}
+        return {part for part in sizes if part and str(-(-size // part)) == count}
 
     def request_restore(self, found: StoredObject, tier: str, days: int) -> bool:
         """Asks S3 to restore the object; returns True if it can be read already."""
@@ -2608,7 +2610,7 @@ class Size(int):
         return format_size(self)
 
 
-Rows = Iterable[tuple[str, object]]  # of a table: labels and values, see format_value
+Rows = Iterable[tuple[str, object]]  # labels and values: a float is USD, None is not known
 
 
 def show_table(title: str, rows: Rows) -> None:
@@ -2620,7 +2622,6 @@ def show_table(title: str, rows: Rows) -> None:
 
 
 def format_value(value: object) -> str:
-    """A row's value for the table.  A float is USD."""
     if value is None:
         return "not known"
     if isinstance(value, float):
@@ -3185,8 +3186,7 @@ class Run(Walk):
         upload = self._upload_to_continue(job)
         found = self._object_to_compare(job) if job.compares or upload is None else None
         # An mtime in the object's metadata is as good as a row of ours, unless the upload came
-        # so soon after it that a later change could have the same mtime.  (The mtime of a
-        # row's object is its `uploaded_at`, and never comes so long before that.)
+        # so soon after it that a later change could have the same mtime.
         if found and found.mtime == job.file.mtime < found.uploaded_at - RECENTLY_STORED:
             return Archived(job.file, found, is_recent=False, is_upload=False)
         if job.plan.is_multipart:
@@ -3442,9 +3442,9 @@ def status(context: Context, _options: argparse.Namespace) -> int:
         "Lifecycle rule": bucket.has_abort_rule,
         "Versioning": lambda: bucket.versioning() == "Enabled",
     }
-    for label, question in questions.items():
-        # If the first had no answer, each other one would wait as long for one.
-        is_over = rows.get("Unfinished uploads", 0) is None
+    began = time.monotonic()
+    for label, question in questions.items():  # no more of them once a limit of S3 is over
+        is_over = time.monotonic() - began >= min(S3_CONNECT_LIMIT, S3_READ_LIMIT)
         rows[label] = None if is_over else try_or_none(question)
     rows["Prices"] = prices.note
     context.show_summary("STATUS", rows.items())
@@ -3655,14 +3655,16 @@ class BoxFolder:
         self._box, self._folder = box, re.sub(b"/+", b"/", folder)
         self._known = {b""}  # folders that exist; / is known
         # Stores an empty file as any other: a server may allow OPEN, but not RENAME.
-        stored, probe = SimpleNamespace(size=0, mtime=1_000_000_000), b".archive.probe"
-        empty: Any = SimpleNamespace(stored=stored, uri="probe", blocks=lambda _: ())
+        unique, stored = os.urandom(8).hex(), SimpleNamespace(size=0, mtime=1_000_000_000)
+        empty: Any = SimpleNamespace(stored=stored, uri=unique, blocks=lambda _: ())
+        probe = f".archive-{unique}.probe".encode()
         try:
             self.store(probe, empty, overwrite)
-            box.retry(lambda s: s.send((FXP_REMOVE, join(self._folder, probe))).results())
         except FileError as error:
             reason = f"{printable(folder)} cannot be written to: {error}"
             raise Fatal(f"{reason}; --to-box takes an account that may write") from None
+        finally:
+            box.retry(lambda s: s.send((FXP_REMOVE, join(self._folder, probe))).results())
 
     def free_space(self) -> float:
         space = self._box.space()
@@ -3764,9 +3766,8 @@ class Restore:
         self._select = partial(select_objects, context, options.at)
         self._target: LocalFolder | BoxFolder
         if options.to_box:
-            self._target = BoxFolder(
-                context.box, os.fsencode(options.to_box), options.overwrite
-            )
+            folder = os.fsencode(options.to_box)
+            self._target = BoxFolder(context.box, folder, options.overwrite)
         else:
             self._target = LocalFolder(options.to)
         self._asked_at: float | None = None  # when S3 was last asked to restore an object
@@ -3918,9 +3919,8 @@ class Restore:
                 return THERE
             if not stat.S_ISREG(existing.mode or 0):
                 raise FileError("something that is not a file has its name")
-            # A listing has no metadata.  A HEAD may be denied for this object alone.
-            head = self._bucket.head(found.key, DENIED, version=found.version_id)
-            mtime = (head or found).mtime
+            # A listing has no metadata.
+            mtime = (self._bucket.head(found.key, found.version_id) or found).mtime
             # FAT has only even seconds.  SFTP and some file systems have a first and last time.
             nearest = (min(max(mtime, first), last) for first, last in TIME_RANGES)
             same_mtime = existing.mtime in (mtime, mtime & ~1, *nearest)

@@ -27,7 +27,7 @@ from faults import (
 )
 from faulty_sftp import drop, freeze, honest
 from faulty_sftp import first as first_on_box
-from scripted_s3 import hang, headers, rewritten, whole_object
+from scripted_s3 import error, hang, headers, rewritten, whole_object
 
 KIB = 2**10
 WRITES = {"PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"}
@@ -442,6 +442,34 @@ def test_server_that_does_not_tell_the_size_of_parts_gets_unusual_ones_again(
     assert (result.status, result.counts, result.compared) == (0, (1, 0, 0), 1)
     assert box.handed_out == (60 if part_size > 8 * MIB else 40) * MIB
     assert_rows_name_the_content(archive, box)
+
+
+@pytest.mark.parametrize("code", [400, 403, 404, 405, 412, 416, 501])
+def test_server_that_refuses_to_tell_the_size_of_parts_does_no_harm(archive, box, s3, code):
+    """Of a file that was touched, and of one that has changed: with another key of SSE-C, S3
+    refuses a HEAD."""
+    fill(box.root, {"touched": LARGE, "changed": LARGE})
+    archive(constants=SIZES)
+    touch(box.root, OLD + 9)
+    flip(box.root / "changed")
+    s3.always("HeadObject", error(code, "Refused"))
+
+    result = archive(constants=SIZES)
+
+    assert (result.status, result.counts, result.compared) == (0, (1, 0, 0), 1), result.stderr
+    assert_all_archived(archive, box)
+
+
+def test_empty_object_that_was_sent_in_parts_is_compared(archive, box, s3, bucket):
+    fill(box.root, {"empty": 0})
+    at = {"Bucket": bucket.name, "Key": "empty"}
+    at["UploadId"] = bucket.client.create_multipart_upload(**at)["UploadId"]
+    etag = bucket.client.upload_part(**at, PartNumber=1, Body=b"")["ETag"]
+    parts = {"Parts": [{"PartNumber": 1, "ETag": etag}]}
+    bucket.client.complete_multipart_upload(**at, MultipartUpload=parts)
+    forget_counts(box, s3)
+
+    assert_nothing_sent(archive(), s3, compared=1)
 
 
 def test_etags_of_the_usual_part_sizes_are_recognised(archive, box, s3, bucket, monkeypatch):

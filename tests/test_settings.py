@@ -344,6 +344,17 @@ def test_unknown_variable_is_said_to_be_in_the_environment(archive):
     assert message in result.stderr
 
 
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT", "AWS_SECRET_KEY", "AWS_REGION_NAME"])
+def test_name_in_the_env_file_that_looks_like_one_of_boto3s_is_a_fault(archive, name):
+    """In the environment, it may be another program's."""
+    archive.env_file.write_text(f"{name}=value\n")
+    result = archive()
+    assert result.status == 2
+    assert f"{name}: unknown setting; did you mean AWS_" in result.stderr
+    archive.env_file.write_text("")
+    assert archive(**{name: "value"}).status == 0
+
+
 def test_names_as_long_as_those_of_boto3_and_paths_with_odd_names_are_no_faults(archive):
     name = "AWS_ENDPOINT_URL_APPLICATION_DISCOVERY_SERVICE"
     archive.env_file.write_text(f"{name}=https://example.com\n")

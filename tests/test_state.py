@@ -274,7 +274,8 @@ def test_rows_that_these_settings_cannot_have_made_are_dropped(archive, box, buc
 def test_objects_whose_keys_no_path_has_do_no_harm(archive, box, bucket, s3):
     """Such as S3's console and other programs store. They stay, and are not ours."""
     keys = ["folder/", "a//b", "/a", "../up", "folder/./b", "with content/", "line\nfeed"]
-    keys += ["\u201b41", "Icon\r"]  # an escape where none is needed, and a missing one
+    # An escape where none is needed, a missing one, and that of a byte that no name has.
+    keys += ["\u201b41", "Icon\r", "nul \u201b00"]
     put_any(bucket, [f"mine/{key}" for key in keys])
     put(bucket, {"console/": b"", "": b""}, "mine/")
     put(bucket, {"mine": b"x", "mine-too/a": b"x", "a": b"x"})
