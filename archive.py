@@ -3664,7 +3664,8 @@ class BoxFolder:
             reason = f"{printable(folder)} cannot be written to: {error}"
             raise Fatal(f"{reason}; --to-box takes an account that may write") from None
         finally:
-            box.retry(lambda s: s.send((FXP_REMOVE, join(self._folder, probe))).results())
+            with contextlib.suppress(FileError):  # there may be none
+                box.retry(lambda s: s.send((FXP_REMOVE, join(self._folder, probe))).result())
 
     def free_space(self) -> float:
         space = self._box.space()

@@ -1177,13 +1177,16 @@ def test_box_that_refuses_names_is_told_of_before_anything_is_paid(archive, faul
     assert os.listdir(faulty_box.root / "back") == []
 
 
-def test_look_at_the_folder_of_the_box_leaves_nothing_if_it_fails(archive, faulty_box):
-    stored(archive, {"file": b"content"})
-    faulty_box.on("LSTAT", None, status(FAILURE), nth=4)  # of the complete file
+@pytest.mark.parametrize(("kind", "nth", "ending"), [("LSTAT", 4, 1), ("REMOVE", 2, 0)])
+def test_look_at_the_folder_of_the_box_leaves_nothing(archive, faulty_box, kind, nth, ending):
+    """The fourth LSTAT is of the complete file, the second REMOVE deletes it."""
+    expected = stored(archive, {"file": b"content"})
+    rule = faulty_box.on(kind, None, status(FAILURE), nth=nth)
 
     result = archive("restore", "--to-box", "back")
 
-    assert (result.status, os.listdir(faulty_box.root / "back")) == (1, []), result.stderr
+    assert (result.status, rule.fired) == (ending, 1), result.stderr
+    assert settled(faulty_box.root / "back") == ({} if ending else expected)
 
 
 @pytest.mark.parametrize("fault", [status(FAILURE), drop], ids=["refused", "cut"])

@@ -130,7 +130,7 @@ def test_any_fault_restores_nothing_wrong_and_a_pass_without_one_restores_all(
                 if name in kept:
                     assert what == kept[name], name
                 elif b".archive" in name:  # a later pass deletes it
-                    assert troubles
+                    assert troubles, name
                 else:
                     assert what in (expected[name], before.get(name)), (name, result.stderr)
             assert before.keys() <= found.keys()
