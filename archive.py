@@ -435,12 +435,13 @@ def format_time(seconds: float) -> str:
 
 
 def join(folder: bytes, name: bytes) -> bytes:
+    """The path of `name` in `folder`; for an empty name, the folder with a slash at its end."""
     return folder + name if folder.endswith(b"/") else folder + b"/" + name
 
 
 def relative_path(root: bytes, path: bytes) -> bytes:
     """`path` relative to the folder `root`, which is above it."""
-    return path[len(root.rstrip(b"/")) + 1 :]
+    return path[len(join(root, b"")) :]
 
 
 def unchecked_key(prefix: str, relative: bytes) -> str:
@@ -1142,7 +1143,7 @@ def known_host_name(config: Config) -> str:
 
 
 def known_host_keys(config: Config) -> tuple[Keys, Keys]:
-    """The keys that known_hosts has for the box, and those that it revokes for any host."""
+    """The keys that known_hosts has for the box, and those revoked for any host; Fatal."""
     file, text = f"HETZNER_KNOWN_HOSTS {config.known_hosts}", ""
     with fatal_os_errors(file), contextlib.suppress(FileNotFoundError):
         text = config.known_hosts.read_text("utf-8", "replace")
@@ -1577,7 +1578,7 @@ class Exclusions:
         # The items to warn of: nothing has matched them yet.  One that exists on the box is
         # never among them: if it is in a hidden folder, the walk does not reach it.
         self.unmatched: dict[str, re.Pattern[str]] = {}
-        start = (self._root.rstrip(b"/") + b"/").decode("utf-8", "surrogateescape")
+        start = join(self._root, b"").decode("utf-8", "surrogateescape")
         patterns: list[str] = []
         for item in (*config.exclude, *config.exclude_dirs):
             path = nfc(item.rstrip("/").removeprefix(start).removeprefix("./").lstrip("/"))
@@ -3342,7 +3343,7 @@ def wanted_paths(context: Context, options: argparse.Namespace) -> list[bytes]:
     none for all files.  Fatal for /, unless that is REMOTE_PATH, and for --at if the bucket has
     never kept versions."""
     root = context.config.remote_path
-    start = root.rstrip(b"/") + b"/"
+    start = join(root, b"")
     names = [os.fsencode(path).rstrip(b"/") for path in options.path]
     if b"" in names and root != b"/":  # a script may have left a variable empty: $FOLDER/
         message = f"/ is not below REMOTE_PATH {printable(root)}: name no path for all"
@@ -3352,7 +3353,7 @@ def wanted_paths(context: Context, options: argparse.Namespace) -> list[bytes]:
     relative = {name.removeprefix(start).removeprefix(b"./") for name in names}
     if relative & {b"", b"."} or {root, join(b".", root)} & set(names):  # REMOTE_PATH itself
         return []
-    folders = tuple(path.rstrip(b"/") + b"/" for path in relative)
+    folders = tuple(join(path, b"") for path in relative)
     return sorted(path for path in relative if not path.startswith(folders))
 
 
@@ -3679,7 +3680,7 @@ class BoxFolder:
         first, last = TIME_RANGES[0]  # of SFTP
         mtime = min(max(stored.mtime, first), last)
         complete = stored.size, mtime  # the first two of its Attributes
-        # RENAME replaces no file, and would lose one that was removed before if it failed.
+        # RENAME replaces no file.  If it failed after a REMOVE, there would be none left.
         rename = (FXP_EXTENDED, b"posix-rename@openssh.com") if overwrite else (FXP_RENAME,)
 
         def check(session: Session, where: bytes) -> None:
@@ -3724,7 +3725,7 @@ class BoxFolder:
                 mode = look_up(session, folder).mode or 0
             except SFTPError as missing:
                 raise making.results()[0] or missing from None
-            is_inner = folder.startswith(self._folder.rstrip(b"/") + b"/")
+            is_inner = folder.startswith(join(self._folder, b""))
             if stat.S_ISREG(mode) or (stat.S_ISLNK(mode) and is_inner):
                 raise FileError(f"{printable(folder)} is a file or a link, not a folder")
             self._known.add(folder)
@@ -4069,15 +4070,14 @@ def add_restore(command: argparse.ArgumentParser) -> None:
 def tune_memory() -> None:
     """Makes glibc use the memory of parts again (mallopt(3)).  By default it gets 16 MiB from
     the system for each part, whose page faults take a fifth of the CPU time, or keeps a heap
-    for each thread.  The garbage collector skips what was imported, and begins less often: it
-    takes a tenth of the CPU time of a large walk."""
+    for each thread.  The garbage collector skips what was imported."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another libc
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 32 * MIB)  # M_MMAP_THRESHOLD, the highest that it takes
         libc.mallopt(-1, 192 * MIB)  # M_TRIM_THRESHOLD
         libc.mallopt(-8, 1)  # M_ARENA_MAX
     gc.freeze()
-    gc.set_threshold(10_000)  # new objects; by default 700
+    gc.set_threshold(10_000)  # with 700, it takes a tenth of the CPU time of a large walk
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -696,17 +696,14 @@ class _Session:
                 request.times = struct.unpack_from(">II", rest, 4)
             return request
         if kind == "EXTENDED" and text == b"posix-rename@openssh.com":
-            (length,) = struct.unpack_from(">I", rest)
-            path, target = rest[4 : 4 + length], rest[8 + length :]
-            request = Request(self, "POSIX_RENAME", number, _relative(path))
-            request.target = _relative(target)
-            return request
+            kind, (length,) = "POSIX_RENAME", struct.unpack_from(">I", rest)
+            text, rest = rest[4 : 4 + length], rest[4 + length :]
         if kind == "EXTENDED":
             return Request(self, kind, number, b"", name=text)
         request = Request(self, kind, number, _relative(text))
         if kind == "OPEN":
             request.writing = bool(rest[3] & 2)
-        if kind == "RENAME":
+        if kind in ("RENAME", "POSIX_RENAME"):
             request.target = _relative(rest[4:])
         return request
 

@@ -21,15 +21,14 @@ from faulty_sftp import (
     unknown_id,
 )
 from scripted_s3 import ScriptedS3, error, halfway, headers, lost_answer, reset
-from test_restore import damaged, settled
+from test_restore import WRITING, damaged, settled
 
 NAMES = ["a", "b", "d/a", "d/e/b", "d/e/ü", "f/g"]
 LENGTHS = [0, 1, 5_000, MIB, 5 * MIB + 1]
 
-WRITING = ("MKDIR", "OPEN", "WRITE", "FSETSTAT", "CLOSE", "RENAME")
 BOX_FAULTS = {
     (kind, name): fault
-    for kind in ("LSTAT", "READLINK", *WRITING, "REMOVE", "POSIX_RENAME")
+    for kind in ("LSTAT", "READLINK", "MKDIR", *WRITING, "REMOVE", "POSIX_RENAME")
     for name, fault in {
         "drop": drop,
         "answer, then drop": answer_then_drop,

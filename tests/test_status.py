@@ -283,8 +283,8 @@ def test_bucket_that_cannot_be_asked_leaves_the_rest(archive, box, s3, trouble):
     names = ("unfinished_uploads", "lifecycle_rule", "versioning")
     assert [status[name] for name in names] == [None] * 3
     assert box.connections == before + 1, "the box is asked all the same"
-    if trouble == "hangs":
-        assert s3.requests.total() <= 1, "who does not answer is not asked again and again"
+    most = 1 if trouble == "hangs" else 3
+    assert s3.requests.total() <= most, "who does not answer is not asked again and again"
 
 
 def test_damaged_state_leaves_the_rest(archive):
