@@ -1046,8 +1046,7 @@ class Session:
             owed, self._owed = self._owed, {}
         for batch in set(owed.values()):
             batch.arriving.release()
-        # Transport.close() waits for a thread that may be blocked in a send.
-        threading.Thread(target=self._transport.close, daemon=True).start()
+        self._transport.close()
 
     def _receive(self) -> None:
         try:
@@ -2697,8 +2696,8 @@ class Parallel(Generic[Item, Result]):
     `limit` bytes of `memory`, of which a single item may need more.
 
     A FileError of `work` is an outcome.  Fatal, Stopped, and SAME_FAILURES with one code in a
-    row close the box.  These errors, and a FileError of the items, are raised once the work
-    under way was yielded.  After Fatal and Stopped, it is waited for at most RUNTIME_GRACE,
+    row close the box.  These errors, and any error of the items, are raised once the work
+    under way was yielded.  Unless it was a FileError, that is waited for at most RUNTIME_GRACE,
     and after a signal STOP_LIMIT.  A signal raises Stopped only in the code of `items`: the
     code that takes outcomes would lose those of a list that it has not looked at yet."""
 
@@ -2731,7 +2730,7 @@ class Parallel(Generic[Item, Result]):
                             self._memory_in_use += self.memory(item)
                             pool.submit(self._attempt, item)
                 stopping.is_deferred = True  # within `try`: there is no gap for a signal
-            except (ArchiveError, Stopped) as error:
+            except (Exception, Stopped) as error:  # of any kind: S3 may hold what is under way
                 stopping.is_deferred = True
                 self._fail(error)
             with stopping.deferred():
@@ -2793,9 +2792,9 @@ class Parallel(Generic[Item, Result]):
         return [outcome for outcome in outcomes if not isinstance(outcome[2], Fatal)]
 
     def _fail(self, error: BaseException) -> None:
-        """Notes what ends the rest of the work, the first Fatal or else the last error, and
-        until when what is under way is waited for."""
-        if not isinstance(self._failure, Fatal):
+        """Notes what ends the rest of the work, the first error other than Stopped, and until
+        when what is under way is waited for."""
+        if self._failure is None or isinstance(self._failure, Stopped):
             self._failure = error
         if not isinstance(error, FileError):
             self.box.close()

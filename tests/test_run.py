@@ -469,3 +469,32 @@ def test_a_run_after_one_that_was_killed_just_runs(slow):
     assert result.status == 0, result.stderr
     assert slow.objects() == as_objects(slow.box.root)
     slow.assert_invariant()
+
+
+# The system starts no thread beyond these, as under a limit of processes or in a container.
+FEW_THREADS = """
+import threading
+start = threading.Thread.start
+def start_few(thread):
+    if threading.active_count() > 20:
+        raise RuntimeError("can't start new thread")
+    start(thread)
+threading.Thread.start = start_few
+"""
+
+
+@ONE_SERVER
+def test_what_s3_has_acknowledged_is_recorded_though_no_thread_can_be_started(archive, box):
+    for number in range(60):
+        path = box.root / f"f{number}"
+        path.write_bytes(b"content")
+        os.utime(path, (OLD, OLD))
+    result = archive.start(before=FEW_THREADS).wait()
+    assert result.status == 1
+    assert "can't start new thread" in result.stderr
+    sent = archive.objects()
+    assert sent
+    assert {f"./{key}" for key in sent} == archive.rows().keys()
+    result = archive()
+    assert result.status == 0, result.stderr
+    assert result.counts == (60 - len(sent), len(sent), 0)
