@@ -3541,14 +3541,6 @@ def check(context: Context, _options: argparse.Namespace) -> int:
 # --------------------------------------------------------------------- Restore
 
 
-def partial_name(name: bytes, uri: str) -> bytes:
-    """The name of a file until it is complete, in the same folder.  Each object has its own,
-    which is the same in every pass: at most one is left behind."""
-    folder, slash, _ = name.rpartition(b"/")
-    digest = hashlib.sha256(uri.encode()).hexdigest()[:32]
-    return folder + slash + f".archive-{digest}.partial".encode()
-
-
 class Download:
     """An object that is being read."""
 
@@ -3560,7 +3552,10 @@ class Download:
         answer = self._get(ChecksumMode="ENABLED")
         self._body = answer["Body"]  # the one to read next, None once it was read
         self.stored = stored_object(found.key, answer)
-        self.uri = f"s3://{context.config.bucket}/{found.key}"
+        # The name of its file until that is complete.  Each object has one, which is the same
+        # in every pass: at most one file is left behind.
+        uri = f"s3://{context.config.bucket}/{found.key}"
+        self.partial_name = f".archive-{hashlib.sha256(uri.encode()).hexdigest()[:32]}.partial"
         if self.stored.size != found.size or found.etag not in ("", self.stored.etag):
             sent = f"{self.stored.size:,} bytes of ETag {self.stored.etag}"
             raise FileError(f"S3 sent {sent}, not {found.size:,} of {found.etag} as listed")
@@ -3620,7 +3615,7 @@ class LocalFolder:
         """Writes the file under another name, and renames it.  FileError, also if there is
         one and not `overwrite`; Fatal if the disk is full."""
         path, stored = self._folder / os.fsdecode(name), download.stored
-        partial_path = self._folder / os.fsdecode(partial_name(name, download.uri))
+        partial_path = path.with_name(download.partial_name)
         if os.path.realpath(path.parent) != str(path.parent):
             raise FileError("a folder above it is a link, which may lead anywhere")
         try:
@@ -3654,7 +3649,8 @@ class BoxFolder:
         self._known = {b""}  # folders that exist; / is known
         # Stores an empty file as any other: a server may allow OPEN, but not RENAME.
         unique, stored = os.urandom(8).hex(), SimpleNamespace(size=0, mtime=1_000_000_000)
-        empty: Any = SimpleNamespace(stored=stored, uri=unique, blocks=lambda _: ())
+        name = f".archive-{unique}.partial"
+        empty: Any = SimpleNamespace(stored=stored, partial_name=name, blocks=lambda _: ())
         probe = f".archive-{unique}.probe".encode()
         try:
             self.store(probe, empty, overwrite)
@@ -3675,7 +3671,7 @@ class BoxFolder:
     def store(self, name: bytes, download: Download, overwrite: bool) -> None:
         """As LocalFolder.store; Fatal if the box is full."""
         path, stored = join(self._folder, name), download.stored
-        partial_path = join(self._folder, partial_name(name, download.uri))
+        partial_path = join(path.rpartition(b"/")[0], download.partial_name.encode())
         first, last = TIME_RANGES[0]  # of SFTP
         mtime = min(max(stored.mtime, first), last)
         complete = stored.size, mtime  # the first two of its Attributes
