@@ -3550,7 +3550,7 @@ class Download:
         self._context, version = context, {"Key": found.key, "VersionId": found.version_id}
         self._get = partial(context.bucket.request, "get_object", **version)
         answer = self._get(ChecksumMode="ENABLED")
-        self._body = answer["Body"]  # the one to read next, None once it was read
+        self._unread = [answer["Body"]]  # until `blocks` reads it
         self.stored = stored_object(found.key, answer)
         # The name of its file until that is complete.  Each object has one, which is the same
         # in every pass: at most one file is left behind.
@@ -3567,10 +3567,8 @@ class Download:
         stored, size, reason = self.stored, self.stored.size, ""
         offset = crc32 = failures = 0
         while offset < size and failures < S3_ATTEMPTS:
-            if self._body is None:  # the rest, of the same version of the object
-                span = {"IfMatch": f'"{stored.etag}"', "Range": f"bytes={offset}-"}
-                self._body = self._get(**span)["Body"]
-            body, self._body = self._body, None
+            rest = {"IfMatch": f'"{stored.etag}"', "Range": f"bytes={offset}-"}
+            body = self._unread.pop() if self._unread else self._get(**rest)["Body"]
             failures += 1  # until a block arrives
             try:
                 for block in body.iter_chunks(block_size):
