@@ -79,7 +79,7 @@ from logging.handlers import RotatingFileHandler
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Generic, NamedTuple, NoReturn, TextIO, TypeVar
+from typing import Any, BinaryIO, Generic, NamedTuple, NoReturn, TextIO, TypeVar
 from urllib.parse import quote, quote_plus
 
 try:
@@ -3769,7 +3769,7 @@ class Restore:
 
     def one_pass(self) -> int:
         """Restores what can be read now, and asks S3 for the rest.  The exit status."""
-        options, manifest = self._options, None
+        options = self._options
         labels = THERE, DONE, ASKED, BUSY, NOT_ASKED, FAILED
         self._counts = Counts({label: Count() for label in labels})
         self._missing: set[bytes] = set()  # paths without an object
@@ -3785,11 +3785,8 @@ class Restore:
         agreed_to = 0 if options.manifest else cold.total().files
         self._allowed_requests = threading.Semaphore(agreed_to)
         self._context.progress.expect(ready)
-        with contextlib.ExitStack() as stack:
-            if options.manifest:
-                stack.enter_context(fatal_os_errors(f"--manifest {options.manifest}", USAGE))
-                file = options.manifest.open("w", newline="", encoding="ascii")
-                manifest = stack.enter_context(file)
+        path = options.manifest or Path(os.devnull)
+        with fatal_os_errors(f"--manifest {path}", USAGE), path.open("wb") as manifest:
             try:
                 self._restore_all(manifest)
             finally:
@@ -3825,7 +3822,7 @@ class Restore:
             log.warning(message, format_size(total.bytes), format_size(free))
         return cold, needed[READY].bytes
 
-    def _restore_all(self, manifest: TextIO | None) -> None:
+    def _restore_all(self, manifest: BinaryIO) -> None:
         """Downloads what can be read, asks S3 for the rest, counts it, and logs failures.
         `manifest` gets a line of CSV for each object that is not asked for."""
         for (name, found), label, error in self._outcomes(self._restore_one):
@@ -3838,9 +3835,9 @@ class Restore:
                 files_log.info("restored %s (%s bytes)", printable(name), f"{found.size:,}")
             elif label == ASKED:
                 self._asked_at = time.time()
-            elif label == NOT_ASKED and manifest:
+            elif label == NOT_ASKED:
                 columns = self._config.bucket, quote(found.key), found.version_id
-                print(*filter(None, columns), sep=",", file=manifest)
+                manifest.write(",".join(filter(None, columns)).encode() + b"\n")
         for path in sorted(self._missing):
             self._counts.add(FAILED, 0)
             log_failure(path, NOTHING_THERE)
