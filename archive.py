@@ -74,7 +74,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from functools import partial
+from functools import cache, partial
 from logging.handlers import RotatingFileHandler
 from operator import itemgetter
 from pathlib import Path
@@ -102,6 +102,7 @@ all_logs = logging.getLogger("archive")  # to LOG_FILE
 log = logging.getLogger("archive.messages")  # to stderr as well
 files_log = logging.getLogger("archive.files")  # one line per file; progress bars replace it
 results_log = logging.getLogger("archive.results")  # to stdout as well
+warn_once = cache(log.warning)  # the same message is logged once
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -3765,7 +3766,6 @@ class Restore:
             self._target = LocalFolder(options.to)
         self._asked_at: float | None = None  # when S3 was last asked to restore an object
         self._present: dict[str, Attributes] = {}  # by key: files that are known to be there
-        self._warn = log.warning  # of names, until all objects were looked at once
 
     def one_pass(self) -> int:
         """Restores what can be read now, and asks S3 for the rest.  The exit status."""
@@ -3804,7 +3804,6 @@ class Restore:
                 cold.add(found.storage_class, found.size)
             if label in (READY, BUSY, NOT_ASKED):
                 needed.add(label, found.size)
-        self._warn = log.debug
         total = needed.total()
         if cold:
             when = f"ready within {TIERS[tier]} hours, for {days} days"
@@ -3889,12 +3888,12 @@ class Restore:
                 while any(self._select([name], set())):
                     name += b".file"
                 message = "%s is a folder as well: the file of that name is restored as %s"
-                self._warn(message, printable(file_path), printable(name))
+                warn_once(message, printable(file_path), printable(name))
                 yield name, file
             # Sends no request unless another program wrote the key.
             same_path = (other.key for _, other in self._select([path], set()))
             if our_key != key and our_key in same_path:
-                self._warn("left out %s: %s stands for the same name", printable(key), our_key)
+                warn_once("left out %s: %s stands for the same name", printable(key), our_key)
             else:
                 held.append((path, found))
         yield from held
