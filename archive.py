@@ -3700,10 +3700,8 @@ class BoxFolder:
             self._box.retry(write_and_rename)
         except FileError as error:
             self._known = {b""}  # somebody may have deleted a folder
-            free = math.inf
-            with contextlib.suppress(Fatal, Stopped, FileError):
-                free = self.free_space()  # before the partial file is deleted
-                self._box.retry(lambda s: s.send((FXP_REMOVE, partial_path)).results())
+            free = self.free_space()  # before the partial file is deleted
+            self._box.retry(lambda s: s.send((FXP_REMOVE, partial_path)).results())
             if free < MIB:
                 raise Fatal(f"{error}; the box is full") from None
             raise
