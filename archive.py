@@ -2153,7 +2153,6 @@ class Bucket:
         self._attempts = S3_ATTEMPTS if retries else 1
         self.request_cost = 0.0  # USD, of all requests
         self._lock = threading.Lock()  # for `request_cost`
-        self._has_warned = threading.Lock()  # taken by who warns that S3 gives no CRC-32
         settings = botocore.config.Config(
             connect_timeout=S3_CONNECT_LIMIT,
             read_timeout=S3_READ_LIMIT,
@@ -2302,8 +2301,7 @@ class Bucket:
             stored = f"{found.size:,} bytes" if found else "no object"
             raise FileError(f"S3 holds {stored}, read {size:,}")
         if found.crc32 is None:
-            if self._has_warned.acquire(blocking=False):
-                log.warning("this S3 server gives no CRC-32: only sizes are compared")
+            warn_once("this S3 server gives no CRC-32: only sizes are compared")
         elif found.crc32 != crc32:
             raise FileError(f"S3 holds CRC-32 {crc_text(found.crc32)}, read {crc_text(crc32)}")
         return found._replace(crc32=crc32)
