@@ -3640,9 +3640,9 @@ class LocalFolder:
 class BoxFolder:
     """A folder of the box to restore to, with the methods of LocalFolder."""
 
-    def __init__(self, box: StorageBox, folder: bytes, overwrite: bool):
+    def __init__(self, box: StorageBox, folder: str, overwrite: bool):
         """Creates the folder if it is missing; Fatal if no file can be stored in it."""
-        self._box, self._folder = box, re.sub(b"/+", b"/", folder)
+        self._box, self._folder = box, re.sub(b"/+", b"/", os.fsencode(folder))
         self._known = {b""}  # folders that exist; / is known
         # Stores an empty file as any other: a server may allow OPEN, but not RENAME.
         unique, stored = os.urandom(8).hex(), SimpleNamespace(size=0, mtime=1_000_000_000)
@@ -3756,8 +3756,7 @@ class Restore:
         self._select = partial(select_objects, context, options.at)
         self._target: LocalFolder | BoxFolder
         if options.to_box:
-            folder = os.fsencode(options.to_box)
-            self._target = BoxFolder(context.box, folder, options.overwrite)
+            self._target = BoxFolder(context.box, options.to_box, options.overwrite)
         else:
             self._target = LocalFolder(options.to)
         self._asked_at: float | None = None  # when S3 was last asked to restore an object
