@@ -3362,22 +3362,20 @@ def select_objects(
     context: Context, at: float | None, paths: list[bytes], missing: set[bytes]
 ) -> Iterator[Selected]:
     """The objects at and below these paths, or all if there are no paths, now or at the time
-    `at`.  A path without objects is added to `missing`.  Fatal if nothing is archived."""
+    `at`.  Paths without objects are in `missing` at the end.  Fatal if nothing is archived."""
     config, bucket = context.config, context.bucket
     for path in paths or [b""]:
+        missing.add(path)
         others = config.prefix + path_text(path)  # as rclone and others write it
-        is_empty = True
         for start in sorted({unchecked_key(config.prefix, path), others}):
             for found in bucket.objects(start, at):
                 if not path or found.key == start or found.key.startswith(start + "/"):
-                    is_empty = False
+                    missing.discard(path)
                     yield unescape(found.key[len(config.prefix) :]), found
-        if is_empty and not path:
-            when = f" at {format_time(at)}" if at is not None else ""
-            reason = "correct S3_BUCKET or S3_PREFIX" if at is None else "correct --at"
-            raise Fatal(f"nothing is archived in {config.url}{when}: {reason}")
-        if is_empty:
-            missing.add(path)
+    if b"" in missing:
+        when = f" at {format_time(at)}" if at is not None else ""
+        reason = "correct S3_BUCKET or S3_PREFIX" if at is None else "correct --at"
+        raise Fatal(f"nothing is archived in {config.url}{when}: {reason}")
 
 
 def ls(context: Context, options: argparse.Namespace) -> int:
