@@ -3943,13 +3943,12 @@ def restore(context: Context, options: argparse.Namespace) -> int:
         while True:
             try:
                 status = work.one_pass()
+                if status != THAWING or not options.wait:
+                    return status
             except FileError as error:  # of a listing: it may succeed after the pause
                 if not options.wait:
                     raise
                 log.warning("%s", error)
-                status = THAWING
-            if status != THAWING or not options.wait:
-                return status
             log.info("looking again in %d minutes", WAIT_PAUSE // 60)
             context.box.stopping.wait(WAIT_PAUSE)
             context.box.stopping.check()
