@@ -3892,7 +3892,7 @@ class Restore:
         yield from held
 
     def _state_of(self, name: bytes, found: StoredObject) -> str:
-        """THERE, READY, BUSY or NOT_ASKED; FileError if the name is taken, or no name."""
+        """THERE, READY, BUSY or NOT_ASKED; FileError if the name is taken or impossible."""
         is_windows_name = os.name == "nt" and (b"\\" in name or b":" in name)
         if {b"", b".", b".."} & set(name.split(b"/")) or b"\0" in name or is_windows_name:
             raise FileError("no file can have this name")
@@ -3928,7 +3928,7 @@ class Restore:
         try:
             self._target.store(name, Download(self._context, found), options.overwrite)
         except FileError as error:
-            # One in an archive tier of INTELLIGENT_TIERING is never asked for.
+            # An object in an archive tier of INTELLIGENT_TIERING is never asked for.
             if error.code != INVALID_STATE or found.storage_class not in COLD_CLASSES:
                 raise
             return NOT_ASKED  # S3's copy has expired meanwhile; the next pass asks again
