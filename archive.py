@@ -3340,16 +3340,16 @@ def wanted_paths(context: Context, options: argparse.Namespace) -> list[bytes]:
     """The paths of the command line, relative to REMOTE_PATH, without those below another one;
     none for all files.  Fatal for /, unless that is REMOTE_PATH, and for --at if the bucket has
     never kept versions."""
-    root = context.config.remote_path
+    root = context.config.remote_path.removeprefix(b"./")
     start = join(root, b"")
-    names = [os.fsencode(path).rstrip(b"/") for path in options.path]
+    names = [os.fsencode(path).rstrip(b"/").removeprefix(b"./") for path in options.path]
     if b"" in names and root != b"/":  # a script may have left a variable empty: $FOLDER/
         message = f"/ is not below REMOTE_PATH {printable(root)}: name no path for all"
         raise Fatal(message, status=USAGE)
     if options.at is not None and not context.bucket.versioning():
         raise Fatal("--at: the bucket is not versioned, and has no earlier versions")
-    relative = {name.removeprefix(start).removeprefix(b"./") for name in names}
-    if relative & {b"", b"."} or {root, join(b".", root)} & set(names):  # REMOTE_PATH itself
+    relative = {name.removeprefix(start) for name in names}
+    if relative & {b"", b"."} or root in names:  # REMOTE_PATH itself
         return []
     folders = tuple(join(path, b"") for path in relative)
     return sorted(path for path in relative if not path.startswith(folders))

@@ -7,6 +7,7 @@ where it is told to. All reach S3 through `s3`, which counts and lies.
 """
 
 import csv
+import itertools
 import math
 import os
 import pty
@@ -353,21 +354,23 @@ def test_only_the_files_and_folders_that_were_named_come_back(archive, s3, to, p
 
 def test_prefix_and_remote_path_are_not_part_of_what_comes_back(archive, faulty_box, to):
     """A path may be named as on the box or as below REMOTE_PATH, which may have a folder of
-    its own name."""
+    its own name, both with ./ or without it."""
     settings = {"STORAGE_CLASS": "STANDARD", "S3_PREFIX": "my-box/", "REMOTE_PATH": "backup"}
     names = ["backup/one", "backup/backup/two", "backup/two", "other"]
     fill(faulty_box.root, dict.fromkeys(names, b"content"))
     assert archive(**settings).counts == (3, 0, 0)
 
-    for number, (path, expected) in enumerate(
-        [
-            ("./backup/", {b"one", b"backup/two", b"two"}),
-            ("backup/backup", {b"backup/two"}),
-            ("backup/two", {b"two"}),
-            ("one", {b"one"}),
-        ]
-    ):
-        folder = to / str(number)
+    cases = {
+        "./backup/": {b"one", b"backup/two", b"two"},
+        "backup/backup": {b"backup/two"},
+        "backup/two": {b"two"},
+        "./backup/two": {b"two"},
+        "one": {b"one"},
+    }
+    roots = ("backup", "./backup/")
+    for number, (root, path) in enumerate(itertools.product(roots, cases)):
+        folder, expected = to / str(number), cases[path]
+        settings["REMOTE_PATH"] = root
         result = archive("restore", path, "--to", folder, **settings)
         assert result.status == 0, result.stderr
         assert set(tree(folder)) == expected
