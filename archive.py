@@ -681,7 +681,6 @@ class Config:
     max_cost: float | None = setting("MAX_COST", parse_usd)
     max_changed: int | None = setting("MAX_CHANGED", partial(parse_int, 0, 100))
     prices: dict[str, float] = setting("PRICES", parse_prices, "")
-    secrets: set[str] = field(kw_only=True)  # in every form that a message may have
 
     @property
     def url(self) -> str:
@@ -699,13 +698,14 @@ class Config:
         return hashlib.sha256(settings.encode()).hexdigest()
 
 
-SETTINGS = [f.metadata["setting"][0] for f in dataclasses.fields(Config) if f.metadata]
+SETTINGS = [f.metadata["setting"][0] for f in dataclasses.fields(Config)]
 SETTINGS += ["AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"]
 SETTINGS += ["AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"]
 # All other AWS_ variables, and the proxies, are passed on to boto3.
 PROXIES = re.compile("(?i)(https?|no)_proxy")
 SECRETS = re.compile("HETZNER_(PASSWORD|KEY_PASSPHRASE)|AWS_(SECRET_ACCESS_KEY|.*_TOKEN)")
 AWS_FILES = re.compile("AWS_.*_FILE|AWS_CA_BUNDLE")
+hidden: set[str] = set()  # secrets in all their forms: the log and the terminal show ***
 
 
 def read_env_file(path: Path, faults: list[str]) -> dict[str, str]:
@@ -759,21 +759,21 @@ def setting_faults(settings: Mapping[str, str]) -> Iterator[str]:
         yield "HETZNER_PASSWORD or HETZNER_KEY_FILE: set one, or start an SSH agent"
 
 
-def add_secret(secrets: set[str], secret: str | None) -> None:
-    """Adds a secret in every form that the message of a library or a server may contain."""
-    if secret and secret not in secrets:
+def hide(secret: str | None) -> None:
+    """Hides a secret in every form that the message of a library or a server may contain."""
+    if secret and secret not in hidden:
         raw = secret.encode("utf-8", "surrogateescape")  # any bytes of the environment
         quoted = {quote(raw), quote(raw, safe=""), quote_plus(raw)}
         quoted |= {re.sub("%..", lambda code: code[0].lower(), form) for form in quoted}
         # repr() escapes a single quote only where there is a double quote, too.
         escaped = repr(secret)[1:-1], repr(f'"{secret}')[2:-1], json.dumps(secret)[1:-1]
-        secrets |= {secret, base64.b64encode(raw).decode(), *quoted, *escaped}
+        hidden.update({secret, base64.b64encode(raw).decode(), *quoted, *escaped})
 
 
-def load_config(env_file: Path | None, secrets: set[str]) -> Config:
+def load_config(env_file: Path | None) -> Config:
     """The checked settings.  A variable of the environment replaces the env file's, even if it
     is empty.  Paths are relative to the env file's folder: cron starts the program in another
-    one.  Adds to `secrets`, and puts boto3's settings into the environment.  Fatal with the
+    one.  Hides the secrets, and puts boto3's settings into the environment.  Fatal with the
     last fault, after the others were logged."""
     settings, faults = {"LOG_FILE": "archive.log"}, list[str]()  # LOG_FILE= turns it off
     # A link is not resolved here: an env file may be mounted as a link (a secret of a
@@ -787,13 +787,13 @@ def load_config(env_file: Path | None, secrets: set[str]) -> Config:
             raw = os.fsencode(os.environ[name])
             settings[name] = raw.decode("utf-8", "surrogateescape")
     for name in filter(SECRETS.fullmatch, settings):
-        add_secret(secrets, settings[name])
+        hide(settings[name])
     for name in filter(PROXIES.fullmatch, settings):  # http://user:password@host
         login = settings[name].rpartition("@")[0].rpartition("//")[2]
-        add_secret(secrets, login.partition(":")[2])
+        hide(login.partition(":")[2])
     faults += setting_faults(settings)
     values: dict[str, Any] = {}
-    for option in (f for f in dataclasses.fields(Config) if f.metadata):
+    for option in dataclasses.fields(Config):
         name, parse, default = option.metadata["setting"]
         text = settings.get(name) or default
         try:
@@ -813,7 +813,7 @@ def load_config(env_file: Path | None, secrets: set[str]) -> Config:
         for fault in faults:
             log.critical("%s", fault)
         raise Fatal(last, status=USAGE)
-    add_secret(secrets, values["extra_args"].get("SSECustomerKey"))
+    hide(values["extra_args"].get("SSECustomerKey"))
     if (prefix := values["prefix"]) and not re.fullmatch("[^/].*/", prefix):
         usual = "it usually ends in a slash, and does not begin with one"
         log.warning("S3_PREFIX %r: keys will begin %sname; %s", prefix, prefix, usual)
@@ -821,7 +821,7 @@ def load_config(env_file: Path | None, secrets: set[str]) -> Config:
         os.environ.pop(name, None)  # boto3 would take an empty variable for a value
         if settings[name]:
             os.environ[name] = settings[name]
-    return Config(**values, secrets=secrets)
+    return Config(**values)
 
 
 # ------------------------------------------------------------------------ SFTP
@@ -2184,8 +2184,8 @@ class Bucket:
     def _note_secrets(self, **_: Any) -> None:
         """Hides the credentials.  Those of a role exist only once a request is signed."""
         fields = vars(self._credentials)  # its properties could renew them
-        for secret in map(fields.get, ("secret_key", "_secret_key", "token", "_token")):
-            add_secret(self._config.secrets, secret)
+        for name in ("secret_key", "_secret_key", "token", "_token"):
+            hide(fields.get(name))
 
     def request(self, operation: str, *allowed: str, **parameters: Any) -> Any:
         """S3's answer; None if it refuses with one of the codes `allowed`.  Those S3_EXTRA_ARGS
@@ -2537,16 +2537,12 @@ def take_over(config: Config, bucket: Bucket, state: State) -> None:
 class Formatter(logging.Formatter):
     """Makes every message one line without secrets, even if a library wrote it."""
 
-    def __init__(self, form: str, secrets: set[str]):
-        super().__init__(form, "%Y-%m-%dT%H:%M:%S%z")
-        self._secrets = secrets  # more may be added later
-
     def format(self, record: logging.LogRecord) -> str:
         prefixes = {logging.WARNING: "warning: ", logging.CRITICAL: "error: "}
         record.prefix = prefixes.get(record.levelno, "")
         text = one_line(super().format(record))
         # The longest first: one secret may be the beginning of another.
-        for secret in sorted(self._secrets, key=len, reverse=True):
+        for secret in sorted(hidden, key=len, reverse=True):
             text = text.replace(secret, "***")
         return text
 
@@ -2559,14 +2555,14 @@ class Console(logging.StreamHandler):  # type: ignore[type-arg]
             super().emit(record)
 
 
-def start_logging(level: int, bars: bool, results: TextIO, secrets: set[str]) -> None:
+def start_logging(level: int, bars: bool, results: TextIO) -> None:
     """Sends results to `results`, and everything else from `level` on to stderr."""
     logging.raiseExceptions = False  # no traceback for a full disk or a closed pipe
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is
     stderr, stdout = Console(sys.stderr), Console(results)
     for handler in (stderr, stdout):
-        handler.setFormatter(Formatter("%(prefix)s%(message)s", secrets))
+        handler.setFormatter(Formatter("%(prefix)s%(message)s"))
     stderr.setLevel(level)
     log.handlers, results_log.handlers = [stderr], [stdout]
     files_log.handlers = [] if bars else [stderr]
@@ -2575,13 +2571,14 @@ def start_logging(level: int, bars: bool, results: TextIO, secrets: set[str]) ->
     logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)
 
 
-def start_log_file(path: Path, secrets: set[str]) -> None:
+def start_log_file(path: Path) -> None:
     """Sends everything to the log file as well; Fatal if it cannot be written."""
     create_private(path)
     with fatal_os_errors("LOG_FILE cannot be written", USAGE):
         file = RotatingFileHandler(path, maxBytes=10 * MIB, backupCount=5, encoding="utf-8")
     file.rotator = rotate_log
-    file.setFormatter(Formatter("%(asctime)s %(levelname)-8s %(message)s", secrets))
+    form = "%(asctime)s %(levelname)-8s %(message)s"
+    file.setFormatter(Formatter(form, "%Y-%m-%dT%H:%M:%S%z"))
     all_logs.addHandler(file)
 
 
@@ -4063,7 +4060,7 @@ def tune_memory() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command, and returns its exit status.  Nothing is raised."""
-    stopping, summary, secrets = StopEvent(), dict[str, object](), set[str]()
+    stopping, summary = StopEvent(), dict[str, object]()
     exit_status, shows_json, stack = FATAL, False, contextlib.ExitStack()
     try:
         try:
@@ -4074,10 +4071,10 @@ def main(argv: list[str] | None = None) -> int:
             shows_json = arguments.json and arguments.function is not ls
             bars = bool(sys.stderr and sys.stderr.isatty()) and arguments.level <= logging.INFO
             results = sys.stderr if shows_json else sys.stdout
-            start_logging(arguments.level, bars, results, secrets)
-            config = load_config(arguments.env_file, secrets)
+            start_logging(arguments.level, bars, results)
+            config = load_config(arguments.env_file)
             if config.log_file is not None:
-                start_log_file(config.log_file, secrets)
+                start_log_file(config.log_file)
             retries = arguments.function not in (status, check)
             progress = stack.enter_context(contextlib.closing(Progress(bars)))
             box = stack.enter_context(contextlib.closing(StorageBox(config, stopping, retries)))

@@ -77,7 +77,7 @@ import archive
 def stop(*_):
     raise archive.Stopped
 
-state = archive.State(archive.load_config(None, set()))
+state = archive.State(archive.load_config(None))
 signal.signal(signal.SIGALRM, stop)
 for _ in range(3_000):
     try:
