@@ -773,8 +773,8 @@ def hide(secret: str | None) -> None:
 def load_config(env_file: Path | None) -> Config:
     """The checked settings.  A variable of the environment replaces the env file's, even if it
     is empty.  Paths are relative to the env file's folder: cron starts the program in another
-    one.  Hides the secrets, and puts boto3's settings into the environment.  Fatal with the
-    last fault, after the others were logged."""
+    one.  Hides the secrets, and puts boto3's settings into the environment.  Logs all faults,
+    and ends the program if there is one."""
     settings, faults = {"LOG_FILE": "archive.log"}, list[str]()  # LOG_FILE= turns it off
     # A link is not resolved here: an env file may be mounted as a link (a secret of a
     # container), whose target is in a folder that does not persist.
@@ -808,11 +808,10 @@ def load_config(env_file: Path | None) -> Config:
             if name == "STATE_DB":  # it has one lock and journal, whatever link leads to it
                 value = Path(os.path.realpath(value))
         values[option.name] = value
+    for fault in faults:
+        log.critical("%s", fault)
     if faults:
-        last = faults.pop()
-        for fault in faults:
-            log.critical("%s", fault)
-        raise Fatal(last, status=USAGE)
+        sys.exit(USAGE)
     hide(values["extra_args"].get("SSECustomerKey"))
     if (prefix := values["prefix"]) and not re.fullmatch("[^/].*/", prefix):
         usual = "it usually ends in a slash, and does not begin with one"
@@ -4083,7 +4082,7 @@ def main(argv: list[str] | None = None) -> int:
         finally:  # from here on, a signal cuts off neither the message nor the JSON
             stopping.is_deferred = True
             stack.close()
-    except SystemExit as end:  # argparse has printed help or a usage error
+    except SystemExit as end:  # after help, or a message about the usage or settings
         exit_status = int(end.code or 0)
         with contextlib.suppress(AttributeError, OSError):  # there is no stdout, or no reader
             sys.stdout.flush()
