@@ -415,10 +415,9 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def printable(name: bytes | str) -> str:
+def printable(name: bytes) -> str:
     """A name on one line.  Bytes that are not UTF-8 are shown in hex."""
-    raw = name.encode("utf-8", "surrogateescape") if isinstance(name, str) else name
-    return one_line(raw.replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace"))
+    return one_line(name.replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace"))
 
 
 def format_size(size: float) -> str:
@@ -852,7 +851,7 @@ class SFTPError(FileError):
 
     def __init__(self, request_type: int, sftp_code: int, message: str):
         is_gone = request_type == FXP_LSTAT and sftp_code == FX_NO_SUCH_FILE
-        reason = printable(message) or f"SFTP status {sftp_code}"
+        reason = message or f"SFTP status {sftp_code}"
         super().__init__(f"the box answered: {reason}", VANISHED if is_gone else "")
         self.sftp_code = sftp_code
 
@@ -1794,7 +1793,7 @@ class State:
         known = dict(self._execute("SELECT name, value FROM meta"))
         for name, value in self._pins.items():
             if name not in ignored and known.get(name, value) != value:
-                pinned, wanted = (printable(text) or "(empty)" for text in (known[name], value))
+                pinned, wanted = known[name] or "(empty)", value or "(empty)"
                 remedy = "give the other one a STATE_DB and S3_PREFIX of its own"
                 if name in SOURCE_PINS:
                     remedy += ", or, if it has the same files, run with --new-source"
@@ -2340,7 +2339,7 @@ class Bucket:
         except ArchiveError as error:
             message = "the unfinished upload of %s (id %s) could not be aborted: %s; its parts "
             message += "cost money until a lifecycle rule aborts it"
-            log.warning(message, printable(key), upload_id or "unknown", error)
+            log.warning(message, key, upload_id or "unknown", error)
             return False
 
     def count_unfinished(self) -> int:
@@ -2589,7 +2588,7 @@ def rotate_log(source: str, dest: str) -> None:
         create_private(Path(source))
 
 
-def log_failure(name: bytes | str, reason: object) -> None:
+def log_failure(name: bytes, reason: object) -> None:
     log.error("FAIL %s: %s", printable(name), reason)
 
 
@@ -2872,7 +2871,7 @@ class Walk:
     def warn_of_unmatched(self) -> None:
         """Warns of exclusions without effect, after the walk."""
         for item in sorted(self._exclusions.unmatched):
-            log.warning("EXCLUDE_PATHS: %s has matched nothing", printable(item))
+            log.warning("EXCLUDE_PATHS: %s has matched nothing", item)
 
     def add_failure(self, path: bytes, reason: object) -> None:
         self.failed += 1
@@ -3137,7 +3136,7 @@ class Run(Walk):
             # Unfinished uploads of files that are gone, or are archived by now.
             for key, begun in self._uploads.items():
                 if self._bucket.abort_upload(key, begun["upload_id"]):
-                    log.info("aborted the unfinished upload of %s", printable(key))
+                    log.info("aborted the unfinished upload of %s", key)
                     self._state.forget_upload(key)
 
     def _jobs(self) -> Iterator[Job | None]:
@@ -3585,7 +3584,7 @@ class LocalFolder:
         """Creates the folder if it is missing; Fatal if files cannot be created in it."""
         # No shell expands the ~ of --to=~/x.
         self._folder = Path(os.path.realpath(os.path.expanduser(folder)))
-        with fatal_os_errors(f"{printable(folder)} cannot be written to"):
+        with fatal_os_errors(f"{folder} cannot be written to"):
             self._folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self._folder).close()
 
@@ -3624,7 +3623,7 @@ class LocalFolder:
             partial_path.replace(path)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise Fatal(f"{printable(str(self._folder))}: {error}") from None
+                raise Fatal(f"{self._folder}: {error}") from None
             raise FileError(f"cannot be stored: {error}") from None
         finally:
             with contextlib.suppress(OSError):
@@ -3882,7 +3881,7 @@ class Restore:
             # Sends no request unless another program wrote the key.
             same_path = (other.key for _, other in self._select([path], set()))
             if our_key != key and our_key in same_path:
-                warn_once("left out %s: %s stands for the same name", printable(key), our_key)
+                warn_once("left out %s: %s stands for the same name", key, our_key)
             else:
                 held.append((path, found))
         yield from held
