@@ -4059,7 +4059,7 @@ def tune_memory() -> None:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command, and returns its exit status.  Nothing is raised."""
     stopping, summary = StopEvent(), dict[str, object]()
-    exit_status, shows_json, stack = FATAL, False, contextlib.ExitStack()
+    exit_status, shows_json = FATAL, False
     try:
         try:
             stopping.handle_signals()
@@ -4074,13 +4074,12 @@ def main(argv: list[str] | None = None) -> int:
             if config.log_file is not None:
                 start_log_file(config.log_file)
             retries = arguments.function not in (status, check)
-            progress = stack.enter_context(contextlib.closing(Progress(bars)))
-            box = stack.enter_context(contextlib.closing(StorageBox(config, stopping, retries)))
-            context = Context(config, box, Bucket(config, retries), progress, summary)
-            exit_status = arguments.function(context, arguments)
+            box, bucket = StorageBox(config, stopping, retries), Bucket(config, retries)
+            with contextlib.closing(Progress(bars)) as progress:
+                context = Context(config, box, bucket, progress, summary)
+                exit_status = arguments.function(context, arguments)
         finally:  # from here on, a signal cuts off neither the message nor the JSON
             stopping.is_deferred = True
-            stack.close()
     except SystemExit as end:  # after help, or a message about the usage or settings
         exit_status = int(end.code or 0)
         with contextlib.suppress(AttributeError, OSError):  # there is no stdout, or no reader

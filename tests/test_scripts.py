@@ -137,7 +137,7 @@ def test_run_that_a_signal_ends_prints_its_summary(archive, faulty_box, s3):
     assert found["uploaded_files"] == 0
 
 
-@pytest.mark.parametrize("name", ["StorageBox.close", "Progress.close", "print_line"])
+@pytest.mark.parametrize("name", ["Progress.close", "print_line"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_at_the_very_end_does_not_cut_off_the_summary(archive, name, number):
     """There is no traceback, either: see Archive.result."""
