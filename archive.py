@@ -740,12 +740,12 @@ def setting_faults(settings: Mapping[str, str]) -> Iterator[str]:
             yield f"{name}: expected the path of a key's file, not the key itself"
         elif (is_secret or is_aws) and re.search(odd, value):
             yield f"{name}: contains a line break, another control character or invalid UTF-8"
-        if name in SETTINGS or PROXIES.fullmatch(name) or name.startswith("AWS_ENDPOINT_URL_"):
+        # Other programs have AWS_ variables in the environment, too.
+        is_others = is_aws and (name in os.environ or name.startswith("AWS_ENDPOINT_URL_"))
+        if is_others or name in SETTINGS or PROXIES.fullmatch(name):
             continue
-        # An unknown AWS_ name is left to boto3, unless it looks like a typo of one of ours; in
-        # the environment only if it is very near: other programs have variables there, too.
-        cutoff = 0.5 if not is_aws else 0.86 if name in os.environ else 0.76
-        near = difflib.get_close_matches(name.upper(), SETTINGS, 1, cutoff)
+        # An unknown AWS_ name is left to boto3, unless it looks like a typo of one of ours.
+        near = difflib.get_close_matches(name.upper(), SETTINGS, 1, 0.76 if is_aws else 0.5)
         if near or not is_aws:
             where = " in the environment" if name in os.environ else ""
             advice = f"; did you mean {near[0]}?" if near else ""

@@ -344,7 +344,11 @@ def test_unknown_variable_is_said_to_be_in_the_environment(archive):
     assert message in result.stderr
 
 
-@pytest.mark.parametrize("name", ["AWS_ENDPOINT", "AWS_SECRET_KEY", "AWS_REGION_NAME"])
+NEARLY_BOTO3S = ["AWS_ENDPOINT", "AWS_SECRET_KEY", "AWS_REGION_NAME"]
+NEARLY_BOTO3S += ["AWS_ACCESS_KEY", "AWS_S3_ENDPOINT_URL"]  # other programs do have these
+
+
+@pytest.mark.parametrize("name", NEARLY_BOTO3S)
 def test_name_in_the_env_file_that_looks_like_one_of_boto3s_is_a_fault(archive, name):
     """In the environment, it may be another program's."""
     archive.env_file.write_text(f"{name}=value\n")
