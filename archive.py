@@ -173,8 +173,7 @@ RECENT, RECENTLY_STORED = 2, 60
 TIERS = {"bulk": 48, "standard": 12}
 # The first and last mtimes of SFTP, of ext3 and XFS without bigtime, and of ext4.  A file with
 # a time outside this range gets the first or the last one.
-EARLIEST = -(1 << 31)
-TIME_RANGES = ((0, (1 << 32) - 1), (EARLIEST, (1 << 31) - 1), (EARLIEST, 15032385535))
+TIME_RANGES = ((0, 2**32 - 1), (-(2**31), 2**31 - 1), (-(2**31), 2**34 - 2**31 - 1))
 DAYS_RESTORED = 7  # for which S3 keeps restored copies, by default
 WAIT_PAUSE = 15 * 60  # s between the passes of `restore --wait`
 # Below TINY_FILE, STANDARD costs less than the 40 KB that S3 adds to a cold object.
