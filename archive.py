@@ -3644,7 +3644,7 @@ class BoxFolder:
         try:
             self.store(probe, empty, overwrite)
         except FileError as error:
-            reason = f"{printable(folder)} cannot be written to: {error}"
+            reason = f"{folder} cannot be written to: {error}"
             raise Fatal(f"{reason}; --to-box takes an account that may write") from None
         finally:
             with contextlib.suppress(FileError):  # there may be none
