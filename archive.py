@@ -2680,7 +2680,7 @@ class Context:
 # --------------------------------------------------------------- Parallel work
 
 # An item with its result, or with None and the error.
-Outcome = tuple[Item, "Result | None", "ArchiveError | None"]
+Outcome = tuple[Item, "Result | None", "FileError | None"]
 
 
 @dataclass
@@ -2688,11 +2688,12 @@ class Parallel(Generic[Item, Result]):
     """Calls work(item) on threads: at most `threads` at once, and no more than fit into
     `limit` bytes of `memory`, of which a single item may need more.
 
-    A FileError of `work` is an outcome.  Fatal, Stopped, and SAME_FAILURES with one code in a
-    row close the box.  These errors, and any error of the items, are raised once the work
-    under way was yielded.  Unless it was a FileError, that is waited for at most RUNTIME_GRACE,
-    and after a signal STOP_LIMIT.  A signal raises Stopped only in the code of `items`: the
-    code that takes outcomes would lose those of a list that it has not looked at yet."""
+    A FileError of `work` is an outcome, unless it is UNFINISHED.  Fatal, Stopped, and
+    SAME_FAILURES with one code in a row close the box.  These errors, and any error of the
+    items, are raised once the work under way was yielded.  Unless it was a FileError, that is
+    waited for at most RUNTIME_GRACE, and after a signal STOP_LIMIT.  A signal raises Stopped
+    only in the code of `items`: the code that takes outcomes would lose those of a list that
+    it has not looked at yet."""
 
     work: Callable[[Item], Result]
     box: StorageBox
@@ -2738,19 +2739,18 @@ class Parallel(Generic[Item, Result]):
 
     def _attempt(self, item: Item) -> None:
         result: Result | None = None
-        error: ArchiveError | None = None
+        error: FileError | None = None
         try:
             result = self.work(item)
-        except Stopped:
-            error = FileError("the run ended before it was done", UNFINISHED)
-        except ArchiveError as expected:
+        except FileError as expected:
             error = expected
+        except (Fatal, Stopped) as end:
+            self._fail(end)  # at once, so that the other threads begin no new work
+            error = FileError("the run ended before it was done", UNFINISHED)
         except Exception as other:  # a library's, from a server that it did not expect
             log.debug("traceback", exc_info=True)
             code = type(other).__name__
             error = FileError(f"unexpected {code}: {other}", code)
-        if isinstance(error, Fatal):
-            self._fail(error)  # at once, so that the other threads begin no new work
         if error is not None:  # a traceback would keep the file's bytes in memory
             error.__traceback__ = error.__context__ = None
         self._finished.put((item, result, error))
@@ -2782,7 +2782,7 @@ class Parallel(Generic[Item, Result]):
                 self._fail(Fatal(f"{error}; {SAME_FAILURES} in a row failed like this", code))
         if self.box.stopping.is_set():
             self._fail(Stopped())
-        return [outcome for outcome in outcomes if not isinstance(outcome[2], Fatal)]
+        return [one for one in outcomes if one[2] is None or one[2].code != UNFINISHED]
 
     def _fail(self, error: BaseException) -> None:
         """Notes what ends the rest of the work, the first error other than Stopped, and until
@@ -3254,7 +3254,7 @@ class Run(Walk):
             elif error and error.code == VANISHED:
                 self.left_out["Vanished"] += 1
                 log.info("vanished %s", path)
-            elif error and error.code != UNFINISHED:
+            elif error:
                 self.add_failure(job.file.path, error)
 
 
@@ -3812,8 +3812,6 @@ class Restore:
         """Downloads what can be read, asks S3 for the rest, counts it, and logs failures.
         `manifest` gets a line of CSV for each object that is not asked for."""
         for (name, found), label, error in self._outcomes(self._restore_one):
-            if error and error.code == UNFINISHED:
-                continue
             self._counts.add(label or FAILED, found.size)
             if error:
                 log_failure(name, error)
