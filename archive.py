@@ -3488,41 +3488,37 @@ def check(context: Context, _options: argparse.Namespace) -> int:
     """Tries settings, box, bucket and permissions, with the remedy for each.  Nothing is left
     behind.  0, or 1 if something that a run needs has failed."""
     config, bucket, root, status = context.config, context.bucket, context.config.remote_path, 0
-    rule, versioning = "lifecycle rule for unfinished uploads", "versioning"
-    advice = {rule: "none: see the README, The bucket"}
-    advice[versioning] = "no: what changes on the box replaces its object"
 
     def try_state() -> None:
         with locked(config):
             State(config, copy=True).close()
 
+    optional: dict[str, Callable[[], object]] = {
+        "lifecycle rule for unfinished uploads": bucket.has_abort_rule,
+        "versioning": lambda: bucket.versioning() == "Enabled",
+    }
     groups: list[dict[str, Callable[[], object]]] = [
         {"settings": lambda: config, f"state in {config.state_db}": try_state},
         {
             "Storage Box (host key, login, SFTP)": context.box.session,
             f"REMOTE_PATH {printable(root)}": lambda: context.box.list_folder(root),
         },
-        {
-            **bucket.permission_probes(),
-            rule: bucket.has_abort_rule,
-            versioning: lambda: bucket.versioning() == "Enabled",
-        },
+        bucket.permission_probes() | optional,
     ]
     for group in groups:
         for name, question in group.items():
             verdict, text, is_over = "ok", name, False
             try:
                 if question() is False:
-                    verdict, text = "note", f"{name}: {advice[name]}"
+                    verdict, text = "note", f"{name}: no, see the README, The bucket"
             except ArchiveError as error:
                 # Another run holds the lock, or restore may have other credentials.
-                is_harmless = error.status == LOCKED or name in ("s3:RestoreObject", *advice)
+                is_harmless = error.status == LOCKED or name in ("s3:RestoreObject", *optional)
                 verdict, text = "note" if is_harmless else "WRONG", f"{name}: {error}"
                 status = status if is_harmless else FATAL
-                # The rest of the group needs what has failed, unless that is a permission, or
-                # the rule, which some servers do not know.  But without the permission to
-                # abort, s3:PutObject would leave an upload behind.
-                is_over = name != rule and (error.code != DENIED or "Abort" in name)
+                # The rest of the group needs what has failed, unless that is a permission.  But
+                # without the permission to abort, s3:PutObject would leave an upload behind.
+                is_over = not is_harmless and (error.code != DENIED or "Abort" in name)
             show(f"{verdict:<5}  {text}")
             if is_over:
                 break
