@@ -3321,13 +3321,12 @@ def run(context: Context, options: argparse.Namespace) -> int:
 NOTHING_THERE = "nothing is archived under this path: the exact one, no pattern"
 
 
-def try_or_none(question: Callable[[], T]) -> T | None:
-    """The answer; None after a warning if there is none."""
+@contextlib.contextmanager
+def errors_as_warnings() -> Iterator[None]:
     try:
-        return question()
+        yield
     except ArchiveError as error:
         log.warning("%s", error)
-        return None
 
 
 def wanted_paths(context: Context, options: argparse.Namespace) -> list[bytes]:
@@ -3406,40 +3405,39 @@ def status(context: Context, _options: argparse.Namespace) -> int:
     """Shows what is archived, its cost, the last runs, and the box's room.  0, even if the
     state, the box or the bucket cannot be asked."""
     config, bucket, prices = context.config, context.bucket, context.bucket.prices
-    rows: dict[str, object] = {}
-
-    def read_state() -> list[sqlite3.Row]:
+    rows: dict[str, object] = dict.fromkeys(("Archived", "Storage a month", "Spent in 30 days"))
+    runs: list[sqlite3.Row] | None = None
+    with errors_as_warnings():
         with contextlib.closing(State(config, copy=True)) as state:
             counts, runs = state.archived(), state.past_runs()
         since = time.time() - 30 * DAY
-        rows["Archived"] = counts.total()
-        rows.update(counts)
+        spent = (past["spent"] or 0.0 for past in runs if past["started_at"] >= since)
+        rows = {"Archived": counts.total(), **counts}
+        rows["Storage a month"] = month_cost(prices, counts)
+        rows["Spent in 30 days"] = math.fsum(spent)
         if others := {*counts} - {config.storage_class, config.small_files_class}:
             log.warning("not the STORAGE_CLASS that is set: %s", ", ".join(sorted(others)))
-        rows["Storage a month"] = month_cost(prices, counts)
-        spent = (past["spent"] or 0.0 for past in runs if past["started_at"] >= since)
-        rows["Spent in 30 days"] = math.fsum(spent)
-        return runs[:5]
-
-    runs = try_or_none(read_state)
-    if runs is None:
-        rows |= dict.fromkeys(("Archived", "Storage a month", "Spent in 30 days"))
-    space = try_or_none(context.box.space)
-    rows |= zip(("Box used", "Box free"), map(Size, space) if space else (None, None))
+    rows |= dict.fromkeys(("Box used", "Box free"))
+    with errors_as_warnings():
+        if space := context.box.space():
+            rows |= {"Box used": Size(space[0]), "Box free": Size(space[1])}
     questions: dict[str, Callable[[], object]] = {
         "Unfinished uploads": bucket.count_unfinished,
         "Lifecycle rule": bucket.has_abort_rule,
         "Versioning": lambda: bucket.versioning() == "Enabled",
     }
     began = time.monotonic()
-    for label, question in questions.items():  # no more of them once a limit of S3 is over
-        is_over = time.monotonic() - began >= min(S3_CONNECT_LIMIT, S3_READ_LIMIT)
-        rows[label] = None if is_over else try_or_none(question)
+    for label, question in questions.items():
+        rows[label] = None
+        # No more of them once a limit of S3 is over.
+        if time.monotonic() - began < min(S3_CONNECT_LIMIT, S3_READ_LIMIT):
+            with errors_as_warnings():
+                rows[label] = question()
     rows["Prices"] = prices.note
     context.show_summary("STATUS", rows.items())
-    context.summary["runs"] = None if runs is None else [*map(dict, runs)]
+    context.summary["runs"] = runs and [dict(past) for past in runs[:5]]
     if runs is not None:
-        show_runs(runs)
+        show_runs(runs[:5])
     return 0
 
 
