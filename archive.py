@@ -3421,18 +3421,13 @@ def status(context: Context, _options: argparse.Namespace) -> int:
     with errors_as_warnings():
         if space := context.box.space():
             rows |= {"Box used": Size(space[0]), "Box free": Size(space[1])}
-    questions: dict[str, Callable[[], object]] = {
-        "Unfinished uploads": bucket.count_unfinished,
-        "Lifecycle rule": bucket.has_abort_rule,
-        "Versioning": lambda: bucket.versioning() == "Enabled",
-    }
-    began = time.monotonic()
-    for label, question in questions.items():
-        rows[label] = None
-        # No more of them once a limit of S3 is over.
-        if time.monotonic() - began < min(S3_CONNECT_LIMIT, S3_READ_LIMIT):
-            with errors_as_warnings():
-                rows[label] = question()
+    rows |= dict.fromkeys(("Unfinished uploads", "Lifecycle rule", "Versioning"))
+    with errors_as_warnings():
+        rows["Unfinished uploads"] = bucket.count_unfinished()
+    with errors_as_warnings():
+        rows["Lifecycle rule"] = bucket.has_abort_rule()
+    with errors_as_warnings():
+        rows["Versioning"] = bucket.versioning() == "Enabled"
     rows["Prices"] = prices.note
     context.show_summary("STATUS", rows.items())
     context.summary["runs"] = runs and [dict(past) for past in runs[:5]]
