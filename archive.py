@@ -3280,7 +3280,6 @@ def run(context: Context, options: argparse.Namespace) -> int:
     # What is on its way to S3 then still gets RUNTIME_GRACE.
     limit = min(config.max_runtime or 0, threading.TIMEOUT_MAX)
     out_of_time = threading.Timer(limit, context.box.close)
-    out_of_time.daemon = True
     with locked(config), contextlib.closing(State(config, options.new_source)) as state:
         if options.new_source:
             context.box.session()  # fails with a mistyped user, before the state is emptied
@@ -3303,11 +3302,10 @@ def run(context: Context, options: argparse.Namespace) -> int:
             else:
                 status, work.ended_early = INCOMPLETE, "MAX_RUNTIME was over"
                 log.warning("MAX_RUNTIME is over: the rest is left to the next run")
-        except Exception:  # of any kind: the summary names it, and it is passed on
-            work.ended_early = "by an error"
-            raise
         finally:
             out_of_time.cancel()
+            if status == FATAL:
+                work.ended_early = "by an error"
             with stopping.deferred():
                 context.show_summary("SUMMARY", work.rows())
                 counts = (work.uploaded, work.unchanged, work.failed, work.bytes_uploaded)
