@@ -2834,8 +2834,7 @@ class Walk:
         self._context, self._state = context, state
         self._box, self._config = context.box, context.config
         self._root, self.prices = context.config.remote_path, context.bucket.prices
-        labels = "Hidden entries", "Excluded", "Links", "Special files", "Vanished"
-        self.left_out = Counter(dict.fromkeys(labels, 0))  # entries, in the summary's order
+        self.others = Counter[str]()  # neither uploaded, skipped nor failed, by their label
         self.failed = 0
         self.unlisted: set[bytes] = set()  # folders and files that the box does not describe
         self._uploads = state.uploads()  # without those of the jobs that were made
@@ -2899,7 +2898,7 @@ class Walk:
                 message = f"REMOTE_PATH {printable(path)} cannot be listed: {error}"
                 raise Fatal(message) from None
             if error.code == VANISHED:
-                self.left_out["Vanished"] += 1
+                self.others["Vanished"] += 1
             else:
                 self.unlisted.add(path)
                 self.add_failure(path, f"this folder cannot be listed: {error}")
@@ -2914,7 +2913,7 @@ class Walk:
             if not name or b"/" in name or len(path) > MAX_PATH_BYTES:
                 self.add_failure(path[:MAX_PATH_BYTES], "no file can have this name")
             elif label := self._label(path):
-                self.left_out[label] += 1
+                self.others[label] += 1
             elif file_type == stat.S_IFDIR:
                 folders.append(path)
             elif file_type == stat.S_IFREG and size is not None and mtime is not None:
@@ -2923,7 +2922,7 @@ class Walk:
                 self.unlisted.add(path)
                 self.add_failure(path, "the box does not tell its type, size and time")
             else:
-                self.left_out["Links" if file_type == stat.S_IFLNK else "Special files"] += 1
+                self.others["Links" if file_type == stat.S_IFLNK else "Special files"] += 1
 
     def _make_jobs(self, files: list[RemoteFile]) -> Iterator[Job]:
         """Jobs for files that are not recorded.  One that S3 cannot hold is a failure."""
@@ -3036,7 +3035,7 @@ class Forecast(Walk):
         yield "Unreadable", self.failed
         yield "Gone from the box", self.gone.total()
         yield "Gone, a month", month_cost(prices, self.gone)
-        yield from (+self.left_out).items()  # without those that are 0
+        yield from sorted(self.others.items())
         yield "Requests", self.requests
         yield "Upload", self.upload_cost
         yield "Overwritten early", self.early
@@ -3095,7 +3094,7 @@ class Run(Walk):
         super().__init__(context, state)
         self._bucket, self._progress = context.bucket, context.progress
         self.started_at, self._began = int(time.time()), time.monotonic()
-        self.uploaded = self.unchanged = self.compared = self.bytes_uploaded = 0
+        self.uploaded = self.unchanged = self.bytes_uploaded = 0
         self.ended_early = ""  # the reason
         self._turns = threading.Semaphore(self._config.transfers)  # to send files to S3
         self._reserved = 0.0  # USD for the jobs that have begun, and the requests before
@@ -3112,9 +3111,7 @@ class Run(Walk):
         yield "Failed files", self.failed
         yield "Bytes uploaded", self.bytes_uploaded
         yield "Duration (sec)", round(time.monotonic() - self._began)
-        if self.compared:
-            yield "Compared files", self.compared
-        yield from (+self.left_out).items()  # without those that are 0
+        yield from sorted(self.others.items())
         yield "Spent", self.spent
         if self.ended_early:
             yield "Ended early", self.ended_early
@@ -3249,10 +3246,10 @@ class Run(Walk):
             elif archived:
                 # Its upload is not needed, only the HEAD was.
                 self._reserved -= job.usd - self.prices.requests("", {"head": job.heads})
-                self.compared += 1
+                self.others["Compared files"] += 1
                 log.debug("compared %s", path)
             elif error and error.code == VANISHED:
-                self.left_out["Vanished"] += 1
+                self.others["Vanished"] += 1
                 log.info("vanished %s", path)
             elif error:
                 self.add_failure(job.file.path, error)
