@@ -2865,9 +2865,6 @@ class Walk:
                 waiting += reversed(folders)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-    def warn_of_unmatched(self) -> None:
-        """Warns of exclusions without effect, after the walk."""
         for item in sorted(self._exclusions.unmatched):
             log.warning("EXCLUDE_PATHS: %s has matched nothing", item)
 
@@ -3077,7 +3074,6 @@ def plan(context: Context, options: argparse.Namespace) -> int:
             take_over(context.config, context.bucket, state)
         forecast = Forecast(context, state, show_file)
         forecast.walk_box()
-    forecast.warn_of_unmatched()
     context.show_summary("PLAN", forecast.rows())
     forecast.advise()
     return INCOMPLETE if forecast.failed else 0
@@ -3127,7 +3123,6 @@ class Run(Walk):
         with contextlib.closing(pool.outcomes(self._jobs())) as outcomes:
             for finished in outcomes:
                 self._settle(finished)
-        self.warn_of_unmatched()
         if not self.unlisted:
             # Unfinished uploads of files that are gone, or are archived by now.
             for key, begun in self._uploads.items():
