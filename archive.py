@@ -260,7 +260,7 @@ class Prices:
         days = max(0.0, MINIMUM_DAYS.get(storage_class, 0) - max(0.0, age_days))
         return self.month(storage_class, 1, size) * days / DAYS_PER_MONTH if days else 0.0
 
-    def restore(self, storage_class: str, tier: str, files: int, size: int, days: int) -> float:
+    def restore(self, storage_class: str, files: int, size: int, tier: str, days: int) -> float:
         """Restoring: requests and bytes at the tier's price, and copies in STANDARD for
         `days` (S3 user guide, "Restoring an archived object")."""
         if storage_class == "STANDARD":  # retrieval from STANDARD_IA and the like is charged
@@ -2951,14 +2951,9 @@ class Walk:
             yield Job(*known, compares, heads, requests, early, usd)
 
 
-def month_cost(prices: Prices, counts: Counts) -> float:
-    return math.fsum(prices.month(name, c.files, c.bytes) for name, c in counts.items())
-
-
-def restore_cost(prices: Prices, counts: Counts, tier: str, days: int = DAYS_RESTORED) -> float:
-    """USD for restored copies of all objects that stay for `days`."""
-    of_classes = counts.items()
-    return math.fsum(prices.restore(n, tier, c.files, c.bytes, days) for n, c in of_classes)
+def total_cost(counts: Counts, price: Callable[[str, int, int], float]) -> float:
+    """The sum of price(storage class, files, bytes)."""
+    return math.fsum(price(name, c.files, c.bytes) for name, c in counts.items())
 
 
 NEW, MODIFIED, UNCHANGED = "New files", "Changed files", "Unchanged files"
@@ -3031,15 +3026,16 @@ class Forecast(Walk):
         yield from self.counts.items()
         yield "Unreadable", self.failed
         yield "Gone from the box", self.gone.total()
-        yield "Gone, a month", month_cost(prices, self.gone)
+        yield "Gone, a month", total_cost(self.gone, prices.month)
         yield from sorted(self.others.items())
         yield "Requests", self.requests
         yield "Upload", self.upload_cost
         yield "Overwritten early", self.early
         yield "Archive afterwards", total
-        yield "Storage a month", month_cost(prices, after)
+        yield "Storage a month", total_cost(after, prices.month)
         for tier, hours in TIERS.items():
-            yield f"Restore, {tier} ({hours} hours)", restore_cost(prices, after, tier)
+            restore = partial(prices.restore, tier=tier, days=DAYS_RESTORED)
+            yield f"Restore, {tier} ({hours} hours)", total_cost(after, restore)
         yield "Download of all", prices.download(total.files, total.bytes)
         yield "Prices", prices.note
 
@@ -3049,8 +3045,9 @@ class Forecast(Walk):
         prices, tiny, other = self.prices, self.tiny.total(), CLASS_FOR_TINY
         once = math.fsum(prices.requests(n, {"put": c.files}) for n, c in self.tiny.items())
         once -= prices.requests(other, {"put": tiny.files})
-        monthly = month_cost(prices, self.tiny) - prices.month(other, tiny.files, tiny.bytes)
-        month_of_all = month_cost(prices, self.afterwards)
+        monthly = total_cost(self.tiny, prices.month)
+        monthly -= prices.month(other, tiny.files, tiny.bytes)
+        month_of_all = total_cost(self.afterwards, prices.month)
         if once > self.upload_cost / 10 or monthly > month_of_all / 10:
             message = "files to upload below %s: %s; SMALL_FILES_BELOW=%dK and "
             message += "SMALL_FILES_CLASS=%s would save %s of the upload and %s a month"
@@ -3403,7 +3400,7 @@ def status(context: Context, _options: argparse.Namespace) -> int:
         since = time.time() - 30 * DAY
         spent = (past["spent"] or 0.0 for past in runs if past["started_at"] >= since)
         rows = {"Archived": counts.total(), **counts}
-        rows["Storage a month"] = month_cost(prices, counts)
+        rows["Storage a month"] = total_cost(counts, prices.month)
         rows["Spent in 30 days"] = math.fsum(spent)
         if others := {*counts} - {config.storage_class, config.small_files_class}:
             log.warning("not the STORAGE_CLASS that is set: %s", ", ".join(sorted(others)))
@@ -3776,7 +3773,7 @@ class Restore:
             rows: dict[str, object] = {
                 "To be asked of S3": cold.total(),
                 "Tier": f"{tier.capitalize()}, {when}",
-                "Restore": restore_cost(prices, cold, tier, days),
+                "Restore": total_cost(cold, partial(prices.restore, tier=tier, days=days)),
                 "Download": prices.download(total.files, total.bytes),
                 "Prices": prices.note,
             }

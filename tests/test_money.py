@@ -82,7 +82,7 @@ def test_every_figure_of_the_table_is_the_published_one(program, region):
         return prices.requests(storage_class, numbers)
 
     def restore(storage_class, tier, files, size):
-        return prices.restore(storage_class, tier, files, size, 0)
+        return prices.restore(storage_class, files, size, tier, 0)
 
     found = {
         "D.month": prices.month(COLD, 0, GB),
@@ -128,7 +128,7 @@ def test_ohio_costs_what_virginia_does(program):
             yield from (prices.month(kind, 1_000, GB), prices.early(kind, GB, 0))
             yield from (prices.requests(kind, {name: 1}) for name in REQUESTS)
             tiers = ("bulk", "standard")
-            yield from (prices.restore(kind, tier, 1_000, GB, 7) for tier in tiers)
+            yield from (prices.restore(kind, 1_000, GB, tier, 7) for tier in tiers)
 
     assert list(everything("us-east-2")) == list(everything("us-east-1"))
 
@@ -149,8 +149,8 @@ def test_frankfurt_costs_what_was_worked_out_by_hand(program):
     assert prices.early(COLD, 100 * GB, 120) == near(0.36000048370361328125)
     # 4,000 files of 200 GB, copies for 15 days: 200 x 0.0245 / 2 = 2.45.
     # Bulk: 4 x 0.03 = 0.12, 200 x 0.005 = 1; Standard: 4 x 0.12 = 0.48, 200 x 0.024 = 4.8.
-    assert prices.restore(COLD, "bulk", 4_000, 200 * GB, 15) == near(3.57)
-    assert prices.restore(COLD, "standard", 4_000, 200 * GB, 15) == near(7.73)
+    assert prices.restore(COLD, 4_000, 200 * GB, "bulk", 15) == near(3.57)
+    assert prices.restore(COLD, 4_000, 200 * GB, "standard", 15) == near(7.73)
     # 4,000 GETs 4 x 0.00043 = 0.00172; 100 GB beyond the free ones 9.
     assert prices.download(4_000, 200 * GB) == near(9.00172)
 
@@ -168,8 +168,8 @@ def test_stockholm_costs_what_was_worked_out_by_hand(program):
     assert prices.early(COLD, 100 * GB, 120) == near(0.198000411376953125)
     # Copies 200 x 0.023 / 2 = 2.30. Bulk: 4 x 0.025 = 0.10, 200 x 0.003 = 0.60; Standard:
     # 4 x 0.11 = 0.44, 200 x 0.02 = 4.
-    assert prices.restore(COLD, "bulk", 4_000, 200 * GB, 15) == near(3.00)
-    assert prices.restore(COLD, "standard", 4_000, 200 * GB, 15) == near(6.74)
+    assert prices.restore(COLD, 4_000, 200 * GB, "bulk", 15) == near(3.00)
+    assert prices.restore(COLD, 4_000, 200 * GB, "standard", 15) == near(6.74)
     # 4,000 GETs 0.0016; 100 GB beyond the free ones 9.
     assert prices.download(4_000, 200 * GB) == near(9.0016)
 
@@ -191,7 +191,7 @@ def test_an_object_that_is_not_cold_costs_its_bytes_alone(prices):
     # 10 GB x 0.023 = 0.23, however many objects they are.
     assert prices.month("STANDARD", 1_000_000, 10 * GB) == near(0.23)
     assert prices.early("STANDARD", 100 * GB, 0) == 0
-    assert prices.restore("STANDARD", "bulk", 4_000, 200 * GB, 15) == 0
+    assert prices.restore("STANDARD", 4_000, 200 * GB, "bulk", 15) == 0
 
 
 def test_upload_costs_each_kind_of_request_at_its_own_price(prices):
@@ -242,7 +242,7 @@ def test_overwriting_early_costs_what_is_left_of_90_days_in_glacier(prices):
     ],
 )
 def test_restore_costs_requests_bytes_and_the_copies(prices, tier, usd):
-    assert prices.restore(COLD, tier, 4_000, 200 * GB, 15) == near(usd)
+    assert prices.restore(COLD, 4_000, 200 * GB, tier, 15) == near(usd)
 
 
 def test_download_costs_its_requests_and_what_is_beyond_100_gb(prices):
@@ -255,13 +255,13 @@ def test_what_has_no_price_is_unknown_and_not_free(prices):
     assert math.isnan(prices.month("ONEZONE_IA", 1, GB))
     assert math.isnan(prices.requests("ONEZONE_IA", {"put": 1}))
     assert math.isnan(prices.early("ONEZONE_IA", GB, 0))
-    assert math.isnan(prices.restore("ONEZONE_IA", "bulk", 1, GB, 7))
+    assert math.isnan(prices.restore("ONEZONE_IA", 1, GB, "bulk", 7))
 
 
 def test_nothing_of_a_class_without_prices_costs_nothing(prices):
     assert prices.month("STANDARD_IA", 0, 0) == 0
     assert prices.requests("STANDARD_IA", {}) == 0
-    assert prices.restore("STANDARD_IA", "bulk", 0, 0, 7) == 0
+    assert prices.restore("STANDARD_IA", 0, 0, "bulk", 7) == 0
 
 
 # --- Whose prices ---
