@@ -2830,8 +2830,8 @@ class Walk:
     a folder with more than NAMES_AHEAD entries nothing is kept ahead: it is listed again when
     its turn comes.  Links are not followed."""
 
-    def __init__(self, context: Context, state: State):
-        self._context, self._state = context, state
+    def __init__(self, context: Context, state: State, on_failure: Callable[..., None]):
+        self._context, self._state, self._on_failure = context, state, on_failure
         self._box, self._config = context.box, context.config
         self._root, self.prices = context.config.remote_path, context.bucket.prices
         self.others = Counter[str]()  # neither uploaded, skipped nor failed, by their label
@@ -2870,7 +2870,7 @@ class Walk:
 
     def add_failure(self, path: bytes, reason: object) -> None:
         self.failed += 1
-        log_failure(path, reason)
+        self._on_failure(path, reason)
 
     def leaves_out(self, path: bytes) -> bool:
         """Whether the walk does not reach this path, because it or a folder above it is
@@ -2966,7 +2966,7 @@ class Forecast(Walk):
     the reason of a failure for each file that is not archived as it is."""
 
     def __init__(self, context: Context, state: State, on_file: Callable[..., None]):
-        super().__init__(context, state)
+        super().__init__(context, state, partial(on_file, "!"))
         self._on_file = on_file
         self.counts = Counts({label: Count() for label in (*MARKS, UNCHANGED, TO_UPLOAD)})
         self.altered = 0  # archived files that have another size or mtime now
@@ -2976,10 +2976,6 @@ class Forecast(Walk):
         self.upload_cost = 0.0  # USD for them
         self.tiny = Counts()  # by class, of what is to be uploaded
         self.afterwards = state.archived()
-
-    def add_failure(self, path: bytes, reason: object) -> None:
-        self.failed += 1
-        self._on_file("!", path, reason)
 
     def walk_box(self) -> None:
         """Adds all files of the box; Fatal, Stopped."""
@@ -3084,7 +3080,7 @@ class Run(Walk):
     main thread walks, decides what to do with each file, and commits what is done."""
 
     def __init__(self, context: Context, state: State):
-        super().__init__(context, state)
+        super().__init__(context, state, log_failure)
         self._bucket, self._progress = context.bucket, context.progress
         self.started_at, self._began = int(time.time()), time.monotonic()
         self.uploaded = self.unchanged = self.bytes_uploaded = 0
