@@ -2974,7 +2974,7 @@ class Forecast(Walk):
         self.gone_paths = set[str]()  # as in the path column
         self.requests = Counter(put=0, create=0, part=0, complete=0, head=0)  # by kind
         self.upload_cost = 0.0  # USD for them
-        self.tiny = Counts()  # by class, of what is to be uploaded
+        self.saving = 0.0  # USD of it, if tiny files went into CLASS_FOR_TINY
         self.afterwards = state.archived()
 
     def walk_box(self) -> None:
@@ -3006,15 +3006,16 @@ class Forecast(Walk):
             else:
                 label, requests = MODIFIED if record else NEW, job.requests
                 self.counts.add(TO_UPLOAD, size)
-                if size < TINY_FILE:
-                    self.tiny.add(storage_class, size)
                 self.early += job.early
                 self.afterwards.add(storage_class, size)
                 if record:
                     self.afterwards.add(record.stored.storage_class, -record.stored.size, -1)
             self.counts.add(label, size)
             self.requests.update(+Counter(requests))  # without those that are 0
-            self.upload_cost += self.prices.requests(storage_class, requests)
+            cost = self.prices.requests(storage_class, requests)
+            self.upload_cost += cost
+            if size < TINY_FILE:
+                self.saving += cost - self.prices.requests(CLASS_FOR_TINY, requests)
             self._on_file(MARKS[label], job.file.path)
 
     def rows(self) -> Rows:
@@ -3035,21 +3036,6 @@ class Forecast(Walk):
         yield "Download of all", prices.download(total.files, total.bytes)
         yield "Prices", prices.note
 
-    def advise(self) -> None:
-        """Recommends CLASS_FOR_TINY if it would save a tenth of the upload's cost, or of a
-        month's."""
-        prices, tiny, other = self.prices, self.tiny.total(), CLASS_FOR_TINY
-        once = math.fsum(prices.requests(n, {"put": c.files}) for n, c in self.tiny.items())
-        once -= prices.requests(other, {"put": tiny.files})
-        monthly = total_cost(self.tiny, prices.month)
-        monthly -= prices.month(other, tiny.files, tiny.bytes)
-        month_of_all = total_cost(self.afterwards, prices.month)
-        if once > self.upload_cost / 10 or monthly > month_of_all / 10:
-            message = "files to upload below %s: %s; SMALL_FILES_BELOW=%dK and "
-            message += "SMALL_FILES_CLASS=%s would save %s of the upload and %s a month"
-            saved = format_usd(once), format_usd(monthly)
-            log.warning(message, format_size(TINY_FILE), tiny, TINY_FILE // KIB, other, *saved)
-
 
 def plan(context: Context, options: argparse.Namespace) -> int:
     """Shows what run would do and cost; changes nothing.  0, or 3 if a file would fail."""
@@ -3068,7 +3054,9 @@ def plan(context: Context, options: argparse.Namespace) -> int:
         forecast = Forecast(context, state, show_file)
         forecast.walk_box()
     context.show_summary("PLAN", forecast.rows())
-    forecast.advise()
+    if forecast.saving > forecast.upload_cost / 10:
+        message = "SMALL_FILES_BELOW=%dK and SMALL_FILES_CLASS=%s would save %s of the upload"
+        log.warning(message, TINY_FILE // KIB, CLASS_FOR_TINY, format_usd(forecast.saving))
     return INCOMPLETE if forecast.failed else 0
 
 
