@@ -2601,14 +2601,13 @@ class Size(int):
         return format_size(self)
 
 
-Rows = Iterable[tuple[str, object]]  # labels and values: a float is USD, None is not known
+Rows = Iterator[tuple[str, object]]  # labels and values: a float is USD, None is not known
 
 
-def show_table(title: str, rows: Rows) -> None:
-    rows = list(rows)
-    width = max(15, *(len(label) for label, _ in rows))
+def show_table(title: str, rows: Mapping[str, object]) -> None:
+    width = max(15, *map(len, rows))
     show(f"==== {title} ====")
-    for label, value in rows:
+    for label, value in rows.items():
         show(f"{label:<{width}}: {format_value(value)}")
 
 
@@ -2666,10 +2665,9 @@ class Context:
     progress: Progress
     summary: dict[str, object] = field(default_factory=dict)  # for JSON
 
-    def show_summary(self, title: str, rows: Rows) -> None:
+    def show_summary(self, title: str, rows: Mapping[str, object]) -> None:
         """Shows a table, whose labels in snake case are the names in JSON."""
-        rows = list(rows)
-        for label, value in rows:
+        for label, value in rows.items():
             name = re.sub(r"\W+", "_", label.lower()).strip("_")
             self.summary[name] = value
             if isinstance(value, float):
@@ -2866,7 +2864,7 @@ class Walk:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         for item in sorted(self._exclusions.unmatched):
-            log.warning("EXCLUDE_PATHS: %s has matched nothing", item)
+            warn_once("EXCLUDE_PATHS: %s has matched nothing", item)  # not in both of two walks
 
     def add_failure(self, path: bytes, reason: object) -> None:
         self.failed += 1
@@ -3053,7 +3051,7 @@ def plan(context: Context, options: argparse.Namespace) -> int:
             take_over(context.config, context.bucket, state)
         forecast = Forecast(context, state, show_file)
         forecast.walk_box()
-    context.show_summary("PLAN", forecast.rows())
+    context.show_summary("PLAN", dict(forecast.rows()))
     if forecast.saving > forecast.upload_cost / 10:
         message = "SMALL_FILES_BELOW=%dK and SMALL_FILES_CLASS=%s would save %s of the upload"
         log.warning(message, TINY_FILE // KIB, CLASS_FOR_TINY, format_usd(forecast.saving))
@@ -3280,7 +3278,7 @@ def run(context: Context, options: argparse.Namespace) -> int:
             if status == FATAL:
                 work.ended_early = "by an error"
             with stopping.deferred():
-                context.show_summary("SUMMARY", work.rows())
+                context.show_summary("SUMMARY", dict(work.rows()))
                 counts = (work.uploaded, work.unchanged, work.failed, work.bytes_uploaded)
                 ended = (int(time.time()), status, *counts, work.spent)
                 state.record_run(work.started_at, *ended)
@@ -3400,7 +3398,7 @@ def status(context: Context, _options: argparse.Namespace) -> int:
     with errors_as_warnings():
         rows["Versioning"] = bucket.versioning() == "Enabled"
     rows["Prices"] = prices.note
-    context.show_summary("STATUS", rows.items())
+    context.show_summary("STATUS", rows)
     context.summary["runs"] = runs and [dict(past) for past in runs[:5]]
     if runs is not None:
         show_runs(runs[:5])
@@ -3442,7 +3440,7 @@ def verify(context: Context, options: argparse.Namespace) -> int:
                 counts["Other class"] += 1  # which does no harm
     if not counts.total():
         raise Fatal(f"nothing is archived in {config.url}: correct S3_BUCKET or S3_PREFIX")
-    show_table("VERIFY", counts.items())
+    show_table("VERIFY", counts)
     if repair and faults:
         log.warning("the state is repaired: the next run uploads what S3 does not hold")
     return INCOMPLETE if faults else 0
@@ -3737,7 +3735,7 @@ class Restore:
             try:
                 self._restore_all(manifest)
             finally:
-                self._context.show_summary("RESTORE", self._rows())
+                self._context.show_summary("RESTORE", dict(self._rows()))
         return self._conclude()
 
     def _survey(self) -> tuple[Counts, int]:
@@ -3761,7 +3759,7 @@ class Restore:
                 "Download": prices.download(total.files, total.bytes),
                 "Prices": prices.note,
             }
-            show_table("ESTIMATE", rows.items())
+            show_table("ESTIMATE", rows)
         if total.bytes > (free := self._target.free_space()):
             message = "%s are to be restored, but only %s are free there: copies that S3 makes "
             message += "cost money while they wait"
