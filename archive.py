@@ -1713,8 +1713,9 @@ class State:
 
     def __init__(self, config: Config, new_source: bool = False, copy: bool = False):
         """Opens the database, or makes it.  With `copy`, it opens a temporary copy instead,
-        which is empty if there is no database; changes are lost.  Fatal if it belongs to
-        another destination, or to another source and that is not the `new_source`."""
+        which is empty if there is no database; changes are lost.  With `new_source`,
+        it deletes what it knows of another source.  Fatal if the state belongs to another
+        destination, or without `new_source` to another source."""
         self._path = path = config.state_db
         self._default_class = config.storage_class  # of a row whose object is not known
         # With other settings than these, files would count as archived that are not.
@@ -1747,6 +1748,8 @@ class State:
                 self._make_tables(ignored)
             self._db.execute("CREATE TEMP TABLE seen (path TEXT PRIMARY KEY) WITHOUT ROWID")
         self._check_pins(ignored)
+        if new_source:
+            self._forget_source()
 
     @in_transaction
     def _make_tables(self, ignored: tuple[str, ...]) -> None:
@@ -1800,7 +1803,7 @@ class State:
                 raise Fatal(f"{reason}: set it back, or {remedy}")
 
     @in_transaction
-    def forget_source(self) -> None:
+    def _forget_source(self) -> None:
         """Deletes all rows of files and the pins: the state `is_new` then.  Unfinished
         uploads may have parts of the old source's files, and are not continued."""
         self._execute("UPDATE uploads SET mtime = NULL")
@@ -3046,7 +3049,7 @@ def plan(context: Context, options: argparse.Namespace) -> int:
 
     if options.list:
         context.progress = Progress(shown=False)  # a bar would be drawn between the lines
-    with contextlib.closing(State(context.config, copy=True)) as state:
+    with contextlib.closing(State(context.config, options.new_source, copy=True)) as state:
         if state.is_new:
             take_over(context.config, context.bucket, state)
         forecast = Forecast(context, state, show_file)
@@ -3251,10 +3254,9 @@ def run(context: Context, options: argparse.Namespace) -> int:
     # What is on its way to S3 then still gets RUNTIME_GRACE.
     limit = min(config.max_runtime or 0, threading.TIMEOUT_MAX)
     out_of_time = threading.Timer(limit, context.box.close)
+    if options.new_source:
+        context.box.session()  # fails with a mistyped user, before the state is emptied
     with locked(config), contextlib.closing(State(config, options.new_source)) as state:
-        if options.new_source:
-            context.box.session()  # fails with a mistyped user, before the state is emptied
-            state.forget_source()
         work = Run(context, state)
         state.record_run(work.started_at)
         try:
@@ -3909,10 +3911,10 @@ def restore(context: Context, options: argparse.Namespace) -> int:
 STATUSES = """\
 exit statuses:
   0      all selected files are archived (restore: are there; verify: agree)
-  1      fatal error: credentials, host key, bucket, Storage Box, state database
+  1      fatal error: credentials, host key, bucket, box, state, MAX_CHANGED
   2      usage or settings
   3      incomplete: a file failed or differs; MAX_RUNTIME or MAX_COST reached
-  11     another run holds the lock
+  11     another run, or another restore, is at work
   75     S3 is still restoring: run it again later
   128+n  ended by signal n
 """

@@ -439,6 +439,11 @@ def test_new_source_pays_for_nothing_that_is_there(archive_of, box, s3, setting)
     s3.about.clear()
 
     archive.settings[setting] = value
+    rows = archive.rows()
+    table = archive("run", "--dry-run", "--new-source", constants=SIZES).stdout
+    numbers = dict(re.findall(r"^(New files|Changed files|To compare) *: (\d+)", table, re.M))
+    assert numbers == {"New files": "1", "Changed files": "0", "To compare": "6"}
+    assert archive.rows() == rows
     result = archive("run", "--new-source", constants=SIZES)
 
     assert (result.status, result.counts, result.compared) == (0, (2, 0, 0), 5), result.stderr
