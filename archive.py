@@ -1743,23 +1743,22 @@ class State:
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
             if version > STATE_VERSION:
                 raise Fatal(f"the state database {path} is of a newer archive.py: use that one")
-            ignored = SOURCE_PINS if new_source else ()
+            tables = {name for (name,) in self._execute("SELECT name FROM sqlite_master")}
+            if "meta" in tables:
+                self._check_pins(SOURCE_PINS if new_source else ())
             if version < STATE_VERSION:
-                self._make_tables(ignored)
+                self._make_tables(tables)
             self._db.execute("CREATE TEMP TABLE seen (path TEXT PRIMARY KEY) WITHOUT ROWID")
-        self._check_pins(ignored)
         if new_source:
             self._forget_source()
 
     @in_transaction
-    def _make_tables(self, ignored: tuple[str, ...]) -> None:
+    def _make_tables(self, tables: set[str]) -> None:
         """Makes the tables.  An earlier script's rows of files, whose columns may have other
         types, are kept for `take_over`.  Of an earlier version of this program, which had a
         table `meta`, uploads are kept, to be aborted; its rows of files are too uncertain."""
-        tables = {name for (name,) in self._execute("SELECT name FROM sqlite_master")}
         kept = rows = ""
         if "meta" in tables:
-            self._check_pins(ignored)
             kept, rows = "uploads", "SELECT key, '', 0, NULL, 0, '', NULL FROM uploads"
         elif "files" in tables:
             kept, rows = "files", "SELECT path, size, mtime, NULL FROM files WHERE typeof(path)"
