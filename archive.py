@@ -2080,9 +2080,9 @@ class Upload(NamedTuple):
 
 
 class MultipartClient:
-    """Stands in for boto3's client in upload_fileobj, for one large file.  It continues an
-    upload after the parts that an earlier run has stored.  It sends the CRC-32 of each part,
-    and at the end that of the file, so that S3 refuses to complete an upload of other bytes."""
+    """Stands in for boto3's client and for the file in upload_fileobj.  It continues an upload
+    after the parts that an earlier run has stored.  It sends the CRC-32 of each part, and at
+    the end that of the file, so that S3 refuses to complete an upload of other bytes."""
 
     def __init__(self, bucket: Bucket, job: Job, read: Read, upload: Upload):
         self._bucket, self._read, self._size = bucket, read, job.file.size
@@ -2092,7 +2092,7 @@ class MultipartClient:
         self.crc32 = 0  # of all these parts
         for part in upload.parts:
             self.crc32 = crc32_combine(self.crc32, crc32_of(part) or 0, job.plan.part_size)
-        self.error: Exception | None = None  # the first one of a request
+        self._error: Exception | None = None  # why a part could not be stored
         self.answer: Mapping[str, Any] = {}  # to CompleteMultipartUpload
 
     def __getattr__(self, name: str) -> Any:
@@ -2100,13 +2100,13 @@ class MultipartClient:
 
     def read(self, amount: int = -1) -> bytes:
         """The next part.  s3transfer calls this on one thread, in order."""
-        if self.error is not None:  # the upload has failed: do not read the rest
-            raise self.error
+        if self._error is not None:  # the upload has failed: do not read the rest
+            raise self._error
         try:
             data = self._read(amount)
         except Stopped:
             # s3transfer would cut off the parts under way, or wait for ever after Stopped.
-            while self.error is None and not all("ETag" in part for part in self._parts):
+            while self._error is None and not all("ETag" in part for part in self._parts):
                 time.sleep(0.1)
             raise FileError("the run ended before it was done", UNFINISHED) from None
         if data:
@@ -2115,27 +2115,24 @@ class MultipartClient:
             self.crc32 = crc32_combine(self.crc32, crc32, len(data))
         return data
 
-    def _request(self, operation: str, **parameters: Any) -> Any:
-        try:
-            return self._bucket.request(operation, **self._upload, **parameters)
-        except Exception as error:
-            self.error = self.error or error
-            raise
-
     def create_multipart_upload(self, **_: Any) -> Any:
         return self._upload  # which was begun before
 
     def upload_part(self, PartNumber: int, Body: Any, **_: Any) -> Any:
         part = self._parts[self._before + PartNumber - 1]
-        answer = self._request("upload_part", Body=Body, **part)
+        try:
+            answer = self._bucket.request("upload_part", Body=Body, **self._upload, **part)
+        except Exception as error:
+            self._error = error
+            raise
         part["ETag"] = answer["ETag"]
         return answer
 
     def complete_multipart_upload(self, **_: Any) -> Any:
         whole = {"ChecksumCRC32": crc_text(self.crc32), "ChecksumType": "FULL_OBJECT"}
-        parts, size = {"Parts": self._parts}, self._size
-        self.answer = self._request(
-            "complete_multipart_upload", MultipartUpload=parts, MpuObjectSize=size, **whole
+        parts = {"MultipartUpload": {"Parts": self._parts}, "MpuObjectSize": self._size}
+        self.answer = self._bucket.request(
+            "complete_multipart_upload", **self._upload, **parts, **whole
         )
         return self.answer
 
@@ -2268,16 +2265,15 @@ class Bucket:
         )
         config.max_in_memory_upload_chunks = job.plan.parts_at_once  # not in the constructor
         client = MultipartClient(self, job, read, upload)
-        source = SimpleNamespace(read=client.read)  # which s3transfer reads as a stream
         try:
-            upload_fileobj(client, source, self._config.bucket, key, None, on_sent, config)
+            upload_fileobj(client, client, self._config.bucket, key, None, on_sent, config)
         except FileError as error:
             # If S3's answer to Complete got lost, a retry gets NoSuchUpload.
             found = self.head(key) if error.code == "NoSuchUpload" else None
             if found and (found.size, found.crc32) == (size, client.crc32):
                 return found
-            is_refused = error is client.error and error.code != UNAVAILABLE
-            if is_refused or error.code == CHANGED:
+            # A refusal by the box has no code.
+            if error.code not in ("", LOST, UNAVAILABLE, UNFINISHED, VANISHED):
                 self.abort_upload(key, upload.id)
             raise
         return self._confirm(key, client.answer, size, client.crc32)
