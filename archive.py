@@ -2454,8 +2454,8 @@ class Bucket:
 # Comparing the state with the bucket
 
 # How the listing and the state agree about a path: labels of `verify`'s table.
-AGREE, NO_OBJECT, WRONG_SIZE = "Agree", "Missing", "Wrong size"
-WRONG_ETAG, NOT_RECORDED, TO_COMPARE = "Wrong checksum", "Not recorded", "To compare"
+AGREE, NO_OBJECT, WRONG_SIZE, WRONG_ETAG = "Agree", "Missing", "Wrong size", "Wrong checksum"
+NOT_RECORDED, TO_COMPARE, OTHER_CLASS = "Not recorded", "To compare", "Other class"
 
 
 class Comparison(NamedTuple):
@@ -2465,7 +2465,6 @@ class Comparison(NamedTuple):
     verdict: str  # one of these labels
     reason: str = ""  # what is wrong; empty if nothing is
     update: Record | None = None  # to be recorded instead
-    is_other_class: bool = False  # than was recorded; this does no harm
 
 
 def compare(path: str, found: StoredObject, record: Record | None) -> Comparison:
@@ -2480,12 +2479,11 @@ def compare(path: str, found: StoredObject, record: Record | None) -> Comparison
     if known.etag not in ("", found.etag):
         reason = f"S3 holds ETag {found.etag}, the state says {known.etag}"
         return Comparison(path, WRONG_ETAG, reason, as_listed)
-    verdict = TO_COMPARE if record.mtime is None else AGREE
-    if (found.etag, found.storage_class) == (known.etag, known.storage_class):
-        return Comparison(path, verdict)
     completed = record._replace(stored=found._replace(crc32=known.crc32))
-    is_other_class = found.storage_class != known.storage_class
-    return Comparison(path, verdict, "", completed, is_other_class)
+    if found.storage_class != known.storage_class:
+        return Comparison(path, OTHER_CLASS, "", completed)  # this does no harm
+    verdict = TO_COMPARE if record.mtime is None else AGREE
+    return Comparison(path, verdict, "", completed if found.etag != known.etag else None)
 
 
 def path_of_key(config: Config, key: str) -> str | None:
@@ -3428,13 +3426,11 @@ def verify(context: Context, options: argparse.Namespace) -> int:
             raise Fatal(f"{reason}: archive.py run makes the state, or takes it over")
         comparisons = reconcile(config, context.bucket, state)
         bar = context.progress.counting(comparisons, "verifying")
-        for path, verdict, reason, _, is_other_class in bar:
+        for path, verdict, reason, _ in bar:
             counts[verdict] += 1
             if reason:
                 faults += 1
                 log_failure(unescape(path), reason)
-            if is_other_class:
-                counts["Other class"] += 1  # which does no harm
     if not counts.total():
         raise Fatal(f"nothing is archived in {config.url}: correct S3_BUCKET or S3_PREFIX")
     show_table("VERIFY", counts)
