@@ -116,10 +116,11 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 MAX_PARTS = 10_000  # S3 user guide, "Amazon S3 multipart upload limits"
 MAX_KEY_BYTES = 1024  # S3 user guide, "Naming Amazon S3 objects"
-# The usual part sizes, from S3's minimum of 5 MiB to its maximum of 5 GiB: those of rclone
-# (5 MiB), of boto3 and the AWS CLI (8 MiB), 6 and 7 MiB, and the doubles of all.  The ETag of
-# an upload in parts can be compared with a file only if the part size is known.
-PART_SIZES = [(size << n) * MIB for n in range(10) for size in (5, 6, 7, 8)] + [5 * GIB]
+# The usual part sizes, from S3's minimum of 5 MiB to its maximum of 5 GiB, the likeliest first:
+# those of boto3 and the AWS CLI (8 MiB), of rclone (5 MiB), 6 and 7 MiB, and the doubles of
+# each.  The ETag of an upload in parts can be compared with a file only if the part size is
+# known.
+PART_SIZES = [(size << n) * MIB for size in (8, 5, 6, 7) for n in range(10)] + [5 * GIB]
 
 # A file below SMALL_FILE is read whole and sent with one PUT.  A larger one goes up in parts.
 # Larger parts need fewer requests (16 MiB: about $0.33 a TiB), smaller ones less memory.
@@ -489,7 +490,7 @@ def plan_upload(size: int, memory_limit: int) -> UploadPlan:
     if size < SMALL_FILE:
         return UploadPlan(size, 0, 2 * size)
     possible = (part for part in PART_SIZES if part >= max(PART_SIZE, size / MAX_PARTS))
-    part_size = next(possible, PART_SIZES[-1])
+    part_size = min(possible, default=PART_SIZES[-1])
     at_once = max(1, min(PARTS_AT_ONCE, (memory_limit - READ_WINDOW) // part_size - 1))
     memory = min(2 * size, (at_once + 1) * part_size + READ_WINDOW)
     return UploadPlan(part_size, at_once, memory)
@@ -2366,35 +2367,30 @@ class Bucket:
 
     def match_content(self, found: StoredObject, read: Read) -> StoredObject | None:
         """The object with the CRC-32 of a file that has its size and ETag; else None."""
-        md5s = {size: [md5()] for size in self._part_sizes(found)}  # of the parts
-        offset = crc32 = 0
+        part_size, parts, offset, crc32 = self._part_size(found), [md5()], 0, 0
         # No block goes beyond the end of a part.
-        while block := md5s and read(min(COMPARE_BLOCK, *(n - offset % n for n in md5s))):
-            for part_size, parts in md5s.items():
-                if offset and offset % part_size == 0:
-                    parts.append(md5())
-                parts[-1].update(block)
+        while block := part_size and read(min(COMPARE_BLOCK, part_size - offset % part_size)):
+            if offset and offset % part_size == 0:
+                parts.append(md5())
+            parts[-1].update(block)
             offset, crc32 = offset + len(block), zlib.crc32(block, crc32)
-        for parts in md5s.values():
-            whole = md5(b"".join(part.digest() for part in parts)).hexdigest()
-            same_etag = found.etag in (parts[0].hexdigest(), f"{whole}-{len(parts)}")
-            if same_etag and offset == found.size:
-                return found._replace(crc32=crc32)
-        return None
+        whole = md5(b"".join(part.digest() for part in parts)).hexdigest()
+        same_etag = found.etag in (parts[0].hexdigest(), f"{whole}-{len(parts)}")
+        return found._replace(crc32=crc32) if same_etag and offset == found.size else None
 
-    def _part_sizes(self, found: StoredObject) -> set[int]:
-        """The sizes that the object's parts can have; empty if no file can match its ETag.  The
+    def _part_size(self, found: StoredObject) -> int:
+        """The size of the object's parts but the last; 0 if no file can match its ETag.  The
         ETag of an object that one PUT has stored is its MD5.  That of an upload in parts is the
         MD5 of the parts' MD5s, "-" and their number ("Checking object integrity" in the S3 user
-        guide).  S3 tells the size of the first part.  With a server that does not, the usual
-        sizes that give this number are possible.  With SSE-KMS or SSE-C, no file matches."""
+        guide).  S3 tells the size of the first part.  With a server that does not, it is the
+        likeliest that gives this number.  With SSE-KMS or SSE-C, no file matches."""
         _, dash, count = found.etag.partition("-")
         size, refusals = max(1, found.size), (DENIED, "400", "404", "405", "412", "416", "501")
         if not dash:
-            return {size}
+            return size
         first = self.request("head_object", *refusals, Key=found.key, PartNumber=1) or {}
-        sizes = {first.get("ContentLength", 0), *(min(size, part) for part in PART_SIZES)}
-        return {part for part in sizes if part and str(-(-size // part)) == count}
+        sizes = (first.get("ContentLength", 0), *(min(size, part) for part in PART_SIZES))
+        return next((part for part in sizes if part and str(-(-size // part)) == count), 0)
 
     def request_restore(self, found: StoredObject, tier: str, days: int) -> bool:
         """Asks S3 to restore the object; returns True if it can be read already."""
