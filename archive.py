@@ -2394,17 +2394,16 @@ class Bucket:
 
     def request_restore(self, found: StoredObject, tier: str, days: int) -> bool:
         """Asks S3 to restore the object; returns True if it can be read already."""
-        request = {"Days": days, "GlacierJobParameters": {"Tier": tier.capitalize()}}
-        version = {"Key": found.key, "VersionId": found.version_id}
+        how = {"Days": days, "GlacierJobParameters": {"Tier": tier.capitalize()}}
+        request = {"Key": found.key, "VersionId": found.version_id, "RestoreRequest": how}
         try:
-            answer = self.request("restore_object", RestoreRequest=request, **version)
+            answer = self.request("restore_object", "RestoreAlreadyInProgress", **request)
         except FileError as error:
-            if error.code == "RestoreAlreadyInProgress":
-                return False
-            if error.code in ("ObjectAlreadyInActiveTierError", INVALID_STATE):
-                return True  # it needs no restore, or is restored already
-            raise
-        return bool(answer["ResponseMetadata"]["HTTPStatusCode"] == 200)  # 202: S3 begins
+            if error.code not in ("ObjectAlreadyInActiveTierError", INVALID_STATE):
+                raise
+            return True  # it needs no restore, or is restored already
+        # 202: S3 begins.  None: it has begun before.
+        return bool(answer and answer["ResponseMetadata"]["HTTPStatusCode"] == 200)
 
     # The bucket itself
 
