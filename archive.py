@@ -2468,6 +2468,8 @@ def compare(path: str, found: StoredObject, record: Record | None) -> Comparison
     if record is None:
         return Comparison(path, NOT_RECORDED, "in the bucket, but not recorded", as_listed)
     known = record.stored
+    if record.mtime is None and not known.etag:  # in doubt: S3 may hold a new version
+        return Comparison(path, TO_COMPARE, "", as_listed)
     if found.size != known.size:
         reason = f"S3 holds {found.size:,} bytes, the state says {known.size:,}"
         return Comparison(path, WRONG_SIZE, reason, as_listed)

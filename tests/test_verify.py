@@ -157,11 +157,12 @@ def test_another_storage_class_is_a_note_and_no_reason_to_upload(archive, box, s
     assert s3.requests.total() == 0
 
 
-def test_version_whose_answer_was_lost_is_left_to_the_next_run(archive, box, s3):
+@pytest.mark.parametrize("new", [b"new", b"longer"], ids=["same size", "another size"])
+def test_version_whose_answer_was_lost_is_left_to_the_next_run(archive, box, s3, new):
     """Whether S3 has stored it or not, that is no fault of the archive."""
     fill(box.root, {"replaced": b"old", "kept": b"old"})
     assert archive().status == 0
-    fill(box.root, {"replaced": b"new", "kept": b"new"}, OLD + 1)
+    fill(box.root, {"replaced": new, "kept": new}, OLD + 1)
     s3.always("PutObject", lost_answer, key="replaced")
     s3.always("PutObject", error(400, "EntityTooLarge"), key="kept")
     assert archive(constants={"S3_ATTEMPTS": 1}).status == 3
@@ -173,7 +174,9 @@ def test_version_whose_answer_was_lost_is_left_to_the_next_run(archive, box, s3)
     known = archive.query("SELECT DISTINCT etag, crc32 FROM objects")
     assert known == [(None, None)], "nothing is said of the content"
 
-    assert (archive().counts, archive.contents()["kept"]) == ((1, 0, 0), b"new")
+    uploads = 1 if len(new) == len(b"old") else 2  # one of the known size is compared first
+    assert archive().counts == (uploads, 0, 0)
+    assert archive.contents() == {"replaced": new, "kept": new}
     assert_all_archived(archive, box)
 
 
