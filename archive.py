@@ -118,8 +118,7 @@ MAX_PARTS = 10_000  # S3 user guide, "Amazon S3 multipart upload limits"
 MAX_KEY_BYTES = 1024  # S3 user guide, "Naming Amazon S3 objects"
 # The usual part sizes, from S3's minimum of 5 MiB to its maximum of 5 GiB, the likeliest first:
 # those of boto3 and the AWS CLI (8 MiB), of rclone (5 MiB), 6 and 7 MiB, and the doubles of
-# each.  The ETag of an upload in parts can be compared with a file only if the part size is
-# known.
+# each.  See Bucket._part_size.
 PART_SIZES = [(size << n) * MIB for size in (8, 5, 6, 7) for n in range(10)] + [5 * GIB]
 
 # A file below SMALL_FILE is read whole and sent with one PUT.  A larger one goes up in parts.
@@ -1657,8 +1656,8 @@ class Record(NamedTuple):
     stored: StoredObject
 
     def in_doubt(self, key: str) -> Record:
-        """The record while a new version may be sent.  S3 may store that although its answer
-        gets lost: until it has acknowledged it, nothing is known about the content."""
+        """The record to keep while a new version is sent.  S3 may store that, and its answer
+        get lost.  So nothing is known about the content until S3 has acknowledged it."""
         unknown = self.stored._replace(key=key, etag="", crc32=None)
         return self._replace(mtime=None, stored=unknown)
 
@@ -1986,7 +1985,7 @@ OnSent = Callable[[int], None]  # is called with the number of bytes that were s
 @contextlib.contextmanager
 def s3_errors() -> Iterator[None]:
     """Turns the errors of boto3 into FileError, or into Fatal if every request would fail.
-    After the code UNAVAILABLE, the same request may succeed."""
+    With the code UNAVAILABLE, the same request may succeed later."""
     try:
         yield
     except aws.ClientError as error:
@@ -2009,7 +2008,8 @@ def s3_errors() -> Iterator[None]:
             code = UNAVAILABLE
         raise FileError(f"S3 refused {refusal}", code) from None
     except (aws.ConnectionError, aws.HTTPClientError) as error:
-        # HTTPClientError itself: s3transfer has cut off a part, because its upload has failed.
+        # HTTPClientError itself, and no subclass: s3transfer has cut off a part, because the
+        # upload has failed.
         code = "" if type(error) is aws.HTTPClientError else UNAVAILABLE
         reason = f"S3 does not answer: {error}; check the network and AWS_REGION"
         raise FileError(reason, code) from None
@@ -2093,7 +2093,7 @@ class MultipartClient:
         self.crc32 = 0  # of all these parts
         for part in upload.parts:
             self.crc32 = crc32_combine(self.crc32, crc32_of(part) or 0, job.plan.part_size)
-        self._error: Exception | None = None  # why a part could not be stored
+        self._error: Exception | None = None  # of a part, which ends the reading
         self.answer: Mapping[str, Any] = {}  # to CompleteMultipartUpload
 
     def __getattr__(self, name: str) -> Any:
