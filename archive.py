@@ -1655,12 +1655,6 @@ class Record(NamedTuple):
     mtime: int | None  # the file's; None if the file has to be compared
     stored: StoredObject
 
-    def in_doubt(self, key: str) -> Record:
-        """The record to keep while a new version is sent.  S3 may store that, and its answer
-        get lost.  So nothing is known about the content until S3 has acknowledged it."""
-        unknown = self.stored._replace(key=key, etag="", crc32=None)
-        return self._replace(mtime=None, stored=unknown)
-
 
 @dataclass
 class Count:
@@ -1846,6 +1840,13 @@ class State:
             db.execute(insert, (key, path, size, mtime, part_size, settings, upload_id))
 
     @in_transaction
+    def doubt(self, paths: list[str]) -> None:
+        """Notes that new versions of these files may be sent.  S3 may store one, and its answer
+        get lost.  So nothing is known about the content until S3 has acknowledged it."""
+        for change in ("files SET mtime = NULL", "objects SET etag = NULL, crc32 = NULL"):
+            self._execute(f"UPDATE {change} WHERE path IN {PATHS}", json.dumps(paths))
+
+    @in_transaction
     def record(self, archived: Iterable[Archived]) -> None:
         """Commits files that S3 has acknowledged, or was found to hold already.  The
         invariant depends on this method, which must be called only with such files."""
@@ -1869,18 +1870,15 @@ class State:
         self._execute("DELETE FROM uploads WHERE key = ?", key)
 
     @in_transaction
-    def note_seen(self, paths: Iterable[str]) -> None:
-        """Notes that these files are on the box, or their objects in the bucket."""
+    def note_seen(self, paths: Iterable[str], updates: Iterable[Record] = ()) -> None:
+        """Notes that these files are on the box, or their objects in the bucket.  Stores the
+        `updates` in place of earlier records."""
         self._db.executemany("INSERT OR IGNORE INTO temp.seen VALUES (?)", zip(paths))
+        for record in updates:
+            self._store(record)
 
     def unseen(self) -> Iterator[Record]:
         return self._records("path NOT IN (SELECT path FROM temp.seen)")
-
-    @in_transaction
-    def replace(self, records: Iterable[Record]) -> None:
-        """Stores these records in place of earlier ones."""
-        for record in records:
-            self._store(record)
 
     @in_transaction
     def end_listing(self) -> None:
@@ -2501,8 +2499,7 @@ def reconcile(config: Config, bucket: Bucket, state: State) -> Iterator[Comparis
         by_path = {path: found for path, found in paths if path is not None}
         known = state.find(by_path)
         comparisons = [compare(path, found, known.get(path)) for path, found in by_path.items()]
-        state.replace(one.update for one in comparisons if one.update)
-        state.note_seen(by_path)
+        state.note_seen(by_path, [one.update for one in comparisons if one.update])
         yield from comparisons
     for record in state.unseen():
         yield Comparison(record.path, NO_OBJECT, "recorded, but not in the bucket")
@@ -3112,8 +3109,8 @@ class Run(Walk):
                 for file in sorted(set(page) - set(files)):
                     log.debug("unchanged %s", printable(file.path))
             jobs = [*filter(self._fits, self._make_jobs(files))]
-            if in_doubt := [job.record.in_doubt(job.key) for job in jobs if job.record]:
-                self._state.replace(in_doubt)
+            if known := [job.record.path for job in jobs if job.record]:
+                self._state.doubt(known)
             self._progress.expect(sum(job.file.size for job in jobs))
             for job in filter(self._fits, jobs):  # again: others before it were added
                 self._reserved += job.usd
