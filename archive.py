@@ -2495,8 +2495,7 @@ def reconcile(config: Config, bucket: Bucket, state: State) -> Iterator[Comparis
     Objects whose key no file can have are not ours, and are skipped."""
     objects = bucket.objects(config.prefix)
     while page := list(itertools.islice(objects, PAGE)):
-        paths = ((path_of_key(config, found.key), found) for found in page)
-        by_path = {path: found for path, found in paths if path is not None}
+        by_path = {path: found for found in page if (path := path_of_key(config, found.key))}
         known = state.find(by_path)
         comparisons = [compare(path, found, known.get(path)) for path, found in by_path.items()]
         state.note_seen(by_path, [one.update for one in comparisons if one.update])
