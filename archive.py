@@ -1101,14 +1101,10 @@ Keys = list[paramiko.PKey]
 
 
 def connect(config: Config) -> Session:
-    """A new session, logged in.  Fatal if another attempt cannot help (host key, login),
-    ConnectionLost if it may."""
-    address = f"{config.host}:{config.port}"
-    try:
-        sock = socket.create_connection((config.host, config.port), CONNECT_LIMIT)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # requests are small
-    except (OSError, UnicodeError) as error:
-        raise ConnectionLost(f"no connection to {address}: {error}; {CONNECT_REMEDY}") from None
+    """A new session, logged in.  Fatal if another attempt cannot help (host key, login).
+    Any other error, also one of a library, may pass."""
+    sock = socket.create_connection((config.host, config.port), CONNECT_LIMIT)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # requests are small
     transport = paramiko.Transport(sock, SSH_WINDOW, SSH_PACKET)
     # paramiko would wait for ever if the server froze while it starts the subsystem.
     watchdog = threading.Timer(CONNECT_LIMIT, transport.close)
@@ -1123,13 +1119,11 @@ def connect(config: Config) -> Session:
         channel = transport.open_session(timeout=CONNECT_LIMIT)
         channel.invoke_subsystem("sftp")
         return Session(transport, channel)
-    except Exception as error:  # paramiko raises whatever its thread met
+    except Exception as error:
         transport.close()
-        if isinstance(error, Fatal) and watchdog.is_alive():
-            raise  # else it was the watchdog that hung up, and another attempt may help
-        reason = str(error) or "the connection was closed"
-        message = f"no SFTP session with {address}: {reason}; {CONNECT_REMEDY}"
-        raise ConnectionLost(message) from None
+        if isinstance(error, Fatal) and not watchdog.is_alive():
+            raise ConnectionLost(str(error)) from None  # it was the watchdog that hung up
+        raise
     finally:
         watchdog.cancel()
 
@@ -1315,10 +1309,14 @@ class StorageBox:
             self.stopping.check()
             try:
                 return connect(self._config)
-            except (ConnectionLost, Fatal) as error:
-                if isinstance(error, Fatal) and self._session is None:
+            except Fatal as error:
+                if self._session is None:
                     raise  # a login that has never worked
                 reason = error
+            except Exception as error:  # paramiko raises whatever its thread met
+                details = str(error) or "the connection was closed"
+                address = f"{self._config.host}:{self._config.port}"
+                reason = f"no SFTP session with {address}: {details}; {CONNECT_REMEDY}"
         tries = f"gave up after {len(self._pauses)} tries: " if len(self._pauses) > 1 else ""
         self._given_up = Fatal(f"{tries}{reason}")
         raise self._given_up
