@@ -952,23 +952,23 @@ class Batch:
     """Requests that were sent together, and their replies."""
 
     def __init__(self, session: Session):
-        self._session, self.sent_at = session, time.monotonic()
+        self._session = session
         self.types: dict[int, int] = {}  # by request id, in the order of the requests
-        self.replies: dict[int, memoryview] = {}  # by request id
+        self.replies: dict[int, Any] = {}  # by request id, as from decode_reply
         # The session holds it until the last reply has arrived, or until the session has
         # ended.  This is much faster than an Event or a Future.
         self.arriving = threading.Lock()
 
     def results(self) -> list[Any]:
         """The replies as from decode_reply, in the order of the requests.  Waits for all of
-        them; the session ends a wait that is too long, with ConnectionLost."""
-        with self.arriving:  # waits for the replies
-            if len(self.replies) < len(self.types):
-                raise ConnectionLost(self._session.lost)
-        try:
-            return [decode_reply(kind, self.replies[i]) for i, kind in self.types.items()]
-        except (struct.error, IndexError) as error:
-            raise ConnectionLost(f"the box sent a malformed reply: {error}") from None
+        them; ConnectionLost if the session ends, or the box is silent for SILENCE_LIMIT."""
+        while not self.arriving.acquire(timeout=SILENCE_LIMIT):
+            if time.monotonic() - self._session.heard_at >= SILENCE_LIMIT:
+                self._session.close(f"the box was silent for {SILENCE_LIMIT} s")
+        self.arriving.release()  # for the next call
+        if len(self.replies) < len(self.types):
+            raise ConnectionLost(self._session.lost)
+        return [self.replies[request_id] for request_id in self.types]
 
     def result(self) -> Any:
         """The only reply; SFTPError if it is a refusal, ConnectionLost."""
@@ -986,19 +986,15 @@ class Pipe(queue.SimpleQueue[bytes]):
         if data:  # an empty piece would mean the end
             self.put(data)
 
-    def read(self, _nbytes: int, timeout: float | None = None) -> bytes:
-        try:
-            return self.get(timeout=timeout)
-        except queue.Empty:
-            raise paramiko.buffered_pipe.PipeTimeout from None
+    def read(self, *_: object) -> bytes:
+        return self.get()
 
     def close(self) -> None:
         self.put(b"")
 
 
 class Session:
-    """One SFTP channel, shared by many threads.  Its own thread delivers the replies, and ends
-    the session if the box owes one, but has sent nothing for SILENCE_LIMIT."""
+    """One SFTP channel, shared by many threads.  Its own thread delivers the replies."""
 
     def __init__(self, transport: paramiko.Transport, channel: paramiko.Channel):
         """Exchanges versions; ConnectionLost if the box does not answer in SFTP."""
@@ -1008,10 +1004,12 @@ class Session:
         self._lock = threading.Lock()
         # INIT and its reply have the version, which is 3, in the place of the id.
         self._ids = itertools.count(3)
-        self._owed: dict[int, Batch] = {}  # by request id, oldest first
+        self._owed: dict[int, Batch] = {}  # by request id
         self.lost: str | None = None  # the reason, once the session has ended
+        self.heard_at = 0.0  # the monotonic time of the last byte from the box
+        self._unread = bytearray()
         channel.in_buffer = Pipe()
-        channel.settimeout(SILENCE_LIMIT)
+        channel.settimeout(SILENCE_LIMIT)  # for sending
         threading.Thread(target=self._receive, daemon=True).start()
         self.send((FXP_INIT,)).result()
 
@@ -1047,43 +1045,37 @@ class Session:
         self._transport.close()
 
     def _receive(self) -> None:
+        """Passes each reply to its batch, until the session ends."""
         try:
-            for packet in self._packets():
+            while True:
+                start = self._read(4)
+                (size,) = U32.unpack(start)
+                if not 5 <= size <= MAX_PACKET:
+                    raise ConnectionLost(f"the box sent {bytes(start)!r}, not a reply")
+                packet = self._read(size)
                 (request_id,) = U32.unpack_from(packet, 1)
+                batch = self._owed[request_id]
+                batch.replies[request_id] = decode_reply(batch.types[request_id], packet)
                 with self._lock:  # each batch ends once, here or in `close`
-                    batch = self._owed.pop(request_id)
-                batch.replies[request_id] = packet
+                    del self._owed[request_id]
                 if len(batch.replies) == len(batch.types):
                     batch.arriving.release()
-        except KeyError:
-            self.close("the box replied to a request that was not made")
+        except ConnectionLost as error:
+            self.close(str(error))
         except Exception as error:  # of any kind: no thread may wait for ever
-            self.close(str(error) or "the box closed the connection")
+            self.close(f"the box sent what is no reply to a request: {error!r}")
 
-    def _packets(self) -> Iterator[memoryview]:
-        """The packets that the box sends, without their length.  ConnectionLost at the end, or
-        if a reply is overdue."""
-        unread = bytearray()
-        while True:
-            try:
-                data = self._channel.recv(SSH_PACKET)
-            except TimeoutError:
-                with self._lock:
-                    oldest = next(iter(self._owed.values()), None)
-                if oldest and time.monotonic() - oldest.sent_at >= SILENCE_LIMIT:
-                    raise ConnectionLost(f"the box was silent for {SILENCE_LIMIT} s") from None
-                continue
+    def _read(self, size: int) -> memoryview:
+        """The next `size` bytes from the box; ConnectionLost at the end."""
+        while len(self._unread) < size:
+            data = self._channel.recv(SSH_PACKET)
             if not data:
                 raise ConnectionLost("the box closed the connection")
-            unread += data
-            while len(unread) >= 4:
-                end = 4 + U32.unpack_from(unread)[0]
-                if not 9 <= end <= MAX_PACKET:
-                    raise ConnectionLost(f"the box sent {bytes(unread[:4])!r}, not a reply")
-                if len(unread) < end:
-                    break
-                yield memoryview(unread[4:end])
-                del unread[:end]
+            self._unread += data
+            self.heard_at = time.monotonic()
+        data = memoryview(self._unread[:size])
+        del self._unread[:size]
+        return data
 
 
 # ----------------------------------------------------------------------- Login
