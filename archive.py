@@ -1340,12 +1340,7 @@ class StorageBox:
 
     def find(self, path: bytes) -> Attributes | None:
         """The attributes of `path`, even of a link; None if it does not exist; FileError."""
-        try:
-            return self.retry(partial(look_up, path=path))
-        except SFTPError as error:
-            if error.code == VANISHED:
-                return None
-            raise
+        return self.retry(partial(look_up, path=path))
 
     def list_folder(self, path: bytes, limit: float = math.inf) -> list[Entry] | None:
         """A folder's entries by name; None if `limit` came before the end of it; FileError."""
@@ -1366,10 +1361,12 @@ class StorageBox:
         return (blocks - free) * block_size, available * block_size
 
 
-def look_up(session: Session, path: bytes) -> Attributes:
-    """The attributes of `path`, even of a link; SFTPError.  ProFTPD's LSTAT follows links."""
+def look_up(session: Session, path: bytes) -> Attributes | None:
+    """As StorageBox.find.  READLINK is sent because ProFTPD's LSTAT follows links."""
     found, target = session.send((FXP_LSTAT, path), (FXP_READLINK, path)).results()
     if isinstance(found, SFTPError):
+        if found.code == VANISHED:
+            return None
         raise found
     is_link = target and not isinstance(target, SFTPError)  # some answer with an empty list
     return Attributes(found.size, found.mtime, stat.S_IFLNK if is_link else found.mode)
@@ -3637,10 +3634,10 @@ class BoxFolder:
             if folder in self._known:
                 continue
             making = session.send((FXP_MKDIR, folder, NO_ATTRIBUTES))
-            try:
-                mode = look_up(session, folder).mode or 0
-            except SFTPError as missing:
-                raise making.results()[0] or missing from None
+            if not (found := look_up(session, folder)):
+                making.result()  # raises the reason, unless somebody has deleted the folder
+                continue
+            mode = found.mode or 0
             is_inner = folder.startswith(join(self._folder, b""))
             if stat.S_ISREG(mode) or (stat.S_ISLNK(mode) and is_inner):
                 raise FileError(f"{printable(folder)} is a file or a link, not a folder")
