@@ -1405,7 +1405,7 @@ class FileReader:
                 sizes = f"{listed.size:,} bytes when it was listed, now {self.file.size:,}"
                 raise FileError(f"changed: {sizes}")
             if self.file.size == offset == 0:  # `read` would not ask whether it stays empty
-                self._fetch()
+                box.retry(self._fetch, self._session)
         except FileError:
             self.close()
             raise
@@ -1423,7 +1423,7 @@ class FileReader:
         data = io.BytesIO(bytes(amount))  # getvalue() copies nothing, join() would
         while missing:
             if not self._pieces:
-                self._fetch()
+                self._pieces = self._box.retry(self._fetch, self._session)
             piece = self._pieces.popleft()
             if len(piece) > missing:
                 self._pieces.appendleft(piece[missing:])
@@ -1447,10 +1447,7 @@ class FileReader:
         self._batches = self._read_ahead(session)
         return self._file_now(found)
 
-    def _fetch(self) -> None:
-        self._pieces = self._box.retry(self._fetch_once, self._session)
-
-    def _fetch_once(self, session: Session) -> deque[memoryview]:
+    def _fetch(self, session: Session) -> deque[memoryview]:
         if session is self._session and (pieces := next(self._batches, None)) is not None:
             return pieces
         self._open(session)  # the session is a new one, or a reply was short
