@@ -1285,24 +1285,20 @@ class StorageBox:
 
     def _connect(self) -> Session:
         """A new session; makes an attempt for each of RECONNECT_PAUSES.  Fatal, Stopped."""
-        reason: object = self._session.lost if self._session else None
+        reason = self._session.lost if self._session else None
         for pause in self._pauses:
             if reason:
-                log.warning("%s; connecting again in %s s", reason, pause)
+                log.warning("no connection: %s; connecting again in %s s", reason, pause)
             self.stopping.wait(pause)
             self.stopping.check()
             try:
                 return connect(self._config)
-            except Fatal as error:
-                if self._session is None:
-                    raise  # a login that has never worked
-                reason = error
             except Exception as error:  # paramiko raises whatever its thread met
-                details = str(error) or "the connection was closed"
-                address = f"{self._config.host}:{self._config.port}"
-                reason = f"no SFTP session with {address}: {details}; {CONNECT_REMEDY}"
-        tries = f"gave up after {len(self._pauses)} tries: " if len(self._pauses) > 1 else ""
-        self._given_up = Fatal(f"{tries}{reason}")
+                if isinstance(error, Fatal) and self._session is None:
+                    raise  # a login that has never worked
+                reason = str(error) or "the connection was closed"
+        attempts = f"{self._config.host}:{self._config.port} (attempts: {len(self._pauses)})"
+        self._given_up = Fatal(f"no SFTP session with {attempts}: {reason}; {CONNECT_REMEDY}")
         raise self._given_up
 
     def retry(self, operation: Callable[[Session], T], session: Session | None = None) -> T:
