@@ -1095,7 +1095,7 @@ def connect(config: Config) -> Session:
     watchdog.start()
     try:
         known, revoked = known_host_keys(config)
-        prefer_algorithms(transport.get_security_options(), {key.get_name() for key in known})
+        prefer_algorithms(transport.get_security_options(), known)
         transport.start_client(timeout=CONNECT_LIMIT)
         check_host_key(config, transport.get_remote_server_key(), known, revoked)
         log_in(config, transport)
@@ -1152,12 +1152,11 @@ def matches_host(patterns: str, name: str) -> bool:
     return any(map(matches, patterns.split(","))) and not any(map(matches, excluded))
 
 
-def prefer_algorithms(options: paramiko.SecurityOptions, types: set[str]) -> None:
-    """Puts AES-GCM first, which is by far the fastest, and these types of the known host keys,
+def prefer_algorithms(options: paramiko.SecurityOptions, known: Keys) -> None:
+    """Puts AES-GCM first, which is by far the fastest, and the types of the known host keys,
     because the server shows only one of its keys."""
     options.ciphers = sorted(options.ciphers, key=lambda name: "gcm" not in name)
-    if "ssh-rsa" in types:
-        types |= {"rsa-sha2-512", "rsa-sha2-256"}
+    types = {name for key in known for name in key.identifiers()}
     options.key_types = sorted(options.key_types, key=lambda name: name not in types)
 
 
