@@ -1316,7 +1316,6 @@ class StorageBox:
                 try:
                     return operation(session)
                 except ConnectionLost as error:
-                    session.close(str(error))  # if it is out of step, it is still open
                     reason = error
                 except SFTPError as error:
                     if error.sftp_code != FX_FAILURE or attempt == TRIES:
