@@ -1252,7 +1252,6 @@ class StorageBox:
     def __init__(self, config: Config, stopping: StopEvent, retries: bool = True):
         self._config, self.stopping = config, stopping
         self._pauses = RECONNECT_PAUSES if retries else (0,)
-        self._connect_lock = threading.Lock()
         self._alone_lock = threading.RLock()  # held while no other operation may begin
         self._pace_lock = threading.Lock()
         self._session: Session | None = None
@@ -1267,7 +1266,7 @@ class StorageBox:
     def session(self) -> Session:
         """The session, a new one if it was lost.  One thread connects while the others wait.
         Fatal once connecting has failed after each of RECONNECT_PAUSES, Stopped."""
-        with self._connect_lock:
+        with self._alone_lock:
             self.stopping.check()
             if self._given_up is not None:
                 raise self._given_up
@@ -1311,8 +1310,7 @@ class StorageBox:
                 if attempt > SHARED_TRIES:
                     stack.enter_context(self._alone_lock)
                 if session is None or session.lost is not None:
-                    with self._alone_lock:
-                        session = self.session()
+                    session = self.session()
                 try:
                     return operation(session)
                 except ConnectionLost as error:
