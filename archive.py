@@ -1440,59 +1440,60 @@ class FileReader:
     def _read_ahead(self, session: Session) -> Iterator[deque[memoryview]]:
         """The bytes from `_offset` to the end of the file, or to a short reply."""
         requested = self._offset
-        batches: deque[tuple[Batch, list[int]]] = deque()  # with the size of each READ
+        batches: deque[tuple[Batch, range]] = deque()  # with the offsets of the READs
         while batches or self._handle:
             while self._handle and requested < self._offset + READ_WINDOW:
                 end = min(self.file.size, requested + READS_PER_BATCH * self._read_size)
                 batches.append(self._request(session, requested, end))
                 requested = end
-            expected = self._offset + sum(batches[0][1])
+            expected = min(batches[0][1].stop, self.file.size)
             yield self._unpack(*batches.popleft())  # a name would keep the bytes in memory
             if self._offset < expected:  # the batches after a short reply would leave a gap
                 return
 
-    def _unpack(self, batch: Batch, sizes: list[int]) -> deque[memoryview]:
-        """The replies to READs of these sizes, as far as none is short.  FileError if the file
-        has changed."""
-        *reads, fstat, lstat = batch.results()[: len(sizes) + 2]  # without that of a CLOSE
+    def _unpack(self, batch: Batch, offsets: range) -> deque[memoryview]:
+        """The replies to READs at these offsets, as far as none is short.  FileError if the
+        file has changed."""
+        *reads, fstat, lstat = batch.results()[: len(offsets) + 2]  # without that of a CLOSE
         for now in map(self._file_now, (lstat, fstat)):  # LSTAT's says that it has vanished
             if now != self.file:
                 both = f"{self.file.size:,} bytes of mtime {self.file.mtime}"
                 both += f", then {now.size:,} of {now.mtime}"
                 raise FileError(f"changed while it was read: {both}", CHANGED)
-        pieces, end = deque[memoryview](), self._offset
-        for due, reply in zip(sizes, reads):
+        pieces = deque[memoryview]()
+        for at, reply in zip(offsets, reads):
             if isinstance(reply, SFTPError) and reply.sftp_code != FX_EOF:
                 raise reply
             data = memoryview(b"") if isinstance(reply, SFTPError) else reply
+            due = min(offsets.step, self.file.size - at)
             if len(data) > due:
                 raise FileError(f"has more than {self.file.size:,} bytes, its size on the box")
             if due and not data:
-                raise FileError(f"ended at {end:,} of {self.file.size:,} bytes", CHANGED)
+                raise FileError(f"ended at {at:,} of {self.file.size:,} bytes", CHANGED)
             pieces.append(data)
-            end += len(data)
             if len(data) < due:  # perhaps the most that it sends: request no more in future
                 self._read_size = max(len(data), MIN_READ_SIZE)
                 break
-        self._offset = end  # last: after an error, the next try begins where this one did
+        # Last: after an error, the next try begins where this one did.
+        self._offset = at + len(data)
         return pieces
 
-    def _request(self, session: Session, begin: int, end: int) -> tuple[Batch, list[int]]:
+    def _request(self, session: Session, begin: int, end: int) -> tuple[Batch, range]:
         """Sends READs of these bytes, and the requests that show whether the file has changed
-        by then; after the last byte a CLOSE, too.  Returns also the size of each READ."""
-        requests, sizes = list[Request](), list[int]()
-        step, handle = self._read_size, self._handle
-        for at in range(begin, end or 1, step):  # one READ even of an empty file
-            sizes.append(min(step, end - at))
-            # The last one asks for a byte more: the size may be too small.
-            length = sizes[-1] + (1 if at + step >= self.file.size else 0)
+        by then; after the last byte a CLOSE, too.  Returns also the offsets of the READs."""
+        handle, is_last = self._handle, end == self.file.size
+        # One more byte at the end, also of an empty file: the size may be too small.
+        offsets = range(begin, end + is_last, self._read_size)
+        requests: list[Request] = []
+        for at in offsets:
+            length = min(offsets.step, offsets.stop - at)
             requests.append((FXP_READ, handle, *divmod(at, 1 << 32), length))
         requests += [(FXP_FSTAT, handle), (FXP_LSTAT, self._path)]
-        if end == self.file.size:
+        if is_last:
             requests.append((FXP_CLOSE, handle))
             self._handle = b""
         self._box.pace(end - begin)
-        return session.send(*requests), sizes
+        return session.send(*requests), offsets
 
     def _file_now(self, reply: Attributes | SFTPError) -> RemoteFile:
         """The file with the size and mtime of the reply to an LSTAT or FSTAT; FileError."""
