@@ -29,7 +29,8 @@ Sections, each calling only those above it: Limits, Prices, Errors, Names, Uploa
 checksums, Settings, SFTP, Login, Storage Box, State, Bucket, Output, Parallel work, Walk
 and forecast (with `plan`), Run, Inspection (ls, status, verify, check), Restore, Command line.
 
-"; FileError" at the end of a docstring means "raises FileError"; Fatal, Stopped likewise.
+The names of errors at the end of a docstring, as in "; FileError" or "Fatal, Stopped.", are
+what the function raises.  Whatever uses the box may also raise Fatal and Stopped.
 """
 
 from __future__ import annotations
@@ -117,8 +118,8 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 MAX_PARTS = 10_000  # S3 user guide, "Amazon S3 multipart upload limits"
 MAX_KEY_BYTES = 1024  # S3 user guide, "Naming Amazon S3 objects"
 # The usual part sizes, from S3's minimum of 5 MiB to its maximum of 5 GiB, the likeliest first:
-# those of boto3 and the AWS CLI (8 MiB), of rclone (5 MiB), 6 and 7 MiB, and the doubles of
-# each.  See Bucket._part_size.
+# 8 MiB (boto3, AWS CLI), 5 MiB (rclone), 6 and 7 MiB, each doubled again and again.  An upload
+# takes the smallest that is allowed.  Bucket._part_size guesses other programs' with them.
 PART_SIZES = [(size << n) * MIB for size in (8, 5, 6, 7) for n in range(10)] + [5 * GIB]
 
 # A file below SMALL_FILE is read whole and sent with one PUT.  A larger one goes up in parts.
@@ -157,7 +158,7 @@ LOCKED_LIMIT = 60  # for another program's lock on the state: `plan` may be copy
 COMMIT_PAUSE = 0.5  # between commits of finished files while the walk finds no new one
 STOP_LIMIT = 5  # for work under way after a signal
 EXIT_GRACE = 3  # until the process is ended after STOP_LIMIT
-RUNTIME_GRACE = 40  # for what is on its way to S3 after MAX_RUNTIME
+RUNTIME_GRACE = 40  # for what is on its way to S3 after MAX_RUNTIME or a fatal error
 
 TRIES = 5  # of an operation on the box, before its file is reported as failed
 SHARED_TRIES = 2  # after these it is tried alone: no other operation may begin
@@ -171,8 +172,8 @@ RECENT, RECENTLY_STORED = 2, 60
 
 # The hours that S3 takes at most (S3 user guide, "Archive retrieval options").
 TIERS = {"bulk": 48, "standard": 12}
-# The first and last mtimes of SFTP, of ext3 and XFS without bigtime, and of ext4.  A file with
-# a time outside this range gets the first or the last one.
+# The first and last mtime that can be kept: by SFTP, by ext3 and XFS without bigtime, by ext4.
+# A restored file whose time is outside gets the first or the last one.
 TIME_RANGES = ((0, 2**32 - 1), (-(2**31), 2**31 - 1), (-(2**31), 2**34 - 2**31 - 1))
 DAYS_RESTORED = 7  # for which S3 keeps restored copies, by default
 WAIT_PAUSE = 15 * 60  # s between the passes of `restore --wait`
@@ -263,7 +264,7 @@ class Prices:
     def restore(self, storage_class: str, files: int, size: int, tier: str, days: int) -> float:
         """Restoring: requests and bytes at the tier's price, and copies in STANDARD for
         `days` (S3 user guide, "Restoring an archived object")."""
-        if storage_class == "STANDARD":  # retrieval from STANDARD_IA and the like is charged
+        if storage_class == "STANDARD":  # free; of STANDARD_IA and the like: not known
             return 0.0
         requests = self._cost(files / 1000, f"{storage_class}.{tier}.request")
         copies = self._cost(size / GIB, "STANDARD.month") * days / DAYS_PER_MONTH
@@ -320,7 +321,7 @@ CHANGED = "changed"  # while it was read
 LOST = "connection lost"  # at each try of an operation on the box
 UNAVAILABLE = "unavailable"  # S3 did not answer, or could not do its work
 DENIED = "AccessDenied"  # S3's code
-INVALID_STATE = "InvalidObjectState"  # S3's: a GET of a cold object, a restore of another
+INVALID_STATE = "InvalidObjectState"  # S3's: GET of a cold object, restore of one that is not
 
 
 class Stopped(BaseException):
@@ -405,7 +406,7 @@ def unescape(text: str) -> bytes:
 
 
 def path_text(path: bytes) -> str:
-    """`path` as the state's path column has it: what is not UTF-8 is escaped, and ESCAPE."""
+    """`path` as text, as in the state's path column: bytes that are not UTF-8 are escaped."""
     return escape(path, TEXT_ESCAPES)
 
 
@@ -485,7 +486,7 @@ class UploadPlan(NamedTuple):
 def plan_upload(size: int, memory_limit: int) -> UploadPlan:
     """The plan for a file of `size` bytes.  A small file is in memory twice: as replies, and
     joined.  Of a large one, the parts that are being sent, the part that is being read, and
-    READ_WINDOW are in memory: more than `memory_limit` if it needs such large parts."""
+    READ_WINDOW are in memory.  With very large parts this is more than `memory_limit`."""
     if size < SMALL_FILE:
         return UploadPlan(size, 0, 2 * size)
     possible = (part for part in PART_SIZES if part >= max(PART_SIZE, size / MAX_PARTS))
@@ -590,7 +591,7 @@ def parse_bool(text: str) -> bool:
 
 def parse_path(text: str) -> Path:
     text = os.fsdecode(text.encode("utf-8", "surrogateescape"))  # names need not be UTF-8
-    return Path(os.path.expanduser(text).removeprefix("~/"))  # it stays if there is no home
+    return Path(os.path.expanduser(text).removeprefix("~/"))  # left if there is no home
 
 
 def parse_folder(text: str) -> bytes:
@@ -625,7 +626,7 @@ def parse_prices(text: str) -> dict[str, float]:
 # One colon would precede a port, which has a setting of its own; an IPv6 address has more.
 host_expected = "a bare host name without a port, like u12345.your-storagebox.de"
 parse_host = partial(parse_match, r"[^/\s@:]+|[^/\s@]*:[^/\s@]*:[^/\s@]*", host_expected)
-parse_text = partial(parse_match, r"(?s).+", "a path")  # "" may be an unset variable
+parse_nonempty = partial(parse_match, r"(?s).+", "a path")  # "" may be an unset variable
 parse_user = partial(parse_match, r"[^\s@\ud800-\udfff]+", "a bare user name, like u12345-sub1")
 bucket_expected = "the bare name of a bucket, like my-archive"
 parse_bucket = partial(parse_match, r"(?ai)[a-z0-9][\w.-]{1,253}[a-z0-9]", bucket_expected)
@@ -651,7 +652,7 @@ def setting(name: str, parse: Callable[[str], Any] = str, default: str | None = 
 class Config:
     """All settings, checked, in bytes, bytes per second, seconds and USD; None if off."""
 
-    host: str = setting("HETZNER_HOST", parse_host, "")  # an empty one is refused
+    host: str = setting("HETZNER_HOST", parse_host, "")  # required: parse_host refuses ""
     user: str = setting("HETZNER_USER", parse_user, "")
     port: int = setting("HETZNER_PORT", partial(parse_int, 1, 65535), "23")
     password: str | None = setting("HETZNER_PASSWORD")
@@ -699,7 +700,7 @@ class Config:
 SETTINGS = [f.metadata["setting"][0] for f in dataclasses.fields(Config)]
 SETTINGS += ["AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"]
 SETTINGS += ["AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"]
-# All other AWS_ variables, and the proxies, are passed on to boto3.
+# boto3 gets all AWS_ variables, also those that are not named here, and the proxies.
 PROXIES = re.compile("(?i)(https?|no)_proxy")
 SECRETS = re.compile("HETZNER_(PASSWORD|KEY_PASSPHRASE)|AWS_(SECRET_ACCESS_KEY|.*_TOKEN)")
 AWS_FILES = re.compile("AWS_.*_FILE|AWS_CA_BUNDLE")
@@ -730,8 +731,8 @@ def read_env_file(path: Path, faults: list[str]) -> dict[str, str]:
 
 
 def setting_faults(settings: Mapping[str, str]) -> Iterator[str]:
-    """Messages, without the values, about unknown settings, and about characters that no
-    server accepts in a credential."""
+    """Messages, without the values, about unknown settings, characters that no server accepts
+    in a credential, and settings that are missing beside others."""
     for name, value in settings.items():
         is_secret, is_aws = SECRETS.fullmatch(name), name.startswith("AWS_")
         odd = "[\0-\x1f\x7f\udc80-\udcff]" if is_secret else "[\0-\x1f\x7f]"
@@ -777,6 +778,7 @@ def load_config(env_file: Path | None) -> Config:
     # A link is not resolved here: an env file may be mounted as a link (a secret of a
     # container), whose target is in a folder that does not persist.
     path = env_file.absolute() if env_file else Path(__file__).resolve().parent / ".env"
+    # Without an env file, all settings may be in the environment.
     if env_file or path.is_file() or "HETZNER_HOST" not in os.environ:
         settings |= read_env_file(path, faults)
     for name in os.environ:
@@ -1048,8 +1050,8 @@ class Session:
                 (request_id,) = U32.unpack_from(packet, 1)
                 batch = self._owed[request_id]
                 batch.replies[request_id] = decode_reply(batch.types[request_id], packet)
-                with self._lock:  # each batch ends once, here or in `close`
-                    del self._owed[request_id]
+                with self._lock:
+                    del self._owed[request_id]  # KeyError if `close` has ended its batch
                 if len(batch.replies) == len(batch.types):
                     batch.arriving.release()
         except ConnectionLost as error:
@@ -1118,7 +1120,7 @@ def known_host_name(config: Config) -> str:
 
 
 def known_host_keys(config: Config) -> tuple[Keys, Keys]:
-    """The keys that known_hosts has for the box, and those revoked for any host; Fatal."""
+    """The box's keys in known_hosts, and all keys revoked there; Fatal if it is unreadable."""
     file, text = f"HETZNER_KNOWN_HOSTS {config.known_hosts}", ""
     with fatal_os_errors(file), contextlib.suppress(FileNotFoundError):
         text = config.known_hosts.read_text("utf-8", "replace")
@@ -1205,7 +1207,7 @@ def log_in(config: Config, transport: paramiko.Transport) -> None:
         name = f"the SSH agent's keys ({len(keys)})"
         attempts = [(name, transport.auth_publickey, key) for key in keys]
     tried = " and ".join(dict.fromkeys(name for name, *_ in attempts)) or "no key"
-    message = f"the login of {config.user} with {tried}: correct HETZNER_USER or that; a box "
+    message = f"the login of {config.user} with {tried}: correct HETZNER_USER or these; a box "
     message += "takes a public key in RFC 4716 form (ssh-keygen -e) on port 22, in OpenSSH's "
     message += f"on port 23: HETZNER_PORT is {config.port}"
     for name, authenticate, credential in attempts:
@@ -1303,8 +1305,8 @@ class StorageBox:
         """The result of operation(session).  It is called again if the session is lost, or if
         the server answers FAILURE: it may have too many files open.  After SHARED_TRIES, no
         other operation may begin, so that a file which breaks each connection does not make
-        others fail.  A FileReader passes its `session`, and does not wait: others may wait for
-        its file to be closed.  FileError (LOST) after TRIES, SFTPError, Fatal, Stopped."""
+        others fail.  With its own `session`, a FileReader reads on meanwhile: the other may be
+        waiting for its file to be closed.  FileError (LOST) after TRIES, SFTPError."""
         with contextlib.ExitStack() as stack:
             for attempt in range(1, TRIES + 1):
                 if attempt > SHARED_TRIES:
@@ -1336,7 +1338,7 @@ class StorageBox:
 
     def space(self) -> tuple[int, int] | None:
         """Bytes used and free on the file system of REMOTE_PATH; None if the server does not
-        know this request (statvfs@openssh.com)."""
+        say (statvfs@openssh.com)."""
         request = (FXP_EXTENDED, b"statvfs@openssh.com", self._config.remote_path)
         (reply,) = self.retry(lambda session: session.send(request).results())
         if isinstance(reply, SFTPError) or len(reply) < 88:
@@ -1357,8 +1359,9 @@ def look_up(session: Session, path: bytes) -> Attributes | None:
 
 
 def is_recent(file: RemoteFile, began: float) -> bool:
-    """Whether the file was modified since RECENT seconds before its reading `began`: another
-    change could keep its size and mtime.  False for one that is further in the future."""
+    """Whether another change could keep the file's size and mtime: it was modified at most
+    RECENT seconds before its reading `began`, or since.  False if its mtime is more than RECENT
+    seconds in the future."""
     return began - RECENT <= file.mtime <= time.time() + RECENT
 
 
@@ -1421,7 +1424,7 @@ class FileReader:
         self._handle = b""
 
     def _open(self, session: Session) -> RemoteFile:
-        """Opens the file in this session, and returns what its path leads to."""
+        """Opens the file in this session, and returns it as LSTAT describes it."""
         self.close()
         requests = (FXP_OPEN, self._path, FOR_READING, NO_ATTRIBUTES), (FXP_LSTAT, self._path)
         handle, found = session.send(*requests).results()
@@ -1432,9 +1435,10 @@ class FileReader:
         return self._file_now(found)
 
     def _fetch(self, session: Session) -> deque[memoryview]:
+        """The bytes of the next batch."""
         if session is self._session and (pieces := next(self._batches, None)) is not None:
             return pieces
-        self._open(session)  # the session is a new one, or a reply was short
+        self._open(session)  # the session is new, or a reply was short or a refusal
         return next(self._batches)
 
     def _read_ahead(self, session: Session) -> Iterator[deque[memoryview]]:
@@ -1452,10 +1456,10 @@ class FileReader:
                 return
 
     def _unpack(self, batch: Batch, offsets: range) -> deque[memoryview]:
-        """The replies to READs at these offsets, as far as none is short.  FileError if the
+        """The bytes from READs at these offsets, up to the first short reply.  FileError if the
         file has changed."""
         *reads, fstat, lstat = batch.results()[: len(offsets) + 2]  # without that of a CLOSE
-        for now in map(self._file_now, (lstat, fstat)):  # LSTAT's says that it has vanished
+        for now in map(self._file_now, (lstat, fstat)):  # LSTAT's error may be VANISHED
             if now != self.file:
                 both = f"{self.file.size:,} bytes of mtime {self.file.mtime}"
                 both += f", then {now.size:,} of {now.mtime}"
@@ -1596,22 +1600,22 @@ CREATE TABLE runs  -- one that was killed has only its start, `spent` is in USD
 CREATE TABLE gone (path TEXT PRIMARY KEY) WITHOUT ROWID;  -- see State.known_gone
 """
 SOURCE_PINS = ("HETZNER_USER", "REMOTE_PATH")
-PATHS = "(SELECT value FROM json_each(?))"  # in JSON: the number of ? is limited
+PATHS = "(SELECT value FROM json_each(?))"  # many paths as one parameter, a JSON list
 
 # Whether S3 lets an object be read: one in a cold class has to be restored first.
 READABLE, COLD, RESTORING, RESTORED = "readable", "cold", "restoring", "restored"
 
 
 class StoredObject(NamedTuple):
-    """What S3 says about an object.  A field is None if S3 has not said it."""
+    """What S3 says about an object."""
 
     key: str
     size: int
     uploaded_at: int  # seconds since the epoch; S3 dates an upload in parts by its beginning
-    mtime: int  # from the metadata, as rclone's; `uploaded_at` in a listing and in a Record
+    mtime: int  # from the metadata of a HEAD or GET, if it is there; else `uploaded_at`
     storage_class: str
-    etag: str
-    crc32: int | None = None  # of the whole object
+    etag: str  # empty if S3 has sent none, or in a Record if it is not known
+    crc32: int | None = None  # of the whole object; None if it is not known
     thaw_state: str = READABLE  # known only from a listing
     version_id: str | None = None  # None for the current version
 
@@ -1692,6 +1696,7 @@ class State:
         with state_errors(path):
             if not copy:
                 create_private(path)
+            # "" is a temporary database, which SQLite deletes when it is closed.
             self._db = self._open("" if copy and not path.exists() else path)
             (fault,) = self._db.execute("PRAGMA integrity_check(1)").fetchone()
             if fault != "ok":
@@ -1787,7 +1792,7 @@ class State:
         return {record.path: record for record in records}
 
     def _records(self, condition: str, *values: str) -> Iterator[Record]:
-        query = (
+        query = (  # from `key` on, the fields of StoredObject in their order
             "SELECT path, mtime, key, size, coalesce(uploaded_at, 0), coalesce(uploaded_at, 0),"
             " coalesce(storage_class, ?), coalesce(etag, ''), crc32"
             f" FROM files LEFT JOIN objects USING (path) WHERE {condition}"
@@ -1801,7 +1806,7 @@ class State:
         continued, unless the file was modified so recently that the parts could be of two
         versions.  Without an id no part was sent: the next run uploads the file from its
         start, and does not compare it first."""
-        key, path, size, mtime, part_size, settings = job.upload
+        key, path, size, mtime, part_size, settings = job.upload_row
         if upload_id and is_recent(job.file, time.time()):
             mtime = None
         insert = "INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?)"
@@ -1876,8 +1881,8 @@ class State:
         return Counts({name: Count(files, size) for name, files, size in rows})
 
     def record_run(self, started_at: int, *ended: object) -> None:
-        """Adds a run, or replaces it once it has `ended`, with values of the other columns.
-        When a run begins, this shows that the state is writable."""
+        """Adds the row of a run, which shows that the state is writable.  At its end, replaces
+        it: `ended` are the values of all other columns."""
         values = started_at, *(ended or [None] * 7)
         self._execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *values)
 
@@ -1989,8 +1994,10 @@ def s3_errors() -> Iterator[None]:
 
 def crc32_of(answer: Mapping[str, Any]) -> int | None:
     """The CRC-32 in an answer, None unless it is that of the whole object."""
-    text = answer.get("ChecksumCRC32") or "-"  # with a dash: a checksum of the parts' CRCs
-    return None if "-" in text else int.from_bytes(base64.b64decode(text)[:4], "big")
+    text = answer.get("ChecksumCRC32")
+    if not text or "-" in text:  # with a dash it is a checksum of the parts' checksums
+        return None
+    return int.from_bytes(base64.b64decode(text)[:4], "big")
 
 
 def stored_object(key: str, answer: Mapping[str, Any]) -> StoredObject:
@@ -2056,7 +2063,7 @@ class MultipartClient:
         self._bucket, self._read, self._size = bucket, read, job.file.size
         self._upload = {"Key": job.key, "UploadId": upload.id}
         self._before = len(upload.parts)
-        self._parts = [*upload.parts]  # also those that were read; with an ETag they are stored
+        self._parts = [*upload.parts]  # and those read since; one that is stored has an ETag
         self.crc32 = 0  # of all these parts
         for part in upload.parts:
             self.crc32 = crc32_combine(self.crc32, crc32_of(part) or 0, job.plan.part_size)
@@ -2073,7 +2080,8 @@ class MultipartClient:
         try:
             data = self._read(amount)
         except Stopped:
-            # s3transfer would cut off the parts under way, or wait for ever after Stopped.
+            # Wait for the parts under way: s3transfer would cut them off after any error.  And
+            # after Stopped, it would wait for ever.
             while self._error is None and not all("ETag" in part for part in self._parts):
                 time.sleep(0.1)
             raise FileError("the run ended before it was done", UNFINISHED) from None
@@ -2185,15 +2193,16 @@ class Bucket:
             if hasattr(arguments.get("Body"), "seek"):  # that of a part; a PUT's is bytes
                 arguments["Body"].seek(0)
 
-    def _list(self, operation: str, *entries: str, **parameters: Any) -> Iterator[Any]:
-        """The entries of all pages of a listing: of the lists that are named `entries`, merged
-        by key.  An answer's NextKeyMarker is the KeyMarker of the next request, and so on."""
+    def _list(self, operation: str, *names: str, **parameters: Any) -> Iterator[Any]:
+        """The entries of all pages of a listing.  A page has them in the lists called `names`,
+        which are merged by key.  Its NextKeyMarker is the KeyMarker of the next request; so
+        are the others."""
         marker: dict[str, Any] = {}
         while True:
             page = self.request(operation, **parameters, **marker)
             if page.keys() == {"ResponseMetadata"}:  # an empty body, or HTML
                 raise FileError("S3's answer is no listing", UNAVAILABLE)
-            lists = (page.get(name, ()) for name in entries)
+            lists = (page.get(name, ()) for name in names)
             yield from heapq.merge(*lists, key=lambda entry: entry.get("Key", ""))
             if not page.get("IsTruncated"):
                 return
@@ -2221,8 +2230,8 @@ class Bucket:
 
     def upload(self, job: Job, read: Read, upload: Upload, on_sent: OnSent) -> StoredObject:
         """Uploads a large file in parts, after those that are stored; `read` returns the rest
-        of its bytes.  If this fails, the parts stay for the next run, unless the file has
-        changed while it was read, or S3 has refused a request."""
+        of its bytes.  If this fails, the parts stay for the next run.  They are aborted only if
+        the file has changed while it was read, or S3 has refused one of its requests."""
         key, size, part_size = job.key, job.file.size, job.plan.part_size
         rest = size - len(upload.parts) * part_size
         config = TransferConfig(
@@ -2333,7 +2342,8 @@ class Bucket:
         return None if answer is None else stored_object(key, answer)
 
     def match_content(self, found: StoredObject, read: Read) -> StoredObject | None:
-        """The object with the CRC-32 of a file that has its size and ETag; else None."""
+        """Reads a file.  If it has the object's size and ETag, returns the object with the
+        CRC-32 that was read; else None."""
         part_size, parts, offset, crc32 = self._part_size(found), [md5()], 0, 0
         # No block goes beyond the end of a part.
         while block := part_size and read(min(COMPARE_BLOCK, part_size - offset % part_size)):
@@ -2349,8 +2359,8 @@ class Bucket:
         """The size of the object's parts but the last; 0 if no file can match its ETag.  The
         ETag of an object that one PUT has stored is its MD5.  That of an upload in parts is the
         MD5 of the parts' MD5s, "-" and their number ("Checking object integrity" in the S3 user
-        guide).  S3 tells the size of the first part.  With a server that does not, it is the
-        likeliest that gives this number.  With SSE-KMS or SSE-C, no file matches."""
+        guide).  S3 tells the size of the first part.  For a server that does not, the likeliest
+        size is taken that gives this number.  With SSE-KMS or SSE-C, no file matches."""
         _, dash, count = found.etag.partition("-")
         size, refusals = max(1, found.size), (DENIED, "400", "404", "405", "412", "416", "501")
         if not dash:
@@ -2511,7 +2521,8 @@ class Console(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 def start_logging(level: int, bars: bool, results: TextIO) -> None:
-    """Sends results to `results`, and everything else from `level` on to stderr."""
+    """Sends results to `results`, and everything else from `level` on to stderr, except the
+    lines of single files if there are `bars`."""
     logging.raiseExceptions = False  # no traceback for a full disk or a closed pipe
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is
@@ -2582,7 +2593,7 @@ def format_value(value: object) -> str:
 
 
 def print_line(text: str) -> None:
-    """Writes a line to stdout only; Stopped if its reader has closed it, or it is full."""
+    """Writes a line to stdout only; Stopped if its reader is gone, or its disk is full."""
     try:
         print(text, flush=True)
     except OSError as error:
@@ -2596,7 +2607,7 @@ class Progress:
 
     def __init__(self, shown: bool):
         new_bar = partial(tqdm, disable=not shown, dynamic_ncols=True, leave=False)
-        # Makes a bar that counts the items it yields, or that is updated with their number.
+        # counting(items) yields the items and counts them.  A bar without items is updated.
         self.counting = partial(new_bar, unit=" files")
         self._of_bytes = partial(new_bar, unit="B", unit_scale=True, unit_divisor=1024)
         self._bar = tqdm(disable=True)  # until `expect` is called
@@ -2644,12 +2655,12 @@ class Parallel(Generic[Item, Result]):
     """Calls work(item) on threads: at most `threads` at once, and no more than fit into
     `limit` bytes of `memory`, of which a single item may need more.
 
-    A FileError of `work` is an outcome, unless it is UNFINISHED.  Fatal, Stopped, and
-    SAME_FAILURES with one code in a row close the box.  These errors, and any error of the
-    items, are raised once the work under way was yielded.  Unless it was a FileError, that is
-    waited for at most RUNTIME_GRACE, and after a signal STOP_LIMIT.  A signal raises Stopped
-    only in the code of `items`: the code that takes outcomes would lose those of a list that
-    it has not looked at yet."""
+    A FileError of `work` is an outcome, unless it is UNFINISHED.  Anything else ends the work:
+    Fatal, Stopped, SAME_FAILURES with one code in a row, any error of the items.  It is raised
+    once what is under way was yielded.  That may take RUNTIME_GRACE, and after a signal
+    STOP_LIMIT; the box is closed, which ends all reads.  Only after a FileError of the items
+    there is no limit.  A signal raises Stopped only in the code of `items`: the code that takes
+    outcomes would lose those of a list that it has not looked at yet."""
 
     work: Callable[[Item], Result]
     box: StorageBox
@@ -2679,7 +2690,7 @@ class Parallel(Generic[Item, Result]):
                             self._under_way += 1
                             self._memory_in_use += self.memory(item)
                             pool.submit(self._attempt, item)
-                stopping.is_deferred = True  # within `try`: there is no gap for a signal
+                stopping.is_deferred = True  # no signal before the `with` below
             except (Exception, Stopped) as error:  # of any kind: S3 may hold what is under way
                 stopping.is_deferred = True
                 self._fail(error)
@@ -2733,7 +2744,7 @@ class Parallel(Generic[Item, Result]):
             self._memory_in_use -= self.memory(item)
             code = error.code if error else ""
             if code not in (VANISHED, CHANGED, UNFINISHED, INVALID_STATE):
-                self._codes.append(code)  # an empty one after a success
+                self._codes.append(code)  # empty: a success, or a failure without a code
             if code and self._codes.count(code) == SAME_FAILURES:
                 self._fail(Fatal(f"{error}; {SAME_FAILURES} in a row failed like this", code))
         if self.box.stopping.is_set():
@@ -2741,8 +2752,8 @@ class Parallel(Generic[Item, Result]):
         return [one for one in outcomes if one[2] is None or one[2].code != UNFINISHED]
 
     def _fail(self, error: BaseException) -> None:
-        """Notes what ends the rest of the work, the first error other than Stopped, and until
-        when what is under way is waited for."""
+        """Ends the work: no new one begins.  Of several errors, the first that is not Stopped
+        will be raised.  Sets how long to wait for what is under way."""
         if self._failure is None or isinstance(self._failure, Stopped):
             self._failure = error
         if not isinstance(error, FileError):
@@ -2761,12 +2772,12 @@ class Job(NamedTuple):
     key: str
     plan: UploadPlan
     record: Record | None  # its row
-    upload: tuple[Any, ...]  # what a row of `uploads` says of it, without an upload_id
+    upload_row: tuple[Any, ...]  # of an upload in parts that begins now, without the upload_id
     begun: sqlite3.Row | None  # the row of an upload that an earlier run has begun
-    resumes: bool  # that upload is of the same version of the file, with the same settings
+    resumes: bool  # `begun` is of the same version of the file, with the same settings
     compares: bool  # it is first compared with its object
-    heads: int  # HEADs that this takes: 0 if the state knows the content
-    requests: dict[str, int]  # by kind, if it comes to an upload
+    heads: int  # HEADs for that: one if its content is not known, one if it has parts
+    requests: dict[str, int]  # by kind, if it is uploaded in the end
     early: float  # USD for the object that an upload overwrites before its minimum days
     usd: float  # for all of these requests, and `early`
 
@@ -2792,13 +2803,13 @@ class Walk:
         self._root, self.prices = context.config.remote_path, context.bucket.prices
         self.others = Counter[str]()  # neither uploaded, skipped nor failed, by their label
         self.failed = 0
-        self.unlisted: set[bytes] = set()  # folders and files that the box does not describe
+        self.unlisted: set[bytes] = set()  # folders that failed, files without size or time
         self._uploads = state.uploads()  # without those of the jobs that were made
         self.early = 0.0  # USD for objects that are overwritten early
 
     def pages(self) -> Iterator[list[RemoteFile]]:
-        """Lists of at most PAGE files, and an empty list after each COMMIT_PAUSE without a
-        file.  Fatal if REMOTE_PATH itself cannot be listed, Stopped."""
+        """Lists of at most PAGE files; some are empty, one after each COMMIT_PAUSE of waiting
+        for a listing.  Fatal if REMOTE_PATH itself cannot be listed, Stopped."""
         self._exclusions = Exclusions(self._config, self._box)
         waiting = [self._root]
         begun: deque[tuple[bytes, Future[list[Entry] | None]]] = deque()
@@ -2891,8 +2902,8 @@ class Walk:
             plan = plan_upload(file.size, config.memory_limit)
             settings = config.upload_settings(file.size) if plan.is_multipart else ""
             path = path_text(file.path)
-            upload = key, path, file.size, file.mtime, plan.part_size, settings
-            resumes = begun is not None and begun[:-1] == upload
+            row = key, path, file.size, file.mtime, plan.part_size, settings
+            resumes = begun is not None and begun[:-1] == row
             compares, heads, early = False, 0, 0.0
             if record := records.get(path):
                 stored = record.stored
@@ -2900,11 +2911,11 @@ class Walk:
                 heads = compares * ((stored.crc32 is None) + ("-" in stored.etag))
                 age_days = (time.time() - stored.uploaded_at) / DAY
                 early = self.prices.early(stored.storage_class, stored.size, age_days)
-            lists = int(begun is not None)  # of its parts, or its uploads
+            lists = int(begun is not None)  # of its parts; if it is gone, a HEAD follows
             requests = {"head": heads + lists, "list": lists, **plan.requests(file.size)}
             usd = early + self.prices.requests(config.storage_class_of(file.size), requests)
-            known = file, key, plan, record, upload, begun, resumes
-            yield Job(*known, compares, heads, requests, early, usd)
+            uploading = plan, record, row, begun, resumes
+            yield Job(file, key, *uploading, compares, heads, requests, early, usd)
 
 
 def total_cost(counts: Counts, price: Callable[[str, int, int], float]) -> float:
@@ -2918,8 +2929,8 @@ MARKS = {NEW: "+", MODIFIED: "*", TO_COMPARE: "?"}
 
 
 class Forecast(Walk):
-    """What a run would do, and what that costs.  `on_file` is called with a mark, a path and
-    the reason of a failure for each file that is not archived as it is."""
+    """What a run would do, and what that costs.  `on_file` is called for each file that is not
+    archived as it is: with a mark, its path and, for a failure, the reason."""
 
     def __init__(self, context: Context, state: State, on_file: Callable[..., None]):
         super().__init__(context, state, partial(on_file, "!"))
@@ -2930,7 +2941,7 @@ class Forecast(Walk):
         self.gone_paths = set[str]()  # as in the path column
         self.requests = Counter(put=0, create=0, part=0, complete=0, head=0)  # by kind
         self.upload_cost = 0.0  # USD for them
-        self.saving = 0.0  # USD of it, if tiny files went into CLASS_FOR_TINY
+        self.saving = 0.0  # USD of `upload_cost`, if tiny files went into CLASS_FOR_TINY
         self.afterwards = state.archived()
 
     def walk_box(self) -> None:
@@ -3105,8 +3116,9 @@ class Run(Walk):
         self._box.stopping.check()
         upload = self._upload_to_continue(job)
         found = self._object_to_compare(job) if job.compares or upload is None else None
-        # An mtime in the object's metadata is as good as a row of ours, unless the upload came
-        # so soon after it that a later change could have the same mtime.
+        # An mtime that S3 has just told is as good as a row of ours, unless the upload came so
+        # soon after it that a later change could have the same mtime.  (In a Record, the mtime
+        # of the object is the upload's time, which never matches here.)
         if found and found.mtime == job.file.mtime < found.uploaded_at - RECENTLY_STORED:
             return Archived(job.file, found, is_recent=False, is_upload=False)
         if job.plan.is_multipart:
@@ -3244,7 +3256,7 @@ def run(context: Context, options: argparse.Namespace) -> int:
 
 # ------------------------------------------------------------------ Inspection
 
-NOTHING_THERE = "nothing is archived under this path: the exact one, no pattern"
+NOTHING_THERE = "nothing is archived under this path; give it exactly, patterns do not work"
 
 
 @contextlib.contextmanager
@@ -3256,9 +3268,9 @@ def errors_as_warnings() -> Iterator[None]:
 
 
 def wanted_paths(context: Context, options: argparse.Namespace) -> list[bytes]:
-    """The paths of the command line, relative to REMOTE_PATH, without those below another one;
-    none for all files.  Fatal for /, unless that is REMOTE_PATH, and for --at if the bucket has
-    never kept versions."""
+    """The paths of the command line, relative to REMOTE_PATH, without those below another one.
+    An empty list stands for all files.  Fatal for /, unless that is REMOTE_PATH, and for --at
+    if the bucket has never kept versions."""
     root = context.config.remote_path.removeprefix(b"./")
     start = join(root, b"")
     names = [os.fsencode(path).rstrip(b"/").removeprefix(b"./") for path in options.path]
@@ -3281,7 +3293,7 @@ def select_objects(
     context: Context, at: float | None, paths: list[bytes], missing: set[bytes]
 ) -> Iterator[Selected]:
     """The objects at and below these paths, or all if there are no paths, now or at the time
-    `at`.  Paths without objects are in `missing` at the end.  Fatal if nothing is archived."""
+    `at`.  Paths without objects are in `missing` at the end; without `paths`, this is Fatal."""
     config, bucket = context.config, context.bucket
     for path in paths or [b""]:
         missing.add(path)
@@ -3449,12 +3461,12 @@ class Download:
     """An object that is being read."""
 
     def __init__(self, context: Context, found: StoredObject):
-        """Sends the GET; FileError (INVALID_STATE) if the object is cold, or if it is not the
-        one that was listed."""
+        """Sends the GET.  FileError if it is not the object that was listed, with the code
+        INVALID_STATE if the object is cold."""
         self._context, version = context, {"Key": found.key, "VersionId": found.version_id}
         self._get = partial(context.bucket.request, "get_object", **version)
         answer = self._get(ChecksumMode="ENABLED")
-        self._unread = [answer["Body"]]  # until `blocks` reads it
+        self._body = answer["Body"]  # None once `blocks` has taken it
         self.stored = stored_object(found.key, answer)
         # The name of its file until that is complete.  Each object has one, which is the same
         # in every pass: at most one file is left behind.
@@ -3472,7 +3484,7 @@ class Download:
         offset = crc32 = failures = 0
         while offset < size and failures < S3_ATTEMPTS:
             rest = {"IfMatch": f'"{stored.etag}"', "Range": f"bytes={offset}-"}
-            body = self._unread.pop() if self._unread else self._get(**rest)["Body"]
+            body, self._body = self._body or self._get(**rest)["Body"], None
             failures += 1  # until a block arrives
             try:
                 for block in body.iter_chunks(block_size):
@@ -3514,8 +3526,8 @@ class LocalFolder:
         return Attributes(found.st_size, int(found.st_mtime), found.st_mode)
 
     def store(self, name: bytes, download: Download, overwrite: bool) -> None:
-        """Writes the file under another name, and renames it.  FileError, also if there is
-        one and not `overwrite`; Fatal if the disk is full."""
+        """Writes the file under another name, and renames it.  FileError, also if a file has
+        this name by then and `overwrite` is False; Fatal if the disk is full."""
         path, stored = self._folder / os.fsdecode(name), download.stored
         partial_path = path.with_name(download.partial_name)
         if os.path.realpath(path.parent) != str(path.parent):
@@ -3548,7 +3560,7 @@ class BoxFolder:
     def __init__(self, box: StorageBox, folder: str, overwrite: bool):
         """Creates the folder if it is missing; Fatal if no file can be stored in it."""
         self._box, self._folder = box, re.sub(b"/+", b"/", os.fsencode(folder))
-        self._known = {b""}  # folders that exist; / is known
+        self._known = {b""}  # folders that exist; b"" stands for /
         # Stores an empty file as any other: a server may allow OPEN, but not RENAME.
         unique, stored = os.urandom(8).hex(), SimpleNamespace(size=0, mtime=1_000_000_000)
         name = f".archive-{unique}.partial"
@@ -3580,7 +3592,7 @@ class BoxFolder:
         # RENAME replaces no file.  If it failed after a REMOVE, there would be none left.
         rename = (FXP_EXTENDED, b"posix-rename@openssh.com") if overwrite else (FXP_RENAME,)
 
-        def check(session: Session, where: bytes) -> None:
+        def check_file(session: Session, where: bytes) -> None:
             if session.send((FXP_LSTAT, where)).result()[:2] != complete:
                 raise FileError(f"not {stored.size:,} bytes of mtime {mtime} on the box")
 
@@ -3593,9 +3605,9 @@ class BoxFolder:
             handle = session.send((FXP_OPEN, partial_path, FOR_WRITING, NO_ATTRIBUTES)).result()
             try:  # no retry after FAILURE from here on: it would download the object again
                 write_file(session, handle, download, mtime)
-                check(session, partial_path)
+                check_file(session, partial_path)
                 session.send((*rename, partial_path, path)).result()
-                check(session, path)  # an OPEN of a lost session may have emptied it meanwhile
+                check_file(session, path)  # an OPEN of a lost session may have emptied it
             except SFTPError as error:
                 raise FileError(f"the box cannot store it: {error}") from None
 
@@ -3665,7 +3677,8 @@ class Restore:
         else:
             self._target = LocalFolder(options.to)
         self._asked_at: float | None = None  # when S3 was last asked to restore an object
-        self._present: dict[str, Attributes] = {}  # by key: files that are known to be there
+        # By key, the files that were compared with their objects: they get no HEAD again.
+        self._present: dict[str, Attributes] = {}
 
     def one_pass(self) -> int:
         """Restores what can be read now, and asks S3 for the rest.  The exit status."""
@@ -3775,7 +3788,8 @@ class Restore:
         """The selected objects and the paths to restore them to.  A file whose path is also a
         folder gets a name beside it.  If two keys stand for one path, the key that this
         program writes wins."""
-        held: list[Selected] = []  # as `a` and `a.txt`, until `a/b` shows that `a` is a folder
+        # Files that may be folders as well: the keys a, a.txt, a/b come in this order.
+        held: list[Selected] = []
         for path, found in self._select(self._paths, self._missing):
             key, our_key = found.key, unchecked_key(self._config.prefix, path)
             while held and not key.startswith(held[-1][1].key):  # keys are sorted
@@ -3788,7 +3802,7 @@ class Restore:
                 message = "%s is a folder as well: the file of that name is restored as %s"
                 warn_once(message, printable(file_path), printable(name))
                 yield name, file
-            # Sends no request unless another program wrote the key.
+            # A generator: it sends no request unless another program wrote the key.
             same_path = (other.key for _, other in self._select([path], set()))
             if our_key != key and our_key in same_path:
                 warn_once("left out %s: %s stands for the same name", key, our_key)
@@ -3922,7 +3936,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(check, "--env-file other.env check")
     for command in (of_ls, of_restore):
         path = "file or folder as on the box (default: all)"
-        command.add_argument("path", nargs="*", type=parse_text, metavar="PATH", help=path)
+        command.add_argument("path", nargs="*", type=parse_nonempty, metavar="PATH", help=path)
         when = "as it was then: a date, a time, or an age like 30d (for versioned buckets)"
         command.add_argument("--at", type=parse_time, metavar="WHEN", help=when)
     return parser
@@ -3937,7 +3951,7 @@ def add_flags(options: argparse._ActionsContainer, **flags: str) -> None:
 def add_restore(command: argparse.ArgumentParser) -> None:
     """Adds the options that only `restore` has."""
     place = command.add_mutually_exclusive_group(required=True)
-    add_place = partial(place.add_argument, type=parse_text, metavar="FOLDER")
+    add_place = partial(place.add_argument, type=parse_nonempty, metavar="FOLDER")
     add_place("--to", help="a folder of this machine")
     add_place("--to-box", help="a folder of the Storage Box")
     tiers = "bulk: within 48 hours; standard: within 12, costs more"

@@ -221,7 +221,7 @@ def test_path_that_has_nothing_is_a_failure_beside_the_others(archive, form):
     result = archive("ls", *form, "ab", "b", "a/x/y", "new\nline")
 
     assert result.status == 3
-    reason = "nothing is archived under this path: the exact one, no pattern"
+    reason = "nothing is archived under this path; give it exactly, patterns do not work"
     assert failed(result) == dict.fromkeys(("a/x/y", "b", "new\\nline"), reason)
     shown = [one["path"] for one in objects(result)] if form else names(result)
     assert shown == ["ab"]
