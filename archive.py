@@ -466,21 +466,12 @@ def object_key(prefix: str, relative: bytes) -> str:
 
 
 class UploadPlan(NamedTuple):
-    """How a file is uploaded: in parts, or with one PUT if `parts_at_once` is 0.  `memory`
-    is the most bytes that the upload holds at once."""
+    """How a file is uploaded."""
 
     part_size: int
-    parts_at_once: int
-    memory: int
-
-    @property
-    def is_multipart(self) -> bool:
-        return self.parts_at_once > 0
-
-    def requests(self, size: int) -> dict[str, int]:
-        if not self.is_multipart:
-            return {"put": 1}
-        return {"create": 1, "part": -(-size // self.part_size), "complete": 1}
+    parts_at_once: int  # 0: the file is sent whole, with one PUT
+    memory: int  # the most bytes that the upload holds at once
+    requests: dict[str, int]  # by kind, as for Prices.requests
 
 
 def plan_upload(size: int, memory_limit: int) -> UploadPlan:
@@ -488,12 +479,13 @@ def plan_upload(size: int, memory_limit: int) -> UploadPlan:
     joined.  Of a large one, the parts that are being sent, the part that is being read, and
     READ_WINDOW are in memory.  With very large parts this is more than `memory_limit`."""
     if size < SMALL_FILE:
-        return UploadPlan(size, 0, 2 * size)
+        return UploadPlan(size, 0, 2 * size, {"put": 1})
     possible = (part for part in PART_SIZES if part >= max(PART_SIZE, size / MAX_PARTS))
     part_size = min(possible, default=PART_SIZES[-1])
     at_once = max(1, min(PARTS_AT_ONCE, (memory_limit - READ_WINDOW) // part_size - 1))
     memory = min(2 * size, (at_once + 1) * part_size + READ_WINDOW)
-    return UploadPlan(part_size, at_once, memory)
+    requests = {"create": 1, "part": -(-size // part_size), "complete": 1}
+    return UploadPlan(part_size, at_once, memory, requests)
 
 
 # A CRC is a polynomial modulo another one.  The highest bit is the coefficient of x**0.
@@ -983,9 +975,9 @@ class Batch:
 class Session:
     """One SFTP channel, shared by many threads.  Its own thread delivers the replies."""
 
-    def __init__(self, transport: paramiko.Transport, channel: paramiko.Channel):
+    def __init__(self, channel: paramiko.Channel):
         """Exchanges versions; ConnectionLost if the box does not answer in SFTP."""
-        self._transport, self._channel = transport, channel
+        self._channel = channel
         self._sending = threading.Lock()
         # Guards `_owed` and `lost`, and is never held while waiting for the box.
         self._lock = threading.Lock()
@@ -1032,11 +1024,11 @@ class Session:
         with self._lock:
             if self.lost is not None:
                 return
-            self.lost = one_line(reason)
+            self.lost = reason
             owed, self._owed = self._owed, {}
         for batch in set(owed.values()):
             batch.arriving.release()
-        self._transport.close()
+        self._channel.get_transport().close()
 
     def _receive(self) -> None:
         """Passes each reply to its batch, until the session ends."""
@@ -1104,7 +1096,7 @@ def connect(config: Config) -> Session:
         transport.set_keepalive(KEEPALIVE)
         channel = transport.open_session(timeout=CONNECT_LIMIT)
         channel.invoke_subsystem("sftp")
-        return Session(transport, channel)
+        return Session(channel)
     except Exception as error:
         transport.close()
         if isinstance(error, Fatal) and not watchdog.is_alive():
@@ -1324,10 +1316,6 @@ class StorageBox:
                     session = None  # the next try waits until it may begin
         raise FileError(f"lost the connection {TRIES} times, last: {reason}", LOST)
 
-    def find(self, path: bytes) -> Attributes | None:
-        """The attributes of `path`, even of a link; None if it does not exist; FileError."""
-        return self.retry(partial(look_up, path=path))
-
     def list_folder(self, path: bytes, limit: float = math.inf) -> list[Entry] | None:
         """A folder's entries by name; None if `limit` came before the end of it; FileError."""
         try:
@@ -1348,7 +1336,8 @@ class StorageBox:
 
 
 def look_up(session: Session, path: bytes) -> Attributes | None:
-    """As StorageBox.find.  READLINK is sent because ProFTPD's LSTAT follows links."""
+    """The attributes of `path`, even of a link; None if it does not exist; FileError.
+    READLINK is sent because ProFTPD's LSTAT follows links."""
     found, target = session.send((FXP_LSTAT, path), (FXP_READLINK, path)).results()
     if isinstance(found, SFTPError):
         if found.code == VANISHED:
@@ -1573,8 +1562,9 @@ class Exclusions:
 
     def _exists(self, path: str) -> bool:
         for text in {path, unicodedata.normalize("NFD", path)} - {""}:
+            place = join(self._root, text.encode("utf-8", "surrogateescape"))
             with contextlib.suppress(FileError):
-                if self._box.find(join(self._root, text.encode("utf-8", "surrogateescape"))):
+                if self._box.retry(partial(look_up, path=place)):
                     return True
         return False
 
@@ -2285,7 +2275,7 @@ class Bucket:
         first one that is missing, of another size or without a CRC-32.  The file's last part is
         sent again, as upload_fileobj has to send one.  None if S3 does not have the upload."""
         parts: list[dict[str, Any]] = []
-        part_size, last = job.plan.part_size, job.plan.requests(job.file.size)["part"]
+        part_size, last = job.plan.part_size, job.plan.requests["part"]
         try:
             for part in self._list("list_parts", "Parts", Key=job.key, UploadId=upload_id):
                 is_next = (part["PartNumber"], part["Size"]) == (len(parts) + 1, part_size)
@@ -2708,6 +2698,7 @@ class Parallel(Generic[Item, Result]):
         result: Result | None = None
         error: FileError | None = None
         try:
+            self.box.stopping.check()
             result = self.work(item)
         except FileError as expected:
             error = expected
@@ -2734,11 +2725,10 @@ class Parallel(Generic[Item, Result]):
     def _collect(self) -> list[Outcome[Item, Result]]:
         """Waits for finished work at most COMMIT_PAUSE, and takes its outcomes.  Notes why the
         rest has to end."""
-        outcomes = []
+        outcomes: list[Outcome[Item, Result]] = []
         with contextlib.suppress(queue.Empty):
-            outcomes.append(self._finished.get(timeout=COMMIT_PAUSE))
             while True:
-                outcomes.append(self._finished.get_nowait())
+                outcomes.append(self._finished.get(block=not outcomes, timeout=COMMIT_PAUSE))
         for item, _, error in outcomes:
             self._under_way -= 1
             self._memory_in_use -= self.memory(item)
@@ -2900,7 +2890,7 @@ class Walk:
                 continue
             begun = self._uploads.pop(key, None)
             plan = plan_upload(file.size, config.memory_limit)
-            settings = config.upload_settings(file.size) if plan.is_multipart else ""
+            settings = config.upload_settings(file.size) if plan.parts_at_once else ""
             path = path_text(file.path)
             row = key, path, file.size, file.mtime, plan.part_size, settings
             resumes = begun is not None and begun[:-1] == row
@@ -2911,8 +2901,10 @@ class Walk:
                 heads = compares * ((stored.crc32 is None) + ("-" in stored.etag))
                 age_days = (time.time() - stored.uploaded_at) / DAY
                 early = self.prices.early(stored.storage_class, stored.size, age_days)
-            lists = int(begun is not None)  # of its parts; if it is gone, a HEAD follows
-            requests = {"head": heads + lists, "list": lists, **plan.requests(file.size)}
+            lists = int(
+                begun is not None
+            )  # of its parts, or uploads; a HEAD follows if it is gone
+            requests = {"head": heads + lists, "list": lists, **plan.requests}
             usd = early + self.prices.requests(config.storage_class_of(file.size), requests)
             uploading = plan, record, row, begun, resumes
             yield Job(file, key, *uploading, compares, heads, requests, early, usd)
@@ -3113,7 +3105,6 @@ class Run(Walk):
 
     def _transfer(self, job: Job) -> Archived:
         """Reads one file, and uploads it unless S3 holds it; FileError, Fatal, Stopped."""
-        self._box.stopping.check()
         upload = self._upload_to_continue(job)
         found = self._object_to_compare(job) if job.compares or upload is None else None
         # An mtime that S3 has just told is as good as a row of ours, unless the upload came so
@@ -3121,7 +3112,7 @@ class Run(Walk):
         # of the object is the upload's time, which never matches here.)
         if found and found.mtime == job.file.mtime < found.uploaded_at - RECENTLY_STORED:
             return Archived(job.file, found, is_recent=False, is_upload=False)
-        if job.plan.is_multipart:
+        if job.plan.parts_at_once:
             with self._turns:
                 self._box.stopping.check()
                 return self._transfer_large(job, found, upload or Upload())
@@ -3580,7 +3571,7 @@ class BoxFolder:
         return space[1] if space else math.inf
 
     def find(self, name: bytes) -> Attributes | None:
-        return self._box.find(join(self._folder, name))
+        return self._box.retry(partial(look_up, path=join(self._folder, name)))
 
     def store(self, name: bytes, download: Download, overwrite: bool) -> None:
         """As LocalFolder.store; Fatal if the box is full."""
@@ -3839,7 +3830,6 @@ class Restore:
         options, label = self._options, self._state_of(name, found)
         # The user has agreed to a number of requests; more objects may be cold by now.
         if label == NOT_ASKED and self._allowed_requests.acquire(blocking=False):
-            self._context.box.stopping.check()
             can_be_read = self._bucket.request_restore(found, options.tier, options.days)
             label = READY if can_be_read else ASKED
         if label != READY:
