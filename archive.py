@@ -3182,6 +3182,7 @@ class Run(Walk):
                 # Its upload is not needed, only the HEAD was.
                 self._reserved -= job.usd - self.prices.requests("", {"head": job.heads})
                 self.others["Compared files"] += 1
+                self._progress.moved(job.file.size)
                 log.debug("compared %s", path)
             elif error and error.code == VANISHED:
                 self.others["Vanished"] += 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import random
 import re
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import moto.s3.models
 import pytest
-from conftest import MIB, OLD, fill, tree
+from conftest import MIB, OLD, PROGRAM, fill, tree
 from faults import (
     LARGE,
     SEED,
@@ -136,6 +137,20 @@ def test_files_that_were_only_touched_are_compared_and_not_sent(archive, box, s3
     assert archive.query("SELECT DISTINCT uploaded_at FROM files") == [(OLD + 1,)]
     assert archive.query("SELECT DISTINCT storage_class FROM objects") == [("DEEP_ARCHIVE",)]
     assert_settled(archive, box, s3, constants=SIZES)
+
+
+def test_progress_bar_counts_files_that_are_compared(archive, box):
+    fill(box.root, {"a": 1_000, "b": 3_000})
+    assert archive().status == 0
+    touch(box.root, OLD + 5)
+    terminal, theirs = pty.openpty()
+    command = [sys.executable, PROGRAM, "--env-file", archive.env_file]
+    environment = archive.environment(TQDM_MININTERVAL="0")
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, stderr=theirs)
+    os.close(theirs)
+    drawn = os.read(terminal, 100_000).decode()
+    os.close(terminal)
+    assert "all files: 100%" in drawn
 
 
 @pytest.mark.parametrize("state", ["kept", "lost"])
