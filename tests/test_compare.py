@@ -1,13 +1,16 @@
 """Files that are compared with what S3 holds, and uploaded only if they differ."""
 
+import fcntl
 import json
 import os
 import pty
 import random
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections import Counter
 from pathlib import Path
@@ -144,11 +147,13 @@ def test_progress_bar_counts_files_that_are_compared(archive, box):
     assert archive().status == 0
     touch(box.root, OLD + 5)
     terminal, theirs = pty.openpty()
+    size = struct.pack("4H", 24, 80, 0, 0)  # or nothing is drawn
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, size)
     command = [sys.executable, PROGRAM, "--env-file", archive.env_file]
     environment = archive.environment(TQDM_MININTERVAL="0")
     subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, stderr=theirs)
-    os.close(theirs)
     drawn = os.read(terminal, 100_000).decode()
+    os.close(theirs)
     os.close(terminal)
     assert "all files: 100%" in drawn
 
