@@ -1347,13 +1347,6 @@ def look_up(session: Session, path: bytes) -> Attributes | None:
     return Attributes(found.size, found.mtime, stat.S_IFLNK if is_link else found.mode)
 
 
-def is_recent(file: RemoteFile, began: float) -> bool:
-    """Whether another change could keep the file's size and mtime: it was modified at most
-    RECENT seconds before its reading `began`, or since.  False if its mtime is more than RECENT
-    seconds in the future."""
-    return began - RECENT <= file.mtime <= time.time() + RECENT
-
-
 class FileReader:
     """Reads a file on the box once, from an offset to its end.
 
@@ -1388,7 +1381,9 @@ class FileReader:
 
     @property
     def is_recent(self) -> bool:
-        return is_recent(self.file, self._began)
+        """Whether the file was modified since RECENT seconds before it was opened: another
+        change could keep its size and mtime.  False if its mtime is further in the future."""
+        return self._began - RECENT <= self.file.mtime <= time.time() + RECENT
 
     def read(self, amount: int = -1) -> bytes:
         """The next `amount` bytes, fewer at the end; all if negative; FileError, Stopped."""
@@ -1791,14 +1786,13 @@ class State:
             for path, mtime, *stored in self._db.execute(query, (self._default_class, *values)):
                 yield Record(path, mtime, StoredObject(*stored))
 
-    def note_upload(self, job: Job, upload_id: str | None) -> None:
+    def note_upload(self, job: Job, upload_id: str | None, is_recent: bool = False) -> None:
         """Notes an upload in parts before its first part is sent; for any thread.  It can be
-        continued, unless the file was modified so recently that the parts could be of two
-        versions.  Without an id no part was sent: the next run uploads the file from its
-        start, and does not compare it first."""
+        continued, unless the file `is_recent`, so that the parts could be of two versions.
+        Without an id no part was sent: the next run uploads the file from its start, and does
+        not compare it first."""
         key, path, size, mtime, part_size, settings = job.upload_row
-        if upload_id and is_recent(job.file, time.time()):
-            mtime = None
+        mtime = None if is_recent else mtime
         insert = "INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?)"
         with state_errors(self._path), contextlib.closing(self._open(self._path)) as db:
             db.execute(insert, (key, path, size, mtime, part_size, settings, upload_id))
@@ -3164,7 +3158,7 @@ class Run(Walk):
             if not upload.id:
                 self._state.note_upload(job, None)  # S3's answer may get lost
                 upload = self._bucket.begin_upload(job.key, file.size, file.mtime)
-                self._state.note_upload(job, upload.id)
+                self._state.note_upload(job, upload.id, reader.is_recent)
             self._progress.moved(offset)
             stored = self._bucket.upload(job, reader.read, upload, self._progress.moved)
             return Archived(file, stored, reader.is_recent, is_upload=True)
