@@ -465,27 +465,38 @@ def object_key(prefix: str, relative: bytes) -> str:
 # ------------------------------------------------------- Uploads and checksums
 
 
-class UploadPlan(NamedTuple):
-    """How a file is uploaded."""
+class Upload(NamedTuple):
+    """How a file is uploaded: in parts, or with one PUT if it is small.  An unfinished one in
+    parts is a row of the state's table `uploads`, which has all fields but `parts`."""
 
-    part_size: int
-    parts_at_once: int  # 0: the file is sent whole, with one PUT
-    memory: int  # the most bytes that the upload holds at once
-    requests: dict[str, int]  # by kind, as for Prices.requests
+    key: str
+    path: str  # as in the state's path column
+    size: int
+    mtime: int | None  # of the file; None in the state if the upload must not be continued
+    part_size: int = 0  # 0: one PUT
+    settings: str = ""  # see Config.upload_settings
+    id: str | None = None  # until S3 has given one
+    # Stored ones, from the first on without a gap, as CompleteMultipartUpload takes them.
+    parts: tuple[dict[str, Any], ...] = ()
 
+    @property
+    def requests(self) -> dict[str, int]:
+        """The number of requests by kind, if nothing is stored yet."""
+        if not self.part_size:
+            return {"put": 1}
+        return {"create": 1, "part": -(-self.size // self.part_size), "complete": 1}
 
-def plan_upload(size: int, memory_limit: int) -> UploadPlan:
-    """The plan for a file of `size` bytes.  A small file is in memory twice: as replies, and
-    joined.  Of a large one, the parts that are being sent, the part that is being read, and
-    READ_WINDOW are in memory.  With very large parts this is more than `memory_limit`."""
-    if size < SMALL_FILE:
-        return UploadPlan(size, 0, 2 * size, {"put": 1})
-    possible = (part for part in PART_SIZES if part >= max(PART_SIZE, size / MAX_PARTS))
-    part_size = min(possible, default=PART_SIZES[-1])
-    at_once = max(1, min(PARTS_AT_ONCE, (memory_limit - READ_WINDOW) // part_size - 1))
-    memory = min(2 * size, (at_once + 1) * part_size + READ_WINDOW)
-    requests = {"create": 1, "part": -(-size // part_size), "complete": 1}
-    return UploadPlan(part_size, at_once, memory, requests)
+    def parts_at_once(self, memory_limit: int) -> int:
+        """How many parts are sent at once, while another one is read."""
+        return max(1, min(PARTS_AT_ONCE, (memory_limit - READ_WINDOW) // self.part_size - 1))
+
+    def memory(self, memory_limit: int) -> int:
+        """The most bytes that are in memory at once: more than `memory_limit` if the parts are
+        so large.  A small file is in memory twice: as replies, and joined."""
+        if not self.part_size:
+            return 2 * self.size
+        parts = (self.parts_at_once(memory_limit) + 1) * self.part_size
+        return min(2 * self.size, parts + READ_WINDOW)
 
 
 # A CRC is a polynomial modulo another one.  The highest bit is the coefficient of x**0.
@@ -1572,12 +1583,9 @@ CREATE TABLE files  -- mtime: NULL if the file has to be compared
     (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, uploaded_at INTEGER);
 CREATE TABLE objects (path TEXT PRIMARY KEY, key TEXT NOT NULL UNIQUE, etag TEXT,
     crc32 INTEGER, storage_class TEXT) WITHOUT ROWID;
-CREATE TABLE uploads  -- in parts, begun and not completed
-    (key TEXT PRIMARY KEY, path TEXT NOT NULL, size INTEGER NOT NULL,
-    mtime INTEGER,  -- of the file, NULL if the upload must not be continued
-    part_size INTEGER NOT NULL, settings TEXT NOT NULL,  -- see Config.upload_settings
-    upload_id TEXT)  -- NULL until S3 has given one
-    WITHOUT ROWID;
+CREATE TABLE uploads  -- see Upload: those in parts that are begun and not completed
+    (key TEXT PRIMARY KEY, path TEXT NOT NULL, size INTEGER NOT NULL, mtime INTEGER,
+    part_size INTEGER NOT NULL, settings TEXT NOT NULL, upload_id TEXT) WITHOUT ROWID;
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);  -- see State._check_pins
 CREATE TABLE runs  -- one that was killed has only its start, `spent` is in USD
     (started_at INTEGER PRIMARY KEY, ended_at INTEGER, status INTEGER,
@@ -1612,6 +1620,15 @@ class Record(NamedTuple):
     path: str  # as in the path column
     mtime: int | None  # the file's; None if the file has to be compared
     stored: StoredObject
+
+
+class Archived(NamedTuple):
+    """A file and its object, which S3 has acknowledged or was found to hold already."""
+
+    file: RemoteFile  # as it was read
+    stored: StoredObject
+    is_recent: bool  # the next run has to compare it
+    is_upload: bool
 
 
 @dataclass
@@ -1786,16 +1803,13 @@ class State:
             for path, mtime, *stored in self._db.execute(query, (self._default_class, *values)):
                 yield Record(path, mtime, StoredObject(*stored))
 
-    def note_upload(self, job: Job, upload_id: str | None, is_recent: bool = False) -> None:
-        """Notes an upload in parts before its first part is sent; for any thread.  It can be
-        continued, unless the file `is_recent`, so that the parts could be of two versions.
-        Without an id no part was sent: the next run uploads the file from its start, and does
-        not compare it first."""
-        key, path, size, mtime, part_size, settings = job.upload_row
-        mtime = None if is_recent else mtime
+    def note_upload(self, upload: Upload) -> None:
+        """Notes an upload before its first part is sent; for any thread.  One without an id
+        has no part: the next run uploads the file from its start, and does not compare it
+        first."""
         insert = "INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?)"
         with state_errors(self._path), contextlib.closing(self._open(self._path)) as db:
-            db.execute(insert, (key, path, size, mtime, part_size, settings, upload_id))
+            db.execute(insert, upload[:7])
 
     @in_transaction
     def doubt(self, paths: list[str]) -> None:
@@ -1820,9 +1834,9 @@ class State:
         self._execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", *file_row)
         self._execute("INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?, ?)", *object_row)
 
-    def uploads(self) -> dict[str, sqlite3.Row]:
-        """Rows of `uploads` by key."""
-        return {row["key"]: row for row in self._execute("SELECT * FROM uploads")}
+    def uploads(self) -> dict[str, Upload]:
+        """The noted uploads by key."""
+        return {row["key"]: Upload(*row) for row in self._execute("SELECT * FROM uploads")}
 
     def forget_upload(self, key: str) -> None:
         self._execute("DELETE FROM uploads WHERE key = ?", key)
@@ -2031,26 +2045,19 @@ def versions_at(entries: Iterable[Mapping[str, Any]], at: float) -> Iterator[Map
             yield past[-1]
 
 
-class Upload(NamedTuple):
-    """An upload in parts, and its stored parts from the first one on without a gap."""
-
-    id: str = ""  # until it is begun
-    parts: tuple[dict[str, Any], ...] = ()  # as CompleteMultipartUpload takes them
-
-
 class MultipartClient:
     """Stands in for boto3's client and for the file in upload_fileobj.  It continues an upload
     after the parts that an earlier run has stored.  It sends the CRC-32 of each part, and at
     the end that of the file, so that S3 refuses to complete an upload of other bytes."""
 
-    def __init__(self, bucket: Bucket, job: Job, read: Read, upload: Upload):
-        self._bucket, self._read, self._size = bucket, read, job.file.size
-        self._upload = {"Key": job.key, "UploadId": upload.id}
+    def __init__(self, bucket: Bucket, upload: Upload, read: Read):
+        self._bucket, self._read, self._size = bucket, read, upload.size
+        self._upload = {"Key": upload.key, "UploadId": upload.id}
         self._before = len(upload.parts)
         self._parts = [*upload.parts]  # and those read since; one that is stored has an ETag
         self.crc32 = 0  # of all these parts
         for part in upload.parts:
-            self.crc32 = crc32_combine(self.crc32, crc32_of(part) or 0, job.plan.part_size)
+            self.crc32 = crc32_combine(self.crc32, crc32_of(part) or 0, upload.part_size)
         self._error: Exception | None = None  # of a part, which ends the reading
         self.answer: Mapping[str, Any] = {}  # to CompleteMultipartUpload
 
@@ -2203,29 +2210,31 @@ class Bucket:
         answer = self.request("put_object", Key=key, Body=data, **request)
         return self._confirm(key, answer, len(data), crc32)
 
-    def begin_upload(self, key: str, size: int, mtime: int) -> Upload:
-        """Begins an upload in parts.  Its id has to be noted before the first part is sent."""
-        arguments = self._upload_arguments(size, mtime) | {"ChecksumType": "FULL_OBJECT"}
-        answer = self.request("create_multipart_upload", Key=key, **arguments)
+    def begin_upload(self, upload: Upload) -> Upload:
+        """The upload with its id, which has to be noted before the first part is sent."""
+        arguments = self._upload_arguments(upload.size, upload.mtime)
+        arguments |= {"Key": upload.key, "ChecksumType": "FULL_OBJECT"}
+        answer = self.request("create_multipart_upload", **arguments)
         # S3 may have begun another one, whose id got lost with the answer.
         if answer["ResponseMetadata"]["RetryAttempts"] > 0:
-            self.abort_upload(key, but=answer["UploadId"])
-        return Upload(answer["UploadId"])
+            self.abort_upload(upload.key, but=answer["UploadId"])
+        return upload._replace(id=answer["UploadId"])
 
-    def upload(self, job: Job, read: Read, upload: Upload, on_sent: OnSent) -> StoredObject:
-        """Uploads a large file in parts, after those that are stored; `read` returns the rest
-        of its bytes.  If this fails, the parts stay for the next run.  They are aborted only if
-        the file has changed while it was read, or S3 has refused one of its requests."""
-        key, size, part_size = job.key, job.file.size, job.plan.part_size
+    def upload(self, upload: Upload, read: Read, on_sent: OnSent) -> StoredObject:
+        """Sends the parts after those that are stored, and completes the upload; `read` returns
+        the rest of the file's bytes.  If this fails, the parts stay for the next run.  They are
+        aborted only if the file has changed while it was read, or S3 has refused a request."""
+        key, size, part_size = upload.key, upload.size, upload.part_size
         rest = size - len(upload.parts) * part_size
+        at_once = upload.parts_at_once(self._config.memory_limit)
         config = TransferConfig(
             multipart_threshold=min(rest, part_size),  # with less, it would do a PUT
             multipart_chunksize=part_size,
-            max_concurrency=job.plan.parts_at_once,
+            max_concurrency=at_once,
             preferred_transfer_client="classic",
         )
-        config.max_in_memory_upload_chunks = job.plan.parts_at_once  # not in the constructor
-        client = MultipartClient(self, job, read, upload)
+        config.max_in_memory_upload_chunks = at_once  # not in the constructor
+        client = MultipartClient(self, upload, read)
         try:
             upload_fileobj(client, client, self._config.bucket, key, None, on_sent, config)
         except FileError as error:
@@ -2239,7 +2248,7 @@ class Bucket:
             raise
         return self._confirm(key, client.answer, size, client.crc32)
 
-    def _upload_arguments(self, size: int, mtime: int) -> dict[str, Any]:
+    def _upload_arguments(self, size: int, mtime: int | None) -> dict[str, Any]:
         return {
             "StorageClass": self._config.storage_class_of(size),
             "ChecksumAlgorithm": "CRC32",
@@ -2264,24 +2273,24 @@ class Bucket:
 
     # Unfinished uploads
 
-    def unfinished_upload(self, job: Job, upload_id: str) -> Upload | None:
-        """An upload to continue, with the stored parts that can be kept: those before the
-        first one that is missing, of another size or without a CRC-32.  The file's last part is
-        sent again, as upload_fileobj has to send one.  None if S3 does not have the upload."""
+    def find_parts(self, upload: Upload) -> Upload:
+        """The upload with the stored parts that can be kept: those before the first one that
+        is missing, of another size or without a CRC-32.  The file's last part is sent again,
+        as upload_fileobj has to send one.  Without an id if S3 does not have the upload."""
         parts: list[dict[str, Any]] = []
-        part_size, last = job.plan.part_size, job.plan.requests["part"]
         try:
-            for part in self._list("list_parts", "Parts", Key=job.key, UploadId=upload_id):
-                is_next = (part["PartNumber"], part["Size"]) == (len(parts) + 1, part_size)
-                if not is_next or crc32_of(part) is None or part["PartNumber"] == last:
+            for part in self._list("list_parts", "Parts", Key=upload.key, UploadId=upload.id):
+                number, size = len(parts) + 1, upload.part_size
+                is_next = (part["PartNumber"], part["Size"]) == (number, size)
+                if not is_next or crc32_of(part) is None or number * size >= upload.size:
                     break
                 names = ("PartNumber", "ETag", "ChecksumCRC32")
                 parts.append({name: part[name] for name in names})
         except FileError as error:
             if error.code not in NOT_FOUND:
                 raise
-            return None
-        return Upload(upload_id, tuple(parts))
+            return upload._replace(id=None)
+        return upload._replace(parts=tuple(parts))
 
     def abort_upload(self, key: str, upload_id: str | None = None, but: str = "") -> bool:
         """Aborts the upload with this id; without one, all unfinished uploads of `key` except
@@ -2394,7 +2403,7 @@ class Bucket:
             return partial(self.request, operation, *NOT_FOUND, **request)
 
         def upload() -> None:  # whose class may be refused
-            self.abort_upload(key, self.begin_upload(key, SMALL_FILE, 0).id)
+            self.abort_upload(key, self.begin_upload(Upload(key, "", SMALL_FILE, 0)).id)
 
         return {
             "s3:ListBucket": ask("list_objects_v2", Prefix=self.prefix, MaxKeys=1),
@@ -2752,27 +2761,26 @@ class Parallel(Generic[Item, Result]):
 class Job(NamedTuple):
     """A file that may have to be uploaded."""
 
-    file: RemoteFile
-    key: str
-    plan: UploadPlan
+    file: RemoteFile  # as it was listed
     record: Record | None  # its row
-    upload_row: tuple[Any, ...]  # of an upload in parts that begins now, without the upload_id
-    begun: sqlite3.Row | None  # the row of an upload that an earlier run has begun
-    resumes: bool  # `begun` is of the same version of the file, with the same settings
+    upload: Upload  # to be continued if it has an id, else to be begun
+    stale: Upload | None  # an earlier run's, to be aborted first
     compares: bool  # it is first compared with its object
-    heads: int  # HEADs for that: one if its content is not known, one if it has parts
-    requests: dict[str, int]  # by kind, if it is uploaded in the end
+    lookups: dict[str, int]  # requests before an upload, by kind, as for Prices.requests
     early: float  # USD for the object that an upload overwrites before its minimum days
-    usd: float  # for all of these requests, and `early`
+    usd: float  # for all requests, and `early`
 
 
-class Archived(NamedTuple):
-    """A file and its object, which S3 has acknowledged or was found to hold already."""
-
-    file: RemoteFile  # as it was read
-    stored: StoredObject
-    is_recent: bool  # the next run has to compare it
-    is_upload: bool
+def plan_upload(config: Config, file: RemoteFile) -> Upload:
+    """The upload of a file, to be begun; FileError if S3 cannot hold it."""
+    path, size, mtime = file
+    key = object_key(config.prefix, relative_path(config.remote_path, path))
+    upload = Upload(key, path_text(path), size, mtime)
+    if size < SMALL_FILE:
+        return upload
+    possible = (part for part in PART_SIZES if part >= max(PART_SIZE, size / MAX_PARTS))
+    part_size = min(possible, default=PART_SIZES[-1])
+    return upload._replace(part_size=part_size, settings=config.upload_settings(size))
 
 
 class Walk:
@@ -2874,34 +2882,30 @@ class Walk:
 
     def _make_jobs(self, files: list[RemoteFile]) -> Iterator[Job]:
         """Jobs for files that are not recorded.  One that S3 cannot hold is a failure."""
-        config = self._config
         records = self._state.find(path_text(f.path) for f in files) if files else {}
         for file in files:
             try:
-                key = object_key(config.prefix, relative_path(config.remote_path, file.path))
+                upload = plan_upload(self._config, file)
             except FileError as error:
                 self.add_failure(file.path, error)
                 continue
-            begun = self._uploads.pop(key, None)
-            plan = plan_upload(file.size, config.memory_limit)
-            settings = config.upload_settings(file.size) if plan.parts_at_once else ""
-            path = path_text(file.path)
-            row = key, path, file.size, file.mtime, plan.part_size, settings
-            resumes = begun is not None and begun[:-1] == row
+            record, begun = records.get(upload.path), self._uploads.pop(upload.key, None)
+            resumes = begun is not None and begun._replace(id=None) == upload
             compares, heads, early = False, 0, 0.0
-            if record := records.get(path):
+            if record:
                 stored = record.stored
                 compares = stored.size == file.size and not resumes
+                # For the content, if the state does not know it, and for the size of the parts.
                 heads = compares * ((stored.crc32 is None) + ("-" in stored.etag))
                 age_days = (time.time() - stored.uploaded_at) / DAY
                 early = self.prices.early(stored.storage_class, stored.size, age_days)
-            lists = int(
-                begun is not None
-            )  # of its parts, or uploads; a HEAD follows if it is gone
-            requests = {"head": heads + lists, "list": lists, **plan.requests}
-            usd = early + self.prices.requests(config.storage_class_of(file.size), requests)
-            uploading = plan, record, row, begun, resumes
-            yield Job(file, key, *uploading, compares, heads, requests, early, usd)
+            lists = int(begun is not None)  # of its parts, or of the key's uploads
+            lookups = {"head": heads + lists, "list": lists}
+            storage_class = self._config.storage_class_of(file.size)
+            usd = early + self.prices.requests(storage_class, lookups | upload.requests)
+            if begun and begun.id and resumes:
+                upload, begun = begun, None  # it is continued, not aborted
+            yield Job(file, record, upload, begun, compares, lookups, early, usd)
 
 
 def total_cost(counts: Counts, price: Callable[[str, int, int], float]) -> float:
@@ -2955,9 +2959,9 @@ class Forecast(Walk):
             if record and (record.stored.size != size or record.mtime is not None):
                 self.altered += 1
             if job.compares:
-                label, requests = TO_COMPARE, {"head": job.heads}
+                label, requests = TO_COMPARE, job.lookups
             else:
-                label, requests = MODIFIED if record else NEW, job.requests
+                label, requests = MODIFIED if record else NEW, job.lookups | job.upload.requests
                 self.counts.add(TO_UPLOAD, size)
                 self.early += job.early
                 self.afterwards.add(storage_class, size)
@@ -3052,7 +3056,9 @@ class Run(Walk):
         # While TRANSFERS files are sent, nearly as many small ones are read, so that S3 never
         # waits for the box.  With TRANSFERS=1, one file is read and sent after the other.
         threads, limit = 2 * self._config.transfers - 1, self._config.memory_limit
-        pool = Parallel(self._transfer, self._box, threads, lambda j: j.plan.memory, limit)
+        pool = Parallel(
+            self._transfer, self._box, threads, lambda job: job.upload.memory(limit), limit
+        )
         self._reserved = self.spent
         with contextlib.closing(pool.outcomes(self._jobs())) as outcomes:
             for finished in outcomes:
@@ -3060,7 +3066,7 @@ class Run(Walk):
         if not self.unlisted:
             # Unfinished uploads of files that are gone, or are archived by now.
             for key, begun in self._uploads.items():
-                if self._bucket.abort_upload(key, begun["upload_id"]):
+                if self._bucket.abort_upload(key, begun.id):
                     log.info("aborted the unfinished upload of %s", key)
                     self._state.forget_upload(key)
 
@@ -3099,56 +3105,50 @@ class Run(Walk):
 
     def _transfer(self, job: Job) -> Archived:
         """Reads one file, and uploads it unless S3 holds it; FileError, Fatal, Stopped."""
-        upload = self._upload_to_continue(job)
-        found = self._object_to_compare(job) if job.compares or upload is None else None
+        if job.stale:  # of another version of the file, or without the id that S3 gave it
+            self._bucket.abort_upload(job.upload.key, job.stale.id)
+        upload = self._bucket.find_parts(job.upload) if job.upload.id else job.upload
+        # An upload that S3 does not have any more may be complete.
+        compares = job.compares or upload.id != job.upload.id
+        found = self._object_to_compare(job) if compares else None
         # An mtime that S3 has just told is as good as a row of ours, unless the upload came so
         # soon after it that a later change could have the same mtime.  (In a Record, the mtime
         # of the object is the upload's time, which never matches here.)
         if found and found.mtime == job.file.mtime < found.uploaded_at - RECENTLY_STORED:
             return Archived(job.file, found, is_recent=False, is_upload=False)
-        if job.plan.parts_at_once:
+        if job.upload.part_size:
             with self._turns:
                 self._box.stopping.check()
-                return self._transfer_large(job, found, upload or Upload())
+                return self._transfer_large(job, found, upload)
         with contextlib.closing(FileReader(self._box, job.file)) as reader:
             data = reader.read()
         if found and (same := self._bucket.match_content(found, io.BytesIO(data).read)):
             return Archived(reader.file, same, reader.is_recent, is_upload=False)
         with self._turns:
             self._box.stopping.check()
-            stored = self._bucket.put(job.key, data, reader.file.mtime)
+            stored = self._bucket.put(job.upload.key, data, reader.file.mtime)
         self._progress.moved(len(data))
         return Archived(reader.file, stored, reader.is_recent, is_upload=True)
-
-    def _upload_to_continue(self, job: Job) -> Upload | None:
-        """The upload that an earlier run has begun, or an empty one to begin.  None if S3 does
-        not have it any more: it may be complete, and S3's answer got lost."""
-        upload_id = job.begun["upload_id"] if job.begun else None
-        if upload_id and job.resumes:
-            return self._bucket.unfinished_upload(job, upload_id)
-        if job.begun:  # it may have parts of another version, or its id may have got lost
-            self._bucket.abort_upload(job.key, upload_id)
-        return Upload()
 
     def _object_to_compare(self, job: Job) -> StoredObject | None:
         """The object to compare the file with; None if it cannot be the same.  The row is
         enough if this program has read the content; else S3 gets a HEAD."""
         if job.record and job.record.stored.crc32 is not None:
             return job.record.stored
-        found = self._bucket.head(job.key)
+        found = self._bucket.head(job.upload.key)
         return found if found and found.size == job.file.size else None
 
     def _transfer_large(self, job: Job, found: StoredObject | None, upload: Upload) -> Archived:
         """Reads a large file to compare it, and again to upload what follows the parts that
         are stored.  FileError if it has changed since it was listed, as they are of that
         version."""
-        file, offset = job.file, len(upload.parts) * job.plan.part_size
+        file, offset = job.file, len(upload.parts) * upload.part_size
         if found:
             try:
                 with contextlib.closing(FileReader(self._box, file)) as reader:
                     same = self._bucket.match_content(found, reader.read)
             except Stopped:  # it would begin again every night, an upload can be continued
-                self._state.note_upload(job, None)
+                self._state.note_upload(upload)
                 raise
             if same:
                 return Archived(reader.file, same, reader.is_recent, is_upload=False)
@@ -3156,11 +3156,13 @@ class Run(Walk):
             if reader.file != file:
                 raise FileError("changed since it was listed: the next run archives it")
             if not upload.id:
-                self._state.note_upload(job, None)  # S3's answer may get lost
-                upload = self._bucket.begin_upload(job.key, file.size, file.mtime)
-                self._state.note_upload(job, upload.id, reader.is_recent)
+                self._state.note_upload(upload)  # S3's answer may get lost
+                upload = self._bucket.begin_upload(upload)
+                if reader.is_recent:  # its parts could be of two versions
+                    upload = upload._replace(mtime=None)
+                self._state.note_upload(upload)
             self._progress.moved(offset)
-            stored = self._bucket.upload(job, reader.read, upload, self._progress.moved)
+            stored = self._bucket.upload(upload, reader.read, self._progress.moved)
             return Archived(file, stored, reader.is_recent, is_upload=True)
 
     def _settle(self, outcomes: list[Outcome[Job, Archived]]) -> None:
@@ -3173,8 +3175,8 @@ class Run(Walk):
                 self.bytes_uploaded += archived.file.size
                 files_log.info("archived %s (%s bytes)", path, f"{archived.file.size:,}")
             elif archived:
-                # Its upload is not needed, only the HEAD was.
-                self._reserved -= job.usd - self.prices.requests("", {"head": job.heads})
+                # Its upload was not needed, only the lookups were.
+                self._reserved -= job.usd - self.prices.requests("", job.lookups)
                 self.others["Compared files"] += 1
                 self._progress.moved(job.file.size)
                 log.debug("compared %s", path)
