@@ -957,7 +957,7 @@ class Batch:
     """Requests that were sent together, and their replies."""
 
     def __init__(self, session: Session):
-        self._session = session
+        self._session, self.sent_at = session, time.monotonic()
         self.types: dict[int, int] = {}  # by request id, in the order of the requests
         self.replies: dict[int, Any] = {}  # by request id, as from decode_reply
         # The session holds it until the last reply has arrived, or until the session has
@@ -966,13 +966,10 @@ class Batch:
 
     def results(self) -> list[Any]:
         """The replies as from decode_reply, in the order of the requests.  Waits for all of
-        them; ConnectionLost if the session ends, or the box is silent for SILENCE_LIMIT."""
-        while not self.arriving.acquire(timeout=SILENCE_LIMIT):
-            if time.monotonic() - self._session.heard_at >= SILENCE_LIMIT:
-                self._session.close(f"the box was silent for {SILENCE_LIMIT} s")
-        self.arriving.release()  # for the next call
-        if len(self.replies) < len(self.types):
-            raise ConnectionLost(self._session.lost)
+        them; ConnectionLost if the session ends."""
+        with self.arriving:  # waits for the replies
+            if len(self.replies) < len(self.types):
+                raise ConnectionLost(self._session.lost)
         return [self.replies[request_id] for request_id in self.types]
 
     def result(self) -> Any:
@@ -984,7 +981,8 @@ class Batch:
 
 
 class Session:
-    """One SFTP channel, shared by many threads.  Its own thread delivers the replies."""
+    """One SFTP channel, shared by many threads.  Its own thread delivers the replies, and ends
+    the session if the box owes one, but has sent nothing for SILENCE_LIMIT."""
 
     def __init__(self, channel: paramiko.Channel):
         """Exchanges versions; ConnectionLost if the box does not answer in SFTP."""
@@ -994,16 +992,15 @@ class Session:
         self._lock = threading.Lock()
         # INIT and its reply have the version, which is 3, in the place of the id.
         self._ids = itertools.count(3)
-        self._owed: dict[int, Batch] = {}  # by request id
+        self._owed: dict[int, Batch] = {}  # by request id, oldest first
         self.lost: str | None = None  # the reason, once the session has ended
-        self.heard_at = 0.0  # the monotonic time of the last byte from the box
         self._unread = bytearray()
         # The channel's own buffer copies every byte, which would take a third of the CPU time
         # of reading.  A queue passes the pieces on as they arrive; an empty one is the end.
         pieces: Any = queue.SimpleQueue()
         channel.in_buffer = SimpleNamespace(
             feed=lambda data: data and pieces.put(data),
-            read=lambda *_: pieces.get(),
+            read=lambda *_: pieces.get(timeout=SILENCE_LIMIT),
             close=lambda: pieces.put(b""),
         )
         channel.settimeout(SILENCE_LIMIT)  # for sending
@@ -1063,13 +1060,20 @@ class Session:
             self.close(f"the box sent what is no reply to a request: {error!r}")
 
     def _read(self, size: int) -> memoryview:
-        """The next `size` bytes from the box; ConnectionLost at the end."""
+        """The next `size` bytes from the box; ConnectionLost at the end, or if a reply is
+        overdue."""
         while len(self._unread) < size:
-            data = self._channel.recv(SSH_PACKET)
+            try:
+                data = self._channel.recv(SSH_PACKET)
+            except queue.Empty:
+                with self._lock:
+                    oldest = next(iter(self._owed.values()), None)
+                if oldest and time.monotonic() - oldest.sent_at >= SILENCE_LIMIT:
+                    raise ConnectionLost(f"the box was silent for {SILENCE_LIMIT} s") from None
+                continue
             if not data:
                 raise ConnectionLost("the box closed the connection")
             self._unread += data
-            self.heard_at = time.monotonic()
         data = memoryview(self._unread[:size])
         del self._unread[:size]
         return data
@@ -1100,7 +1104,7 @@ def connect(config: Config) -> Session:
     watchdog.start()
     try:
         known, revoked = known_host_keys(config)
-        prefer_algorithms(transport.get_security_options(), known)
+        prefer_algorithms(transport.get_security_options(), {key.get_name() for key in known})
         transport.start_client(timeout=CONNECT_LIMIT)
         check_host_key(config, transport.get_remote_server_key(), known, revoked)
         log_in(config, transport)
@@ -1157,11 +1161,12 @@ def matches_host(patterns: str, name: str) -> bool:
     return any(map(matches, patterns.split(","))) and not any(map(matches, excluded))
 
 
-def prefer_algorithms(options: paramiko.SecurityOptions, known: Keys) -> None:
-    """Puts AES-GCM first, which is by far the fastest, and the types of the known host keys,
+def prefer_algorithms(options: paramiko.SecurityOptions, types: set[str]) -> None:
+    """Puts AES-GCM first, which is by far the fastest, and these types of the known host keys,
     because the server shows only one of its keys."""
     options.ciphers = sorted(options.ciphers, key=lambda name: "gcm" not in name)
-    types = {name for key in known for name in key.identifiers()}
+    if "ssh-rsa" in types:
+        types |= {"rsa-sha2-512", "rsa-sha2-256"}
     options.key_types = sorted(options.key_types, key=lambda name: name not in types)
 
 
@@ -1288,7 +1293,7 @@ class StorageBox:
 
     def _connect(self) -> Session:
         """A new session; makes an attempt for each of RECONNECT_PAUSES.  Fatal, Stopped."""
-        reason = self._session.lost if self._session else None
+        reason, remedy = self._session.lost if self._session else None, ""
         for pause in self._pauses:
             if reason:
                 log.warning("no connection: %s; connecting again in %s s", reason, pause)
@@ -1300,8 +1305,9 @@ class StorageBox:
                 if isinstance(error, Fatal) and self._session is None:
                     raise  # a login that has never worked
                 reason = str(error) or "the connection was closed"
+                remedy = "" if isinstance(error, Fatal) else f"; {CONNECT_REMEDY}"
         attempts = f"{self._config.host}:{self._config.port} (attempts: {len(self._pauses)})"
-        self._given_up = Fatal(f"no SFTP session with {attempts}: {reason}; {CONNECT_REMEDY}")
+        self._given_up = Fatal(f"no SFTP session with {attempts}: {reason}{remedy}")
         raise self._given_up
 
     def retry(self, operation: Callable[[Session], T], session: Session | None = None) -> T:
@@ -2115,7 +2121,7 @@ class Bucket:
         self._config, self.prefix = config, config.prefix
         self._attempts = S3_ATTEMPTS if retries else 1
         self.request_cost = 0.0  # USD, of all requests
-        self._lock = threading.Lock()  # for `request_cost`
+        self._lock = threading.Lock()  # for `request_cost`, and for a warning
         settings = botocore.config.Config(
             connect_timeout=S3_CONNECT_LIMIT,
             read_timeout=S3_READ_LIMIT,
@@ -2266,7 +2272,8 @@ class Bucket:
             stored = f"{found.size:,} bytes" if found else "no object"
             raise FileError(f"S3 holds {stored}, read {size:,}")
         if found.crc32 is None:
-            warn_once("this S3 server gives no CRC-32: only sizes are compared")
+            with self._lock:  # two threads could find it out at the same time
+                warn_once("this S3 server gives no CRC-32: only sizes are compared")
         elif found.crc32 != crc32:
             raise FileError(f"S3 holds CRC-32 {crc_text(found.crc32)}, read {crc_text(crc32)}")
         return found._replace(crc32=crc32)
@@ -2745,9 +2752,9 @@ class Parallel(Generic[Item, Result]):
         return [one for one in outcomes if one[2] is None or one[2].code != UNFINISHED]
 
     def _fail(self, error: BaseException) -> None:
-        """Ends the work: no new one begins.  Of several errors, the first that is not Stopped
-        will be raised.  Sets how long to wait for what is under way."""
-        if self._failure is None or isinstance(self._failure, Stopped):
+        """Ends the work: no new one begins.  Of several errors, the first will be raised that
+        is neither a FileError nor Stopped.  Sets how long to wait for what is under way."""
+        if self._failure is None or isinstance(self._failure, (FileError, Stopped)):
             self._failure = error
         if not isinstance(error, FileError):
             self.box.close()
@@ -3267,7 +3274,7 @@ def wanted_paths(context: Context, options: argparse.Namespace) -> list[bytes]:
         raise Fatal(message, status=USAGE)
     if options.at is not None and not context.bucket.versioning():
         raise Fatal("--at: the bucket is not versioned, and has no earlier versions")
-    relative = {name.removeprefix(start) for name in names}
+    relative = {name.removeprefix(start).removeprefix(b"./") for name in names}
     if relative & {b"", b"."} or root in names:  # REMOTE_PATH itself
         return []
     folders = tuple(join(path, b"") for path in relative)
@@ -3604,7 +3611,8 @@ class BoxFolder:
         except FileError as error:
             self._known = {b""}  # somebody may have deleted a folder
             free = self.free_space()  # before the partial file is deleted
-            self._box.retry(lambda s: s.send((FXP_REMOVE, partial_path)).results())
+            with contextlib.suppress(SFTPError):  # there may be none
+                self._box.retry(lambda s: s.send((FXP_REMOVE, partial_path)).result())
             if free < MIB:
                 raise Fatal(f"{error}; the box is full") from None
             raise
@@ -3969,7 +3977,7 @@ def tune_memory() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command, and returns its exit status.  Nothing is raised."""
-    stopping, summary = StopEvent(), dict[str, object]()
+    stopping, summary, progress = StopEvent(), dict[str, object](), Progress(shown=False)
     exit_status, shows_json = FATAL, False
     try:
         try:
@@ -3986,11 +3994,12 @@ def main(argv: list[str] | None = None) -> int:
                 start_log_file(config.log_file)
             retries = arguments.function not in (status, check)
             box, bucket = StorageBox(config, stopping, retries), Bucket(config, retries)
-            with contextlib.closing(Progress(bars)) as progress:
-                context = Context(config, box, bucket, progress, summary)
-                exit_status = arguments.function(context, arguments)
+            progress = Progress(bars)
+            context = Context(config, box, bucket, progress, summary)
+            exit_status = arguments.function(context, arguments)
         finally:  # from here on, a signal cuts off neither the message nor the JSON
             stopping.is_deferred = True
+            progress.close()
     except SystemExit as end:  # after help, or a message about the usage or settings
         exit_status = int(end.code or 0)
         with contextlib.suppress(AttributeError, OSError):  # there is no stdout, or no reader
