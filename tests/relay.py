@@ -60,6 +60,10 @@ class Relay:
         self._listener = listener
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
 
+    def limit_buffer(self, count):
+        """Let the system keep only so many bytes of what clients send, of new connections."""
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, count)
+
     def stop(self):
         """Cut everything and refuse new connections, like a server that is gone."""
         listener, self._listener = self._listener, None

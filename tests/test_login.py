@@ -371,6 +371,18 @@ def test_of_several_host_keys_the_one_that_is_known_is_asked_for(archive_of):
         assert archive_of(box)().status == 0
 
 
+@pytest.mark.parametrize("known", ["ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521"])
+def test_of_two_ecdsa_host_keys_the_one_that_is_known_is_asked_for(archive_of, known):
+    key = asyncssh.generate_private_key(known)
+    other = asyncssh.generate_private_key("ecdsa-sha2-nistp256")
+    with AsyncSSHBox(more_host_keys=[key, other]) as box:
+        fill(box.root, {"file": b"x"})
+        public = key.export_public_key().decode()
+        box.known_hosts.write_text(f"[{box.host}]:{box.port} {public}")
+
+        assert archive_of(box)().status == 0
+
+
 def test_an_impostor_of_a_storage_box_is_refused_before_any_credential_is_sent(
     archive, asyncssh_box
 ):

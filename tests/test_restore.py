@@ -25,6 +25,7 @@ from urllib.parse import unquote
 from zlib import crc32
 
 import pytest
+import relay
 from conftest import CHANGED, MIB, OLD, PROGRAM, Archive, Bucket, fill, real, tree
 from faults import LARGE, SIZES, wait_for, write
 from faulty_sftp import (
@@ -1511,3 +1512,65 @@ def test_write_that_the_box_cuts_short_is_noticed(archive, faulty_box):
     assert result.status == 3
     assert list(failed(result)) == ["file"]
     assert settled(faulty_box.root / "back") == {}
+
+
+# The system keeps 256 KiB at most of what the box does not read.
+SMALL_BUFFER = """
+import socket
+connect = socket.create_connection
+def connect_with_a_small_buffer(*where):
+    sock = connect(*where)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 128 * 1024)
+    return sock
+socket.create_connection = connect_with_a_small_buffer
+"""
+
+
+def test_box_that_stops_reading_while_it_is_written_to_is_noticed(archive_of, s3, monkeypatch):
+    monkeypatch.setattr(relay, "QUEUED", 1)
+    with ProFTPD() as box, Relay(box.host, box.port) as frozen:
+        frozen.limit_buffer(16 * 1024)
+        os.chmod(box.root, 0o777)
+        settings = {"AWS_ENDPOINT_URL": s3.url, **box.settings(port=frozen.port)}
+        archive = archive_of(box, **settings)
+        expected = stored(archive, {"file": 24 * MIB})
+        frozen.freeze(after=10_000)
+        constants = {**SOON, "SILENCE_LIMIT": 2}
+        run = archive.start(
+            "restore", "--to-box", "back", before=SMALL_BUFFER, constants=constants
+        )
+        wait_for(archive.log_file.exists)
+        wait_for(lambda: "was silent" in archive.log_file.read_text())
+        frozen.thaw()
+        assert run.wait().status == 0
+        assert whole(box.root / "back") == expected
+
+
+@pytest.mark.parametrize("wait", [(), ("--wait",)])
+def test_full_disk_is_told_though_a_listing_fails_meanwhile(archive, s3, to, wait):
+    stored(archive, {"a/1": b"1", "a/2": b"2", "b/1": b"3"})
+    full = """
+import time
+def fsync(_):
+    time.sleep(2)
+    raise OSError(28, "No space left on device")
+os.fsync = fsync
+"""
+    # The survey lists both paths; then the pass lists the first one.
+    for nth in (4, 5, 6):
+        s3.on("ListObjectsV2", error(503, "SlowDown"), nth=nth)
+    constants = {"S3_ATTEMPTS": 1}
+    own = ("restore", "a", "b", "--to", to, *wait)
+    result = archive.start(*own, before=full, constants=constants).wait()
+    assert result.status == 1
+    assert "No space left on device" in result.stderr
+    assert "looking again" not in result.stderr
+
+
+def test_probe_of_a_box_that_answers_failure_leaves_nothing_behind(archive):
+    """It is a temporary file with a name of its own, which no later pass would delete."""
+    stored(archive, {"file": b"content"})
+    archive.box.on("CLOSE", None, status(PERMISSION_DENIED))
+    archive.box.on("REMOVE", None, status(FAILURE), nth=2)
+    assert archive("restore", "--to-box", "back", constants=SOON).status == 1
+    assert settled(archive.box.root / "back") == {}

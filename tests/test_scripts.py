@@ -153,6 +153,20 @@ archive.{name} = act_and_signal
     summary(result)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_at_the_very_end_does_not_hide_a_fatal_error(archive, number):
+    at_the_end = f"""
+close = archive.Progress.close
+def close_and_signal(progress):
+    os.kill(os.getpid(), {int(number)})
+    close(progress)
+archive.Progress.close = close_and_signal
+"""
+    result = archive.start(before=at_the_end, REMOTE_PATH="/nowhere").wait()
+    assert result.status == 128 + number
+    assert "/nowhere cannot be listed" in result.stderr
+
+
 # --- restore --json ---------------------------------------------------------
 
 
