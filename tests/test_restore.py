@@ -366,6 +366,7 @@ def test_prefix_and_remote_path_are_not_part_of_what_comes_back(archive, faulty_
         "backup/backup": {b"backup/two"},
         "backup/two": {b"two"},
         "./backup/two": {b"two"},
+        "backup/./two": {b"two"},
         "one": {b"one"},
     }
     roots = ("backup", "./backup/")

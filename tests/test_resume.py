@@ -24,7 +24,7 @@ from faults import (
     wait_for,
     write,
 )
-from faulty_sftp import PERMISSION_DENIED, first, freeze, status
+from faulty_sftp import PERMISSION_DENIED, drop, first, freeze, status
 from relay import Relay
 from scripted_s3 import error, hang, lost_answer, reset, rewritten, until
 from scripted_s3 import first as first_in_s3
@@ -813,3 +813,14 @@ def test_object_that_is_complete_though_nobody_was_told_is_not_sent_again(
     assert result.status == 0, result.stderr
     assert sent(s3) == dict.fromkeys(range(1, PARTS + 1), 1)
     assert_all_archived(archive, box)
+
+
+def test_parts_stay_although_the_box_breaks_each_connection(archive, box, s3):
+    write(box.root / "big", BIG)
+    box.on("READ", b"big", drop, times=float("inf"), at=2 * PART + 1_000)
+    constants = {**IN_ORDER, "RECONNECT_PAUSES": (0, 0, 0)}
+    assert_failed(archive(constants=constants), {"big": "lost the connection"})
+    box.rules.clear()
+    assert archive(constants=SIZES).counts == (1, 0, 0)
+    assert s3.requests["CreateMultipartUpload"] == 1
+    assert max(sent(s3).values()) == 1

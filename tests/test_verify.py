@@ -135,6 +135,18 @@ def test_large_object_with_other_bytes_is_found_by_its_etag(archive, box):
     assert other.strip('"') in result.failures[0]
 
 
+def test_another_object_is_noticed_though_its_file_has_to_be_compared(archive, box, bucket):
+    """The rows are those of a state that was made from the listing."""
+    fill(box.root, {"a": b"content", "b": b"content"})
+    archive()
+    archive.execute("UPDATE files SET mtime = NULL")
+    bucket.client.put_object(Bucket=bucket.name, Key="a", Body=b"CONTENT")
+    bucket.client.put_object(Bucket=bucket.name, Key="b", Body=b"cont")
+    result = archive("verify")
+    assert result.status == 3
+    assert counts(result) == {"wrong checksum": 1, "wrong size": 1}
+
+
 def test_another_storage_class_is_a_note_and_no_reason_to_upload(archive, box, s3):
     """A lifecycle rule may have moved the object. What is known of its content still holds:
     if the file is touched, S3 need not be asked."""
