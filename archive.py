@@ -429,6 +429,13 @@ def format_size(size: float) -> str:
     return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
 
 
+class Size(int):
+    """Bytes that a table shows like `1.5 GiB`."""
+
+    def __str__(self) -> str:
+        return format_size(self)
+
+
 def format_time(seconds: float) -> str:
     """A time since the epoch in the user's time zone, with its offset."""
     return f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S %z}"
@@ -1341,7 +1348,7 @@ class StorageBox:
             self.retry(lambda s: s.send((FXP_LSTAT, path)).result())  # VANISHED if it is gone
             raise
 
-    def space(self) -> tuple[int, int] | None:
+    def space(self) -> tuple[Size, Size] | None:
         """Bytes used and free on the file system of REMOTE_PATH; None if the server does not
         say (statvfs@openssh.com)."""
         request = (FXP_EXTENDED, b"statvfs@openssh.com", self._config.remote_path)
@@ -1349,7 +1356,7 @@ class StorageBox:
         if isinstance(reply, SFTPError) or len(reply) < 88:
             return None
         _, block_size, blocks, free, available, *_ = struct.unpack_from(">11Q", reply)
-        return (blocks - free) * block_size, available * block_size
+        return Size((blocks - free) * block_size), Size(available * block_size)
 
 
 def look_up(session: Session, path: bytes) -> Attributes | None:
@@ -2562,14 +2569,6 @@ def log_failure(name: bytes, reason: object) -> None:
 
 show = partial(results_log.info, "%s")  # writes a line of a result to stdout and LOG_FILE
 
-
-class Size(int):
-    """Bytes that a table shows like `1.5 GiB`."""
-
-    def __str__(self) -> str:
-        return format_size(self)
-
-
 Rows = Iterator[tuple[str, object]]  # labels and values: a float is USD, None is not known
 
 
@@ -3254,12 +3253,13 @@ def run(context: Context, options: argparse.Namespace) -> int:
 NOTHING_THERE = "nothing is archived under this path; give it exactly, patterns do not work"
 
 
-@contextlib.contextmanager
-def errors_as_warnings() -> Iterator[None]:
+def ask(question: Callable[[], T]) -> T | None:
+    """The answer; None after a warning if there is none."""
     try:
-        yield
+        return question()
     except ArchiveError as error:
         log.warning("%s", error)
+        return None
 
 
 def wanted_paths(context: Context, options: argparse.Namespace) -> list[bytes]:
@@ -3338,29 +3338,25 @@ def status(context: Context, _options: argparse.Namespace) -> int:
     """Shows what is archived, its cost, the last runs, and the box's room.  0, even if the
     state, the box or the bucket cannot be asked."""
     config, bucket, prices = context.config, context.bucket, context.bucket.prices
-    rows: dict[str, object] = dict.fromkeys(("Archived", "Storage a month", "Spent in 30 days"))
-    runs: list[sqlite3.Row] | None = None
-    with errors_as_warnings():
+
+    def read_state() -> tuple[Counts, list[sqlite3.Row]]:
         with contextlib.closing(State(config, copy=True)) as state:
-            counts, runs = state.archived(), state.past_runs()
+            return state.archived(), state.past_runs()
+
+    rows: dict[str, object] = dict.fromkeys(("Archived", "Storage a month", "Spent in 30 days"))
+    counts, runs = ask(read_state) or (Counts(), None)
+    if runs is not None:
         since = time.time() - 30 * DAY
         spent = (past["spent"] or 0.0 for past in runs if past["started_at"] >= since)
         rows = {"Archived": counts.total(), **counts}
         rows["Storage a month"] = total_cost(counts, prices.month)
         rows["Spent in 30 days"] = math.fsum(spent)
-        if others := {*counts} - {config.storage_class, config.small_files_class}:
-            log.warning("not the STORAGE_CLASS that is set: %s", ", ".join(sorted(others)))
-    rows |= dict.fromkeys(("Box used", "Box free"))
-    with errors_as_warnings():
-        if space := context.box.space():
-            rows |= {"Box used": Size(space[0]), "Box free": Size(space[1])}
-    rows |= dict.fromkeys(("Unfinished uploads", "Lifecycle rule", "Versioning"))
-    with errors_as_warnings():
-        rows["Unfinished uploads"] = bucket.count_unfinished()
-    with errors_as_warnings():
-        rows["Lifecycle rule"] = bucket.has_abort_rule()
-    with errors_as_warnings():
-        rows["Versioning"] = bucket.versioning() == "Enabled"
+    if others := {*counts} - {config.storage_class, config.small_files_class}:
+        log.warning("not the STORAGE_CLASS that is set: %s", ", ".join(sorted(others)))
+    rows["Box used"], rows["Box free"] = ask(context.box.space) or (None, None)
+    rows["Unfinished uploads"] = ask(bucket.count_unfinished)
+    rows["Lifecycle rule"] = ask(bucket.has_abort_rule)
+    rows["Versioning"] = ask(lambda: bucket.versioning() == "Enabled")
     rows["Prices"] = prices.note
     context.show_summary("STATUS", rows)
     context.summary["runs"] = runs and [dict(past) for past in runs[:5]]
