@@ -2150,7 +2150,7 @@ class Bucket:
                 self._credentials = session.get_credentials()
             parse_endpoint(self.client.meta.endpoint_url)  # it may be set in ~/.aws
         except (ArgumentTypeError, ValueError, RuntimeError) as error:
-            raise Fatal(f"AWS_ENDPOINT_URL, or the AWS credentials: {error}") from None
+            raise Fatal(f"AWS_ENDPOINT_URL or the AWS credentials are wrong: {error}") from None
         self.prices = Prices(self.client.meta.region_name, config.prices)
         # "Expect: 100-continue" costs every PUT a round trip.
         events = self.client.meta.events
@@ -3270,7 +3270,7 @@ def wanted_paths(context: Context, options: argparse.Namespace) -> list[bytes]:
     start = join(root, b"")
     names = [os.fsencode(path).rstrip(b"/").removeprefix(b"./") for path in options.path]
     if b"" in names and root != b"/":  # a script may have left a variable empty: $FOLDER/
-        message = f"/ is not below REMOTE_PATH {printable(root)}: name no path for all"
+        message = f"/ is not below REMOTE_PATH {printable(root)}: for all files, give no path"
         raise Fatal(message, status=USAGE)
     if options.at is not None and not context.bucket.versioning():
         raise Fatal("--at: the bucket is not versioned, and has no earlier versions")
@@ -3352,7 +3352,7 @@ def status(context: Context, _options: argparse.Namespace) -> int:
         rows["Storage a month"] = total_cost(counts, prices.month)
         rows["Spent in 30 days"] = math.fsum(spent)
     if others := {*counts} - {config.storage_class, config.small_files_class}:
-        log.warning("not the STORAGE_CLASS that is set: %s", ", ".join(sorted(others)))
+        log.warning("some files are not in STORAGE_CLASS, but in %s", ", ".join(sorted(others)))
     rows["Box used"], rows["Box free"] = ask(context.box.space) or (None, None)
     rows["Unfinished uploads"] = ask(bucket.count_unfinished)
     rows["Lifecycle rule"] = ask(bucket.has_abort_rule)
@@ -3584,8 +3584,10 @@ class BoxFolder:
         rename = (FXP_EXTENDED, b"posix-rename@openssh.com") if overwrite else (FXP_RENAME,)
 
         def check_file(session: Session, where: bytes) -> None:
-            if session.send((FXP_LSTAT, where)).result()[:2] != complete:
-                raise FileError(f"not {stored.size:,} bytes of mtime {mtime} on the box")
+            size, time_there, _ = session.send((FXP_LSTAT, where)).result()
+            if (size, time_there) != complete:
+                wanted = f"not {stored.size:,} bytes of mtime {mtime} on the box"
+                raise FileError(f"{wanted}, but {size} of {time_there}")
 
         def write_and_rename(session: Session) -> None:
             self._make_folders(session, path)
@@ -4006,7 +4008,7 @@ def main(argv: list[str] | None = None) -> int:
         log.critical("%s", error)
         exit_status = error.status
     except Exception as error:  # a defect of this program, also shown as one line
-        log.critical("unexpected %s: %s", type(error).__name__, error)
+        log.critical("unexpected %s: %s; -v shows where", type(error).__name__, error)
         log.debug("traceback", exc_info=True)
     if stopping.signal is not None:
         exit_status = 128 + stopping.signal

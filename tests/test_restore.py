@@ -1497,6 +1497,7 @@ def test_open_that_a_lost_session_carries_out_late_is_noticed(archive, faulty_bo
     assert emptied.is_set()
     assert result.status == 3
     assert "not 7 bytes" in failed(result)["f"]
+    assert "on the box, but 0 of" in failed(result)["f"]
 
 
 def test_write_that_the_box_cuts_short_is_noticed(archive, faulty_box):
