@@ -329,8 +329,9 @@ class Stopped(BaseException):
 
 
 class StopEvent(threading.Event):
-    """Set when the program has to end: no new work begins then.  A signal sets only `signal`:
-    in its handler, set() would wait for ever for a lock that the interrupted code holds."""
+    """Set when the program has to end: no new work begins then.  StorageBox.close sets it.  The
+    handler of a signal sets only `signal`: set() would wait for ever there for a lock that the
+    interrupted code holds."""
 
     signal: int | None = None  # the number of the first one
     is_deferred = False  # while True, a signal does not raise Stopped on the main thread
