@@ -1696,9 +1696,9 @@ class State:
 
     def __init__(self, config: Config, new_source: bool = False, copy: bool = False):
         """Opens the database, or makes it.  With `copy`, it opens a temporary copy instead,
-        which is empty if there is no database; changes are lost.  With `new_source`,
-        it deletes what it knows of another source.  Fatal if the state belongs to another
-        destination, or without `new_source` to another source."""
+        which is empty if there is no database; changes are lost.  With `new_source`, it forgets
+        the files of another source.  Fatal if the state belongs to another destination, or
+        without `new_source` to another source."""
         self._path = path = config.state_db
         self._default_class = config.storage_class  # of a row whose object is not known
         # With other settings than these, files would count as archived that are not.
@@ -2225,7 +2225,8 @@ class Bucket:
         return self._confirm(key, answer, len(data), crc32)
 
     def begin_upload(self, upload: Upload) -> Upload:
-        """The upload with its id, which has to be noted before the first part is sent."""
+        """Begins the upload, and returns it with its id, which has to be noted before the first
+        part is sent."""
         arguments = self._upload_arguments(upload.size, upload.mtime)
         arguments |= {"Key": upload.key, "ChecksumType": "FULL_OBJECT"}
         answer = self.request("create_multipart_upload", **arguments)
@@ -3118,7 +3119,7 @@ class Run(Walk):
         # An upload that S3 does not have any more may be complete.
         compares = job.compares or upload.id != job.upload.id
         found = self._object_to_compare(job) if compares else None
-        # An mtime that S3 has just told is as good as a row of ours, unless the upload came so
+        # An mtime that S3 has just sent is as good as a row of ours, unless the upload came so
         # soon after it that a later change could have the same mtime.  (In a Record, the mtime
         # of the object is the upload's time, which never matches here.)
         if found and found.mtime == job.file.mtime < found.uploaded_at - RECENTLY_STORED:
