@@ -2720,8 +2720,9 @@ class Parallel(Generic[Item, Result]):
             log.debug("traceback", exc_info=True)
             code = type(other).__name__
             error = FileError(f"unexpected {code}: {other}", code)
-        if error is not None:  # a traceback would keep the file's bytes in memory
-            error.__traceback__ = error.__context__ = None
+        cause: BaseException | None = error
+        while cause is not None:  # a traceback would keep the file's bytes in memory
+            cause.__traceback__, cause = None, cause.__context__
         self._finished.put((item, result, error))
 
     def _must_wait(self, item: Item | None) -> bool:
