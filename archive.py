@@ -1597,7 +1597,7 @@ CREATE TABLE files  -- mtime: NULL if the file has to be compared
     (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, uploaded_at INTEGER);
 CREATE TABLE objects (path TEXT PRIMARY KEY, key TEXT NOT NULL UNIQUE, etag TEXT,
     crc32 INTEGER, storage_class TEXT) WITHOUT ROWID;
-CREATE TABLE uploads  -- see Upload: those in parts that are begun and not completed
+CREATE TABLE uploads  -- see Upload: those in parts that are begun or due, and not completed
     (key TEXT PRIMARY KEY, path TEXT NOT NULL, size INTEGER NOT NULL, mtime INTEGER,
     part_size INTEGER NOT NULL, settings TEXT NOT NULL, upload_id TEXT) WITHOUT ROWID;
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);  -- see State._check_pins
@@ -2773,7 +2773,7 @@ class Job(NamedTuple):
     file: RemoteFile  # as it was listed
     record: Record | None  # its row
     upload: Upload  # to be continued if it has an id, else to be begun
-    stale: Upload | None  # an earlier run's, to be aborted first
+    stale: Upload | None  # an earlier run's that cannot be continued, to be aborted first
     compares: bool  # it is first compared with its object
     lookups: dict[str, int]  # requests before an upload, by kind, as for Prices.requests
     early: float  # USD for the object that an upload overwrites before its minimum days
@@ -2900,6 +2900,7 @@ class Walk:
                 continue
             record, begun = records.get(upload.path), self._uploads.pop(upload.key, None)
             resumes = begun is not None and begun._replace(id=None) == upload
+            continues = bool(begun and begun.id and resumes)
             compares, heads, early = False, 0, 0.0
             if record:
                 stored = record.stored
@@ -2908,12 +2909,13 @@ class Walk:
                 heads = compares * ((stored.crc32 is None) + ("-" in stored.etag))
                 age_days = (time.time() - stored.uploaded_at) / DAY
                 early = self.prices.early(stored.storage_class, stored.size, age_days)
-            lists = int(begun is not None)  # of its parts, or of the key's uploads
-            lookups = {"head": heads + lists, "list": lists}
+            # Of its parts, or of the key's uploads; none to abort an upload whose id is known.
+            lists = int(continues or bool(begun and not begun.id))
+            lookups = {"head": heads + continues, "list": lists}
             storage_class = self._config.storage_class_of(file.size)
             usd = early + self.prices.requests(storage_class, lookups | upload.requests)
-            if begun and begun.id and resumes:
-                upload, begun = begun, None  # it is continued, not aborted
+            if begun and continues:
+                upload, begun = begun, None  # it is not aborted
             yield Job(file, record, upload, begun, compares, lookups, early, usd)
 
 
@@ -3114,7 +3116,7 @@ class Run(Walk):
 
     def _transfer(self, job: Job) -> Archived:
         """Reads one file, and uploads it unless S3 holds it; FileError, Fatal, Stopped."""
-        if job.stale:  # of another version of the file, or without the id that S3 gave it
+        if job.stale:
             self._bucket.abort_upload(job.upload.key, job.stale.id)
         upload = self._bucket.find_parts(job.upload) if job.upload.id else job.upload
         # An upload that S3 does not have any more may be complete.
@@ -3836,6 +3838,7 @@ class Restore:
         options, label = self._options, self._state_of(name, found)
         # The user has agreed to a number of requests; more objects may be cold by now.
         if label == NOT_ASKED and self._allowed_requests.acquire(blocking=False):
+            self._context.box.stopping.check()  # it costs money
             can_be_read = self._bucket.request_restore(found, options.tier, options.days)
             label = READY if can_be_read else ASKED
         if label != READY:

@@ -24,6 +24,7 @@ from faulty_sftp import (
     one_file,
     status,
 )
+from scripted_s3 import error
 
 GB = 2**30
 LIMIT = 5 * MIB
@@ -143,6 +144,21 @@ def test_requests_foretold_are_those_that_the_run_sends(archive, box, s3):
         run.summary["Bytes uploaded"]
         == plan["new_files"]["bytes"] + plan["changed_files"]["bytes"]
     )
+
+
+def test_upload_that_cannot_be_continued_costs_no_look_up(archive, box, s3):
+    """Its id is known, so it is aborted, which costs nothing; then another file is uploaded."""
+    write(box.root / "large", 3 * LIMIT)
+    s3.always("UploadPart", error(503, "SlowDown"))
+    assert archive(constants={**SMALL_PARTS, "S3_ATTEMPTS": 1}).status == 3
+    s3.rules.clear()
+    write(box.root / "large", 2 * LIMIT)
+    s3.requests.clear()
+    plan = planned(archive, constants=SMALL_PARTS)
+    assert archive(constants=SMALL_PARTS).status == 0
+    expected = {"put": 0, "create": 1, "part": 2, "complete": 1, "head": 0}
+    assert plan["requests"] == expected == sent(s3)
+    assert s3.requests["AbortMultipartUpload"] == 1
 
 
 def test_file_that_the_run_would_refuse_is_not_foretold(archive, box, s3):

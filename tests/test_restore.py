@@ -1576,3 +1576,23 @@ def test_probe_of_a_box_that_answers_failure_leaves_nothing_behind(archive):
     archive.box.on("REMOVE", None, status(FAILURE), nth=2)
     assert archive("restore", "--to-box", "back", constants=SOON).status == 1
     assert settled(archive.box.root / "back") == {}
+
+
+def test_nothing_is_asked_of_s3_after_a_fatal_error(archive, s3, to):
+    """Other files are in the way of the others, so that S3 is asked for their times first."""
+    names = [f"c{number}" for number in range(8)]
+    stored(archive, dict.fromkeys(names, b"content"), "DEEP_ARCHIVE")
+    fill(to, dict.fromkeys(names[1:], b"another one"))
+    refused = s3.on("RestoreObject", error(403, "InvalidAccessKeyId"), "c0")
+    answered = itertools.count(1)
+
+    def answer_late(exchange):  # in the pass, not in the survey
+        if next(answered) >= len(names):
+            wait_for(lambda: refused.fired)
+            time.sleep(0.5)
+        return s3.honest(exchange)
+
+    s3.always("HeadObject", answer_late)
+    result = archive("restore", "--to", to, "--overwrite", "--yes", TRANSFERS="8")
+    assert result.status == 1
+    assert s3.requests["RestoreObject"] == 1
