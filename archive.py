@@ -1002,7 +1002,7 @@ class Session:
         self._ids = itertools.count(3)
         self._owed: dict[int, Batch] = {}  # by request id, oldest first
         self.lost: str | None = None  # the reason, once the session has ended
-        self._unread = bytearray()
+        self._unread = memoryview(b"")
         # The channel's own buffer copies every byte, which would take a third of the CPU time
         # of reading.  A queue passes the pieces on as they arrive; an empty one is the end.
         pieces: Any = queue.SimpleQueue()
@@ -1070,6 +1070,7 @@ class Session:
     def _read(self, size: int) -> memoryview:
         """The next `size` bytes from the box; ConnectionLost at the end, or if a reply is
         overdue."""
+        pieces: list[memoryview] = []  # to be copied once: large files spend their time here
         while len(self._unread) < size:
             try:
                 data = self._channel.recv(SSH_PACKET)
@@ -1081,10 +1082,12 @@ class Session:
                 continue
             if not data:
                 raise ConnectionLost("the box closed the connection")
-            self._unread += data
-        data = memoryview(self._unread[:size])
-        del self._unread[:size]
-        return data
+            pieces.append(self._unread)
+            size -= len(self._unread)
+            self._unread = memoryview(data)
+        pieces.append(self._unread[:size])
+        self._unread = self._unread[size:]
+        return memoryview(b"".join(pieces))
 
 
 # ----------------------------------------------------------------------- Login
