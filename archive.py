@@ -3984,13 +3984,13 @@ def tune_memory() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command, and returns its exit status.  Nothing is raised."""
+    tune_memory()  # before tqdm starts a thread, which would get a heap of its own
     stopping, summary, progress = StopEvent(), dict[str, object](), Progress(shown=False)
     exit_status, shows_json = FATAL, False
     try:
         try:
             stopping.handle_signals()
             arguments = make_parser().parse_args(argv)
-            tune_memory()
             # Then stdout gets a JSON object at the end, and nothing else.
             shows_json = arguments.json and arguments.function is not ls
             bars = bool(sys.stderr and sys.stderr.isatty()) and arguments.level <= logging.INFO
