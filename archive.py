@@ -2913,7 +2913,7 @@ class Walk:
                 age_days = (time.time() - stored.uploaded_at) / DAY
                 early = self.prices.early(stored.storage_class, stored.size, age_days)
             # Of its parts, or of the key's uploads; none to abort an upload whose id is known.
-            lists = int(continues or bool(begun and not begun.id))
+            lists = int(begun is not None and (resumes or not begun.id))
             lookups = {"head": heads + continues, "list": lists}
             storage_class = self._config.storage_class_of(file.size)
             usd = early + self.prices.requests(storage_class, lookups | upload.requests)
