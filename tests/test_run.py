@@ -472,11 +472,20 @@ def test_a_run_after_one_that_was_killed_just_runs(slow):
 
 
 # The system starts no thread beyond these, as under a limit of processes or in a container.
+# It refuses the first one when S3 has acknowledged a file, so that there is one to record.
 FEW_THREADS = """
 import threading
+acknowledged = threading.Event()
+put = archive.Bucket.put
+def put_and_note(*values):
+    stored = put(*values)
+    acknowledged.set()
+    return stored
+archive.Bucket.put = put_and_note
 start = threading.Thread.start
 def start_few(thread):
     if threading.active_count() > 20:
+        acknowledged.wait(30)
         raise RuntimeError("can't start new thread")
     start(thread)
 threading.Thread.start = start_few
