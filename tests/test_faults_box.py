@@ -30,6 +30,7 @@ from faulty_sftp import (
     A_FOLDER,
     EOF,
     FAILURE,
+    HANDLE,
     NO_SUCH_FILE,
     PERMISSION_DENIED,
     FaultyBox,
@@ -220,6 +221,26 @@ def test_box_that_cuts_every_connection_gets_a_bounded_number_of_tries(archive, 
     assert box.connections == TRIES
 
 
+def test_many_folders_do_not_multiply_the_tries(archive, box):
+    """They are listed at once.  The thread that waits longest connects for the others."""
+    for number in range(30):
+        write(box.root / f"d{number}" / "f", SMALL)
+    box.on("INIT", None, drop, nth=2, times=1_000)
+    box.on("OPENDIR", None, drop, nth=10, times=1_000)
+    result = archive("plan", constants=IMPATIENT)
+    assert result.status == 1
+    assert "no SFTP session" in result.stderr
+    assert box.connections == 1 + TRIES
+
+
+def test_text_in_place_of_sftp_is_shown(archive, box):
+    """As of a shell that greets everybody: its letters would be a length of 1.4 GB."""
+    box.always("INIT", None, lambda request: b"Welcome to this box\n" + request.reply())
+    result = archive(constants=IMPATIENT)
+    assert result.status == 1
+    assert "the box sent b'Welc', not a reply" in result.stderr
+
+
 @pytest.mark.parametrize("size", FILES.values(), ids=FILES)
 def test_file_that_breaks_the_connection_whenever_it_is_read_fails_alone(archive, box, size):
     """It comes first, and the line is slow: the others are under way whenever it is read."""
@@ -344,6 +365,34 @@ def test_reply_that_cannot_be_read_ends_the_connection(archive, box):
 def cut_short(request):
     """Attributes without all of them."""
     return request.packet(105, b"\0\0\0\x0f\0")
+
+
+def test_reply_of_another_type_is_not_believed(archive, box):
+    """Here a handle as long as the file that is read."""
+    write(box.root / "f", SMALL)
+    handle = (SMALL).to_bytes(4, "big") + bytes(SMALL)
+    wrong = box.on("READ", b"f", lambda request: request.packet(HANDLE, handle))
+    result = archive(constants=IMPATIENT)
+    assert wrong.fired == 1
+    assert "a reply of type 102, not 103" in result.stderr
+    assert (result.status, result.counts) == (0, (1, 0, 0)), result.stderr
+    assert_all_archived(archive, box)
+
+
+def test_attributes_of_the_servers_own_are_skipped(archive, box, monkeypatch):
+    """SFTP lets a server add pairs of strings, and send an owner."""
+    fill(box)
+    packed = faulty_sftp.Attributes.packed
+
+    def extended(attributes):
+        flags, fields = packed(attributes)[:4], packed(attributes)[4:]
+        at = 8 * (flags[3] & 1)  # behind the size
+        owner, pairs = b"\0\0\x03\xe8" * 2, b"\0\0\0\x02\0\0\0\x03acl\0\0\0\0" + b"\0" * 8
+        return bytes([0x80, 0, 0, flags[3] | 2]) + fields[:at] + owner + fields[at:] + pairs
+
+    monkeypatch.setattr(faulty_sftp.Attributes, "packed", extended)
+    assert archive(constants=SIZES).counts == (2, 0, 0)
+    assert_all_archived(archive, box)
 
 
 def test_packet_without_data_is_not_the_end(archive, box):

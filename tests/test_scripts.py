@@ -137,6 +137,25 @@ def test_run_that_a_signal_ends_prints_its_summary(archive, faulty_box, s3):
     assert found["uploaded_files"] == 0
 
 
+@pytest.mark.parametrize(
+    ("second", "ends"), [(signal.SIGINT, "at once"), (signal.SIGTERM, "in order")]
+)
+def test_second_ctrl_c_ends_the_run_at_once(archive, faulty_box, s3, second, ends):
+    """A second SIGTERM may be the first one again: sudo and a shell both pass it on."""
+    fill(faulty_box.root, {"a": 10})
+    held = s3.on("PutObject", hang)
+    running = archive.start("run", constants={"STOP_LIMIT": 3})
+    wait_for(lambda: held.fired)
+
+    running.process.terminate()
+    time.sleep(0.5)
+    running.process.send_signal(second)
+    result = running.wait(15)
+
+    assert result.status == 128 + (second if ends == "at once" else signal.SIGTERM)
+    assert bool(result.summary) == (ends == "in order")
+
+
 @pytest.mark.parametrize("name", ["Progress.close", "print_line"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_at_the_very_end_does_not_cut_off_the_summary(archive, name, number):
