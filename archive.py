@@ -126,7 +126,7 @@ PART_SIZES = [(size << n) * MIB for size in (8, 5, 6, 7) for n in range(10)] + [
 # Larger parts need fewer requests (16 MiB: about $0.33 a TiB), smaller ones less memory.
 SMALL_FILE = 16 * MIB
 PART_SIZE = 16 * MIB  # larger if MAX_PARTS requires it
-PARTS_AT_ONCE = 4
+PARTS_AT_ONCE = 4  # of one file; fewer if MEMORY_LIMIT does not hold them
 MIN_MEMORY = 2 * SMALL_FILE  # the least MEMORY_LIMIT: a small file is in memory twice
 MAX_GROWTH = 64 * KIB  # of a file between its listing and its OPEN
 COMPARE_BLOCK, DOWNLOAD_BLOCK = MIB, 256 * KIB  # bytes per read
@@ -144,7 +144,7 @@ WRITES_AHEAD = 64  # WRITE requests that wait for a reply
 
 LISTINGS_AT_ONCE = 64  # folders
 NAMES_AHEAD = 1_200  # per folder; a larger one is listed again when its turn comes
-READDIRS_PER_BATCH = 4
+FIRST_READDIRS = 4  # sent at once for a folder; each time twice as many, up to 8 times this
 PAGE = 2_000  # files per query or commit of the state
 
 # Limits of all waits, and pauses, in seconds.
@@ -157,7 +157,7 @@ S3_CONNECT_LIMIT, S3_READ_LIMIT = 20, 60  # per attempt
 LOCKED_LIMIT = 60  # for another program's lock on the state: `plan` may be copying it
 COMMIT_PAUSE = 0.5  # between commits of finished files while the walk finds no new one
 STOP_LIMIT = 5  # for work under way after a signal
-EXIT_GRACE = 3  # until the process is ended after STOP_LIMIT
+EXIT_GRACE = 3  # after STOP_LIMIT, until the process is ended by force
 RUNTIME_GRACE = 40  # for what is on its way to S3 after MAX_RUNTIME or a fatal error
 
 TRIES = 5  # of an operation on the box, before its file is reported as failed
@@ -165,9 +165,9 @@ SHARED_TRIES = 2  # after these it is tried alone: no other operation may begin
 S3_ATTEMPTS = 5  # of a request
 SAME_FAILURES = 20  # in a row, after which the run ends: the files are not the cause
 
-# Seconds.  A file that was modified so shortly before it was read could be modified again
-# and keep its size and mtime.  An object that another program stored needs a longer time,
-# because the clock of that program's machine may be wrong.
+# Seconds.  A file that was modified less than RECENT before it was read could be modified
+# again and keep its size and mtime.  The mtime in an object's metadata is believed only if
+# the object was stored more than RECENTLY_STORED after it: the clocks may differ.
 RECENT, RECENTLY_STORED = 2, 60
 
 # The hours that S3 takes at most (S3 user guide, "Archive retrieval options").
@@ -249,7 +249,8 @@ class Prices:
         return standard + self._cost(size / GIB, f"{storage_class}.month")
 
     def requests(self, storage_class: str, counts: Mapping[str, int]) -> float:
-        """Requests by kind (S3 user guide, "Multipart upload and pricing")."""
+        """What these numbers of requests cost, by kind (S3 user guide, "Multipart upload and
+        pricing").  `head` and `list` cost the same in each class."""
         put, part = f"{storage_class}.put", f"{storage_class}.part"
         names = {"put": put, "complete": put, "create": part, "part": part}
         names |= {"head": "get", "list": "STANDARD.put"}
@@ -264,7 +265,7 @@ class Prices:
     def restore(self, storage_class: str, files: int, size: int, tier: str, days: int) -> float:
         """Restoring: requests and bytes at the tier's price, and copies in STANDARD for
         `days` (S3 user guide, "Restoring an archived object")."""
-        if storage_class == "STANDARD":  # free; of STANDARD_IA and the like: not known
+        if storage_class == "STANDARD":  # needs no restore; STANDARD_IA and others give NaN
             return 0.0
         requests = self._cost(files / 1000, f"{storage_class}.{tier}.request")
         copies = self._cost(size / GIB, "STANDARD.month") * days / DAYS_PER_MONTH
@@ -602,7 +603,7 @@ def parse_bool(text: str) -> bool:
 
 def parse_path(text: str) -> Path:
     text = os.fsdecode(text.encode("utf-8", "surrogateescape"))  # names need not be UTF-8
-    return Path(os.path.expanduser(text).removeprefix("~/"))  # left if there is no home
+    return Path(os.path.expanduser(text).removeprefix("~/"))  # which stays without a home
 
 
 def parse_folder(text: str) -> bytes:
@@ -715,13 +716,13 @@ SETTINGS += ["AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"]
 PROXIES = re.compile("(?i)(https?|no)_proxy")
 SECRETS = re.compile("HETZNER_(PASSWORD|KEY_PASSPHRASE)|AWS_(SECRET_ACCESS_KEY|.*_TOKEN)")
 AWS_FILES = re.compile("AWS_.*_FILE|AWS_CA_BUNDLE")
-hidden: set[str] = set()  # secrets in all their forms: the log and the terminal show ***
+secret_forms: set[str] = set()  # each secret in all its forms; messages show *** instead
 
 
 def read_env_file(path: Path, faults: list[str]) -> dict[str, str]:
-    """The settings in the env file; Fatal if it cannot be read.  Adds to `faults` the lines
-    without a setting.  load_dotenv() would skip them, and expand ${...}, which may be part of
-    a password."""
+    """The settings in the env file; Fatal if it cannot be read.  Lines that are no setting are
+    added to `faults`.  Paths in AWS_ settings become relative to the file's folder.  (dotenv's
+    load_dotenv() would skip such lines, and expand ${...}, which may be part of a password.)"""
     settings: dict[str, str] = {}
     with fatal_os_errors(f"cannot read the env file {path}, see .env.example", USAGE):
         text = path.read_text(encoding="utf-8-sig")
@@ -742,8 +743,8 @@ def read_env_file(path: Path, faults: list[str]) -> dict[str, str]:
 
 
 def setting_faults(settings: Mapping[str, str]) -> Iterator[str]:
-    """Messages, without the values, about unknown settings, characters that no server accepts
-    in a credential, and settings that are missing beside others."""
+    """Messages, without the values, about unknown settings, keys in place of their paths,
+    characters that no server accepts in a credential, and settings that need another one."""
     for name, value in settings.items():
         is_secret, is_aws = SECRETS.fullmatch(name), name.startswith("AWS_")
         odd = "[\0-\x1f\x7f\udc80-\udcff]" if is_secret else "[\0-\x1f\x7f]"
@@ -771,13 +772,13 @@ def setting_faults(settings: Mapping[str, str]) -> Iterator[str]:
 
 def hide(secret: str | None) -> None:
     """Hides a secret in every form that the message of a library or a server may contain."""
-    if secret and secret not in hidden:
+    if secret and secret not in secret_forms:
         raw = secret.encode("utf-8", "surrogateescape")  # any bytes of the environment
         quoted = {quote(raw), quote(raw, safe=""), quote_plus(raw)}
         quoted |= {re.sub("%..", lambda code: code[0].lower(), form) for form in quoted}
         # repr() escapes a single quote only where there is a double quote, too.
         escaped = repr(secret)[1:-1], repr(f'"{secret}')[2:-1], json.dumps(secret)[1:-1]
-        hidden.update({secret, base64.b64encode(raw).decode(), *quoted, *escaped})
+        secret_forms.update({secret, base64.b64encode(raw).decode(), *quoted, *escaped})
 
 
 def load_config(env_file: Path | None) -> Config:
@@ -859,7 +860,8 @@ class ConnectionLost(Exception):
 
 class SFTPError(FileError):
     """The server refused a request with this SFTP status code.  `code` is VANISHED if an LSTAT
-    found no file.  After an OPEN, some servers give that answer for other reasons, too."""
+    found no file.  "No such file" as the answer to an OPEN does not count: some servers give it
+    for other reasons, too."""
 
     def __init__(self, request_type: int, sftp_code: int, message: str):
         is_gone = request_type == FXP_LSTAT and sftp_code == FX_NO_SUCH_FILE
@@ -1138,7 +1140,8 @@ def known_host_name(config: Config) -> str:
 
 
 def known_host_keys(config: Config) -> tuple[Keys, Keys]:
-    """The box's keys in known_hosts, and all keys revoked there; Fatal if it is unreadable."""
+    """The box's keys in known_hosts, and all keys that it revokes.  Both are empty if there is
+    no such file; Fatal if it cannot be read."""
     file, text = f"HETZNER_KNOWN_HOSTS {config.known_hosts}", ""
     with fatal_os_errors(file), contextlib.suppress(FileNotFoundError):
         text = config.known_hosts.read_text("utf-8", "replace")
@@ -1304,7 +1307,8 @@ class StorageBox:
 
     def _connect(self) -> Session:
         """A new session; makes an attempt for each of RECONNECT_PAUSES.  Fatal, Stopped."""
-        reason, remedy = self._session.lost if self._session else None, ""
+        reason = self._session.lost if self._session else None  # why the last one ended
+        remedy = ""
         for pause in self._pauses:
             if reason:
                 log.warning("no connection: %s; connecting again in %s s", reason, pause)
@@ -1325,8 +1329,9 @@ class StorageBox:
         """The result of operation(session).  It is called again if the session is lost, or if
         the server answers FAILURE: it may have too many files open.  After SHARED_TRIES, no
         other operation may begin, so that a file which breaks each connection does not make
-        others fail.  With its own `session`, a FileReader reads on meanwhile: the other may be
-        waiting for its file to be closed.  FileError (LOST) after TRIES, SFTPError."""
+        others fail.  A FileReader passes the `session` in which its file is open, and need not
+        wait: an operation that is tried alone may need this file to be closed first.  After
+        TRIES, FileError (LOST) or the SFTPError."""
         with contextlib.ExitStack() as stack:
             for attempt in range(1, TRIES + 1):
                 if attempt > SHARED_TRIES:
@@ -1345,7 +1350,8 @@ class StorageBox:
         raise FileError(f"lost the connection {TRIES} times, last: {reason}", LOST)
 
     def list_folder(self, path: bytes, limit: float = math.inf) -> list[Entry] | None:
-        """A folder's entries by name; None if `limit` came before the end of it; FileError."""
+        """A folder's entries, sorted by name; None if there are `limit` or more.  FileError,
+        with the code VANISHED if the folder is gone."""
         try:
             return self.retry(lambda session: read_folder(session, path, limit))
         except SFTPError:
@@ -1380,9 +1386,9 @@ class FileReader:
 
     s3transfer would take an early end for a shorter file, so this class makes sure that
     every byte has arrived.  It reads READ_WINDOW ahead.  After a short reply, or in a new
-    session, it opens the file again and continues at its offset.  `read` returns bytes only
-    if the file had its first size and mtime after they were read: FSTAT shows whether it was
-    changed, LSTAT whether another file was renamed over it.  Anything else is a FileError.
+    session, it opens the file again and continues at its offset.  `read` raises FileError if
+    the file has not the size and mtime any more that it had when it was first opened: FSTAT
+    shows whether it was changed, LSTAT whether another file was renamed over it.
 
     A small file takes two round trips: OPEN and LSTAT; then READs, FSTAT, LSTAT and CLOSE.
     """
@@ -1409,8 +1415,9 @@ class FileReader:
 
     @property
     def is_recent(self) -> bool:
-        """Whether the file was modified since RECENT seconds before it was opened: another
-        change could keep its size and mtime.  False if its mtime is further in the future."""
+        """Whether the file was modified since it was opened, or within RECENT before: another
+        change could keep its size and mtime.  False if its mtime is in the future, or it would
+        be compared every night."""
         return self._began - RECENT <= self.file.mtime <= time.time() + RECENT
 
     def read(self, amount: int = -1) -> bytes:
@@ -1527,7 +1534,7 @@ def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | No
     cannot be read, FileError if it has no end, ConnectionLost."""
     handle = session.send((FXP_OPENDIR, path)).result()
     names: dict[bytes, Attributes] = {}  # a name may come twice while the folder changes
-    count, refusals = READDIRS_PER_BATCH, list[SFTPError]()
+    count, refusals = FIRST_READDIRS, list[SFTPError]()
     try:
         while not refusals:
             before = len(names)
@@ -1538,7 +1545,7 @@ def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | No
                 raise FileError("the box sent a listing that does not end")
             if not refusals and len(names) >= limit:
                 return None
-            count = min(2 * count, 8 * READDIRS_PER_BATCH)
+            count = min(2 * count, 8 * FIRST_READDIRS)
     finally:
         session.send((FXP_CLOSE, handle))  # not waited for
     if refusals[0].sftp_code != FX_EOF:  # what is refused after the end does not matter
@@ -1551,9 +1558,9 @@ nfc = partial(unicodedata.normalize, "NFC")
 
 class Exclusions:
     """The items of EXCLUDE_PATHS.  Each excludes an entry and everything below it.  It is a
-    path, absolute or relative to REMOTE_PATH, or a glob whose `*` also matches slashes.  An
-    item that exists on the box is a path even if it looks like a glob.  Paths are compared in
-    Unicode's NFC form."""
+    path or a glob whose `*` also matches slashes, relative to REMOTE_PATH even if it begins
+    with a slash; REMOTE_PATH itself may stand before it.  An item that exists on the box is a
+    path even if it looks like a glob.  Paths are compared in Unicode's NFC form."""
 
     def __init__(self, config: Config, box: StorageBox):
         self._box, self._root = box, config.remote_path
@@ -1584,6 +1591,7 @@ class Exclusions:
         return True
 
     def _exists(self, path: str) -> bool:
+        """Whether the box has this path, which is in NFC, or its NFD form."""
         for text in {path, unicodedata.normalize("NFD", path)} - {""}:
             place = join(self._root, text.encode("utf-8", "surrogateescape"))
             with contextlib.suppress(FileError):
@@ -1700,8 +1708,8 @@ class State:
     def __init__(self, config: Config, new_source: bool = False, copy: bool = False):
         """Opens the database, or makes it.  With `copy`, it opens a temporary copy instead,
         which is empty if there is no database; changes are lost.  With `new_source`, it forgets
-        the files of another source.  Fatal if the state belongs to another destination, or
-        without `new_source` to another source."""
+        all files, and the bucket's listing is taken over again.  Fatal if the state belongs to
+        another destination, or without `new_source` to another source."""
         self._path = path = config.state_db
         self._default_class = config.storage_class  # of a row whose object is not known
         # With other settings than these, files would count as archived that are not.
@@ -1762,7 +1770,7 @@ class State:
         self._execute(f"PRAGMA user_version = {STATE_VERSION}")
 
     def _execute(self, statement: str, *values: Any) -> list[Any]:
-        """The rows that the statement returns.  It is committed, unless in a transaction."""
+        """The rows that the statement returns.  Outside `in_transaction`, it is committed."""
         with state_errors(self._path):
             return self._db.execute(statement, values).fetchall()
 
@@ -2171,8 +2179,9 @@ class Bucket:
         """S3's answer; None if it refuses with one of the codes `allowed`.  Those S3_EXTRA_ARGS
         that the operation has are added, and parameters that are None are left out.
 
-        A failure that may pass is followed by another attempt.  boto3 would retry for fewer
-        reasons, wait less than a second, and have a small number of retries for all requests.
+        A request that failed with UNAVAILABLE is sent again, up to `_attempts` times in all.
+        boto3 would retry for fewer reasons, wait less than a second, and share a small number
+        of retries among all requests.
         """
         meta, config = self.client.meta, self._config
         model = meta.service_model.operation_model(meta.method_to_api_mapping[operation])
@@ -2203,8 +2212,8 @@ class Bucket:
 
     def _list(self, operation: str, *names: str, **parameters: Any) -> Iterator[Any]:
         """The entries of all pages of a listing.  A page has them in the lists called `names`,
-        which are merged by key.  Its NextKeyMarker is the KeyMarker of the next request; so
-        are the others."""
+        which are merged by key.  Each NextX of a page is the X of the next request, for example
+        NextKeyMarker its KeyMarker."""
         marker: dict[str, Any] = {}
         while True:
             page = self.request(operation, **parameters, **marker)
@@ -2313,7 +2322,8 @@ class Bucket:
 
     def abort_upload(self, key: str, upload_id: str | None = None, but: str = "") -> bool:
         """Aborts the upload with this id; without one, all unfinished uploads of `key` except
-        `but`.  Their parts cost money.  Returns False after a warning if S3 refuses."""
+        the one with the id `but`.  Their parts cost money.  Returns False, after a warning, if
+        that fails for whatever reason."""
         try:
             ids = {upload_id}
             if not upload_id:
@@ -2355,10 +2365,12 @@ class Bucket:
 
     def match_content(self, found: StoredObject, read: Read) -> StoredObject | None:
         """Reads a file.  If it has the object's size and ETag, returns the object with the
-        CRC-32 that was read; else None."""
+        CRC-32 of what was read; else None.  Reads nothing if the ETag can match no file."""
         part_size, parts, offset, crc32 = self._part_size(found), [md5()], 0, 0
+        if not part_size:
+            return None
         # No block goes beyond the end of a part.
-        while block := part_size and read(min(COMPARE_BLOCK, part_size - offset % part_size)):
+        while block := read(min(COMPARE_BLOCK, part_size - offset % part_size)):
             if offset and offset % part_size == 0:
                 parts.append(md5())
             parts[-1].update(block)
@@ -2368,11 +2380,12 @@ class Bucket:
         return found._replace(crc32=crc32) if same_etag and offset == found.size else None
 
     def _part_size(self, found: StoredObject) -> int:
-        """The size of the object's parts but the last; 0 if no file can match its ETag.  The
-        ETag of an object that one PUT has stored is its MD5.  That of an upload in parts is the
-        MD5 of the parts' MD5s, "-" and their number ("Checking object integrity" in the S3 user
-        guide).  S3 tells the size of the first part.  For a server that does not, the likeliest
-        size is taken that gives this number.  With SSE-KMS or SSE-C, no file matches."""
+        """The size of the object's parts but the last; its whole size if one PUT has stored it;
+        0 if no size of parts gives their number.  The ETag after a PUT is the MD5.  After an
+        upload in parts, it is the MD5 of the parts' MD5s, "-" and their number ("Checking
+        object integrity" in the S3 user guide).  S3 tells the size of the first part.  For a
+        server that does not, the likeliest size is taken.  With SSE-KMS or SSE-C, an ETag is
+        no MD5: the file is read, and does not match."""
         _, dash, count = found.etag.partition("-")
         size, refusals = max(1, found.size), (DENIED, "400", "404", "405", "412", "416", "501")
         if not dash:
@@ -2418,20 +2431,24 @@ class Bucket:
         key = self.prefix + ".archive-check/"  # no file has it, as it ends in a slash
         restore = {"Days": 1, "GlacierJobParameters": {"Tier": "Bulk"}}
 
-        def ask(operation: str, **request: Any) -> Callable[[], object]:
+        def probe(operation: str, **request: Any) -> Callable[[], object]:
             return partial(self.request, operation, *NOT_FOUND, **request)
 
-        def upload() -> None:  # whose class may be refused
+        def upload() -> None:  # S3 may also refuse STORAGE_CLASS or S3_EXTRA_ARGS
             self.abort_upload(key, self.begin_upload(Upload(key, "", SMALL_FILE, 0)).id)
 
         return {
-            "s3:ListBucket": ask("list_objects_v2", Prefix=self.prefix, MaxKeys=1),
-            "s3:GetObject": ask("head_object", Key=key),
-            "s3:ListBucketMultipartUploads": ask("list_multipart_uploads", Prefix=self.prefix),
-            "s3:ListMultipartUploadParts": ask("list_parts", Key=key, UploadId="none"),
-            "s3:AbortMultipartUpload": ask("abort_multipart_upload", Key=key, UploadId="none"),
+            "s3:ListBucket": probe("list_objects_v2", Prefix=self.prefix, MaxKeys=1),
+            "s3:GetObject": probe("head_object", Key=key),
+            "s3:ListBucketMultipartUploads": probe(
+                "list_multipart_uploads", Prefix=self.prefix
+            ),
+            "s3:ListMultipartUploadParts": probe("list_parts", Key=key, UploadId="none"),
+            "s3:AbortMultipartUpload": probe(
+                "abort_multipart_upload", Key=key, UploadId="none"
+            ),
             "s3:PutObject": upload,
-            "s3:RestoreObject": ask("restore_object", Key=key, RestoreRequest=restore),
+            "s3:RestoreObject": probe("restore_object", Key=key, RestoreRequest=restore),
         }
 
 
@@ -2482,7 +2499,8 @@ def path_of_key(config: Config, key: str) -> str | None:
 
 
 def reconcile(config: Config, bucket: Bucket, state: State) -> Iterator[Comparison]:
-    """Brings the state in line with the bucket's listing, while it yields how they were before.
+    """Yields how state and bucket agree about each path, and brings the state in line with the
+    bucket.  It has to be read to its end: the last step deletes the rows without an object.
     Objects whose key no file can have are not ours, and are skipped."""
     objects = bucket.objects(config.prefix)
     while page := list(itertools.islice(objects, PAGE)):
@@ -2519,7 +2537,7 @@ class Formatter(logging.Formatter):
         record.prefix = prefixes.get(record.levelno, "")
         text = one_line(super().format(record))
         # The longest first: one secret may be the beginning of another.
-        for secret in sorted(hidden, key=len, reverse=True):
+        for secret in sorted(secret_forms, key=len, reverse=True):
             text = text.replace(secret, "***")
         return text
 
@@ -2561,8 +2579,8 @@ def start_log_file(path: Path) -> None:
 
 
 def rotate_log(source: str, dest: str) -> None:
-    """Renames a log, and creates a new one that only its owner can read.  It grows if it
-    cannot be renamed, as a file that is mounted into a container."""
+    """Renames a log, and creates a new one that only its owner can read.  A log that cannot be
+    renamed grows on, for example one that is mounted into a container."""
     with contextlib.suppress(OSError):
         os.rename(source, dest)
         create_private(Path(source))
@@ -2611,7 +2629,7 @@ class Progress:
 
     def __init__(self, shown: bool):
         new_bar = partial(tqdm, disable=not shown, dynamic_ncols=True, leave=False)
-        # counting(items) yields the items and counts them.  A bar without items is updated.
+        # counting(items) yields the items and counts them.  Without items, its caller counts.
         self.counting = partial(new_bar, unit=" files")
         self._of_bytes = partial(new_bar, unit="B", unit_scale=True, unit_divisor=1024)
         self._bar = tqdm(disable=True)  # until `expect` is called
@@ -2636,7 +2654,7 @@ class Context:
     box: StorageBox
     bucket: Bucket
     progress: Progress
-    summary: dict[str, object] = field(default_factory=dict)  # for JSON
+    summary: dict[str, object]  # for JSON
 
     def show_summary(self, title: str, rows: Mapping[str, object]) -> None:
         """Shows a table, whose labels in snake case are the names in JSON."""
@@ -2656,15 +2674,17 @@ Outcome = tuple[Item, "Result | None", "FileError | None"]
 
 @dataclass
 class Parallel(Generic[Item, Result]):
-    """Calls work(item) on threads: at most `threads` at once, and no more than fit into
-    `limit` bytes of `memory`, of which a single item may need more.
+    """Calls work(item) on threads, at most `threads` at once.  The items at work need at most
+    `limit` bytes of `memory` together; one that needs more is worked on alone.
 
     A FileError of `work` is an outcome, unless it is UNFINISHED.  Anything else ends the work:
-    Fatal, Stopped, SAME_FAILURES with one code in a row, any error of the items.  It is raised
-    once what is under way was yielded.  That may take RUNTIME_GRACE, and after a signal
-    STOP_LIMIT; the box is closed, which ends all reads.  Only after a FileError of the items
-    there is no limit.  A signal raises Stopped only in the code of `items`: the code that takes
-    outcomes would lose those of a list that it has not looked at yet."""
+    Fatal, Stopped, SAME_FAILURES with one code in a row, any error of the items.  No new item
+    is begun then, and the box is closed, which ends all reads.  What is under way is waited
+    for and yielded: for RUNTIME_GRACE at most, after a signal for STOP_LIMIT.  The error is
+    raised then.  A FileError of the items closes nothing, and is raised after all work is done.
+
+    A signal raises Stopped only in the code of `items`: the code that takes outcomes would
+    lose those of a list that it has not looked at yet."""
 
     work: Callable[[Item], Result]
     box: StorageBox
@@ -2778,7 +2798,7 @@ class Job(NamedTuple):
     upload: Upload  # to be continued if it has an id, else to be begun
     stale: Upload | None  # an earlier run's that cannot be continued, to be aborted first
     compares: bool  # it is first compared with its object
-    lookups: dict[str, int]  # requests before an upload, by kind, as for Prices.requests
+    lookups: dict[str, int]  # S3 requests before an upload, by kind, as for Prices.requests
     early: float  # USD for the object that an upload overwrites before its minimum days
     usd: float  # for all requests, and `early`
 
@@ -2858,7 +2878,8 @@ class Walk:
         return "Hidden entries" if is_hidden and not self._config.include_hidden else ""
 
     def _entries(self, path: bytes, listing: Future[list[Entry] | None]) -> list[Entry] | None:
-        """The result of the listing; empty if it failed, and Fatal if REMOTE_PATH's failed."""
+        """The result of the listing: None if the folder is too large to be kept ahead, empty if
+        its listing failed; Fatal if that of REMOTE_PATH failed."""
         try:
             return listing.result()
         except FileError as error:
@@ -2901,25 +2922,28 @@ class Walk:
             except FileError as error:
                 self.add_failure(file.path, error)
                 continue
-            record, begun = records.get(upload.path), self._uploads.pop(upload.key, None)
-            resumes = begun is not None and begun._replace(id=None) == upload
-            continues = bool(begun and begun.id and resumes)
+            record, noted = records.get(upload.path), self._uploads.pop(upload.key, None)
+            # An upload of this version of the file; without an id, it has no parts yet.
+            is_same = noted is not None and noted._replace(id=None) == upload
+            continues = noted is not None and noted.id is not None and is_same
             compares, heads, early = False, 0, 0.0
             if record:
                 stored = record.stored
-                compares = stored.size == file.size and not resumes
-                # For the content, if the state does not know it, and for the size of the parts.
-                heads = compares * ((stored.crc32 is None) + ("-" in stored.etag))
+                compares = stored.size == file.size and not is_same
+                if compares:
+                    # For the content, if the state does not know it; for the parts' size.
+                    heads = (stored.crc32 is None) + ("-" in stored.etag)
                 age_days = (time.time() - stored.uploaded_at) / DAY
                 early = self.prices.early(stored.storage_class, stored.size, age_days)
-            # Of its parts, or of the key's uploads; none to abort an upload whose id is known.
-            lists = int(begun is not None and (resumes or not begun.id))
+            # Of the parts to continue after, or of the key's uploads to find those to abort.
+            lists = int(noted is not None and (is_same or noted.id is None))
+            # The HEAD: if S3 does not have the upload any more, it may be complete.
             lookups = {"head": heads + continues, "list": lists}
             storage_class = self._config.storage_class_of(file.size)
             usd = early + self.prices.requests(storage_class, lookups | upload.requests)
-            if begun and continues:
-                upload, begun = begun, None  # it is not aborted
-            yield Job(file, record, upload, begun, compares, lookups, early, usd)
+            if noted and continues:
+                upload, noted = noted, None  # `noted` is the one to be aborted
+            yield Job(file, record, upload, noted, compares, lookups, early, usd)
 
 
 def total_cost(counts: Counts, price: Callable[[str, int, int], float]) -> float:
@@ -2945,7 +2969,7 @@ class Forecast(Walk):
         self.gone_paths = set[str]()  # as in the path column
         self.requests = Counter(put=0, create=0, part=0, complete=0, head=0)  # by kind
         self.upload_cost = 0.0  # USD for them
-        self.saving = 0.0  # USD of `upload_cost`, if tiny files went into CLASS_FOR_TINY
+        self.saving = 0.0  # USD less, if files below TINY_FILE went into CLASS_FOR_TINY
         self.afterwards = state.archived()
 
     def walk_box(self) -> None:
@@ -3065,8 +3089,8 @@ class Run(Walk):
             yield "Ended early", self.ended_early
 
     def archive(self) -> None:
-        """Archives what is new or changed; Fatal, Stopped, after what S3 has acknowledged is
-        committed."""
+        """Archives what is new or changed.  Fatal and Stopped are raised only once everything
+        that S3 has acknowledged is committed."""
         # While TRANSFERS files are sent, nearly as many small ones are read, so that S3 never
         # waits for the box.  With TRANSFERS=1, one file is read and sent after the other.
         threads, limit = 2 * self._config.transfers - 1, self._config.memory_limit
@@ -3125,9 +3149,9 @@ class Run(Walk):
         # An upload that S3 does not have any more may be complete.
         compares = job.compares or upload.id != job.upload.id
         found = self._object_to_compare(job) if compares else None
-        # An mtime that S3 has just sent is as good as a row of ours, unless the upload came so
-        # soon after it that a later change could have the same mtime.  (In a Record, the mtime
-        # of the object is the upload's time, which never matches here.)
+        # The mtime from a HEAD is as good as a row of ours, unless the object was stored so
+        # soon after it that a later change could have the same mtime.  (`found` may be the
+        # row's object.  Its mtime is its uploaded_at, which this condition never accepts.)
         if found and found.mtime == job.file.mtime < found.uploaded_at - RECENTLY_STORED:
             return Archived(job.file, found, is_recent=False, is_upload=False)
         if job.upload.part_size:
@@ -3154,7 +3178,7 @@ class Run(Walk):
 
     def _transfer_large(self, job: Job, found: StoredObject | None, upload: Upload) -> Archived:
         """Reads a large file to compare it, and again to upload what follows the parts that
-        are stored.  FileError if it has changed since it was listed, as they are of that
+        are stored.  FileError if it has changed since it was listed: the parts are of that
         version."""
         file, offset = job.file, len(upload.parts) * upload.part_size
         if found:
@@ -3189,7 +3213,7 @@ class Run(Walk):
                 self.bytes_uploaded += archived.file.size
                 files_log.info("archived %s (%s bytes)", path, f"{archived.file.size:,}")
             elif archived:
-                # Its upload was not needed, only the lookups were.
+                # Only the look-ups were sent, whose price does not depend on a class.
                 self._reserved -= job.usd - self.prices.requests("", job.lookups)
                 self.others["Compared files"] += 1
                 self._progress.moved(job.file.size)
@@ -3220,8 +3244,8 @@ def check_changes(context: Context, state: State, limit: int) -> None:
 def run(context: Context, options: argparse.Namespace) -> int:
     """Archives what is new or changed (the default).  0, or 3 if something is incomplete."""
     config, stopping, status = context.config, context.box.stopping, FATAL
-    # What is on its way to S3 then still gets RUNTIME_GRACE.
     limit = min(config.max_runtime or 0, threading.TIMEOUT_MAX)
+    # Closing the box ends all reads.  What is on its way to S3 still gets RUNTIME_GRACE.
     out_of_time = threading.Timer(limit, context.box.close)
     if options.new_source:
         context.box.session()  # fails with a mistyped user, before the state is emptied
@@ -3262,7 +3286,7 @@ NOTHING_THERE = "nothing is archived under this path; give it exactly, patterns 
 
 
 def ask(question: Callable[[], T]) -> T | None:
-    """The answer; None after a warning if there is none."""
+    """The answer to question(); None, after a warning, if it raises an ArchiveError."""
     try:
         return question()
     except ArchiveError as error:
@@ -3477,8 +3501,9 @@ class Download:
 
     def blocks(self, block_size: int) -> Iterator[bytes]:
         """The object's bytes, from the start at each call, in blocks of at most this size.  A
-        broken download is continued.  FileError at the end if the size or CRC-32 is not what
-        S3 has answered; Stopped."""
+        broken download is continued.  If the size or CRC-32 is not that of the first answer,
+        FileError after the last block: the bytes are not to be used then.  Also FileError and
+        Fatal from S3, and Stopped."""
         stored, size, reason = self.stored, self.stored.size, ""
         offset = crc32 = failures = 0
         while offset < size and failures < S3_ATTEMPTS:
@@ -3588,7 +3613,7 @@ class BoxFolder:
         first, last = TIME_RANGES[0]  # of SFTP
         mtime = min(max(stored.mtime, first), last)
         complete = stored.size, mtime  # the first two of its Attributes
-        # RENAME replaces no file.  If it failed after a REMOVE, there would be none left.
+        # RENAME replaces no file.  After a REMOVE, a RENAME that fails would leave none at all.
         rename = (FXP_EXTENDED, b"posix-rename@openssh.com") if overwrite else (FXP_RENAME,)
 
         def check_file(session: Session, where: bytes) -> None:
@@ -3641,7 +3666,8 @@ class BoxFolder:
 
 
 def write_file(session: Session, handle: bytes, download: Download, mtime: int) -> None:
-    """Writes a new file, which is open, and closes it; SFTPError, FileError."""
+    """Writes to a new file, which is open, and closes it; SFTPError, FileError of the download,
+    ConnectionLost."""
     batches, at = deque[Batch](), 0
     try:
         for block in download.blocks(WRITE_SIZE):
@@ -3713,7 +3739,7 @@ class Restore:
         costs to restore the cold ones and to download all, and warns if there is no room."""
         prices, tier, days = self._context.bucket.prices, self._options.tier, self._options.days
         cold, needed = Counts(), Counts({READY: Count()})
-        outcomes = self._outcomes(self._state_of)
+        outcomes = self._outcomes(self._label_of)
         for (_, found), label, _ in self._context.progress.counting(outcomes, "looking"):
             if label == NOT_ASKED:
                 cold.add(found.storage_class, found.size)
@@ -3812,8 +3838,9 @@ class Restore:
                 held.append((path, found))
         yield from held
 
-    def _state_of(self, name: bytes, found: StoredObject) -> str:
-        """THERE, READY, BUSY or NOT_ASKED; FileError if the name is taken or impossible."""
+    def _label_of(self, name: bytes, found: StoredObject) -> str:
+        """THERE, READY, BUSY or NOT_ASKED.  FileError if no file can have the name, or if what
+        has it may not be replaced."""
         is_windows_name = os.name == "nt" and (b"\\" in name or b":" in name)
         if {b"", b".", b".."} & set(name.split(b"/")) or b"\0" in name or is_windows_name:
             raise FileError("no file can have this name")
@@ -3838,10 +3865,10 @@ class Restore:
 
     def _restore_one(self, name: bytes, found: StoredObject) -> str:
         """Downloads the object or asks S3 for it, and returns its label then; FileError."""
-        options, label = self._options, self._state_of(name, found)
+        options, label = self._options, self._label_of(name, found)
         # The user has agreed to a number of requests; more objects may be cold by now.
         if label == NOT_ASKED and self._allowed_requests.acquire(blocking=False):
-            self._context.box.stopping.check()  # it costs money
+            self._context.box.stopping.check()  # no paid request after the end
             can_be_read = self._bucket.request_restore(found, options.tier, options.days)
             label = READY if can_be_read else ASKED
         if label != READY:
@@ -3970,9 +3997,9 @@ def add_restore(command: argparse.ArgumentParser) -> None:
 
 
 def tune_memory() -> None:
-    """Makes glibc use the memory of parts again (mallopt(3)).  By default it gets 16 MiB from
-    the system for each part, whose page faults take a fifth of the CPU time, or keeps a heap
-    for each thread.  The garbage collector skips what was imported."""
+    """Makes glibc reuse the memory of parts (mallopt(3)).  By default, it gets 16 MiB from the
+    system for each part, and the page faults take a fifth of the CPU time; or it keeps a heap
+    for each thread.  Also makes the garbage collector skip what was imported, and run less."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another libc
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 32 * MIB)  # M_MMAP_THRESHOLD, the highest that it takes
