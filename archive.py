@@ -172,9 +172,6 @@ RECENT, RECENTLY_STORED = 2, 60
 
 # The hours that S3 takes at most (S3 user guide, "Archive retrieval options").
 TIERS = {"bulk": 48, "standard": 12}
-# The first and last mtime that can be kept: by SFTP, by ext3 and XFS without bigtime, by ext4.
-# A restored file whose time is outside gets the first or the last one.
-TIME_RANGES = ((0, 2**32 - 1), (-(2**31), 2**31 - 1), (-(2**31), 2**34 - 2**31 - 1))
 DAYS_RESTORED = 7  # for which S3 keeps restored copies, by default
 WAIT_PAUSE = 15 * 60  # s between the passes of `restore --wait`
 # Below TINY_FILE, STANDARD costs less than the 40 KB that S3 adds to a cold object.
@@ -1937,8 +1934,8 @@ def locked(config: Config, suffix: str = ".lock") -> Iterator[None]:
     except sqlite3.Error as error:
         if can_read and "locked" in str(error):
             raise Fatal(f"another run is at work: it holds {path}", status=LOCKED) from None
-        remedy = "check its permissions, and those of its folder; if its file system has no "
-        remedy += "locks, as some network shares, put STATE_DB on a local disk"
+        remedy = "an earlier archive.py may be at work; check the permissions of it and its "
+        remedy += "folder; if a network share has no locks, put STATE_DB on a local disk"
         raise Fatal(f"the lock {path} cannot be taken: {error}; {remedy}") from None
     with contextlib.closing(db):
         yield
@@ -2095,12 +2092,13 @@ class MultipartClient:
             raise self._error
         try:
             data = self._read(amount)
-        except Stopped:
-            # Wait for the parts under way: s3transfer would cut them off after any error.  And
-            # after Stopped, it would wait for ever.
+        except (ArchiveError, Stopped) as error:
+            # Wait for the parts under way: s3transfer would cut them off.
             while self._error is None and not all("ETag" in part for part in self._parts):
                 time.sleep(0.1)
-            raise FileError("the run ended before it was done", UNFINISHED) from None
+            if isinstance(error, Stopped):  # after which s3transfer would wait for ever
+                raise FileError("the run ended before it was done", UNFINISHED) from None
+            raise
         if data:
             crc32, number = zlib.crc32(data), len(self._parts) + 1
             self._parts.append({"PartNumber": number, "ChecksumCRC32": crc_text(crc32)})
@@ -2681,7 +2679,8 @@ class Parallel(Generic[Item, Result]):
     Fatal, Stopped, SAME_FAILURES with one code in a row, any error of the items.  No new item
     is begun then, and the box is closed, which ends all reads.  What is under way is waited
     for and yielded: for RUNTIME_GRACE at most, after a signal for STOP_LIMIT.  The error is
-    raised then.  A FileError of the items closes nothing, and is raised after all work is done.
+    raised then.  After a FileError, of the items or if S3 does not answer, nothing is closed:
+    all that is under way ends by itself first.
 
     A signal raises Stopped only in the code of `items`: the code that takes outcomes would
     lose those of a list that it has not looked at yet."""
@@ -2771,7 +2770,8 @@ class Parallel(Generic[Item, Result]):
             if code not in (VANISHED, CHANGED, UNFINISHED, INVALID_STATE):
                 self._codes.append(code)  # empty: a success, or a failure without a code
             if code and self._codes.count(code) == SAME_FAILURES:
-                self._fail(Fatal(f"{error}; {SAME_FAILURES} in a row failed like this", code))
+                kind = FileError if code == UNAVAILABLE else Fatal  # the first may pass
+                self._fail(kind(f"{error}; {SAME_FAILURES} in a row failed like this", code))
         if self.box.stopping.is_set():
             self._fail(Stopped())
         return [one for one in outcomes if one[2] is None or one[2].code != UNFINISHED]
@@ -3530,14 +3530,23 @@ class LocalFolder:
 
     def __init__(self, folder: str):
         """Creates the folder if it is missing; Fatal if files cannot be created in it."""
-        # No shell expands the ~ of --to=~/x.
-        self._folder = Path(os.path.realpath(os.path.expanduser(folder)))
         with fatal_os_errors(f"{folder} cannot be written to"):
+            # No shell expands the ~ of --to=~/x.
+            self._folder = Path(os.path.realpath(os.path.expanduser(folder)))
             self._folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self._folder).close()
 
     def free_space(self) -> float:
-        return shutil.disk_usage(self._folder).free
+        with fatal_os_errors(f"{self._folder} cannot be used any more"):
+            return shutil.disk_usage(self._folder).free
+
+    def kept_mtime(self, mtime: int) -> int:
+        """The mtime of a file that was given this one: a disk may have only even seconds, and
+        has a first and a last one."""
+        with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=self._folder) as file:
+            os.utime(file.name, (mtime, mtime))  # a number if the file has no name
+            return os.fstat(file.fileno()).st_mtime_ns // 10**9
+        return mtime
 
     def find(self, name: bytes) -> Attributes | None:
         """The attributes of what has this name, None if nothing has; FileError."""
@@ -3547,7 +3556,7 @@ class LocalFolder:
             return None
         except OSError as error:
             raise FileError(f"cannot be looked up: {error}") from None
-        return Attributes(found.st_size, int(found.st_mtime), found.st_mode)
+        return Attributes(found.st_size, found.st_mtime_ns // 10**9, found.st_mode)
 
     def store(self, name: bytes, download: Download, overwrite: bool) -> None:
         """Writes the file under another name, and renames it.  FileError, also if a file has
@@ -3603,6 +3612,9 @@ class BoxFolder:
         space = self._box.space()
         return space[1] if space else math.inf
 
+    def kept_mtime(self, mtime: int) -> int:
+        return min(max(mtime, 0), 2**32 - 1)  # SFTP's range
+
     def find(self, name: bytes) -> Attributes | None:
         return self._box.retry(partial(look_up, path=join(self._folder, name)))
 
@@ -3610,8 +3622,7 @@ class BoxFolder:
         """As LocalFolder.store; Fatal if the box is full."""
         path, stored = join(self._folder, name), download.stored
         partial_path = join(path.rpartition(b"/")[0], download.partial_name.encode())
-        first, last = TIME_RANGES[0]  # of SFTP
-        mtime = min(max(stored.mtime, first), last)
+        mtime = self.kept_mtime(stored.mtime)
         complete = stored.size, mtime  # the first two of its Attributes
         # RENAME replaces no file.  After a REMOVE, a RENAME that fails would leave none at all.
         rename = (FXP_EXTENDED, b"posix-rename@openssh.com") if overwrite else (FXP_RENAME,)
@@ -3705,8 +3716,8 @@ class Restore:
         else:
             self._target = LocalFolder(options.to)
         self._asked_at: float | None = None  # when S3 was last asked to restore an object
-        # By key, the files that were compared with their objects: they get no HEAD again.
-        self._present: dict[str, Attributes] = {}
+        # By key, files that were compared with their objects: these get no HEAD again.
+        self._present: dict[str, tuple[Attributes, StoredObject]] = {}
 
     def one_pass(self) -> int:
         """Restores what can be read now, and asks S3 for the rest.  The exit status."""
@@ -3845,17 +3856,15 @@ class Restore:
         if {b"", b".", b".."} & set(name.split(b"/")) or b"\0" in name or is_windows_name:
             raise FileError("no file can have this name")
         if existing := self._target.find(name):
-            if existing == self._present.get(found.key):
+            if self._present.get(found.key) == (existing, found):
                 return THERE
             if not stat.S_ISREG(existing.mode or 0):
                 raise FileError("something that is not a file has its name")
             # A listing has no metadata.
             mtime = (self._bucket.head(found.key, found.version_id) or found).mtime
-            # FAT has only even seconds.  SFTP and some file systems have a first and last time.
-            nearest = (min(max(mtime, first), last) for first, last in TIME_RANGES)
-            same_mtime = existing.mtime in (mtime, mtime & ~1, *nearest)
-            if existing.size == found.size and same_mtime:
-                self._present[found.key] = existing
+            kept = mtime if existing.mtime == mtime else self._target.kept_mtime(mtime)
+            if (existing.size, existing.mtime) == (found.size, kept):
+                self._present[found.key] = existing, found
                 return THERE
             if not self._options.overwrite:
                 other = f"{existing.size:,} bytes of mtime {existing.mtime} are there"
@@ -3893,7 +3902,7 @@ def restore(context: Context, options: argparse.Namespace) -> int:
                 status = work.one_pass()
                 if status != THAWING or not options.wait:
                     return status
-            except FileError as error:  # of a listing: it may succeed after the pause
+            except FileError as error:  # S3 does not answer, or not with a listing
                 if not options.wait:
                     raise
                 log.warning("%s", error)

@@ -11,6 +11,8 @@ import threading
 import asyncssh
 import pytest
 from conftest import fill, real
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from relay import Relay
 from servers import PASSPHRASE, AsyncSSHBox, OpenSSH, ProFTPD
 
@@ -266,13 +268,21 @@ def test_a_missing_or_wrong_passphrase_ends_the_run_with_the_setting_to_correct(
     assert locked_box.attempts == []
 
 
-@pytest.mark.parametrize("kind", ["missing", "not a key", "a public key"])
+def pem(key):
+    """A private key as PKCS#8."""
+    form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    return key.private_bytes(*form, serialization.NoEncryption())
+
+
+@pytest.mark.parametrize("kind", ["missing", "not a key", "a public key", "X25519"])
 def test_a_key_file_that_is_none_ends_the_run_with_its_path(archive, asyncssh_box, kind):
     path = archive.folder / "key"
     if kind == "not a key":
         path.write_bytes(os.urandom(300))
     elif kind == "a public key":
         path.write_bytes(asyncssh_box.user_key.export_public_key())
+    elif kind == "X25519":
+        path.write_bytes(pem(X25519PrivateKey.generate()))
 
     result = archive(HETZNER_PASSWORD=None, HETZNER_KEY_FILE=path)
 

@@ -131,6 +131,31 @@ CONFIGS = {
 }
 
 
+def test_role_that_is_refused_ends_the_run_at_once(archive, box, s3):
+    """By an operation that is not S3's: no file can be sent without it."""
+    fill(box.root, {f"f{n}": b"x" for n in range(30)})
+    answer = error(403, "AccessDenied", "may not assume x")
+
+    def refuse(exchange):
+        """As STS does."""
+        found = answer(exchange)
+        found.body = b"<ErrorResponse>%s</ErrorResponse>" % found.body.partition(b"\n")[2]
+        return found
+
+    refused = s3.always(None, refuse)
+    file = archive.folder / "config"
+    user = "[profile user]\naws_access_key_id = AKIA\naws_secret_access_key = x-y-z\n"
+    file.write_text(
+        f"[default]\nrole_arn = arn:aws:iam::1:role/x\nsource_profile = user\n{user}"
+    )
+    no_keys = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}
+    result = archive(AWS_CONFIG_FILE=file, AWS_ENDPOINT_URL_STS=s3.url, **no_keys)
+    assert (result.status, refused.fired) == (1, 1), result.stderr
+    assert (
+        "error: no AWS credentials: AssumeRole: AccessDenied may not assume x" in result.stderr
+    )
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_credentials_that_cannot_be_had_end_the_run_at_once(archive, box, config):
     fill(box.root, {"first": b"x"})

@@ -300,6 +300,32 @@ def test_times_that_not_every_disk_can_keep_are_no_failure(archive, faulty_box, 
         assert mtime == 0
 
 
+EVEN_SECONDS = """
+utime = os.utime
+os.utime = lambda where, times: utime(where, tuple(time // 2 * 2 for time in times))
+"""
+
+
+def test_disk_with_even_seconds_only_is_no_failure(archive, to):
+    """As FAT."""
+    stored(archive, {"odd": b"content"}, mtime=OLD + 1)
+    for count in ("Restored files", "Already there"):
+        result = archive.start("restore", "--to", to, before=EVEN_SECONDS).wait()
+        assert (result.status, result.failures) == (0, []), result.stderr
+        assert re.search(f"^{count} *: 1$", result.stdout, re.MULTILINE)
+        assert os.stat(to / "odd").st_mtime == OLD
+
+
+@HERE_AND_THERE
+def test_file_of_the_second_before_is_not_taken_for_the_right_one(place):
+    stored(place.archive, {"file": b"earlier"}, mtime=OLD)
+    assert place.archive("restore", *place.arguments).status == 0
+    expected = stored(place.archive, {"file": b"content"}, mtime=OLD + 1)
+    assert place.archive("restore", *place.arguments).status == 3
+    assert place.archive("restore", "--overwrite", *place.arguments).status == 0
+    assert whole(place.root) == expected
+
+
 @HERE_AND_THERE
 def test_other_file_with_a_late_or_early_time_is_not_taken_for_the_right_one(place):
     late, early = 2_208_988_800, -315_619_200  # 2040 and 1960
@@ -1119,6 +1145,23 @@ def test_file_that_cannot_be_stored_fails_alone(archive, to):
     assert result.status == 3
     assert set(failed(result)) == {"a/file"}
     assert set(tree(to)) == {b"a", b"b"}
+
+
+TOO_LARGE = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+"""
+
+
+def test_file_that_is_too_large_for_the_disk_fails_alone(archive, to):
+    """As one of 4 GiB for FAT."""
+    stored(archive, {"large": (1 << 20) + 1, "small": b"content"})
+    result = archive.start("restore", "--to", to, before=TOO_LARGE).wait()
+    assert result.status == 3
+    assert failed(result).keys() == {"large"}
+    assert "cannot be stored" in failed(result)["large"]
+    assert set(tree(to)) == {b"small"}
 
 
 def test_folder_that_cannot_be_made_is_told_of_before_anything_is_paid(archive, s3):

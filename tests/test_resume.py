@@ -540,7 +540,7 @@ def test_upload_that_was_begun_with_other_settings_is_begun_anew(
 
 
 def test_parts_stay_if_the_box_fails_while_others_are_on_their_way(archive, box, s3, bucket):
-    """These are cut off by s3transfer, which is no refusal of S3."""
+    """And these are stored, too: nothing is sent twice."""
     write(box.root / "big", BIG)
     s3.take_little_ahead()
     has_failed = threading.Event()
@@ -556,7 +556,37 @@ def test_parts_stay_if_the_box_fails_while_others_are_on_their_way(archive, box,
     assert len(bucket.upload_ids()) == 1
     assert archive(constants=SIZES).counts == (1, 0, 0)
     assert s3.requests["CreateMultipartUpload"] == 1
+    assert sent(s3) == dict.fromkeys(range(1, PARTS + 1), 1)
     assert_all_archived(archive, box)
+
+
+def test_parts_that_cannot_be_listed_are_not_sent_again(archive, box, s3, bucket):
+    """S3 has no time for it: the run after gets it."""
+    write(box.root / "big", BIG)
+    interrupt(archive, s3)
+    s3.on("ListParts", error(503, "SlowDown"))
+    busy = archive(constants={**SIZES, "S3_ATTEMPTS": 1})
+    assert_failed(busy, {"big": "SlowDown"})
+    assert archive(constants=SIZES).counts == (1, 0, 0)
+    assert sent(s3) == dict.fromkeys(range(1, PARTS + 1), 1)
+    assert_all_archived(archive, box)
+
+
+def test_part_that_s3_refuses_cuts_off_the_others(archive, box, s3):
+    """These are not tried again, which would take minutes here."""
+    write(box.root / "big", BIG)
+    s3.take_little_ahead()
+    is_refused = threading.Event()
+    held = s3.on("UploadPart", until(is_refused))
+
+    def refuse(exchange):
+        wait_for(lambda: held.fired)
+        threading.Timer(1, is_refused.set).start()
+        return error(400, "InvalidRequest")(exchange)
+
+    s3.on("UploadPart", refuse, nth=2)
+    refused = archive(constants={**SIZES, "S3_ATTEMPTS": 9}, timeout=50)
+    assert_failed(refused, {"big": "InvalidRequest"})
 
 
 def test_upload_whose_parts_s3_refuses_is_begun_anew_by_the_next_run(archive, box, s3, bucket):

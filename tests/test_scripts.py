@@ -8,7 +8,7 @@ import time
 from datetime import datetime, timedelta
 
 import pytest
-from conftest import LABELS, fill
+from conftest import LABELS, OLD, fill
 from faults import wait_for
 from scripted_s3 import Answer, error, first, hang
 from test_restore import BUSY, READY, failed, listed, stored, whole
@@ -348,6 +348,50 @@ def test_outage_of_s3_while_it_waits_does_not_end_it(archive, s3, to):
     assert (result.status, outage.fired) == (0, 1), result.stderr
     assert "SlowDown" in result.stderr
     assert whole(to) == expected
+
+
+def test_outage_of_s3_ends_a_restore_that_does_not_wait(archive, s3, to):
+    stored(archive, {"a": b"content"})
+    s3.on("ListObjectsV2", error(503, "SlowDown"))
+    result = archive("restore", "--to", to, constants={"S3_ATTEMPTS": 1})
+    assert result.status == 1
+    assert "SlowDown" in result.stderr
+
+
+def test_outage_of_s3_during_the_downloads_does_not_end_the_waiting(archive, s3, to):
+    expected = stored(archive, {str(number): b"content" for number in range(40)})
+    outage = s3.on("GetObject", error(503, "SlowDown"), times=20)
+    constants = {"WAIT_PAUSE": 1, "S3_ATTEMPTS": 1}
+    waiting = ("restore", "--to", to, "--yes", "--wait")
+    result = archive(*waiting, constants=constants, TRANSFERS=1)
+    assert (result.status, outage.fired) == (0, 20), result.stderr
+    assert "20 in a row failed like this" in result.stderr
+    assert whole(to) == expected
+
+
+def test_file_whose_object_is_replaced_while_others_are_waited_for_is_restored(archive, s3, to):
+    """It was there, and had been compared."""
+    expected = cold_and_back(archive, {"a": b"content"})
+    stored(archive, {"warm": b"warm"})
+    assert archive("restore", "warm", "--to", to).status == 0
+
+    def replace():
+        expected.update(stored(archive, {"warm": b"another"}, mtime=OLD + 60))
+
+    s3.on("ListObjectsV2", first(replace, listed(a=BUSY)), nth=5)
+    thaw(s3, "a")
+    arguments = ("restore", "--to", to, "--yes", "--wait", "--overwrite")
+    result = archive(*arguments, constants={"WAIT_PAUSE": 1})
+    assert result.status == 0, result.stderr
+    assert whole(to) == expected
+
+
+def test_folder_that_is_gone_is_told_of(archive, s3, to):
+    stored(archive, {"a": b"content"})
+    s3.on("ListObjectsV2", first(to.rmdir))
+    result = archive("restore", "--to", to)
+    assert result.status == 1
+    assert f"{to} cannot be used any more" in result.stderr
 
 
 def test_listing_that_fails_while_files_are_downloaded_does_not_end_the_waiting(
