@@ -1934,8 +1934,8 @@ def locked(config: Config, suffix: str = ".lock") -> Iterator[None]:
     except sqlite3.Error as error:
         if can_read and "locked" in str(error):
             raise Fatal(f"another run is at work: it holds {path}", status=LOCKED) from None
-        remedy = "an earlier archive.py may be at work; check the permissions of it and its "
-        remedy += "folder; if a network share has no locks, put STATE_DB on a local disk"
+        remedy = "check its permissions and its folder's; if a network share has no locks, put "
+        remedy += "STATE_DB on a local disk; or an earlier archive.py is still at work"
         raise Fatal(f"the lock {path} cannot be taken: {error}; {remedy}") from None
     with contextlib.closing(db):
         yield

@@ -15,6 +15,7 @@ import time
 import faulty_sftp
 import paramiko
 import pytest
+import scripted_s3
 from conftest import MIB
 from faults import (
     LARGE,
@@ -593,6 +594,17 @@ def test_freeze_before_the_session_is_there_is_waited_for_only_so_long(archive, 
     assert_all_archived(archive, box)
 
 
+def test_connection_on_which_nothing_is_asked_is_not_taken_for_frozen(archive_of, box, s3):
+    """S3 takes longer for a file than the box may be silent."""
+    archive = archive_of(box, AWS_ENDPOINT_URL=s3.url)
+    for name in ("a", "b", "c"):
+        write(box.root / name, SMALL)
+    s3.always("PutObject", scripted_s3.first(lambda: time.sleep(2.5)))
+    result = archive(constants=IMPATIENT, TRANSFERS=1)
+    assert (result.status, result.counts) == (0, (3, 0, 0)), result.stderr
+    assert box.connections == 1
+
+
 def test_login_that_freezes_again_and_again_is_no_refusal(archive, box, monkeypatch):
     write(box.root / "f", SMALL)
     asked = []
@@ -885,6 +897,18 @@ def test_file_that_changed_since_it_was_listed_is_archived_as_it_is(archive, box
     assert_all_archived(archive, box)
 
 
+def test_small_file_that_grew_by_far_since_it_was_listed_is_left_to_the_next_run(archive, box):
+    """No memory was set aside for it."""
+    write(box.root / "small", SMALL)
+    grow = first(lambda: write(box.root / "small", 3 * MIB, 1_700_000_000))
+    box.on("OPEN", b"small", grow)
+    failed = archive()
+    assert_failed(failed, {"small": f"changed: {SMALL} bytes when it was listed now {3 * MIB}"})
+    assert box.reads == []
+    assert archive().counts == (1, 0, 0)
+    assert_all_archived(archive, box)
+
+
 def test_folder_that_took_the_place_of_a_file_is_not_archived_as_an_empty_one(archive, box):
     """btrfs gives an empty folder the size 0, and OpenSSH opens a folder like a file."""
     write(box.root / "f", SMALL)
@@ -1016,6 +1040,7 @@ def test_what_vanishes_after_it_was_listed_is_no_failure(archive, box):
     result = archive(constants=SIZES)
     assert (result.status, result.counts) == (0, (1, 0, 0)), result.stderr
     assert "Vanished       : 3" in result.stdout
+    assert {f"vanished ./{name}" for name in FILES} <= set(result.stderr.splitlines())
     assert archive(constants=SIZES).counts == (0, 1, 0)
     assert_all_archived(archive, box)
 

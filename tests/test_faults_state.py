@@ -110,7 +110,14 @@ def test_signal_at_any_instant_leaves_no_transaction_open(tmp_path):
 
 def test_database_in_a_folder_that_is_not_there_is_fatal(archive, box, bucket):
     write(box.root / "f", SMALL)
-    assert_refused(archive, bucket, STATE_DB=archive.folder / "missing" / "state.db")
+    result = assert_refused(archive, bucket, STATE_DB=archive.folder / "missing" / "state.db")
+    assert_is_not_blamed(result)
+
+
+def assert_is_not_blamed(result):
+    """The database is whole: the advice is about what is around it."""
+    assert "permissions" in result.stderr
+    assert "move it away" not in result.stderr
 
 
 def test_read_only_database_is_fatal_before_anything_is_uploaded(archive, box, bucket):
@@ -181,6 +188,7 @@ def test_locked_database_is_fatal_before_anything_is_uploaded(archive, box):
         result = archive(constants=IMPATIENT)
         assert result.status == 1
         assert "locked" in result.stderr
+        assert_is_not_blamed(result)
         assert "new" not in archive.objects()
     assert archive().status == 0
     assert_all_archived(archive, box)

@@ -491,7 +491,9 @@ def test_estimate_is_of_what_is_asked_for_and_of_all_that_is_downloaded(
     assert re.search(r"^Download *: \$26.50$", estimate, re.MULTILINE), estimate
 
 
-@pytest.mark.parametrize(("answer", "ending", "asked"), [("", 2, 0), ("y", 75, 1)])
+@pytest.mark.parametrize(
+    ("answer", "ending", "asked"), [("", 2, 0), ("y", 75, 1), ("Yes", 75, 1)]
+)
 def test_at_a_terminal_the_cost_is_asked_about(archive, s3, to, answer, ending, asked):
     stored(archive, {"cold": b"content"}, "DEEP_ARCHIVE")
     terminal, theirs = pty.openpty()
@@ -527,11 +529,15 @@ def test_signal_at_the_question_ends_at_once(archive, to):
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
     ) as process:
-        said = b""
-        while b"[y/N]" not in said:
-            said += process.stderr.read1()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        try:
+            said = b""
+            while b"[y/N]" not in said:
+                assert (more := process.stderr.read1()), said
+                said += more
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
     os.close(here)
     os.close(there)
 
@@ -829,13 +835,14 @@ def test_object_that_may_not_be_read_does_not_stop_the_others(archive, s3, to):
 
 
 def test_body_that_is_always_cut_fails_alone_and_leaves_nothing(archive, s3, to):
-    """Nothing comes of any request, or else it would get on."""
+    """Nothing comes of any request, or else it would get on; and no checksum would tell."""
     stored(archive, {"cut": BODY, "well": b"content"})
 
     def nothing_of_it(exchange):
         exchange.handler.send_response_only(200)
         for name, value in exchange.forward().headers.items():
-            exchange.handler.send_header(name, value)
+            if "checksum" not in name.lower():
+                exchange.handler.send_header(name, value)
         exchange.handler.end_headers()
 
     rule = s3.always("GetObject", nothing_of_it, key="cut")
@@ -844,6 +851,7 @@ def test_body_that_is_always_cut_fails_alone_and_leaves_nothing(archive, s3, to)
 
     assert result.status == 3
     assert list(failed(result)) == ["cut"]
+    assert failed(result)["cut"].startswith(f"S3 sent 0 of {BODY:,} bytes: ")
     assert 2 <= rule.fired <= 3
     assert set(whole(to)) == {b"well"}
     s3.rules.clear()
@@ -894,6 +902,7 @@ def test_answer_that_is_not_the_listed_object_is_not_kept(place, s3):
     assert rule.fired
     assert result.status == 3
     assert set(failed(result)) == {"file"}
+    assert failed(result)["file"].startswith("S3 sent 17 bytes of ETag ")
     assert settled(place.root) == {b"well": expected[b"well"]}
     assert place.archive("restore", *place.arguments).status == 0
     assert settled(place.root) == expected
@@ -1144,6 +1153,7 @@ def test_file_that_cannot_be_stored_fails_alone(archive, to):
 
     assert result.status == 3
     assert set(failed(result)) == {"a/file"}
+    assert "cannot be looked up" in failed(result)["a/file"]
     assert set(tree(to)) == {b"a", b"b"}
 
 

@@ -186,6 +186,18 @@ archive.Progress.close = close_and_signal
     assert "/nowhere cannot be listed" in result.stderr
 
 
+@pytest.mark.parametrize("broken", ["Exclusions", "FileReader"])
+def test_defect_is_one_line_and_verbose_shows_where(archive, faulty_box, broken):
+    fill(faulty_box.root, {"a": 10})
+    result = archive.start(before=f"archive.{broken} = None").wait()
+    assert result.status == (1 if broken == "Exclusions" else 3)
+    assert "unexpected TypeError: 'NoneType' object is not callable" in result.stderr
+
+    running = archive.start("-v", before=f"archive.{broken} = None")
+    _, stderr = running.process.communicate(timeout=60)
+    assert re.search(r"^traceback\\nTraceback .* in ", stderr, re.MULTILINE)
+
+
 # --- restore --json ---------------------------------------------------------
 
 
