@@ -228,7 +228,8 @@ def test_a_refused_key_ends_the_run_with_the_setting_to_correct(archive_of, box)
     assert_login_fails(archive(HETZNER_KEY_FILE=other), "key", "HETZNER_KEY_FILE")
 
 
-def test_a_login_at_which_the_box_hangs_up_is_tried_once_more_only(archive_of):
+@pytest.mark.parametrize("password", [None, "canary-password"])
+def test_a_login_at_which_the_box_hangs_up_is_tried_once_more_only(archive_of, password):
     """As OpenSSH does when it has had enough; more tries, and it may ban this machine."""
 
     class Impatient(OpenSSH):
@@ -243,7 +244,7 @@ def test_a_login_at_which_the_box_hangs_up_is_tried_once_more_only(archive_of):
         asyncssh.generate_private_key("ssh-ed25519").write_private_key(other)
 
         settings = box.settings(port=relay.port) | {"HETZNER_KEY_FILE": other}
-        result = archive(**settings)
+        result = archive(**settings, HETZNER_PASSWORD=password)
 
     assert result.status == 1
     assert "correct HETZNER_USER" in result.stderr.splitlines()[-1]

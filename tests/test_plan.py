@@ -7,6 +7,7 @@ import re
 import sqlite3
 import stat
 import time
+from dataclasses import replace
 
 import pytest
 from conftest import MIB, OLD, earlier_database, fill, tree
@@ -297,12 +298,14 @@ def test_file_whose_attributes_the_box_does_not_tell_is_failing_and_not_gone(arc
     archive()
     unknown = Attributes(mode=None, size=None, mtime=None)
     same = Attributes(mode=stat.S_IFREG | 0o644, size=1, mtime=OLD)
-    box.on("READDIR", b"", names((b"f", unknown), (b"d", unknown), (b"same", same)))
+    no_size, no_time = replace(same, size=None), replace(same, mtime=None)
+    told = {b"f": unknown, b"d": unknown, b"same": same, b"x": no_size, b"y": no_time}
+    box.on("READDIR", b"", names(*told.items()))
     box.always("READDIR", b"", status(EOF))
 
     result = archive("plan", "--list")
 
-    assert (result.status, listed(result)) == (3, ["! ./d", "! ./f"])
+    assert (result.status, listed(result)) == (3, ["! ./d", "! ./f", "! ./x", "! ./y"])
 
 
 def test_file_whose_folder_is_gone_or_that_is_a_link_now_is_gone(archive, box):

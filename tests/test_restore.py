@@ -513,6 +513,7 @@ def test_at_a_terminal_the_cost_is_asked_about(archive, s3, to, answer, ending, 
     os.close(theirs)
     assert done.returncode == ending, done.stderr
     assert b"ESTIMATE" in done.stdout
+    assert done.stderr.startswith(b"Ask S3 to restore these objects? [y/N] ")
     assert s3.requests["RestoreObject"] == asked
 
 
@@ -532,7 +533,8 @@ def test_signal_at_the_question_ends_at_once(archive, to):
         try:
             said = b""
             while b"[y/N]" not in said:
-                assert (more := process.stderr.read1()), said
+                more = process.stderr.read1()
+                assert more, said
                 said += more
             process.send_signal(signal.SIGINT)
             assert process.wait(60) == 130

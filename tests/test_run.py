@@ -407,6 +407,14 @@ def test_after_max_runtime_nothing_new_is_started(archive_of, asyncssh_box):
     assert archive.objects() == as_objects(asyncssh_box.root)
 
 
+def test_bandwidth_limit_is_that_of_all_files_together(archive_of, asyncssh_box):
+    fill(asyncssh_box.root, {str(n): MIB // 4 for n in range(8)})
+    archive = archive_of(asyncssh_box)
+    began = time.monotonic()
+    assert archive(BANDWIDTH_LIMIT="1M").counts == (8, 0, 0)
+    assert time.monotonic() - began >= 2  # s, for 2 MiB
+
+
 # --- The lock, and the end by a signal ---
 
 
