@@ -2723,8 +2723,6 @@ class Parallel(Generic[Item, Result]):
                 if self._failure is not None:
                     raise self._failure from None
         finally:
-            if self._under_way:
-                self.box.close()
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _attempt(self, item: Item) -> None:

@@ -906,6 +906,7 @@ def test_small_file_that_grew_by_far_since_it_was_listed_is_left_to_the_next_run
     failed = archive()
     assert_failed(failed, {"small": f"changed: {SMALL} bytes when it was listed now {3 * MIB}"})
     assert box.reads == []
+    wait_for(lambda: box.requests["CLOSE"] == box.requests["OPENDIR"] + box.requests["OPEN"])
     assert archive().counts == (1, 0, 0)
     assert_all_archived(archive, box)
 
