@@ -116,6 +116,8 @@ def test_each_disagreement_is_told_with_status_3(archive, box, s3):
     assert counts(result) == {"agree": 2, **dict.fromkeys(FAULTS, 1)}
     assert s3.requests == {"ListObjectsV2": 1}
     assert archive.state_db.read_bytes() == state, "nothing is forgotten unasked"
+    assert "the state is repaired" not in result.stderr
+    assert "the state is repaired" in archive("verify", "--repair").stderr
 
 
 def test_large_object_with_other_bytes_is_found_by_its_etag(archive, box):
