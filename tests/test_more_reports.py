@@ -15,6 +15,7 @@ from conftest import MIB, PROGRAM, fill, tree
 from faulty_sftp import EOF, a_file, at_most, attributes, names, status
 from scripted_s3 import Answer, Exchange, error, reset, rewritten
 from servers import PASSWORD, OpenSSH
+from test_ls import page
 
 
 @pytest.fixture
@@ -165,6 +166,22 @@ def test_listing_that_does_not_say_how_it_goes_on_is_not_taken_for_whole(
     result = archive(AWS_ENDPOINT_URL=s3.url)
     assert (result.status, s3.requests["PutObject"]) == (0, 2)
     assert archive.rows() == rows
+
+
+@pytest.mark.parametrize("later", ["without a token", "with the same token"])
+def test_listing_that_breaks_off_at_a_later_page_ends(archive, s3, later):
+    """Else its pages would come for ever."""
+
+    def answer(exchange):
+        found = page(0, 10, is_last=False)
+        if later == "without a token" and "continuation-token" in exchange.handler.path:
+            found.body = re.sub(rb"<Next\w+>\w+</Next\w+>", b"", found.body)
+        return found
+
+    s3.always("ListObjectsV2", answer)
+    result = archive("ls", AWS_ENDPOINT_URL=s3.url)
+    assert (result.status, s3.requests["ListObjectsV2"]) == (1, 2)
+    assert "breaks off" in result.stderr
 
 
 def test_error_in_an_answer_of_status_200_is_one(archive, box, s3):

@@ -11,7 +11,7 @@ import pytest
 from conftest import LABELS, OLD, fill
 from faults import wait_for
 from scripted_s3 import Answer, error, first, hang
-from test_restore import BUSY, READY, failed, listed, stored, whole
+from test_restore import BUSY, READY, damaged, failed, listed, stored, whole
 
 SUMMARY = {"uploaded_files", "skipped_files", "failed_files", "bytes_uploaded", "duration_sec"}
 OUTCOMES = ("already_there", "restored_files", "asked_of_s3", "under_way_at_s3")
@@ -379,6 +379,15 @@ def test_outage_of_s3_during_the_downloads_does_not_end_the_waiting(archive, s3,
     assert (result.status, outage.fired) == (0, 20), result.stderr
     assert "20 in a row failed like this" in result.stderr
     assert whole(to) == expected
+
+
+def test_cold_object_that_is_damaged_on_its_way_is_not_waited_for(archive, s3, to):
+    cold_and_back(archive, {"a": b"content"})
+    s3.always("ListObjectsV2", listed(a=READY))
+    s3.always("GetObject", damaged)
+    result = archive("restore", "--to", to, "--wait")
+    assert result.status == 3
+    assert failed(result)["a"].startswith("damaged on its way")
 
 
 def test_file_whose_object_is_replaced_while_others_are_waited_for_is_restored(archive, s3, to):

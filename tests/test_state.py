@@ -184,6 +184,8 @@ def test_of_an_earlier_scripts_files_those_that_s3_lacks_are_uploaded(
     uploaded = dict(archive.query("SELECT path, uploaded_at FROM files"))
     then = {path for path, uploaded_at in uploaded.items() if uploaded_at == OLD + 1}
     assert then == {f"./{name}" for name in right}, "the age is that of the object"
+    identified = archive.query("SELECT path FROM objects WHERE etag IS NOT NULL")
+    assert {path for (path,) in identified} == archive.rows().keys()
     assert_all_archived(archive, box)
     assert archive().counts == (0, 4, 0)
 

@@ -95,7 +95,10 @@ def test_status_before_the_first_run_tells_that_there_is_nothing(archive):
 
     assert {name: status[name] for name in EMPTY} == EMPTY
     assert not archive.state_db.exists()
-    assert "no run" in archive("status").stdout
+    text = archive("status").stdout
+    assert "no run" in text
+    for row in ("Lifecycle rule", "Versioning"):
+        assert re.search(f"^{row} *: no$", text, re.MULTILINE)
 
 
 # --- The runs ---
