@@ -37,6 +37,7 @@ from faulty_sftp import (
     FaultyBox,
     drop,
     status,
+    unanswered,
 )
 from relay import Relay
 from scripted_s3 import Answer, error, first, halfway, headers, rewritten
@@ -1398,6 +1399,18 @@ def test_folder_on_the_box_may_be_written_in_any_way(archive, faulty_box, folder
 
     assert (result.status, result.failures) == (0, []), result.stderr
     assert whole(faulty_box.root / place) == expected
+
+
+def test_only_so_many_writes_wait_for_their_replies(archive, faulty_box):
+    """Each has its bytes in memory."""
+    expected = stored(archive, {"large": 4 * MIB})
+    held = faulty_box.on("WRITE", None, unanswered)
+    running = archive.start("restore", "--to-box", "back", constants={"SILENCE_LIMIT": 3})
+    wait_for(lambda: held.fired)
+    time.sleep(1)
+    assert 60 < faulty_box.requests["WRITE"] < 70
+    assert running.wait().status == 0
+    assert settled(faulty_box.root / "back") == expected
 
 
 @pytest.mark.parametrize("box", [OpenSSH], indirect=True, ids=["openssh"])

@@ -378,6 +378,9 @@ def test_outage_of_s3_during_the_downloads_does_not_end_the_waiting(archive, s3,
     result = archive(*waiting, constants=constants, TRANSFERS=1)
     assert (result.status, outage.fired) == (0, 20), result.stderr
     assert "20 in a row failed like this" in result.stderr
+    restored = re.findall(r"^Restored files *: (\d+)$", result.stdout, re.MULTILINE)
+    assert len(restored) == 2
+    assert int(restored[0]) <= 1
     assert whole(to) == expected
 
 
