@@ -6,6 +6,7 @@ import re
 import socket
 import sqlite3
 import threading
+from urllib.parse import unquote
 
 import asyncssh
 import pytest
@@ -296,6 +297,20 @@ def test_permission_that_is_missing_is_named_and_nothing_is_left(archive, s3, pe
     untried = ["s3:PutObject"] if "Abort" in permission else []
     assert rest == [permission, *untried]
     assert archive.bucket.list() == archive.bucket.uploads() == []
+
+
+def test_policy_for_the_prefix_alone_is_enough(archive, s3):
+    """Each request is about the prefix: a HEAD of the bucket would be denied."""
+
+    def within(exchange):
+        path = unquote(exchange.handler.path)
+        allowed = exchange.key.startswith("box/") or "prefix=box/" in path
+        return exchange.forward() if allowed else error(403, "AccessDenied")(exchange)
+
+    for operation in {*PERMISSIONS.values(), "RestoreObject", "PutObject"}:
+        s3.always(operation, within)
+    assert wrong(archive("check", S3_PREFIX="box/")) == []
+    assert archive(S3_PREFIX="box/").counts == (1, 0, 0)
 
 
 def test_key_that_may_not_list_at_all_is_told_so(archive, s3):

@@ -113,7 +113,9 @@ def test_each_run_is_told_with_its_result(archive, box):
     archive.execute("INSERT INTO runs VALUES (3000, 3005, 143, 7, 8, 9, 10, 0.5)")
 
     status = told(archive)
-    lines = re.findall(r"^(?:19|20)\d\d-.*", archive("status").stdout, re.MULTILINE)
+    text = archive("status").stdout
+    lines = re.findall(r"^(?:19|20)\d\d-.*", text, re.MULTILINE)
+    assert re.search("^Run  .* uploaded  failed       bytes      took$", text, re.MULTILINE)
 
     names = ("started_at", "ended_at", "status", "uploaded", "failed", "bytes")
     assert [tuple(run[name] for name in names) for run in status["runs"]] == [
