@@ -362,6 +362,7 @@ def test_s3_that_cannot_be_reached_is_told(archive):
     fault = only_fault(archive("check", AWS_ENDPOINT_URL="http://127.0.0.1:1"))
 
     assert fault.startswith("s3:ListBucket")
+    assert "S3 does not answer" in fault
     assert "127.0.0.1:1" in fault
 
 

@@ -269,6 +269,7 @@ def test_dry_run_as_json_is_the_plan_as_json(archive, box):
     result = archive("run", "--dry-run", "--json")
 
     assert json.loads(result.stdout) == planned(archive)
+    assert listed(archive("plan")) == []
 
 
 @pytest.mark.parametrize("root", [".", "sub", "sub/"])

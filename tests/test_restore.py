@@ -1391,6 +1391,19 @@ def test_nothing_is_written_through_a_link_of_a_real_box(boxed, box):
 # --- What the box may do to it ----------------------------------------------
 
 
+@pytest.mark.parametrize("box", [OpenSSH], indirect=True, ids=["openssh"])
+@pytest.mark.parametrize("folder", ["link", "link/back"])
+def test_folder_on_the_box_may_be_reached_through_a_link(boxed, box, folder):
+    """It is the user's own; only below it may nobody lead elsewhere."""
+    expected = stored(boxed, {"a/b": b"content"})
+    (box.root / "real").mkdir()
+    os.chmod(box.root / "real", 0o777)
+    (box.root / "link").symlink_to("real")
+    result = boxed("restore", "--to-box", folder)
+    assert (result.status, result.failures) == (0, []), result.stderr
+    assert whole(box.root / folder) == expected
+
+
 @pytest.mark.parametrize(("folder", "place"), [("/.//back//", "back"), ("/", "")])
 def test_folder_on_the_box_may_be_written_in_any_way(archive, faulty_box, folder, place):
     expected = stored(archive, {"a/b": b"content", "c": b"content"})
