@@ -1,6 +1,7 @@
 """Large files whose upload was interrupted: the next run goes on with them."""
 
 import base64
+import json
 import os
 import random
 import subprocess
@@ -80,6 +81,23 @@ def test_next_run_after_a_kill_goes_on_behind_the_stored_parts(archive, box, s3)
     assert min(offset for path, offset, _ in box.reads if path == b"big") == 3 * PART
     assert s3.requests["CreateMultipartUpload"] == 1
     assert_all_archived(archive, box)
+
+
+def test_plan_counts_what_an_unfinished_upload_may_need(archive, box, s3):
+    """A LIST of its parts, and a HEAD if S3 does not have it any more."""
+    write(box.root / "big", BIG)
+    interrupt(archive, s3)
+    plan = archive("plan", "--json", constants=SIZES)
+    assert json.loads(plan.stdout)["requests"] == {
+        "put": 0,
+        "create": 1,
+        "part": PARTS,
+        "complete": 1,
+        "head": 1,
+        "list": 1,
+    }
+    text = archive("plan", constants=SIZES).stdout
+    assert f": 1 create, {PARTS} part, 1 complete, 1 head, 1 list\n" in text
 
 
 def test_another_memory_limit_goes_on_behind_the_stored_parts(archive, box, s3):
