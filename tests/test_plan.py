@@ -77,6 +77,7 @@ def test_plan_tells_what_is_new_changed_to_compare_and_unchanged(archive, box):
     assert plan["new_files"] == files_and_bytes(1_000, 500)
     assert plan["changed_files"] == files_and_bytes(7)
     assert plan["to_compare"] == files_and_bytes(2)
+    assert plan["to_upload"] == files_and_bytes(1_000, 500, 7)
     assert plan["unchanged_files"] == files_and_bytes(100, 20)
     assert plan["unreadable"] == 0
     # Nothing is deleted from the bucket.
