@@ -1347,8 +1347,8 @@ class StorageBox:
         raise FileError(f"lost the connection {TRIES} times, last: {reason}", LOST)
 
     def list_folder(self, path: bytes, limit: float = math.inf) -> list[Entry] | None:
-        """A folder's entries, sorted by name; None if there are `limit` or more.  FileError,
-        with the code VANISHED if the folder is gone."""
+        """A folder's entries, sorted by name; None if `limit` of them came before the last one.
+        FileError, with the code VANISHED if the folder is gone."""
         try:
             return self.retry(lambda session: read_folder(session, path, limit))
         except SFTPError:
@@ -2092,13 +2092,12 @@ class MultipartClient:
             raise self._error
         try:
             data = self._read(amount)
-        except (ArchiveError, Stopped) as error:
-            # Wait for the parts under way: s3transfer would cut them off.
+        except Stopped:
+            # Wait for the parts under way: s3transfer would cut them off after any error.  And
+            # after Stopped, it would wait for ever.
             while self._error is None and not all("ETag" in part for part in self._parts):
                 time.sleep(0.1)
-            if isinstance(error, Stopped):  # after which s3transfer would wait for ever
-                raise FileError("the run ended before it was done", UNFINISHED) from None
-            raise
+            raise FileError("the run ended before it was done", UNFINISHED) from None
         if data:
             crc32, number = zlib.crc32(data), len(self._parts) + 1
             self._parts.append({"PartNumber": number, "ChecksumCRC32": crc_text(crc32)})
@@ -2679,8 +2678,7 @@ class Parallel(Generic[Item, Result]):
     Fatal, Stopped, SAME_FAILURES with one code in a row, any error of the items.  No new item
     is begun then, and the box is closed, which ends all reads.  What is under way is waited
     for and yielded: for RUNTIME_GRACE at most, after a signal for STOP_LIMIT.  The error is
-    raised then.  After a FileError, of the items or if S3 does not answer, nothing is closed:
-    all that is under way ends by itself first.
+    raised then.  A FileError of the items closes nothing, and is raised after all work is done.
 
     A signal raises Stopped only in the code of `items`: the code that takes outcomes would
     lose those of a list that it has not looked at yet."""
@@ -2723,6 +2721,8 @@ class Parallel(Generic[Item, Result]):
                 if self._failure is not None:
                     raise self._failure from None
         finally:
+            if self._under_way:
+                self.box.close()
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _attempt(self, item: Item) -> None:
@@ -2768,8 +2768,7 @@ class Parallel(Generic[Item, Result]):
             if code not in (VANISHED, CHANGED, UNFINISHED, INVALID_STATE):
                 self._codes.append(code)  # empty: a success, or a failure without a code
             if code and self._codes.count(code) == SAME_FAILURES:
-                kind = FileError if code == UNAVAILABLE else Fatal  # the first may pass
-                self._fail(kind(f"{error}; {SAME_FAILURES} in a row failed like this", code))
+                self._fail(Fatal(f"{error}; {SAME_FAILURES} in a row failed like this", code))
         if self.box.stopping.is_set():
             self._fail(Stopped())
         return [one for one in outcomes if one[2] is None or one[2].code != UNFINISHED]
@@ -3538,12 +3537,13 @@ class LocalFolder:
         with fatal_os_errors(f"{self._folder} cannot be used any more"):
             return shutil.disk_usage(self._folder).free
 
-    def kept_mtime(self, mtime: int) -> int:
-        """The mtime of a file that was given this one: a disk may have only even seconds, and
-        has a first and a last one."""
-        with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=self._folder) as file:
+    def kept_mtime(self, name: bytes, mtime: int) -> int:
+        """The mtime that the file has if it is given this one: a disk may have only even
+        seconds, and has a first and a last one."""
+        folder = (self._folder / os.fsdecode(name)).parent
+        with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
             os.utime(file.name, (mtime, mtime))  # a number if the file has no name
-            return os.fstat(file.fileno()).st_mtime_ns // 10**9
+            return int(os.fstat(file.fileno()).st_mtime)
         return mtime
 
     def find(self, name: bytes) -> Attributes | None:
@@ -3554,7 +3554,7 @@ class LocalFolder:
             return None
         except OSError as error:
             raise FileError(f"cannot be looked up: {error}") from None
-        return Attributes(found.st_size, found.st_mtime_ns // 10**9, found.st_mode)
+        return Attributes(found.st_size, int(found.st_mtime), found.st_mode)
 
     def store(self, name: bytes, download: Download, overwrite: bool) -> None:
         """Writes the file under another name, and renames it.  FileError, also if a file has
@@ -3610,7 +3610,7 @@ class BoxFolder:
         space = self._box.space()
         return space[1] if space else math.inf
 
-    def kept_mtime(self, mtime: int) -> int:
+    def kept_mtime(self, _name: bytes, mtime: int) -> int:
         return min(max(mtime, 0), 2**32 - 1)  # SFTP's range
 
     def find(self, name: bytes) -> Attributes | None:
@@ -3620,7 +3620,7 @@ class BoxFolder:
         """As LocalFolder.store; Fatal if the box is full."""
         path, stored = join(self._folder, name), download.stored
         partial_path = join(path.rpartition(b"/")[0], download.partial_name.encode())
-        mtime = self.kept_mtime(stored.mtime)
+        mtime = self.kept_mtime(name, stored.mtime)
         complete = stored.size, mtime  # the first two of its Attributes
         # RENAME replaces no file.  After a REMOVE, a RENAME that fails would leave none at all.
         rename = (FXP_EXTENDED, b"posix-rename@openssh.com") if overwrite else (FXP_RENAME,)
@@ -3714,8 +3714,8 @@ class Restore:
         else:
             self._target = LocalFolder(options.to)
         self._asked_at: float | None = None  # when S3 was last asked to restore an object
-        # By key, files that were compared with their objects: these get no HEAD again.
-        self._present: dict[str, tuple[Attributes, StoredObject]] = {}
+        # By key, files that were compared, and their objects' ETags: these get no HEAD again.
+        self._present: dict[str, tuple[Attributes, str]] = {}
 
     def one_pass(self) -> int:
         """Restores what can be read now, and asks S3 for the rest.  The exit status."""
@@ -3854,15 +3854,15 @@ class Restore:
         if {b"", b".", b".."} & set(name.split(b"/")) or b"\0" in name or is_windows_name:
             raise FileError("no file can have this name")
         if existing := self._target.find(name):
-            if self._present.get(found.key) == (existing, found):
+            if self._present.get(found.key) == (existing, found.etag):
                 return THERE
             if not stat.S_ISREG(existing.mode or 0):
                 raise FileError("something that is not a file has its name")
             # A listing has no metadata.
             mtime = (self._bucket.head(found.key, found.version_id) or found).mtime
-            kept = mtime if existing.mtime == mtime else self._target.kept_mtime(mtime)
+            kept = mtime if existing.mtime == mtime else self._target.kept_mtime(name, mtime)
             if (existing.size, existing.mtime) == (found.size, kept):
-                self._present[found.key] = existing, found
+                self._present[found.key] = existing, found.etag
                 return THERE
             if not self._options.overwrite:
                 other = f"{existing.size:,} bytes of mtime {existing.mtime} are there"
@@ -3900,7 +3900,7 @@ def restore(context: Context, options: argparse.Namespace) -> int:
                 status = work.one_pass()
                 if status != THAWING or not options.wait:
                     return status
-            except FileError as error:  # S3 does not answer, or not with a listing
+            except FileError as error:  # of a listing: it may succeed after the pause
                 if not options.wait:
                     raise
                 log.warning("%s", error)
