@@ -2428,24 +2428,20 @@ class Bucket:
         key = self.prefix + ".archive-check/"  # no file has it, as it ends in a slash
         restore = {"Days": 1, "GlacierJobParameters": {"Tier": "Bulk"}}
 
-        def probe(operation: str, **request: Any) -> Callable[[], object]:
+        def send(operation: str, **request: Any) -> Callable[[], object]:
             return partial(self.request, operation, *NOT_FOUND, **request)
 
         def upload() -> None:  # S3 may also refuse STORAGE_CLASS or S3_EXTRA_ARGS
             self.abort_upload(key, self.begin_upload(Upload(key, "", SMALL_FILE, 0)).id)
 
         return {
-            "s3:ListBucket": probe("list_objects_v2", Prefix=self.prefix, MaxKeys=1),
-            "s3:GetObject": probe("head_object", Key=key),
-            "s3:ListBucketMultipartUploads": probe(
-                "list_multipart_uploads", Prefix=self.prefix
-            ),
-            "s3:ListMultipartUploadParts": probe("list_parts", Key=key, UploadId="none"),
-            "s3:AbortMultipartUpload": probe(
-                "abort_multipart_upload", Key=key, UploadId="none"
-            ),
+            "s3:ListBucket": send("list_objects_v2", Prefix=self.prefix, MaxKeys=1),
+            "s3:GetObject": send("head_object", Key=key),
+            "s3:ListBucketMultipartUploads": send("list_multipart_uploads", Prefix=self.prefix),
+            "s3:ListMultipartUploadParts": send("list_parts", Key=key, UploadId="none"),
+            "s3:AbortMultipartUpload": send("abort_multipart_upload", Key=key, UploadId="none"),
             "s3:PutObject": upload,
-            "s3:RestoreObject": probe("restore_object", Key=key, RestoreRequest=restore),
+            "s3:RestoreObject": send("restore_object", Key=key, RestoreRequest=restore),
         }
 
 

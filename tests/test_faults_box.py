@@ -223,7 +223,7 @@ def test_box_that_cuts_every_connection_gets_a_bounded_number_of_tries(archive, 
 
 
 def test_many_folders_do_not_multiply_the_tries(archive, box):
-    """They are listed at once.  The thread that waits longest connects for the others."""
+    """They are listed at once; one thread connects, and gives up, for all."""
     for number in range(30):
         write(box.root / f"d{number}" / "f", SMALL)
     box.on("INIT", None, drop, nth=2, times=1_000)
@@ -371,7 +371,7 @@ def cut_short(request):
 def test_reply_of_another_type_is_not_believed(archive, box):
     """Here a handle as long as the file that is read."""
     write(box.root / "f", SMALL)
-    handle = (SMALL).to_bytes(4, "big") + bytes(SMALL)
+    handle = SMALL.to_bytes(4, "big") + bytes(SMALL)
     wrong = box.on("READ", b"f", lambda request: request.packet(HANDLE, handle))
     result = archive(constants=IMPATIENT)
     assert wrong.fired == 1

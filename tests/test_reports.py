@@ -113,22 +113,36 @@ def test_secret_of_a_role_that_is_assumed_later_is_hidden_as_well(archive, box, 
     )
     echo = "canary-SecretAccessKey canary-SessionToken"
     s3.always("PutObject", error(400, "Odd", echo))
-    no_keys = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}
     with HTTPServer(("127.0.0.1", 0), Role) as sts:
         threading.Thread(target=sts.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{sts.server_port}"
         files = {"AWS_CONFIG_FILE": config, "AWS_ENDPOINT_URL_STS": url}
-        result = archive(AWS_ENDPOINT_URL=s3.url, **files, **no_keys)
+        result = archive(AWS_ENDPOINT_URL=s3.url, **files, **NO_KEYS)
         sts.shutdown()
     assert result.failures == ["./file: S3 refused PutObject: Odd *** ***"]
     assert "canary" not in result.output + result.log
 
 
+USER = "[profile user]\naws_access_key_id = AKIA\naws_secret_access_key = x-y-z\n"
+NO_KEYS = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}
 CONFIGS = {
     "no token": "role_arn = arn:aws:iam::1:role/x\nweb_identity_token_file = /missing/token",
     "no program": "credential_process = /missing/program",
     "a code": "role_arn = arn:aws:iam::1:role/x\nsource_profile = user\nmfa_serial = 1",
 }
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_credentials_that_cannot_be_had_end_the_run_at_once(archive, box, config):
+    fill(box.root, {"first": b"x"})
+    assert archive().status == 0
+    fill(box.root, {f"f{n}": b"x" for n in range(30)})
+    file = archive.folder / "config"
+    file.write_text(f"[default]\n{CONFIGS[config]}\n{USER}")
+    result = archive(AWS_CONFIG_FILE=file, **NO_KEYS)
+    assert result.status == 1
+    assert "error: no AWS credentials" in result.stderr
+    assert result.failures == []
 
 
 def test_role_that_is_refused_ends_the_run_at_once(archive, box, s3):
@@ -144,31 +158,14 @@ def test_role_that_is_refused_ends_the_run_at_once(archive, box, s3):
 
     refused = s3.always(None, refuse)
     file = archive.folder / "config"
-    user = "[profile user]\naws_access_key_id = AKIA\naws_secret_access_key = x-y-z\n"
     file.write_text(
-        f"[default]\nrole_arn = arn:aws:iam::1:role/x\nsource_profile = user\n{user}"
+        f"[default]\nrole_arn = arn:aws:iam::1:role/x\nsource_profile = user\n{USER}"
     )
-    no_keys = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}
-    result = archive(AWS_CONFIG_FILE=file, AWS_ENDPOINT_URL_STS=s3.url, **no_keys)
+    result = archive(AWS_CONFIG_FILE=file, AWS_ENDPOINT_URL_STS=s3.url, **NO_KEYS)
     assert (result.status, refused.fired) == (1, 1), result.stderr
     assert (
         "error: no AWS credentials: AssumeRole: AccessDenied may not assume x" in result.stderr
     )
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-def test_credentials_that_cannot_be_had_end_the_run_at_once(archive, box, config):
-    fill(box.root, {"first": b"x"})
-    assert archive().status == 0
-    fill(box.root, {f"f{n}": b"x" for n in range(30)})
-    file = archive.folder / "config"
-    user = "[profile user]\naws_access_key_id = AKIA\naws_secret_access_key = x-y-z\n"
-    file.write_text(f"[default]\n{CONFIGS[config]}\n{user}")
-    no_keys = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}
-    result = archive(AWS_CONFIG_FILE=file, **no_keys)
-    assert result.status == 1
-    assert "error: no AWS credentials" in result.stderr
-    assert result.failures == []
 
 
 # --- A file where a folder is now ---------------------------------------------
