@@ -73,6 +73,27 @@ def strict_fixtures():
     return box, s3, archive
 
 
+MAX_RUNTIME_AT_A_SIGN = """
+import pathlib, threading, time
+timer = threading.Timer
+def timer_at_a_sign(limit, act):
+    if getattr(act, "__func__", None) is not archive.StorageBox.close:
+        return timer(limit, act)
+    def wait():
+        while not pathlib.Path({sign!r}).exists():
+            time.sleep(0.01)
+        act()
+    return timer(limit, wait)
+threading.Timer = timer_at_a_sign
+"""
+
+
+def max_runtime_at(sign):
+    """Code for `before`: MAX_RUNTIME is not over before the file `sign` exists, so that a slow
+    machine has come as far by then as the test wants it."""
+    return MAX_RUNTIME_AT_A_SIGN.format(sign=str(sign))
+
+
 def write(path, size, mtime=1_700_000_000):
     """A file of that many bytes, which depend on its name."""
     path.parent.mkdir(parents=True, exist_ok=True)

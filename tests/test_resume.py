@@ -21,6 +21,7 @@ from faults import (
     assert_all_archived,
     assert_failed,
     assert_rows_are_true,
+    max_runtime_at,
     strict_fixtures,
     wait_for,
     write,
@@ -237,26 +238,32 @@ def test_limits_after_max_runtime_are_less_than_a_minute_together(archive, box):
 
 
 @pytest.mark.parametrize("how", ["another file", "MAX_RUNTIME"])
-def test_part_that_is_under_way_when_the_run_has_to_end_is_sent(archive, box, s3, how):
+def test_part_that_is_under_way_when_the_run_has_to_end_is_sent(
+    archive, box, s3, tmp_path, how
+):
     """And the run ends then, though the end is seen by s3transfer's threads, too."""
     s3.take_little_ahead()
     write(box.root / "big", 8 * PART)
     write(box.root / "small", SMALL)
-    ending = threading.Event()
+    sign = tmp_path / "over"
 
     def hold(exchange):
         """Take the part only when the run has to end: it could not be cut off any more."""
-        threading.Timer(3, ending.set).start()
-        return until(ending)(exchange)
+        if how == "MAX_RUNTIME":
+            sign.touch()
+        wait_for(lambda: not box.transports[-1].is_active())  # it has begun to end
+        time.sleep(1)  # so that s3transfer's threads have seen it
+        return exchange.forward()
 
-    s3.on("UploadPart", hold)
+    held = s3.on("UploadPart", hold)
     settings = {"BANDWIDTH_LIMIT": "10M"}
     if how == "MAX_RUNTIME":
-        settings["MAX_RUNTIME"] = "2s"
+        settings |= {"MAX_RUNTIME": "1s", "before": max_runtime_at(sign)}
     else:
-        s3.on("PutObject", first_in_s3(lambda: time.sleep(1), then=error(403, "AccessDenied")))
+        refused = error(403, "AccessDenied")
+        s3.on("PutObject", first_in_s3(lambda: wait_for(lambda: held.fired), then=refused))
     running = archive.start(constants={**SIZES, "READ_WINDOW": MIB}, **settings)
-    result = running.wait(timeout=15)
+    result = running.wait()
     assert result.status == (1 if how == "another file" else 3), result.stderr
     assert 0 < s3.requests["UploadPart"] == len(sent(s3)) < 8
     assert archive(constants=SIZES).status == 0
