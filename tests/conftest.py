@@ -75,6 +75,11 @@ os._exit(archive.main())  # as the program itself: no thread is waited for
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.umask(0o022)  # the servers' user must be able to read what tests create
 
+# The tests' own clients of S3 read nothing of whoever runs them: a profile, say, ends them.
+for name in [name for name in os.environ if name.startswith("AWS_")]:
+    del os.environ[name]
+os.environ["AWS_CONFIG_FILE"] = os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.devnull
+
 
 @dataclass
 class Result:
