@@ -526,7 +526,7 @@ def test_files_that_somebody_has_encrypted_come_back_as_they_were_before(
     assert archive(constants=SIZES).status == 0
     before = whole(faulty_box.root)
     time.sleep(1.1)
-    then = datetime.now().isoformat(timespec="seconds")
+    then = datetime.now(timezone.utc).isoformat(timespec="seconds")
     time.sleep(1.1)
     for path in before:
         with open(os.path.join(os.fsencode(faulty_box.root), path), "r+b") as file:
