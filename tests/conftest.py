@@ -128,7 +128,7 @@ class Running:
         self.archive = archive
         self.process = process
 
-    def wait(self, timeout=60):
+    def wait(self, timeout=TIMEOUT):
         stdout, stderr = self.process.communicate(timeout=timeout)
         return self.archive.result(self.process.returncode, stdout, stderr)
 
@@ -152,7 +152,7 @@ class Archive:
         (folder / "home").mkdir(parents=True)
         self.env_file.touch(mode=0o600)
 
-    def __call__(self, *args, timeout=60, constants=None, **settings):
+    def __call__(self, *args, timeout=TIMEOUT, constants=None, **settings):
         """Run to the end. A setting of None is left out of the environment."""
         return self.start(*args, constants=constants, **settings).wait(timeout)
 
