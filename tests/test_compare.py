@@ -25,6 +25,7 @@ from faults import (
     SMALL,
     assert_all_archived,
     assert_failed,
+    max_runtime_at,
     strict_fixtures,
     wait_for,
     write,
@@ -634,7 +635,7 @@ def test_small_file_whose_comparison_was_cut_off_is_just_compared_by_the_next_ru
 
 
 @pytest.mark.parametrize(("how", "state"), [("MAX_RUNTIME", "lost"), ("SIGTERM", "kept")])
-def test_comparison_that_was_cut_off_is_not_begun_again(archive, box, s3, how, state):
+def test_comparison_that_was_cut_off_is_not_begun_again(archive, box, s3, tmp_path, how, state):
     """Or perhaps it would be every night. The next run uploads the file; one whose
     comparison was not begun is compared."""
     write(box.root / "a", LARGE)
@@ -652,8 +653,10 @@ def test_comparison_that_was_cut_off_is_not_begun_again(archive, box, s3, how, s
         running.process.send_signal(signal.SIGTERM)
         assert running.wait(timeout=15).status == 143
     else:
-        box.on("READ", None, first_on_box(lambda: time.sleep(2)))
-        cut_off = archive(MAX_RUNTIME="1s", **one_by_one)
+        sign = tmp_path / "over"
+        box.on("READ", None, first_on_box(sign.touch, freeze))
+        over = {"MAX_RUNTIME": "1s", "before": max_runtime_at(sign)}
+        cut_off = archive.start(**over, **one_by_one).wait()
         assert (cut_off.status, cut_off.counts) == (3, (0, 0, 0)), cut_off.stderr
     assert {mtime for _, mtime in archive.rows().values()} == {None}
 

@@ -23,6 +23,7 @@ from faults import (
     SMALL,
     assert_all_archived,
     assert_failed,
+    max_runtime_at,
     recorded,
     wait_for,
     write,
@@ -671,12 +672,14 @@ def test_signal_ends_a_run_that_waits_for_a_frozen_box(archive, box, number, kin
 
 
 @pytest.mark.parametrize(("kind", "path"), [("READDIR", b"d"), ("READ", b"large")])
-def test_max_runtime_ends_a_run_that_waits_for_a_frozen_box(archive, box, kind, path):
+def test_max_runtime_ends_a_run_that_waits_for_a_frozen_box(archive, box, tmp_path, kind, path):
     fill(box)
     write(box.root / "d" / "f", SMALL)
-    frozen = box.on(kind, path, freeze)
-    running = archive.start(constants={**SIZES, "RUNTIME_GRACE": 1}, MAX_RUNTIME="2s")
-    result = running.wait(timeout=20)
+    sign = tmp_path / "over"
+    frozen = box.on(kind, path, first(sign.touch, freeze))
+    grace = {**SIZES, "RUNTIME_GRACE": 1}
+    over = {"MAX_RUNTIME": "1s", "before": max_runtime_at(sign)}
+    result = archive.start(constants=grace, **over).wait(timeout=20)
     assert frozen.fired
     assert result.status == 3
     assert "Ended early    : MAX_RUNTIME was over" in result.stdout

@@ -137,20 +137,29 @@ def test_going_on_at_the_first_or_the_last_part_is_right(archive, box, s3, parts
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "MAX_RUNTIME", "box gone", "S3 gone"])
-def test_parts_stay_however_the_run_ends_and_the_next_one_goes_on(archive_of, box, s3, how):
+def test_parts_stay_however_the_run_ends_and_the_next_one_goes_on(
+    archive_of, box, s3, tmp_path, how
+):
     write(box.root / "big", 8 * PART)
+    sign = tmp_path / "over"
+
+    def run_out_of_time():
+        sign.touch()
+        wait_for(lambda: not box.transports[-1].is_active())  # it has begun to end
+
     with Relay(box.host, box.port) as relay:
         archive = archive_of(box, **box.settings(port=relay.port), AWS_ENDPOINT_URL=s3.url)
         happens = {
             "SIGTERM": archive.terminate,
-            "MAX_RUNTIME": lambda: time.sleep(3.1),
+            "MAX_RUNTIME": run_out_of_time,
             "box gone": relay.stop,
             "S3 gone": lambda: s3.always("UploadPart", reset),
         }[how]
         s3.on("UploadPart", first_in_s3(happens), nth=2)
         limits = {"RECONNECT_PAUSES": (0, 0), "S3_ATTEMPTS": 2, "READ_WINDOW": MIB}
-        max_runtime = "3s" if how == "MAX_RUNTIME" else None
-        result = archive(constants={**IN_ORDER, **limits}, MAX_RUNTIME=max_runtime)
+        over = {"MAX_RUNTIME": "1s", "before": max_runtime_at(sign)}
+        settings = over if how == "MAX_RUNTIME" else {}
+        result = archive.start(constants={**IN_ORDER, **limits}, **settings).wait()
         statuses = {"SIGTERM": 143, "MAX_RUNTIME": 3, "box gone": 1, "S3 gone": 3}
         assert result.status == statuses[how], result.stderr
         assert result.summary["Uploaded files"] == 0
