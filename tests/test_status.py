@@ -284,7 +284,8 @@ def test_bucket_that_cannot_be_asked_leaves_the_rest(archive, box, s3, trouble):
     before = box.connections
     s3.requests.clear()
 
-    status = told(archive, constants={"S3_READ_LIMIT": 0.3}, **settings)
+    impatient = {"S3_READ_LIMIT": 0.3} if trouble == "hangs" else {}
+    status = told(archive, constants=impatient, **settings)
 
     assert status["archived"] == status["deep_archive"] == {"files": 1, "bytes": 10}
     assert status["storage_a_month"] is not None
