@@ -567,10 +567,13 @@ def test_refusal_is_told_though_a_signal_comes_while_the_others_end(archive, box
 
 
 def test_file_that_s3_takes_while_it_fails_the_others_is_recorded(archive, box, s3):
+    def has_ended():
+        return not box.transports[-1].is_active()
+
     write(box.root / "0slow", SMALL)
     for n in range(LIMIT + 10):
         write(box.root / f"f{n}", SMALL)
-    s3.always("PutObject", first(lambda: time.sleep(2)), key="0slow")
+    s3.always("PutObject", first(lambda: wait_for(has_ended)), key="0slow")
     s3.always("PutObject", reset)
     result = archive(constants={**SIZES, "S3_ATTEMPTS": 1}, TRANSFERS="4")
     assert result.status == 1, result.stderr
