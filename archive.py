@@ -1612,7 +1612,7 @@ CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);  -- see State._c
 CREATE TABLE runs  -- one that was killed has only its start, `spent` is in USD
     (started_at INTEGER PRIMARY KEY, ended_at INTEGER, status INTEGER,
     uploaded INTEGER, skipped INTEGER, failed INTEGER, bytes INTEGER, spent REAL);
-CREATE TABLE gone (path TEXT PRIMARY KEY) WITHOUT ROWID;  -- see State.known_gone
+CREATE TABLE gone (path TEXT PRIMARY KEY) WITHOUT ROWID;  -- see State.is_known_gone
 """
 SOURCE_PINS = ("HETZNER_USER", "REMOTE_PATH")
 PATHS = "(SELECT value FROM json_each(?))"  # many paths as one parameter, a JSON list
@@ -1883,13 +1883,13 @@ class State:
         self._execute("DELETE FROM temp.seen")
         self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", self._pins.items())
 
-    def known_gone(self) -> set[str]:
-        """Paths of the files that were gone when MAX_CHANGED last let a run go on."""
-        return {path for (path,) in self._execute("SELECT path FROM gone")}
+    def is_known_gone(self, path: str) -> bool:
+        """Whether this file was gone already when MAX_CHANGED last let a run go on."""
+        return bool(self._execute("SELECT 1 FROM gone WHERE path = ?", path))
 
     @in_transaction
     def note_gone(self, paths: Iterable[str]) -> None:
-        """Adds paths to `known_gone`, and drops those of files that were noted as seen."""
+        """Adds paths that are `is_known_gone` then, and drops those of files that were seen."""
         self._execute("DELETE FROM gone WHERE path IN (SELECT path FROM temp.seen)")
         self._db.executemany("INSERT OR IGNORE INTO gone VALUES (?)", zip(paths))
 
@@ -2165,6 +2165,8 @@ class Bucket:
         events = self.client.meta.events
         events.unregister("before-call.s3", botocore.handlers.add_expect_header)
         events.register("before-send.s3", self._note_secrets)
+        # boto3 encodes the key of SSE-C for each operation but this one.
+        events.register("before-parameter-build.s3.ListParts", botocore.handlers.sse_md5)
 
     def _note_secrets(self, **_: Any) -> None:
         """Hides the credentials.  Those of a role exist only once a request is signed."""
@@ -2196,7 +2198,11 @@ class Bucket:
             try:
                 with s3_errors():
                     answer = getattr(self.client, operation)(**arguments)
-                    answer["ResponseMetadata"]["RetryAttempts"] = attempt  # for begin_upload
+                    details = answer["ResponseMetadata"]
+                    details["RetryAttempts"] = attempt  # for begin_upload
+                    region = details["HTTPHeaders"].get("x-amz-bucket-region", meta.region_name)
+                    if region != meta.region_name:  # boto3 follows the redirect silently
+                        warn_once("set AWS_REGION to %s, else prices are wrong", region)
                     return answer
             except ArchiveError as error:
                 if error.code in allowed:
@@ -2959,7 +2965,7 @@ class Forecast(Walk):
         self.counts = Counts({label: Count() for label in (*MARKS, UNCHANGED, TO_UPLOAD)})
         self.altered = 0  # archived files that have another size or mtime now
         self.gone = Counts()  # by class: archived, but not on the box any more
-        self.gone_paths = set[str]()  # as in the path column
+        self.newly_gone: list[str] = []  # their paths, unless State.is_known_gone
         self.requests = Counter(put=0, create=0, part=0, complete=0, head=0)  # by kind
         self.upload_cost = 0.0  # USD for them
         self.saving = 0.0  # USD less, if files below TINY_FILE went into CLASS_FOR_TINY
@@ -2976,7 +2982,8 @@ class Forecast(Walk):
             path = unescape(record.path)
             if not self.leaves_out(path):
                 self.gone.add(record.stored.storage_class, record.stored.size)
-                self.gone_paths.add(record.path)
+                if not self._state.is_known_gone(record.path):
+                    self.newly_gone.append(record.path)
                 self._on_file("-", path)
 
     def _add_page(self, page: list[RemoteFile]) -> None:
@@ -3224,14 +3231,13 @@ def check_changes(context: Context, state: State, limit: int) -> None:
     not count again once this has let a run go on."""
     forecast = Forecast(context, state, lambda *_: None)
     forecast.walk_box()
-    before = state.archived().total().files
-    gone = len(forecast.gone_paths - state.known_gone())
+    before, gone = state.archived().total().files, len(forecast.newly_gone)
     if (forecast.altered + gone) * 100 > limit * before:
         found = f"{forecast.altered:,} have changed and {gone:,} are gone"
         reason = f"MAX_CHANGED is {limit} %, but of {before:,} archived files {found}"
-        remedy = "look at plan --list; if it is right, raise MAX_CHANGED for one run"
+        remedy = "look at plan --list; if it is right, set MAX_CHANGED=100 for one run"
         raise Fatal(f"{reason}: nothing was sent; {remedy}")
-    state.note_gone(forecast.gone_paths)
+    state.note_gone(forecast.newly_gone)
 
 
 def run(context: Context, options: argparse.Namespace) -> int:
@@ -3276,6 +3282,7 @@ def run(context: Context, options: argparse.Namespace) -> int:
 # ------------------------------------------------------------------ Inspection
 
 NOTHING_THERE = "nothing is archived under this path; give it exactly, patterns do not work"
+NO_STATE = "%s is missing, or an earlier script's: archive.py run makes it, or takes it over"
 
 
 def ask(question: Callable[[], T]) -> T | None:
@@ -3366,6 +3373,8 @@ def status(context: Context, _options: argparse.Namespace) -> int:
 
     def read_state() -> tuple[Counts, list[sqlite3.Row]]:
         with contextlib.closing(State(config, copy=True)) as state:
+            if state.is_new:
+                log.warning(NO_STATE, config.state_db)
             return state.archived(), state.past_runs()
 
     rows: dict[str, object] = dict.fromkeys(("Archived", "Storage a month", "Spent in 30 days"))
@@ -3412,8 +3421,7 @@ def verify(context: Context, options: argparse.Namespace) -> int:
     copy = not repair or not config.state_db.exists()  # verify creates no database
     with lock, contextlib.closing(State(config, copy=copy)) as state:
         if state.is_new:
-            reason = f"{config.state_db} is missing, or an earlier script's"
-            raise Fatal(f"{reason}: archive.py run makes the state, or takes it over")
+            raise Fatal(NO_STATE % config.state_db)
         comparisons = reconcile(config, context.bucket, state)
         bar = context.progress.counting(comparisons, "verifying")
         for path, verdict, reason, _ in bar:
@@ -3710,8 +3718,8 @@ class Restore:
         else:
             self._target = LocalFolder(options.to)
         self._asked_at: float | None = None  # when S3 was last asked to restore an object
-        # By key, files that were compared, and their objects' ETags: these get no HEAD again.
-        self._present: dict[str, tuple[Attributes, str]] = {}
+        # Files that were compared get no HEAD again.  Digests: there may be millions of them.
+        self._present: set[bytes] = set()
 
     def one_pass(self) -> int:
         """Restores what can be read now, and asks S3 for the rest.  The exit status."""
@@ -3850,7 +3858,8 @@ class Restore:
         if {b"", b".", b".."} & set(name.split(b"/")) or b"\0" in name or is_windows_name:
             raise FileError("no file can have this name")
         if existing := self._target.find(name):
-            if self._present.get(found.key) == (existing, found.etag):
+            compared = md5(repr((found.key, found.etag, existing)).encode()).digest()
+            if compared in self._present:
                 return THERE
             if not stat.S_ISREG(existing.mode or 0):
                 raise FileError("something that is not a file has its name")
@@ -3858,7 +3867,7 @@ class Restore:
             mtime = (self._bucket.head(found.key, found.version_id) or found).mtime
             kept = mtime if existing.mtime == mtime else self._target.kept_mtime(name, mtime)
             if (existing.size, existing.mtime) == (found.size, kept):
-                self._present[found.key] = existing, found.etag
+                self._present.add(compared)
                 return THERE
             if not self._options.overwrite:
                 other = f"{existing.size:,} bytes of mtime {existing.mtime} are there"

@@ -148,12 +148,14 @@ def test_customer_key_is_in_each_request_about_content_and_in_no_output(
     restored = archive("-v", "restore", "--to", tmp_path / "restored", "--yes")
 
     assert restored.status == 0, restored.output
-    for operation in ("PutObject", "CreateMultipartUpload", "UploadPart", "HeadObject"):
+    assert archive("-v", "check").status == 0
+    uploads = "CreateMultipartUpload", "UploadPart", "ListParts"
+    for operation in ("PutObject", *uploads, "HeadObject"):
         header = "x-amz-server-side-encryption-customer-key"
         assert values(sent, header)[operation] == {text}, operation
     header = "x-amz-server-side-encryption-customer-key-md5"
     md5 = base64.b64encode(hashlib.md5(KEY.encode()).digest()).decode()
-    assert values(sent, header)["GetObject"] == {md5}
+    assert values(sent, header)["GetObject"] == values(sent, header)["ListParts"] == {md5}
     assert values(sent, header)["ListObjectsV2"] == {None}
 
 

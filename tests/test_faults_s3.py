@@ -86,6 +86,18 @@ def test_refusal_that_concerns_every_file_ends_the_run_at_the_first(
     archive.assert_invariant()
 
 
+def test_region_to_which_boto3_was_redirected_is_to_be_set(archive, box, s3):
+    """Amazon's answers to listings name it, and nothing fails."""
+    write(box.root / "f", SMALL)
+    s3.always("ListObjectsV2", headers(x_amz_bucket_region="eu-west-1"))
+    for _ in range(2):
+        result = archive(AWS_REGION="eu-north-1")
+        assert result.status == 0, result.stderr
+        archive.state_db.unlink()
+        assert result.stderr.count("warning: set AWS_REGION to eu-west-1") == 1
+    assert "AWS_REGION" not in archive(AWS_REGION="eu-west-1").stderr
+
+
 @pytest.mark.parametrize(
     "operation", ["CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"]
 )

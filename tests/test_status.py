@@ -101,6 +101,16 @@ def test_status_before_the_first_run_tells_that_there_is_nothing(archive):
         assert re.search(f"^{row} *: no$", text, re.MULTILINE)
 
 
+def test_lost_state_is_said_to_be_missing_for_nothing_is_told_of_the_archive(archive, box):
+    fill(box.root, {"a": 1})
+    archive()
+    missing = f"warning: {archive.state_db} is missing"
+    assert missing not in archive("status").stderr
+    archive.state_db.unlink()
+
+    assert missing in archive("status").stderr
+
+
 # --- The runs ---
 
 
