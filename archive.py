@@ -2831,10 +2831,11 @@ class Walk:
         self.early = 0.0  # USD for objects that are overwritten early
 
     def pages(self) -> Iterator[list[RemoteFile]]:
-        """Lists of at most PAGE files; some are empty, one after each COMMIT_PAUSE of waiting
-        for a listing.  Fatal if REMOTE_PATH itself cannot be listed, Stopped."""
+        """Lists of fewer than 2 * PAGE files: of one folder, or of several that were listed by
+        then.  Some are empty, one after each COMMIT_PAUSE of waiting for a listing.  Fatal if
+        REMOTE_PATH itself cannot be listed, Stopped."""
         self._exclusions = Exclusions(self._config, self._box)
-        waiting = [self._root]
+        waiting, page = [self._root], list[RemoteFile]()
         begun: deque[tuple[bytes, Future[list[Entry] | None]]] = deque()
         pool, list_folder = ThreadPoolExecutor(LISTINGS_AT_ONCE), self._box.list_folder
         try:
@@ -2843,6 +2844,9 @@ class Walk:
                     path = waiting.pop()
                     begun.append((path, pool.submit(list_folder, path, NAMES_AHEAD)))
                 path, listing = begun.popleft()
+                if page and not listing.done():
+                    yield page
+                    page = []
                 while not concurrent.futures.wait([listing], COMMIT_PAUSE).done:
                     yield []
                 entries = self._entries(path, listing)
@@ -2851,8 +2855,12 @@ class Walk:
                     continue
                 folders: list[bytes] = []
                 for start in range(0, len(entries), PAGE):
-                    yield [*self._files(path, entries[start : start + PAGE], folders)]
+                    page += self._files(path, entries[start : start + PAGE], folders)
+                    if len(page) >= PAGE:
+                        yield page
+                        page = []
                 waiting += reversed(folders)
+            yield page
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         for item in sorted(self._exclusions.unmatched):
