@@ -2201,7 +2201,8 @@ class Bucket:
                     details = answer["ResponseMetadata"]
                     details["RetryAttempts"] = attempt  # for begin_upload
                     region = details["HTTPHeaders"].get("x-amz-bucket-region", meta.region_name)
-                    if region != meta.region_name:  # boto3 follows the redirect silently
+                    # boto3 follows a redirect silently.  Other servers may name what is none.
+                    if region != meta.region_name and re.fullmatch(r"[a-z-]+-\d", region):
                         warn_once("set AWS_REGION to %s, else prices are wrong", region)
                     return answer
             except ArchiveError as error:
@@ -2831,8 +2832,8 @@ class Walk:
         self.early = 0.0  # USD for objects that are overwritten early
 
     def pages(self) -> Iterator[list[RemoteFile]]:
-        """Lists of fewer than 2 * PAGE files: of one folder, or of several that were listed by
-        then.  Some are empty, one after each COMMIT_PAUSE of waiting for a listing.  Fatal if
+        """Lists of fewer than 2 * PAGE files, of one folder or of several that were listed by
+        then.  Some are empty, as after each COMMIT_PAUSE of waiting for a listing.  Fatal if
         REMOTE_PATH itself cannot be listed, Stopped."""
         self._exclusions = Exclusions(self._config, self._box)
         waiting, page = [self._root], list[RemoteFile]()
@@ -2856,7 +2857,7 @@ class Walk:
                 folders: list[bytes] = []
                 for start in range(0, len(entries), PAGE):
                     page += self._files(path, entries[start : start + PAGE], folders)
-                    if len(page) >= PAGE:
+                    if len(page) >= PAGE or start > 0:
                         yield page
                         page = []
                 waiting += reversed(folders)
@@ -3125,13 +3126,15 @@ class Run(Walk):
             if log.isEnabledFor(logging.DEBUG):
                 for file in sorted(set(page) - set(files)):
                     log.debug("unchanged %s", printable(file.path))
-            jobs = [*filter(self._fits, self._make_jobs(files))]
-            if known := [job.record.path for job in jobs if job.record]:
-                self._state.doubt(known)
-            self._progress.expect(sum(job.file.size for job in jobs))
-            for job in filter(self._fits, jobs):  # again: others before it were added
-                self._reserved += job.usd
-                yield job
+            jobs = filter(self._fits, self._make_jobs(files))
+            # Few at a time: those in doubt are compared by the next run if this one ends early.
+            while some := [*itertools.islice(jobs, 4 * self._config.transfers)]:
+                if known := [job.record.path for job in some if job.record]:
+                    self._state.doubt(known)
+                self._progress.expect(sum(job.file.size for job in some))
+                for job in filter(self._fits, some):  # again: others before it were added
+                    self._reserved += job.usd
+                    yield job
             yield None
 
     def _fits(self, job: Job) -> bool:
@@ -3290,7 +3293,7 @@ def run(context: Context, options: argparse.Namespace) -> int:
 # ------------------------------------------------------------------ Inspection
 
 NOTHING_THERE = "nothing is archived under this path; give it exactly, patterns do not work"
-NO_STATE = "%s is missing, or an earlier script's: archive.py run makes it, or takes it over"
+NO_STATE = "%s is missing, unfinished, or an earlier script's: archive.py run makes it"
 
 
 def ask(question: Callable[[], T]) -> T | None:

@@ -32,7 +32,7 @@ from faults import (
 )
 from faulty_sftp import drop, freeze, honest
 from faulty_sftp import first as first_on_box
-from scripted_s3 import error, hang, headers, rewritten, whole_object
+from scripted_s3 import error, first, hang, headers, reset, rewritten, whole_object
 
 KIB = 2**10
 WRITES = {"PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"}
@@ -632,6 +632,20 @@ def test_small_file_whose_comparison_was_cut_off_is_just_compared_by_the_next_ru
     assert_nothing_sent(archive(), s3, compared=1)
 
     assert s3.requests == {"HeadObject": 1}
+
+
+def test_run_that_is_killed_leaves_few_of_the_changed_files_in_doubt(archive, box, s3):
+    """Of those, the next run asks S3, MAX_CHANGED sees only the size, and verify no ETag."""
+    for n in range(100):
+        write(box.root / f"f{n:02}", SMALL)
+    assert archive().status == 0
+    for n in range(100):
+        write(box.root / f"f{n:02}", SMALL + 1)
+    s3.on("PutObject", first(archive.kill, reset), nth=5)
+
+    assert archive(TRANSFERS=2).status == -signal.SIGKILL
+
+    assert 0 < [mtime for _, mtime in archive.rows().values()].count(None) <= 16
 
 
 @pytest.mark.parametrize(("how", "state"), [("MAX_RUNTIME", "lost"), ("SIGTERM", "kept")])
