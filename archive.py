@@ -2857,7 +2857,7 @@ class Walk:
                 folders: list[bytes] = []
                 for start in range(0, len(entries), PAGE):
                     page += self._files(path, entries[start : start + PAGE], folders)
-                    if len(page) >= PAGE or start > 0:
+                    if len(page) >= PAGE or start > 0:  # also if all was excluded
                         yield page
                         page = []
                 waiting += reversed(folders)
@@ -3869,8 +3869,8 @@ class Restore:
         if {b"", b".", b".."} & set(name.split(b"/")) or b"\0" in name or is_windows_name:
             raise FileError("no file can have this name")
         if existing := self._target.find(name):
-            compared = md5(repr((found.key, found.etag, existing)).encode()).digest()
-            if compared in self._present:
+            digest = md5(repr((found.key, found.etag, existing)).encode()).digest()
+            if digest in self._present:
                 return THERE
             if not stat.S_ISREG(existing.mode or 0):
                 raise FileError("something that is not a file has its name")
@@ -3878,7 +3878,7 @@ class Restore:
             mtime = (self._bucket.head(found.key, found.version_id) or found).mtime
             kept = mtime if existing.mtime == mtime else self._target.kept_mtime(name, mtime)
             if (existing.size, existing.mtime) == (found.size, kept):
-                self._present.add(compared)
+                self._present.add(digest)
                 return THERE
             if not self._options.overwrite:
                 other = f"{existing.size:,} bytes of mtime {existing.mtime} are there"

@@ -89,9 +89,9 @@ threading.Timer = timer_at_a_sign
 
 
 def max_runtime_at(sign):
-    """Code for `before`: MAX_RUNTIME is not over before the file `sign` exists, so that a slow
-    machine has come as far by then as the test wants it."""
-    return MAX_RUNTIME_AT_A_SIGN.format(sign=str(sign))
+    """What to start a run with: its MAX_RUNTIME is not over before the file `sign` exists, so
+    that a slow machine has come as far by then as the test wants it."""
+    return {"MAX_RUNTIME": "1s", "before": MAX_RUNTIME_AT_A_SIGN.format(sign=str(sign))}
 
 
 def write(path, size, mtime=1_700_000_000):

@@ -669,8 +669,7 @@ def test_comparison_that_was_cut_off_is_not_begun_again(archive, box, s3, tmp_pa
     else:
         sign = tmp_path / "over"
         box.on("READ", None, first_on_box(sign.touch, freeze))
-        over = {"MAX_RUNTIME": "1s", "before": max_runtime_at(sign)}
-        cut_off = archive.start(**over, **one_by_one).wait()
+        cut_off = archive.start(**max_runtime_at(sign), **one_by_one).wait()
         assert (cut_off.status, cut_off.counts) == (3, (0, 0, 0)), cut_off.stderr
     assert {mtime for _, mtime in archive.rows().values()} == {None}
 

@@ -678,8 +678,7 @@ def test_max_runtime_ends_a_run_that_waits_for_a_frozen_box(archive, box, tmp_pa
     sign = tmp_path / "over"
     frozen = box.on(kind, path, first(sign.touch, freeze))
     grace = {**SIZES, "RUNTIME_GRACE": 1}
-    over = {"MAX_RUNTIME": "1s", "before": max_runtime_at(sign)}
-    result = archive.start(constants=grace, **over).wait(timeout=20)
+    result = archive.start(constants=grace, **max_runtime_at(sign)).wait(timeout=20)
     assert frozen.fired
     assert result.status == 3
     assert "Ended early    : MAX_RUNTIME was over" in result.stdout

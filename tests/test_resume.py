@@ -157,8 +157,7 @@ def test_parts_stay_however_the_run_ends_and_the_next_one_goes_on(
         }[how]
         s3.on("UploadPart", first_in_s3(happens), nth=2)
         limits = {"RECONNECT_PAUSES": (0, 0), "S3_ATTEMPTS": 2, "READ_WINDOW": MIB}
-        over = {"MAX_RUNTIME": "1s", "before": max_runtime_at(sign)}
-        settings = over if how == "MAX_RUNTIME" else {}
+        settings = max_runtime_at(sign) if how == "MAX_RUNTIME" else {}
         result = archive.start(constants={**IN_ORDER, **limits}, **settings).wait()
         statuses = {"SIGTERM": 143, "MAX_RUNTIME": 3, "box gone": 1, "S3 gone": 3}
         assert result.status == statuses[how], result.stderr
@@ -267,7 +266,7 @@ def test_part_that_is_under_way_when_the_run_has_to_end_is_sent(
     held = s3.on("UploadPart", hold)
     settings = {"BANDWIDTH_LIMIT": "10M"}
     if how == "MAX_RUNTIME":
-        settings |= {"MAX_RUNTIME": "1s", "before": max_runtime_at(sign)}
+        settings |= max_runtime_at(sign)
     else:
         refused = error(403, "AccessDenied")
         s3.on("PutObject", first_in_s3(lambda: wait_for(lambda: held.fired), then=refused))
