@@ -119,7 +119,7 @@ MAX_PARTS = 10_000  # S3 user guide, "Amazon S3 multipart upload limits"
 MAX_KEY_BYTES = 1024  # S3 user guide, "Naming Amazon S3 objects"
 # The usual part sizes, from S3's minimum of 5 MiB to its maximum of 5 GiB, the likeliest first:
 # 8 MiB (boto3, AWS CLI), 5 MiB (rclone), 6 and 7 MiB, each doubled again and again.  An upload
-# takes the smallest that is allowed.  Bucket._part_size guesses other programs' with them.
+# takes the smallest that is allowed; Bucket._part_size guesses that of another program.
 PART_SIZES = [(size << n) * MIB for size in (8, 5, 6, 7) for n in range(10)] + [5 * GIB]
 
 # A file below SMALL_FILE is read whole and sent with one PUT.  A larger one goes up in parts.
@@ -145,11 +145,11 @@ WRITES_AHEAD = 64  # WRITE requests that wait for a reply
 LISTINGS_AT_ONCE = 64  # folders
 NAMES_AHEAD = 1_200  # per folder; a larger one is listed again when its turn comes
 FIRST_READDIRS = 4  # sent at once for a folder; each time twice as many, up to 8 times this
-PAGE = 2_000  # files per query or commit of the state
+PAGE = 2_000  # objects per query of the state; of files, fewer than twice as many
 
 # Limits of all waits, and pauses, in seconds.
 CONNECT_LIMIT = 30  # for TCP, and again from SSH's banner to the SFTP session
-SILENCE_LIMIT = 60  # without a byte from the box while it owes a reply; twice that at most
+SILENCE_LIMIT = 60  # without a byte while the box owes a reply; noticed within twice that
 RECONNECT_PAUSES = (0, 1, 2, 4, 8, 15)  # before each attempt to connect to the box
 FAILURE_PAUSE = 0.1  # after the answer FAILURE: too many files may have been open
 KEEPALIVE = 60  # the box closes idle sessions, and a part may take minutes to upload
@@ -246,8 +246,8 @@ class Prices:
         return standard + self._cost(size / GIB, f"{storage_class}.month")
 
     def requests(self, storage_class: str, counts: Mapping[str, int]) -> float:
-        """What these numbers of requests cost, by kind (S3 user guide, "Multipart upload and
-        pricing").  `head` and `list` cost the same in each class."""
+        """The cost of requests; `counts` has their numbers by kind (S3 user guide, "Multipart
+        upload and pricing").  `head` and `list` cost the same in each class."""
         put, part = f"{storage_class}.put", f"{storage_class}.part"
         names = {"put": put, "complete": put, "create": part, "part": part}
         names |= {"head": "get", "list": "STANDARD.put"}
@@ -288,8 +288,8 @@ FATAL, USAGE, INCOMPLETE, LOCKED, THAWING = 1, 2, 3, 11, 75  # exit statuses, se
 
 class ArchiveError(Exception):
     """An error that the user sees as one line, without a traceback.  `code` is S3's error code
-    or HTTP status, one of those below, the name of a library's error, or empty.  `status` is
-    the exit status if the error ends the program."""
+    or HTTP status, a constant like VANISHED, the name of a library's error, or empty.
+    `status` is the exit status if the error ends the program."""
 
     def __init__(self, message: str, code: str = "", status: int = FATAL):
         super().__init__(message)
@@ -328,7 +328,7 @@ class Stopped(BaseException):
 
 class StopEvent(threading.Event):
     """Set when the program has to end: no new work begins then.  StorageBox.close sets it.  The
-    handler of a signal sets only `signal`: set() would wait for ever there for a lock that the
+    handler of a signal sets only `signal`: set() could wait for ever for a lock that the
     interrupted code holds."""
 
     signal: int | None = None  # the number of the first one
@@ -481,7 +481,7 @@ class Upload(NamedTuple):
     mtime: int | None  # of the file; None in the state if the upload must not be continued
     part_size: int = 0  # 0: one PUT
     settings: str = ""  # see Config.upload_settings
-    id: str | None = None  # until S3 has given one
+    id: str | None = None  # None until S3 has given one
     # Stored ones, from the first on without a gap, as CompleteMultipartUpload takes them.
     parts: tuple[dict[str, Any], ...] = ()
 
@@ -600,7 +600,7 @@ def parse_bool(text: str) -> bool:
 
 def parse_path(text: str) -> Path:
     text = os.fsdecode(text.encode("utf-8", "surrogateescape"))  # names need not be UTF-8
-    return Path(os.path.expanduser(text).removeprefix("~/"))  # which stays without a home
+    return Path(os.path.expanduser(text).removeprefix("~/"))  # "~/" stays if there is no home
 
 
 def parse_folder(text: str) -> bytes:
@@ -653,7 +653,7 @@ EXTRA_ARGS = [name for name in S3Transfer.ALLOWED_UPLOAD_ARGS if not name.starts
 
 def setting(name: str, parse: Callable[[str], Any] = str, default: str | None = None) -> Any:
     """A field of Config that is read from the setting `name`.  `default` is the text to parse
-    if it is missing or empty; with None, the value is None then."""
+    if that is missing or empty; without a `default`, the value is None then."""
     return field(metadata={"setting": (name, parse, default)})
 
 
@@ -727,11 +727,11 @@ def read_env_file(path: Path, faults: list[str]) -> dict[str, str]:
             log.warning("%s can be read by others: chmod 600 %s", path, path)
     for binding in dotenv.parser.parse_stream(io.StringIO(text)):
         name = binding.key or ""
-        # What is no name may be the second line of a secret.
+        # Any other name is not shown: it may be the second line of a secret.
         if binding.value is not None and re.fullmatch(r"(?a)AWS_\w+|[\w.-]{1,40}", name):
             settings[name] = binding.value
         elif binding.key is not None or binding.error:
-            source, line = binding.original  # with the empty lines before it
+            source, line = binding.original  # `source` has the empty lines before it
             line += source[: -len(source.lstrip())].count("\n")
             faults.append(f"{path}, line {line}: expected NAME=value")
     for name in [n for n, value in settings.items() if value and AWS_FILES.fullmatch(n)]:
@@ -888,7 +888,7 @@ Entry = tuple[bytes, Attributes]  # of a folder: a name and its attributes
 
 
 def encode(value: bytes | int) -> bytes:
-    """A string behind its length, or a number of 32 bits.  An offset is two of these:
+    """A string after its length, or a number of 32 bits.  An offset is two of these:
     `*divmod(offset, 1 << 32)`."""
     return U32.pack(value) if isinstance(value, int) else U32.pack(len(value)) + value
 
@@ -909,7 +909,7 @@ def decode_attributes(body: bytes | memoryview, at: int) -> tuple[Attributes, in
         at += 8
     if flags & ATTR_PERMISSIONS:
         (mode,), at = U32.unpack_from(body, at), at + 4
-    if flags & ATTR_ACMODTIME:  # two times
+    if flags & ATTR_ACMODTIME:  # atime, then mtime
         (mtime,), at = U32.unpack_from(body, at + 4), at + 8
     if flags & ATTR_EXTENDED:
         (count,), at = U32.unpack_from(body, at), at + 4
@@ -1105,7 +1105,7 @@ Keys = list[paramiko.PKey]
 
 def connect(config: Config) -> Session:
     """A new session, logged in.  Fatal if another attempt cannot help (host key, login).
-    Any other error, also one of a library, may pass."""
+    Any other error, also one of a library, may be temporary."""
     sock = socket.create_connection((config.host, config.port), CONNECT_LIMIT)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # requests are small
     transport = paramiko.Transport(sock, SSH_WINDOW, SSH_PACKET)
@@ -1173,8 +1173,8 @@ def matches_host(patterns: str, name: str) -> bool:
 
 
 def prefer_algorithms(options: paramiko.SecurityOptions, types: set[str]) -> None:
-    """Puts AES-GCM first, which is by far the fastest, and these types of the known host keys,
-    because the server shows only one of its keys."""
+    """Prefers AES-GCM, by far the fastest cipher, and the host keys of these `types`, which are
+    known: the server shows only one of its keys."""
     options.ciphers = sorted(options.ciphers, key=lambda name: "gcm" not in name)
     if "ssh-rsa" in types:
         types |= {"rsa-sha2-512", "rsa-sha2-256"}
@@ -1343,11 +1343,11 @@ class StorageBox:
                     if error.sftp_code != FX_FAILURE or attempt == TRIES:
                         raise
                     self.stopping.wait(FAILURE_PAUSE)
-                    session = None  # the next try waits until it may begin
+                    session = None  # the next try waits while another operation is tried alone
         raise FileError(f"lost the connection {TRIES} times, last: {reason}", LOST)
 
     def list_folder(self, path: bytes, limit: float = math.inf) -> list[Entry] | None:
-        """A folder's entries, sorted by name; None if `limit` of them came before the last one.
+        """A folder's entries, sorted by name; None if more may follow after `limit` of them.
         FileError, with the code VANISHED if the folder is gone."""
         try:
             return self.retry(lambda session: read_folder(session, path, limit))
@@ -1374,7 +1374,7 @@ def look_up(session: Session, path: bytes) -> Attributes | None:
         if found.code == VANISHED:
             return None
         raise found
-    is_link = target and not isinstance(target, SFTPError)  # some answer with an empty list
+    is_link = target and not isinstance(target, SFTPError)  # some servers send an empty list
     return Attributes(found.size, found.mtime, stat.S_IFLNK if is_link else found.mode)
 
 
@@ -1384,7 +1384,7 @@ class FileReader:
     s3transfer would take an early end for a shorter file, so this class makes sure that
     every byte has arrived.  It reads READ_WINDOW ahead.  After a short reply, or in a new
     session, it opens the file again and continues at its offset.  `read` raises FileError if
-    the file has not the size and mtime any more that it had when it was first opened: FSTAT
+    the file no longer has the size and mtime that it had when it was first opened: FSTAT
     shows whether it was changed, LSTAT whether another file was renamed over it.
 
     A small file takes two round trips: OPEN and LSTAT; then READs, FSTAT, LSTAT and CLOSE.
@@ -1404,7 +1404,7 @@ class FileReader:
             if self.file.size > listed.size + MAX_GROWTH:
                 sizes = f"{listed.size:,} bytes when it was listed, now {self.file.size:,}"
                 raise FileError(f"changed: {sizes}")
-            if self.file.size == offset == 0:  # `read` would not ask whether it stays empty
+            if self.file.size == offset == 0:  # `read` would send no request to check this
                 box.retry(self._fetch, self._session)
         except FileError:
             self.close()
@@ -1474,8 +1474,8 @@ class FileReader:
     def _unpack(self, batch: Batch, offsets: range) -> deque[memoryview]:
         """The bytes from READs at these offsets, up to the first short reply.  FileError if the
         file has changed."""
-        *reads, fstat, lstat = batch.results()[: len(offsets) + 2]  # without that of a CLOSE
-        for now in map(self._file_now, (lstat, fstat)):  # LSTAT's error may be VANISHED
+        *reads, fstat, lstat = batch.results()[: len(offsets) + 2]  # without CLOSE's reply
+        for now in map(self._file_now, (lstat, fstat)):  # LSTAT first: it may be VANISHED
             if now != self.file:
                 both = f"{self.file.size:,} bytes of mtime {self.file.mtime}"
                 both += f", then {now.size:,} of {now.mtime}"
@@ -1491,7 +1491,7 @@ class FileReader:
             if due and not data:
                 raise FileError(f"ended at {at:,} of {self.file.size:,} bytes", CHANGED)
             pieces.append(data)
-            if len(data) < due:  # perhaps the most that it sends: request no more in future
+            if len(data) < due:  # perhaps the most that the box sends: request no more
                 self._read_size = max(len(data), MIN_READ_SIZE)
                 break
         # Last: after an error, the next try begins where this one did.
@@ -1568,7 +1568,7 @@ class Exclusions:
         patterns: list[str] = []
         for item in (*config.exclude, *config.exclude_dirs):
             path = nfc(item.rstrip("/").removeprefix(start).removeprefix("./").lstrip("/"))
-            paths = {path, path.removeprefix("**/")}  # **/ also matches no folder at all
+            paths = {path, path.removeprefix("**/")}  # **/ may stand for no folder
             existing = set(filter(self._exists, paths))
             globs = map(fnmatch.translate, paths - existing)
             patterns.append("|".join([*map(re.escape, existing), *globs]))
@@ -1614,7 +1614,7 @@ CREATE TABLE runs  -- one that was killed has only its start, `spent` is in USD
     uploaded INTEGER, skipped INTEGER, failed INTEGER, bytes INTEGER, spent REAL);
 CREATE TABLE gone (path TEXT PRIMARY KEY) WITHOUT ROWID;  -- see State.is_known_gone
 """
-SOURCE_PINS = ("HETZNER_USER", "REMOTE_PATH")
+SOURCE_PINS = ("HETZNER_USER", "REMOTE_PATH")  # pins: settings that the state belongs to
 PATHS = "(SELECT value FROM json_each(?))"  # many paths as one parameter, a JSON list
 
 # Whether S3 lets an object be read: one in a cold class has to be restored first.
@@ -1889,7 +1889,7 @@ class State:
 
     @in_transaction
     def note_gone(self, paths: Iterable[str]) -> None:
-        """Adds paths that are `is_known_gone` then, and drops those of files that were seen."""
+        """Makes `is_known_gone` true for these paths, and false for files that were seen."""
         self._execute("DELETE FROM gone WHERE path IN (SELECT path FROM temp.seen)")
         self._db.executemany("INSERT OR IGNORE INTO gone VALUES (?)", zip(paths))
 
@@ -2075,7 +2075,7 @@ class MultipartClient:
     def __init__(self, bucket: Bucket, upload: Upload, read: Read):
         self._bucket, self._read, self._size = bucket, read, upload.size
         self._upload = {"Key": upload.key, "UploadId": upload.id}
-        self._before = len(upload.parts)
+        self._before = len(upload.parts)  # s3transfer counts the parts after these from 1
         self._parts = [*upload.parts]  # and those read since; one that is stored has an ETag
         self.crc32 = 0  # of all these parts
         for part in upload.parts:
@@ -2201,7 +2201,7 @@ class Bucket:
                     details = answer["ResponseMetadata"]
                     details["RetryAttempts"] = attempt  # for begin_upload
                     region = details["HTTPHeaders"].get("x-amz-bucket-region", meta.region_name)
-                    # boto3 follows a redirect silently.  Other servers may name what is none.
+                    # boto3 follows a redirect silently.  Other servers may name no real region.
                     if region != meta.region_name and re.fullmatch(r"[a-z-]+-\d", region):
                         warn_once("set AWS_REGION to %s, else prices are wrong", region)
                     return answer
@@ -2259,7 +2259,7 @@ class Bucket:
         rest = size - len(upload.parts) * part_size
         at_once = upload.parts_at_once(self._config.memory_limit)
         config = TransferConfig(
-            multipart_threshold=min(rest, part_size),  # with less, it would do a PUT
+            multipart_threshold=min(rest, part_size),  # so that s3transfer sends no PUT
             multipart_chunksize=part_size,
             max_concurrency=at_once,
             preferred_transfer_client="classic",
@@ -2384,7 +2384,7 @@ class Bucket:
         return found._replace(crc32=crc32) if same_etag and offset == found.size else None
 
     def _part_size(self, found: StoredObject) -> int:
-        """The size of the object's parts but the last; its whole size if one PUT has stored it;
+        """The size of each part except the last; the whole size if one PUT has stored it;
         0 if no size of parts gives their number.  The ETag after a PUT is the MD5.  After an
         upload in parts, it is the MD5 of the parts' MD5s, "-" and their number ("Checking
         object integrity" in the S3 user guide).  S3 tells the size of the first part.  For a
@@ -2678,10 +2678,10 @@ class Parallel(Generic[Item, Result]):
     `limit` bytes of `memory` together; one that needs more is worked on alone.
 
     A FileError of `work` is an outcome, unless it is UNFINISHED.  Anything else ends the work:
-    Fatal, Stopped, SAME_FAILURES with one code in a row, any error of the items.  No new item
+    Fatal, Stopped, SAME_FAILURES with one code in a row, any error from `items`.  No new item
     is begun then, and the box is closed, which ends all reads.  What is under way is waited
     for and yielded: for RUNTIME_GRACE at most, after a signal for STOP_LIMIT.  The error is
-    raised then.  A FileError of the items closes nothing, and is raised after all work is done.
+    raised then.  A FileError from `items` closes nothing, and is raised after all work is done.
 
     A signal raises Stopped only in the code of `items`: the code that takes outcomes would
     lose those of a list that it has not looked at yet."""
@@ -2828,7 +2828,7 @@ class Walk:
         self.others = Counter[str]()  # neither uploaded, skipped nor failed, by their label
         self.failed = 0
         self.unlisted: set[bytes] = set()  # folders that failed, files without size or time
-        self._uploads = state.uploads()  # without those of the jobs that were made
+        self._uploads = state.uploads()  # noted ones, less those of the jobs made so far
         self.early = 0.0  # USD for objects that are overwritten early
 
     def pages(self) -> Iterator[list[RemoteFile]]:
@@ -2857,7 +2857,7 @@ class Walk:
                 folders: list[bytes] = []
                 for start in range(0, len(entries), PAGE):
                     page += self._files(path, entries[start : start + PAGE], folders)
-                    if len(page) >= PAGE or start > 0:  # also if all was excluded
+                    if len(page) >= PAGE or start > 0:  # also if empty: lets work be committed
                         yield page
                         page = []
                 waiting += reversed(folders)
@@ -2965,8 +2965,8 @@ MARKS = {NEW: "+", MODIFIED: "*", TO_COMPARE: "?"}
 
 
 class Forecast(Walk):
-    """What a run would do, and what that costs.  `on_file` is called for each file that is not
-    archived as it is: with a mark, its path and, for a failure, the reason."""
+    """What a run would do, and what that costs.  `on_file` is called for each file that may
+    differ from the archive: with a mark, its path and, for a failure, the reason."""
 
     def __init__(self, context: Context, state: State, on_file: Callable[..., None]):
         super().__init__(context, state, partial(on_file, "!"))
@@ -3078,7 +3078,7 @@ class Run(Walk):
         self.uploaded = self.unchanged = self.bytes_uploaded = 0
         self.ended_early = ""  # the reason
         self._turns = threading.Semaphore(self._config.transfers)  # to send files to S3
-        self._reserved = 0.0  # USD for the jobs that have begun, and the requests before
+        self._reserved = 0.0  # USD: what all jobs so far may cost, and was spent before
 
     @property
     def spent(self) -> float:
@@ -3086,7 +3086,7 @@ class Run(Walk):
         return self.early + self._bucket.request_cost
 
     def rows(self) -> Rows:
-        """The summary: five rows that it always has, and others that are left out if empty."""
+        """The summary.  The rows of `others` and `ended_early` are left out if empty."""
         yield "Uploaded files", self.uploaded
         yield "Skipped files", self.unchanged
         yield "Failed files", self.failed
@@ -3553,11 +3553,11 @@ class LocalFolder:
             return shutil.disk_usage(self._folder).free
 
     def kept_mtime(self, name: bytes, mtime: int) -> int:
-        """The mtime that the file has if it is given this one: a disk may have only even
-        seconds, and has a first and a last one."""
+        """The mtime that the disk would store for this one: some disks have only even
+        seconds, and each has an earliest and a latest time."""
         folder = (self._folder / os.fsdecode(name)).parent
         with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
-            os.utime(file.name, (mtime, mtime))  # a number if the file has no name
+            os.utime(file.name, (mtime, mtime))  # a descriptor if the file has no name
             return int(os.fstat(file.fileno()).st_mtime)
         return mtime
 
@@ -3648,7 +3648,7 @@ class BoxFolder:
 
         def write_and_rename(session: Session) -> None:
             self._make_folders(session, path)
-            # ProFTPD lets nobody write anew to a file, which a killed pass may have left.
+            # A killed pass may have left a file, which ProFTPD would not let us overwrite.
             found, _ = session.send((FXP_LSTAT, path), (FXP_REMOVE, partial_path)).results()
             if isinstance(found, Attributes) and found[:2] == complete:
                 return  # an earlier attempt has renamed it, and the reply got lost
@@ -3838,7 +3838,7 @@ class Restore:
 
     def _wanted(self) -> Iterator[Selected]:
         """The selected objects and the paths to restore them to.  A file whose path is also a
-        folder gets a name beside it.  If two keys stand for one path, the key that this
+        folder gets another name.  If two keys stand for one path, the key that this
         program writes wins."""
         # Files that may be folders as well: the keys a, a.txt, a/b come in this order.
         held: list[Selected] = []
