@@ -750,8 +750,8 @@ def setting_faults(settings: Mapping[str, str]) -> Iterator[str]:
         elif (is_secret or is_aws) and re.search(odd, value):
             yield f"{name}: contains a line break, another control character or invalid UTF-8"
         # Other programs have AWS_ variables in the environment, too.
-        is_others = is_aws and (name in os.environ or name.startswith("AWS_ENDPOINT_URL_"))
-        if is_others or name in SETTINGS or PROXIES.fullmatch(name):
+        is_foreign = is_aws and (name in os.environ or name.startswith("AWS_ENDPOINT_URL_"))
+        if is_foreign or name in SETTINGS or PROXIES.fullmatch(name):
             continue
         # An unknown AWS_ name is left to boto3, unless it looks like a typo of one of ours.
         near = difflib.get_close_matches(name.upper(), SETTINGS, 1, 0.76 if is_aws else 0.5)
@@ -1467,7 +1467,7 @@ class FileReader:
                 batches.append(self._request(session, requested, end))
                 requested = end
             expected = min(batches[0][1].stop, self.file.size)
-            yield self._unpack(*batches.popleft())  # a name would keep the bytes in memory
+            yield self._unpack(*batches.popleft())  # a variable would keep the bytes in memory
             if self._offset < expected:  # the batches after a short reply would leave a gap
                 return
 
@@ -1831,7 +1831,7 @@ class State:
         first."""
         insert = "INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?)"
         with state_errors(self._path), contextlib.closing(self._open(self._path)) as db:
-            db.execute(insert, upload[:7])
+            db.execute(insert, upload[:-1])  # without its parts
 
     @in_transaction
     def doubt(self, paths: list[str]) -> None:
@@ -1927,7 +1927,7 @@ def locked(config: Config, suffix: str = ".lock") -> Iterator[None]:
     try:
         create_private(path)
         db = sqlite3.connect(path, timeout=0, isolation_level=None)
-        # A writer keeps nobody from reading.  A file system without locks does.
+        # Fails on a file system without locks, but not while another run holds the lock.
         db.execute("SELECT 1 FROM sqlite_master")
         can_read = True
         db.execute("BEGIN IMMEDIATE")
@@ -1994,9 +1994,9 @@ def s3_errors() -> Iterator[None]:
             # One object may be denied to `restore`, and 400 may have any cause.
             if code != "400" and (operation, code) != ("GetObject", DENIED):
                 raise Fatal(f"S3 refused {refusal}", code) from None
-        may_pass = http.get("HTTPStatusCode") in TRANSIENT_STATUSES or code in TRANSIENT_CODES
-        # BadDigest of Complete does not pass: S3 has other bytes.
-        if may_pass and (operation, code) != ("CompleteMultipartUpload", "BadDigest"):
+        transient = http.get("HTTPStatusCode") in TRANSIENT_STATUSES or code in TRANSIENT_CODES
+        # BadDigest of Complete is permanent: S3 has other bytes.
+        if transient and (operation, code) != ("CompleteMultipartUpload", "BadDigest"):
             code = UNAVAILABLE
         raise FileError(f"S3 refused {refusal}", code) from None
     except (aws.ConnectionError, aws.HTTPClientError) as error:
@@ -2248,7 +2248,7 @@ class Bucket:
         answer = self.request("create_multipart_upload", **arguments)
         # S3 may have begun another one, whose id got lost with the answer.
         if answer["ResponseMetadata"]["RetryAttempts"] > 0:
-            self.abort_upload(upload.key, but=answer["UploadId"])
+            self.abort_upload(upload.key, keep=answer["UploadId"])
         return upload._replace(id=answer["UploadId"])
 
     def upload(self, upload: Upload, read: Read, on_sent: OnSent) -> StoredObject:
@@ -2324,15 +2324,15 @@ class Bucket:
             return upload._replace(id=None)
         return upload._replace(parts=tuple(parts))
 
-    def abort_upload(self, key: str, upload_id: str | None = None, but: str = "") -> bool:
+    def abort_upload(self, key: str, upload_id: str | None = None, keep: str = "") -> bool:
         """Aborts the upload with this id; without one, all unfinished uploads of `key` except
-        the one with the id `but`.  Their parts cost money.  Returns False, after a warning, if
+        the one with the id `keep`.  Their parts cost money.  Returns False, after a warning, if
         that fails for whatever reason."""
         try:
             ids = {upload_id}
             if not upload_id:
                 uploads = self._list("list_multipart_uploads", "Uploads", Prefix=key)
-                ids = {entry["UploadId"] for entry in uploads if entry["Key"] == key} - {but}
+                ids = {entry["UploadId"] for entry in uploads if entry["Key"] == key} - {keep}
             for one in ids:
                 self.request("abort_multipart_upload", *NOT_FOUND, Key=key, UploadId=one)
             return True
@@ -2435,20 +2435,20 @@ class Bucket:
         key = self.prefix + ".archive-check/"  # no file has it, as it ends in a slash
         restore = {"Days": 1, "GlacierJobParameters": {"Tier": "Bulk"}}
 
-        def send(operation: str, **request: Any) -> Callable[[], object]:
+        def call(operation: str, **request: Any) -> Callable[[], object]:
             return partial(self.request, operation, *NOT_FOUND, **request)
 
         def upload() -> None:  # S3 may also refuse STORAGE_CLASS or S3_EXTRA_ARGS
             self.abort_upload(key, self.begin_upload(Upload(key, "", SMALL_FILE, 0)).id)
 
         return {
-            "s3:ListBucket": send("list_objects_v2", Prefix=self.prefix, MaxKeys=1),
-            "s3:GetObject": send("head_object", Key=key),
-            "s3:ListBucketMultipartUploads": send("list_multipart_uploads", Prefix=self.prefix),
-            "s3:ListMultipartUploadParts": send("list_parts", Key=key, UploadId="none"),
-            "s3:AbortMultipartUpload": send("abort_multipart_upload", Key=key, UploadId="none"),
+            "s3:ListBucket": call("list_objects_v2", Prefix=self.prefix, MaxKeys=1),
+            "s3:GetObject": call("head_object", Key=key),
+            "s3:ListBucketMultipartUploads": call("list_multipart_uploads", Prefix=self.prefix),
+            "s3:ListMultipartUploadParts": call("list_parts", Key=key, UploadId="none"),
+            "s3:AbortMultipartUpload": call("abort_multipart_upload", Key=key, UploadId="none"),
             "s3:PutObject": upload,
-            "s3:RestoreObject": send("restore_object", Key=key, RestoreRequest=restore),
+            "s3:RestoreObject": call("restore_object", Key=key, RestoreRequest=restore),
         }
 
 
@@ -2933,7 +2933,7 @@ class Walk:
             record, noted = records.get(upload.path), self._uploads.pop(upload.key, None)
             # An upload of this version of the file; without an id, it has no parts yet.
             is_same = noted is not None and noted._replace(id=None) == upload
-            continues = noted is not None and noted.id is not None and is_same
+            continued = noted if noted and noted.id is not None and is_same else None
             compares, heads, early = False, 0, 0.0
             if record:
                 stored = record.stored
@@ -2943,15 +2943,14 @@ class Walk:
                     heads = (stored.crc32 is None) + ("-" in stored.etag)
                 age_days = (time.time() - stored.uploaded_at) / DAY
                 early = self.prices.early(stored.storage_class, stored.size, age_days)
-            # Of the parts to continue after, or of the key's uploads to find those to abort.
+            # One LIST of the stored parts, or of the key's uploads to find those to abort.
             lists = int(noted is not None and (is_same or noted.id is None))
-            # The HEAD: if S3 does not have the upload any more, it may be complete.
-            lookups = {"head": heads + continues, "list": lists}
+            # One more HEAD: if S3 does not have the upload any more, it may be complete.
+            lookups = {"head": heads + bool(continued), "list": lists}
             storage_class = self._config.storage_class_of(file.size)
             usd = early + self.prices.requests(storage_class, lookups | upload.requests)
-            if noted and continues:
-                upload, noted = noted, None  # `noted` is the one to be aborted
-            yield Job(file, record, upload, noted, compares, lookups, early, usd)
+            stale = None if continued else noted
+            yield Job(file, record, continued or upload, stale, compares, lookups, early, usd)
 
 
 def total_cost(counts: Counts, price: Callable[[str, int, int], float]) -> float:
@@ -3008,7 +3007,8 @@ class Forecast(Walk):
             if job.compares:
                 label, requests = TO_COMPARE, job.lookups
             else:
-                label, requests = MODIFIED if record else NEW, job.lookups | job.upload.requests
+                label = MODIFIED if record else NEW
+                requests = job.lookups | job.upload.requests
                 self.counts.add(TO_UPLOAD, size)
                 self.early += job.early
                 self.afterwards.add(storage_class, size)
@@ -3196,7 +3196,7 @@ class Run(Walk):
             try:
                 with contextlib.closing(FileReader(self._box, file)) as reader:
                     same = self._bucket.match_content(found, reader.read)
-            except Stopped:  # it would begin again every night, an upload can be continued
+            except Stopped:  # the next run uploads instead: a comparison cannot be continued
                 self._state.note_upload(upload)
                 raise
             if same:
@@ -3335,8 +3335,8 @@ def select_objects(
     config, bucket = context.config, context.bucket
     for path in paths or [b""]:
         missing.add(path)
-        others = config.prefix + path_text(path)  # as rclone and others write it
-        for start in sorted({unchecked_key(config.prefix, path), others}):
+        rclone_key = config.prefix + path_text(path)  # as rclone and others write it
+        for start in sorted({unchecked_key(config.prefix, path), rclone_key}):
             for found in bucket.objects(start, at):
                 if not path or found.key == start or found.key.startswith(start + "/"):
                     missing.discard(path)
@@ -3503,13 +3503,13 @@ class Download:
         answer = self._get(ChecksumMode="ENABLED")
         self._body = answer["Body"]  # None once `blocks` has taken it
         self.stored = stored_object(found.key, answer)
+        if self.stored.size != found.size or found.etag not in ("", self.stored.etag):
+            sent = f"{self.stored.size:,} bytes of ETag {self.stored.etag}"
+            raise FileError(f"S3 sent {sent}, not {found.size:,} of {found.etag} as listed")
         # The name of its file until that is complete.  Each object has one, which is the same
         # in every pass: at most one file is left behind.
         uri = f"s3://{context.config.bucket}/{found.key}"
         self.partial_name = f".archive-{hashlib.sha256(uri.encode()).hexdigest()[:32]}.partial"
-        if self.stored.size != found.size or found.etag not in ("", self.stored.etag):
-            sent = f"{self.stored.size:,} bytes of ETag {self.stored.etag}"
-            raise FileError(f"S3 sent {sent}, not {found.size:,} of {found.etag} as listed")
 
     def blocks(self, block_size: int) -> Iterator[bytes]:
         """The object's bytes, from the start at each call, in blocks of at most this size.  A
@@ -3840,14 +3840,14 @@ class Restore:
         """The selected objects and the paths to restore them to.  A file whose path is also a
         folder gets another name.  If two keys stand for one path, the key that this
         program writes wins."""
-        # Files that may be folders as well: the keys a, a.txt, a/b come in this order.
-        held: list[Selected] = []
+        # Files that may turn out to be folders, too: keys are sorted as a, a.txt, a/b.
+        pending: list[Selected] = []
         for path, found in self._select(self._paths, self._missing):
             key, our_key = found.key, unchecked_key(self._config.prefix, path)
-            while held and not key.startswith(held[-1][1].key):  # keys are sorted
-                yield held.pop()
-            if held and key.startswith(held[-1][1].key + "/"):
-                file_path, file = held.pop()
+            while pending and not key.startswith(pending[-1][1].key):
+                yield pending.pop()
+            if pending and key.startswith(pending[-1][1].key + "/"):
+                file_path, file = pending.pop()
                 name = file_path + b".file"
                 while any(self._select([name], set())):
                     name += b".file"
@@ -3859,8 +3859,8 @@ class Restore:
             if our_key != key and our_key in same_path:
                 warn_once("left out %s: %s stands for the same name", key, our_key)
             else:
-                held.append((path, found))
-        yield from held
+                pending.append((path, found))
+        yield from pending
 
     def _label_of(self, name: bytes, found: StoredObject) -> str:
         """THERE, READY, BUSY or NOT_ASKED.  FileError if no file can have the name, or if what
