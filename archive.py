@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
@@ -72,7 +71,7 @@ import zlib
 from argparse import ArgumentTypeError
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cache, partial
@@ -1217,18 +1216,18 @@ def log_in(config: Config, transport: paramiko.Transport) -> None:
         # paramiko also answers keyboard-interactive with it, if the box offers only that.
         attempts.append(("HETZNER_PASSWORD", transport.auth_password, config.password))
     if not attempts:
-        try:  # paramiko would wait for ever for an agent that does not answer
-            listing = ThreadPoolExecutor(1).submit(lambda: paramiko.Agent().get_keys())
-            keys = listing.result(CONNECT_LIMIT / 2)  # before the watchdog hangs up
-        except concurrent.futures.TimeoutError:
-            remedy = "restart it, or set HETZNER_KEY_FILE"
-            raise Fatal(f"the SSH agent does not answer: {remedy}") from None
+        listing = ThreadPoolExecutor(1).submit(lambda: paramiko.Agent().get_keys())
+        # paramiko would wait for ever.  This ends before the watchdog hangs up.
+        if not wait([listing], CONNECT_LIMIT / 2).done:
+            raise Fatal("the SSH agent does not answer: restart it, or set HETZNER_KEY_FILE")
+        keys = listing.result()
         name = f"the SSH agent's keys ({len(keys)})"
         attempts = [(name, transport.auth_publickey, key) for key in keys]
     tried = " and ".join(dict.fromkeys(name for name, *_ in attempts)) or "no key"
-    message = f"the login of {config.user} with {tried}: correct HETZNER_USER or these; a box "
-    message += "takes a public key in RFC 4716 form (ssh-keygen -e) on port 22, in OpenSSH's "
-    message += f"on port 23: HETZNER_PORT is {config.port}"
+    message = f"the login of {config.user} with {tried}: correct HETZNER_USER or these"
+    if tried != "HETZNER_PASSWORD":
+        message += "; a box takes a public key in RFC 4716 form (ssh-keygen -e) on port 22, in "
+        message += f"OpenSSH's on port 23: HETZNER_PORT is {config.port}"
     for name, authenticate, credential in attempts:
         with contextlib.suppress(paramiko.AuthenticationException):
             if others := authenticate(config.user, credential):
@@ -1247,11 +1246,10 @@ def load_private_key(path: Path, passphrase: str | None) -> paramiko.PKey:
     secret = passphrase.encode() if passphrase else None
     try:
         text = path.read_bytes()
-        key = (
-            serialization.load_ssh_private_key(text, secret)
-            if b"BEGIN OPENSSH" in text
-            else serialization.load_pem_private_key(text, secret)
-        )
+        load: Callable[..., Any] = serialization.load_pem_private_key
+        if b"BEGIN OPENSSH" in text:
+            load = serialization.load_ssh_private_key
+        key = load(text, secret)
         form = serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH
         pem = key.private_bytes(*form, serialization.NoEncryption()).decode()
         for key_class in (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey):
@@ -2076,7 +2074,7 @@ class MultipartClient:
         self._bucket, self._read, self._size = bucket, read, upload.size
         self._upload = {"Key": upload.key, "UploadId": upload.id}
         self._before = len(upload.parts)  # s3transfer counts the parts after these from 1
-        self._parts = [*upload.parts]  # and those read since; one that is stored has an ETag
+        self.parts = [*upload.parts]  # and those read since; one that is stored has an ETag
         self.crc32 = 0  # of all these parts
         for part in upload.parts:
             self.crc32 = crc32_combine(self.crc32, crc32_of(part) or 0, upload.part_size)
@@ -2095,12 +2093,12 @@ class MultipartClient:
         except Stopped:
             # Wait for the parts under way: s3transfer would cut them off after any error.  And
             # after Stopped, it would wait for ever.
-            while self._error is None and not all("ETag" in part for part in self._parts):
+            while self._error is None and not all("ETag" in part for part in self.parts):
                 time.sleep(0.1)
             raise FileError("the run ended before it was done", UNFINISHED) from None
         if data:
-            crc32, number = zlib.crc32(data), len(self._parts) + 1
-            self._parts.append({"PartNumber": number, "ChecksumCRC32": crc_text(crc32)})
+            crc32, number = zlib.crc32(data), len(self.parts) + 1
+            self.parts.append({"PartNumber": number, "ChecksumCRC32": crc_text(crc32)})
             self.crc32 = crc32_combine(self.crc32, crc32, len(data))
         return data
 
@@ -2108,7 +2106,7 @@ class MultipartClient:
         return self._upload  # which was begun before
 
     def upload_part(self, PartNumber: int, Body: Any, **_: Any) -> Any:
-        part = self._parts[self._before + PartNumber - 1]
+        part = self.parts[self._before + PartNumber - 1]
         try:
             answer = self._bucket.request("upload_part", Body=Body, **self._upload, **part)
         except Exception as error:
@@ -2119,10 +2117,9 @@ class MultipartClient:
 
     def complete_multipart_upload(self, **_: Any) -> Any:
         whole = {"ChecksumCRC32": crc_text(self.crc32), "ChecksumType": "FULL_OBJECT"}
-        parts = {"MultipartUpload": {"Parts": self._parts}, "MpuObjectSize": self._size}
-        self.answer = self._bucket.request(
-            "complete_multipart_upload", **self._upload, **parts, **whole
-        )
+        parts = {"MultipartUpload": {"Parts": self.parts}, "MpuObjectSize": self._size}
+        request = self._upload | parts | whole
+        self.answer = self._bucket.request("complete_multipart_upload", **request)
         return self.answer
 
     def abort_multipart_upload(self, **_: Any) -> None:
@@ -2273,8 +2270,12 @@ class Bucket:
             found = self.head(key) if error.code == "NoSuchUpload" else None
             if found and (found.size, found.crc32) == (size, client.crc32):
                 return found
+            if error.code == UNFINISHED:
+                path = printable(unescape(upload.path))
+                sent = sum("ETag" in part for part in client.parts) * part_size
+                log.info("unfinished %s: S3 has %s of %s bytes", path, f"{sent:,}", f"{size:,}")
             # A refusal by the box has no code.
-            if error.code not in ("", LOST, UNAVAILABLE, UNFINISHED, VANISHED):
+            elif error.code not in ("", LOST, UNAVAILABLE, VANISHED):
                 self.abort_upload(key, upload.id)
             raise
         return self._confirm(key, client.answer, size, client.crc32)
@@ -2848,7 +2849,7 @@ class Walk:
                 if page and not listing.done():
                     yield page
                     page = []
-                while not concurrent.futures.wait([listing], COMMIT_PAUSE).done:
+                while not wait([listing], COMMIT_PAUSE).done:
                     yield []
                 entries = self._entries(path, listing)
                 if entries is None:  # too large to be kept ahead; now it is its turn
@@ -3741,8 +3742,7 @@ class Restore:
         cold, ready = self._survey()
         is_agreed = options.manifest or options.yes or not cold
         if not is_agreed and sys.stdin and sys.stdin.isatty():
-            question = "Ask S3 to restore these objects? [y/N] "
-            print(question, end="", flush=True, file=sys.stderr)
+            print("Ask S3 to restore these? [y/N] ", end="", flush=True, file=sys.stderr)
             is_agreed = sys.stdin.readline().strip().lower() in ("y", "yes")
         if not is_agreed:
             message = "nothing was asked for: it costs money; run it again with --yes"
@@ -4006,7 +4006,7 @@ def add_restore(command: argparse.ArgumentParser) -> None:
     add_place = partial(place.add_argument, type=parse_nonempty, metavar="FOLDER")
     add_place("--to", help="a folder of this machine")
     add_place("--to-box", help="a folder of the Storage Box")
-    tiers = "bulk: within 48 hours; standard: within 12, costs more"
+    tiers = "bulk: within 48 hours; standard: within 12, costs more; for new requests only"
     command.add_argument("--tier", choices=TIERS, default="bulk", help=tiers)
     days = f"how long the copies can be read (default: {DAYS_RESTORED})"
     number = partial(parse_int, 1, 3650)

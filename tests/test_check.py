@@ -247,6 +247,7 @@ def test_refused_password_is_told_with_the_setting_to_correct(archive):
 
     assert "HETZNER_PASSWORD" in fault
     assert "HETZNER_USER" in fault
+    assert "public key" not in fault
     assert_run_says_the_same(archive, fault, HETZNER_PASSWORD="wrong")
 
 

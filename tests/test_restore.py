@@ -518,7 +518,7 @@ def test_at_a_terminal_the_cost_is_asked_about(archive, s3, to, answer, ending, 
     os.close(theirs)
     assert done.returncode == ending, done.stderr
     assert b"ESTIMATE" in done.stdout
-    assert done.stderr.startswith(b"Ask S3 to restore these objects? [y/N] ")
+    assert done.stderr.startswith(b"Ask S3 to restore these? [y/N] ")
     assert s3.requests["RestoreObject"] == asked
 
 
