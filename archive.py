@@ -587,8 +587,7 @@ def parse_time(text: str) -> float:
         else:
             seconds = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text)).timestamp()
     if not 0 <= seconds <= time.time():
-        example = "2026-11-30, 2026-11-30T18:00 or 30d"
-        raise ArgumentTypeError(f"expected a time in the past like {example}")
+        raise ArgumentTypeError("expected a time in the past like 2026-11-30T18:00 or 30d")
     return seconds
 
 
@@ -1545,6 +1544,8 @@ def read_folder(session: Session, path: bytes, limit: float) -> list[Entry] | No
         session.send((FXP_CLOSE, handle))  # not waited for
     if refusals[0].sftp_code != FX_EOF:  # what is refused after the end does not matter
         raise refusals[0]
+    if not names:  # not even "."; OpenSSH lists nothing of a folder that lacks the x permission
+        session.send((FXP_LSTAT, join(path, b"."))).result()  # refused then
     return sorted(entry for entry in names.items() if entry[0] not in (b".", b".."))
 
 
@@ -2271,9 +2272,8 @@ class Bucket:
             if found and (found.size, found.crc32) == (size, client.crc32):
                 return found
             if error.code == UNFINISHED:
-                path = printable(unescape(upload.path))
                 sent = sum("ETag" in part for part in client.parts) * part_size
-                log.info("unfinished %s: S3 has %s of %s bytes", path, f"{sent:,}", f"{size:,}")
+                log.info("unfinished %s: S3 has %s of %s bytes", key, f"{sent:,}", f"{size:,}")
             # A refusal by the box has no code.
             elif error.code not in ("", LOST, UNAVAILABLE, VANISHED):
                 self.abort_upload(key, upload.id)

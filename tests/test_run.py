@@ -269,9 +269,13 @@ def test_links_and_special_files_are_never_opened_and_do_no_harm(archive, box):
 
 
 def test_unreadable_files_and_folders_fail_and_the_rest_is_archived(archive, box):
+    """Also a folder without x, of which OpenSSH sends a listing without any entry."""
     fill(box.root, {"good": b"x", "secret": b"x", "closed/file": b"x", "z/good": b"x"})
+    fill(box.root, {"only_r/file": b"x", "only_r/folder/file": b"x"})
+    (box.root / "empty").mkdir()
     os.chmod(box.root / "secret", 0)
     os.chmod(box.root / "closed", 0)
+    os.chmod(box.root / "only_r", 0o444)
 
     result = archive()
 
@@ -279,16 +283,17 @@ def test_unreadable_files_and_folders_fail_and_the_rest_is_archived(archive, box
     assert set(archive.objects()) == {"good", "z/good"}
     assert set(archive.rows()) == {"./good", "./z/good"}
     failed = sorted(line.partition(":")[0] for line in result.failures)
-    assert failed == ["./closed", "./secret"]
+    assert failed == ["./closed", "./only_r", "./secret"]
     assert all("permission" in line.lower() for line in result.failures)
-    assert result.counts == (2, 0, 2)
+    assert result.counts == (2, 0, 3)
     archive.assert_invariant()
 
     os.chmod(box.root / "secret", 0o644)
     os.chmod(box.root / "closed", 0o755)
+    os.chmod(box.root / "only_r", 0o755)
     again = archive()
 
-    assert (again.status, again.counts) == (0, (2, 2, 0))
+    assert (again.status, again.counts) == (0, (4, 2, 0))
     archive.assert_invariant()
 
 
