@@ -2834,10 +2834,10 @@ class Walk:
 
     def pages(self) -> Iterator[list[RemoteFile]]:
         """Lists of fewer than 2 * PAGE files, of one folder or of several that were listed by
-        then.  Some are empty, as after each COMMIT_PAUSE of waiting for a listing.  Fatal if
-        REMOTE_PATH itself cannot be listed, Stopped."""
+        then.  One comes after each COMMIT_PAUSE, if need be an empty one: work can be committed
+        then.  Fatal if REMOTE_PATH itself cannot be listed, Stopped."""
         self._exclusions = Exclusions(self._config, self._box)
-        waiting, page = [self._root], list[RemoteFile]()
+        waiting, page, due = [self._root], list[RemoteFile](), 0.0  # a monotonic time
         begun: deque[tuple[bytes, Future[list[Entry] | None]]] = deque()
         pool, list_folder = ThreadPoolExecutor(LISTINGS_AT_ONCE), self._box.list_folder
         try:
@@ -2846,9 +2846,9 @@ class Walk:
                     path = waiting.pop()
                     begun.append((path, pool.submit(list_folder, path, NAMES_AHEAD)))
                 path, listing = begun.popleft()
-                if page and not listing.done():
+                if time.monotonic() > due or (page and not listing.done()):
                     yield page
-                    page = []
+                    page, due = [], time.monotonic() + COMMIT_PAUSE
                 while not wait([listing], COMMIT_PAUSE).done:
                     yield []
                 entries = self._entries(path, listing)
@@ -2858,7 +2858,7 @@ class Walk:
                 folders: list[bytes] = []
                 for start in range(0, len(entries), PAGE):
                     page += self._files(path, entries[start : start + PAGE], folders)
-                    if len(page) >= PAGE or start > 0:  # also if empty: lets work be committed
+                    if len(page) >= PAGE or start > 0:
                         yield page
                         page = []
                 waiting += reversed(folders)

@@ -6,6 +6,7 @@ More rounds: TEST_EFFORT=50. The same rounds again: TEST_SEED=the seed printed.
 import contextlib
 import random
 import subprocess
+import time
 
 import faulty_sftp
 import pytest
@@ -89,6 +90,21 @@ def test_signal_loses_nothing_that_s3_has_stored(archive, box, s3, at):
     assert archive.rows().keys() == {f"./{key}" for key in archive.objects()}
     assert archive().status == 0
     assert {s3.about["PutObject", f"f{number}"] for number in range(400)} == {1}
+
+
+def test_what_s3_has_stored_is_recorded_while_the_walk_finds_only_folders(archive, box, s3):
+    def at_depth(depth, action):
+        box.on("OPENDIR", b"/".join([b"d"] * depth), faulty_sftp.first(action))
+
+    write(box.root / "f", SMALL)
+    box.root.joinpath(*["d"] * 60).mkdir(parents=True)
+    at_depth(30, lambda: wait_for(lambda: s3.requests["PutObject"] and not s3.under_way))
+    at_depth(60, archive.kill)
+    box.always("OPENDIR", None, faulty_sftp.first(lambda: time.sleep(0.05)))
+    # No listing takes this long, but the last 30 together do.
+    running = archive.start(constants={"COMMIT_PAUSE": 0.3})
+    assert running.wait().status == -9
+    assert recorded(archive).keys() == {"./f"}
 
 
 @pytest.mark.parametrize(
