@@ -118,7 +118,7 @@ MAX_PARTS = 10_000  # S3 user guide, "Amazon S3 multipart upload limits"
 MAX_KEY_BYTES = 1024  # S3 user guide, "Naming Amazon S3 objects"
 # The usual part sizes, from S3's minimum of 5 MiB to its maximum of 5 GiB, the likeliest first:
 # 8 MiB (boto3, AWS CLI), 5 MiB (rclone), 6 and 7 MiB, each doubled again and again.  An upload
-# takes the smallest that is allowed; Bucket._part_size guesses that of another program.
+# takes the smallest that is allowed; Bucket._part_size guesses another program's with them.
 PART_SIZES = [(size << n) * MIB for size in (8, 5, 6, 7) for n in range(10)] + [5 * GIB]
 
 # A file below SMALL_FILE is read whole and sent with one PUT.  A larger one goes up in parts.
@@ -587,7 +587,7 @@ def parse_time(text: str) -> float:
         else:
             seconds = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text)).timestamp()
     if not 0 <= seconds <= time.time():
-        raise ArgumentTypeError("expected a time in the past like 2026-11-30T18:00 or 30d")
+        raise ArgumentTypeError("expected a time in the past like 2025-11-30T18:00 or 30d")
     return seconds
 
 
@@ -650,8 +650,8 @@ EXTRA_ARGS = [name for name in S3Transfer.ALLOWED_UPLOAD_ARGS if not name.starts
 
 
 def setting(name: str, parse: Callable[[str], Any] = str, default: str | None = None) -> Any:
-    """A field of Config that is read from the setting `name`.  `default` is the text to parse
-    if that is missing or empty; without a `default`, the value is None then."""
+    """A field of Config that is read from the setting `name`.  If the setting is missing or
+    empty, `default` is the text to parse; without a `default`, the value is None."""
     return field(metadata={"setting": (name, parse, default)})
 
 
@@ -2273,7 +2273,7 @@ class Bucket:
                 return found
             if error.code == UNFINISHED:
                 sent = sum("ETag" in part for part in client.parts) * part_size
-                log.info("unfinished %s: S3 has %s of %s bytes", key, f"{sent:,}", f"{size:,}")
+                log.info("unfinished %s: S3 has %s bytes", upload.path, f"{sent:,} of {size:,}")
             # A refusal by the box has no code.
             elif error.code not in ("", LOST, UNAVAILABLE, VANISHED):
                 self.abort_upload(key, upload.id)
@@ -2834,10 +2834,10 @@ class Walk:
 
     def pages(self) -> Iterator[list[RemoteFile]]:
         """Lists of fewer than 2 * PAGE files, of one folder or of several that were listed by
-        then.  One comes after each COMMIT_PAUSE, if need be an empty one: work can be committed
-        then.  Fatal if REMOTE_PATH itself cannot be listed, Stopped."""
+        then.  One comes within twice COMMIT_PAUSE, if need be an empty one: work can be
+        committed then.  Fatal if REMOTE_PATH itself cannot be listed, Stopped."""
         self._exclusions = Exclusions(self._config, self._box)
-        waiting, page, due = [self._root], list[RemoteFile](), 0.0  # a monotonic time
+        waiting, page, next_page_at = [self._root], list[RemoteFile](), 0.0
         begun: deque[tuple[bytes, Future[list[Entry] | None]]] = deque()
         pool, list_folder = ThreadPoolExecutor(LISTINGS_AT_ONCE), self._box.list_folder
         try:
@@ -2846,9 +2846,9 @@ class Walk:
                     path = waiting.pop()
                     begun.append((path, pool.submit(list_folder, path, NAMES_AHEAD)))
                 path, listing = begun.popleft()
-                if time.monotonic() > due or (page and not listing.done()):
+                if time.monotonic() > next_page_at or (page and not listing.done()):
                     yield page
-                    page, due = [], time.monotonic() + COMMIT_PAUSE
+                    page, next_page_at = [], time.monotonic() + COMMIT_PAUSE
                 while not wait([listing], COMMIT_PAUSE).done:
                     yield []
                 entries = self._entries(path, listing)

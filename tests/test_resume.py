@@ -275,7 +275,7 @@ def test_part_that_is_under_way_when_the_run_has_to_end_is_sent(
     assert result.status == (1 if how == "another file" else 3), result.stderr
     assert 0 < s3.requests["UploadPart"] == len(sent(s3)) < 8
     stored = f"S3 has {len(sent(s3)) * PART:,} of {8 * PART:,} bytes"
-    assert f"unfinished big: {stored}" in result.stderr.splitlines()
+    assert f"unfinished ./big: {stored}" in result.stderr.splitlines()
     assert archive(constants=SIZES).status == 0
     assert sent(s3) == dict.fromkeys(range(1, 9), 1)
     assert_all_archived(archive, box)
