@@ -2168,9 +2168,8 @@ class Bucket:
 
     def _note_secrets(self, **_: Any) -> None:
         """Hides the credentials.  Those of a role exist only once a request is signed."""
-        fields = vars(self._credentials)  # its properties could renew them
         for name in ("secret_key", "_secret_key", "token", "_token"):
-            hide(fields.get(name))
+            hide(vars(self._credentials).get(name))  # its properties could renew them
 
     def request(self, operation: str, *allowed: str, **parameters: Any) -> Any:
         """S3's answer; None if it refuses with one of the codes `allowed`.  Those S3_EXTRA_ARGS
@@ -2414,16 +2413,19 @@ class Bucket:
 
     # The bucket itself
 
-    def has_abort_rule(self) -> bool:
-        """Whether a lifecycle rule aborts unfinished uploads below the prefix."""
-        missing = "NoSuchLifecycleConfiguration"
+    def check_lifecycle(self) -> bool:
+        """Warns of lifecycle rules that delete objects below the prefix, now or later.  Returns
+        whether one aborts unfinished uploads there."""
+        missing, aborts = "NoSuchLifecycleConfiguration", False
         answer = self.request("get_bucket_lifecycle_configuration", missing) or {}
         for rule in answer.get("Rules", ()):
-            if rule["Status"] == "Enabled" and "AbortIncompleteMultipartUpload" in rule:
-                scope = rule.get("Filter", rule)  # older rules have the prefix directly
-                if self.prefix.startswith(scope.get("And", scope).get("Prefix", "")):
-                    return True
-        return False
+            scope = rule.get("Filter", rule)  # older rules have the prefix directly
+            start = scope.get("And", scope).get("Prefix", "")
+            if rule["Status"] == "Enabled" and self.prefix.startswith(start):
+                aborts |= "AbortIncompleteMultipartUpload" in rule
+                if rule.get("Expiration", {}).keys() & {"Days", "Date"}:
+                    log.warning("the lifecycle rule %r deletes objects", rule.get("ID"))
+        return aborts
 
     def versioning(self) -> str:
         """`Enabled`, `Suspended`, or empty if the bucket has never kept earlier versions."""
@@ -3286,8 +3288,7 @@ def run(context: Context, options: argparse.Namespace) -> int:
             with stopping.deferred():
                 context.show_summary("SUMMARY", dict(work.rows()))
                 counts = (work.uploaded, work.unchanged, work.failed, work.bytes_uploaded)
-                ended = (int(time.time()), status, *counts, work.spent)
-                state.record_run(work.started_at, *ended)
+                state.record_run(work.started_at, int(time.time()), status, *counts, work.spent)
     return status
 
 
@@ -3401,7 +3402,7 @@ def status(context: Context, _options: argparse.Namespace) -> int:
         log.warning("some files are not in STORAGE_CLASS, but in %s", ", ".join(sorted(others)))
     rows["Box used"], rows["Box free"] = ask(context.box.space) or (None, None)
     rows["Unfinished uploads"] = ask(bucket.count_unfinished)
-    rows["Lifecycle rule"] = ask(bucket.has_abort_rule)
+    rows["Lifecycle rule"] = ask(bucket.check_lifecycle)
     rows["Versioning"] = ask(lambda: bucket.versioning() == "Enabled")
     rows["Prices"] = prices.note
     context.show_summary("STATUS", rows)
@@ -3434,9 +3435,8 @@ def verify(context: Context, options: argparse.Namespace) -> int:
     with lock, contextlib.closing(State(config, copy=copy)) as state:
         if state.is_new:
             raise Fatal(NO_STATE % config.state_db)
-        comparisons = reconcile(config, context.bucket, state)
-        bar = context.progress.counting(comparisons, "verifying")
-        for path, verdict, reason, _ in bar:
+        paths = context.progress.counting(reconcile(config, context.bucket, state), "verifying")
+        for path, verdict, reason, _ in paths:
             counts[verdict] += 1
             if reason:
                 faults += 1
@@ -3459,7 +3459,7 @@ def check(context: Context, _options: argparse.Namespace) -> int:
             State(config, copy=True).close()
 
     optional: dict[str, Callable[[], object]] = {
-        "lifecycle rule for unfinished uploads": bucket.has_abort_rule,
+        "lifecycle rule for unfinished uploads": bucket.check_lifecycle,
         "versioning": lambda: bucket.versioning() == "Enabled",
     }
     groups: list[dict[str, Callable[[], object]]] = [

@@ -247,6 +247,41 @@ def test_lifecycle_rule_that_aborts_nothing_is_none(archive):
     assert told(archive)["lifecycle_rule"] is False
 
 
+def test_lifecycle_rule_that_deletes_objects_is_warned_of(archive):
+    """By check as well. One that ends earlier versions or delete markers, is switched off, or
+    is for other keys, does no harm."""
+    expires = {"Status": "Enabled", "Expiration": {"Days": 9}}
+    rules = [
+        {**expires, "ID": "all", "Filter": {"Prefix": ""}},
+        {
+            **expires,
+            "ID": "mine",
+            "Filter": {"And": {"Prefix": "mine/", "ObjectSizeGreaterThan": 1}},
+        },
+        {**expires, "ID": "other keys", "Filter": {"Prefix": "other/"}},
+        {**expires, "ID": "off", "Filter": {"Prefix": ""}, "Status": "Disabled"},
+        {
+            "ID": "earlier versions",
+            "Status": "Enabled",
+            "Filter": {"Prefix": ""},
+            "NoncurrentVersionExpiration": {"NoncurrentDays": 180},
+            "Expiration": {"ExpiredObjectDeleteMarker": True},
+        },
+    ]
+    archive.bucket.client.put_bucket_lifecycle_configuration(
+        Bucket=archive.bucket.name, LifecycleConfiguration={"Rules": rules}
+    )
+
+    for command in ("status", "check"):
+        result = archive(command, S3_PREFIX="mine/")
+
+        warned = [line for line in result.stderr.splitlines() if "deletes objects" in line]
+        assert result.status == 0
+        assert warned == [
+            f"warning: the lifecycle rule '{name}' deletes objects" for name in ("all", "mine")
+        ]
+
+
 def test_what_the_credentials_may_not_ask_is_said_to_be_so(archive, box, s3):
     fill(box.root, {"a": 10})
     archive()
