@@ -24,7 +24,6 @@ from faults import (
     assert_all_archived,
     assert_failed,
     max_runtime_at,
-    recorded,
     wait_for,
     write,
 )
@@ -556,7 +555,7 @@ def test_files_that_are_refused_do_not_hold_up_the_others_beside_a_large_one(
     archive = archive_of(box, AWS_ENDPOINT_URL=s3.url)
     began = time.monotonic()
     running = archive.start(constants={**SIZES, "SILENCE_LIMIT": 5})
-    wait_for(lambda: len(recorded(archive)) == 30)
+    wait_for(lambda: s3.requests["PutObject"] == 30)
     took = time.monotonic() - began
     go.set()
     result = running.wait()
