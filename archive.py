@@ -1224,7 +1224,7 @@ def log_in(config: Config, transport: paramiko.Transport) -> None:
         attempts = [(name, transport.auth_publickey, key) for key in keys]
     tried = " and ".join(dict.fromkeys(name for name, *_ in attempts)) or "no key"
     message = f"the login of {config.user} with {tried}: correct HETZNER_USER or these"
-    if tried != "HETZNER_PASSWORD":
+    if config.key_file or not config.password:  # a key was tried
         message += "; a box takes a public key in RFC 4716 form (ssh-keygen -e) on port 22, in "
         message += f"OpenSSH's on port 23: HETZNER_PORT is {config.port}"
     for name, authenticate, credential in attempts:

@@ -313,6 +313,11 @@ class Bucket:
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name)
         return [entry for page in pages for entry in page.get("Contents", [])]
 
+    def set_lifecycle(self, *rules):
+        self.client.put_bucket_lifecycle_configuration(
+            Bucket=self.name, LifecycleConfiguration={"Rules": rules}
+        )
+
     def content(self, key):
         return self.moto.content(self.name, key)
 

@@ -111,7 +111,7 @@ def test_rule_and_versioning_are_noted_and_no_failure(archive):
     rule = {"ID": "r", "Status": "Enabled", "Filter": {"Prefix": ""}, **abort}
 
     without = archive("check")
-    client.put_bucket_lifecycle_configuration(**at, LifecycleConfiguration={"Rules": [rule]})
+    archive.bucket.set_lifecycle(rule)
     client.put_bucket_versioning(**at, VersioningConfiguration={"Status": "Enabled"})
     with_both = archive("check")
 

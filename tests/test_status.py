@@ -213,7 +213,7 @@ def test_what_the_bucket_has_set_is_told(archive):
         client.create_multipart_upload(**at, Key=key)
     abort = {"AbortIncompleteMultipartUpload": {"DaysAfterInitiation": 7}}
     rule = {"ID": "r", "Status": "Enabled", "Filter": {"Prefix": "mine/"}, **abort}
-    client.put_bucket_lifecycle_configuration(**at, LifecycleConfiguration={"Rules": [rule]})
+    archive.bucket.set_lifecycle(rule)
     client.put_bucket_versioning(**at, VersioningConfiguration={"Status": "Enabled"})
 
     mine, all_of_it = told(archive, S3_PREFIX="mine/"), told(archive)
@@ -240,9 +240,7 @@ def test_lifecycle_rule_that_aborts_nothing_is_none(archive):
             **abort,
         },
     ]
-    archive.bucket.client.put_bucket_lifecycle_configuration(
-        Bucket=archive.bucket.name, LifecycleConfiguration={"Rules": rules}
-    )
+    archive.bucket.set_lifecycle(*rules)
 
     assert told(archive)["lifecycle_rule"] is False
 
@@ -268,9 +266,7 @@ def test_lifecycle_rule_that_deletes_objects_is_warned_of(archive):
             "Expiration": {"ExpiredObjectDeleteMarker": True},
         },
     ]
-    archive.bucket.client.put_bucket_lifecycle_configuration(
-        Bucket=archive.bucket.name, LifecycleConfiguration={"Rules": rules}
-    )
+    archive.bucket.set_lifecycle(*rules)
 
     for command in ("status", "check"):
         result = archive(command, S3_PREFIX="mine/")
