@@ -1554,9 +1554,9 @@ nfc = partial(unicodedata.normalize, "NFC")
 
 class Exclusions:
     """The items of EXCLUDE_PATHS.  Each excludes an entry and everything below it.  It is a
-    path or a glob whose `*` also matches slashes, relative to REMOTE_PATH even if it begins
-    with a slash; REMOTE_PATH itself may stand before it.  An item that exists on the box is a
-    path even if it looks like a glob.  Paths are compared in Unicode's NFC form."""
+    path or a glob of `*`, which also matches slashes, and `?`, relative to REMOTE_PATH even if
+    it begins with a slash; REMOTE_PATH itself may stand before it.  An item that exists on the
+    box is a path even if it looks like a glob.  Paths are compared in Unicode's NFC form."""
 
     def __init__(self, config: Config, box: StorageBox):
         self._box, self._root = box, config.remote_path
@@ -1569,7 +1569,8 @@ class Exclusions:
             path = nfc(item.rstrip("/").removeprefix(start).removeprefix("./").lstrip("/"))
             paths = {path, path.removeprefix("**/")}  # **/ may stand for no folder
             existing = set(filter(self._exists, paths))
-            globs = map(fnmatch.translate, paths - existing)
+            # fnmatch would take the brackets of `Photos [2019]` for a set of characters.
+            globs = (fnmatch.translate(p.replace("[", "[[]")) for p in paths - existing)
             patterns.append("|".join([*map(re.escape, existing), *globs]))
             if not existing:
                 self.unmatched[item] = re.compile(patterns[-1])
