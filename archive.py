@@ -1731,7 +1731,8 @@ class State:
                     source.backup(self._db)
             self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA journal_mode = DELETE")
-            self._db.execute("PRAGMA synchronous = FULL")
+            # With less, a power loss may undo `doubt` after S3 has stored the new version.
+            self._db.execute("PRAGMA synchronous = EXTRA")
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
             if version > STATE_VERSION:
                 raise Fatal(f"the state database {path} is of a newer archive.py: use that one")

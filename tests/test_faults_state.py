@@ -230,6 +230,31 @@ def test_full_disk_stops_the_uploads_and_leaves_the_database_whole(archive, box,
     assert_all_archived(archive, box)
 
 
+# The synchronization of each connection as a transaction begins.
+SYNCHRONIZED = """
+import functools, sqlite3
+class Connection(sqlite3.Connection):
+    def execute(self, statement, *values):
+        if statement == "BEGIN IMMEDIATE":
+            (_, _, path), *_ = super().execute("PRAGMA database_list")
+            (level,) = super().execute("PRAGMA synchronous").fetchone()
+            print(os.path.basename(path), level, flush=True)
+        return super().execute(statement, *values)
+archive.sqlite3.connect = functools.partial(sqlite3.connect, factory=Connection)
+"""
+
+
+def test_commit_outlasts_a_loss_of_power(archive, box):
+    """With less than EXTRA (3), SQLite does not sync the folder after it has deleted the
+    journal, which may come back and undo what was committed. No test can cut the power."""
+    fill(archive, box, 1)
+    write(box.root / "f0", SMALL + 1)  # a row to be marked before its new version is sent
+    result = archive(before=SYNCHRONIZED)
+    assert result.counts == (2, 0, 0)
+    levels = [line.split()[1] for line in result.stdout.splitlines() if "state.db " in line]
+    assert len(levels) >= 2 and set(levels) == {"3"}  # those of `doubt` and of `record`
+
+
 # --- A lost database --------------------------------------------------------
 
 
