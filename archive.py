@@ -354,9 +354,9 @@ class StopEvent(threading.Event):
             if number == signal.SIGINT:
                 os._exit(128 + number)
             return  # a shell, sudo and the kernel may all pass the same signal on
+        self.signal = number  # first: no thread can be started at a limit on their number
         # Whatever hangs then is cut off, such as a print into a pipe that nobody reads.
         threading.Timer(STOP_LIMIT + EXIT_GRACE, os._exit, [128 + number]).start()
-        self.signal = number
         if not self.is_deferred:
             raise Stopped
 

@@ -671,6 +671,28 @@ def test_signal_ends_a_run_that_waits_for_a_frozen_box(archive, box, number, kin
     archive.assert_invariant()
 
 
+NO_LAST_THREAD = """
+import threading
+def refuse(timer, start=threading.Timer.start):
+    if timer.function is os._exit:
+        raise RuntimeError("can't start new thread")
+    start(timer)
+threading.Timer.start = refuse
+"""
+
+
+def test_signal_is_told_by_the_status_though_no_thread_can_be_started(archive, box):
+    fill(box)
+    frozen = box.on("READ", b"large", freeze)
+    running = archive.start(constants={**SIZES, "STOP_LIMIT": 1}, before=NO_LAST_THREAD)
+    wait_for(lambda: frozen.fired)
+    running.process.terminate()
+    result = running.wait(timeout=20)
+    assert result.status == 143
+    assert result.summary
+    archive.assert_invariant()
+
+
 @pytest.mark.parametrize(("kind", "path"), [("READDIR", b"d"), ("READ", b"large")])
 def test_max_runtime_ends_a_run_that_waits_for_a_frozen_box(archive, box, tmp_path, kind, path):
     fill(box)
