@@ -1555,25 +1555,22 @@ nfc = partial(unicodedata.normalize, "NFC")
 class Exclusions:
     """The items of EXCLUDE_PATHS.  Each excludes an entry and everything below it.  It is a
     path or a glob of `*`, which also matches slashes, and `?`, relative to REMOTE_PATH even if
-    it begins with a slash; REMOTE_PATH itself may stand before it.  An item that exists on the
-    box is a path even if it looks like a glob.  Paths are compared in Unicode's NFC form."""
+    it begins with a slash; REMOTE_PATH itself may stand before it.  Paths are compared in
+    Unicode's NFC form."""
 
-    def __init__(self, config: Config, box: StorageBox):
-        self._box, self._root = box, config.remote_path
-        # The items to warn of: nothing has matched them yet.  One that exists on the box is
-        # never among them: if it is in a hidden folder, the walk does not reach it.
-        self.unmatched: dict[str, re.Pattern[str]] = {}
+    def __init__(self, config: Config):
+        self._root = config.remote_path
         start = join(self._root, b"").decode("utf-8", "surrogateescape")
-        patterns: list[str] = []
+        # The items that have matched nothing yet, with their paths on the box.
+        self.unmatched: dict[str, tuple[bytes, re.Pattern[str]]] = {}
         for item in (*config.exclude, *config.exclude_dirs):
             path = nfc(item.rstrip("/").removeprefix(start).removeprefix("./").lstrip("/"))
-            paths = {path, path.removeprefix("**/")}  # **/ may stand for no folder
-            existing = set(filter(self._exists, paths))
             # fnmatch would take the brackets of `Photos [2019]` for a set of characters.
-            globs = (fnmatch.translate(p.replace("[", "[[]")) for p in paths - existing)
-            patterns.append("|".join([*map(re.escape, existing), *globs]))
-            if not existing:
-                self.unmatched[item] = re.compile(patterns[-1])
+            glob = path.replace("[", "[[]")
+            globs = {glob, glob.removeprefix("**/")}  # **/ may stand for no folder
+            place = join(self._root, path.encode("utf-8", "surrogateescape"))
+            self.unmatched[item] = place, re.compile("|".join(map(fnmatch.translate, globs)))
+        patterns = [pattern.pattern for _, pattern in self.unmatched.values()]
         self._pattern = re.compile("|".join(patterns)) if patterns else None
 
     def match(self, path: bytes) -> bool:
@@ -1583,18 +1580,9 @@ class Exclusions:
         text = nfc(relative_path(self._root, path).decode("utf-8", "surrogateescape"))
         if not self._pattern.fullmatch(text):  # several times faster than one by one
             return False
-        for item in [i for i, pattern in self.unmatched.items() if pattern.fullmatch(text)]:
+        for item in [i for i, (_, one) in self.unmatched.items() if one.fullmatch(text)]:
             del self.unmatched[item]
         return True
-
-    def _exists(self, path: str) -> bool:
-        """Whether the box has this path, which is in NFC, or its NFD form."""
-        for text in {path, unicodedata.normalize("NFD", path)} - {""}:
-            place = join(self._root, text.encode("utf-8", "surrogateescape"))
-            with contextlib.suppress(FileError):
-                if self._box.retry(partial(look_up, path=place)):
-                    return True
-        return False
 
 
 # ----------------------------------------------------------------------- State
@@ -2833,6 +2821,7 @@ class Walk:
         self.others = Counter[str]()  # neither uploaded, skipped nor failed, by their label
         self.failed = 0
         self.unlisted: set[bytes] = set()  # folders that failed, files without size or time
+        self._exclusions = Exclusions(self._config)
         self._uploads = state.uploads()  # noted ones, less those of the jobs made so far
         self.early = 0.0  # USD for objects that are overwritten early
 
@@ -2840,7 +2829,6 @@ class Walk:
         """Lists of fewer than 2 * PAGE files, of one folder or of several that were listed by
         then.  One comes within twice COMMIT_PAUSE, if need be an empty one: work can be
         committed then.  Fatal if REMOTE_PATH itself cannot be listed, Stopped."""
-        self._exclusions = Exclusions(self._config, self._box)
         waiting, page, next_page_at = [self._root], list[RemoteFile](), 0.0
         begun: deque[tuple[bytes, Future[list[Entry] | None]]] = deque()
         pool, list_folder = ThreadPoolExecutor(LISTINGS_AT_ONCE), self._box.list_folder
@@ -2869,8 +2857,9 @@ class Walk:
             yield page
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        for item in sorted(self._exclusions.unmatched):
-            warn_once("EXCLUDE_PATHS: %s has matched nothing", item)  # not in both of two walks
+        for item, (place, _) in sorted(self._exclusions.unmatched.items()):
+            if not self.leaves_out(place.rpartition(b"/")[0]):  # the walk has been there
+                warn_once("EXCLUDE_PATHS: %s has matched nothing", item)  # in one of two walks
 
     def add_failure(self, path: bytes, reason: object) -> None:
         self.failed += 1

@@ -1071,16 +1071,6 @@ def test_what_vanishes_after_it_was_listed_is_no_failure(archive, box):
     assert_all_archived(archive, box)
 
 
-def test_item_that_the_box_does_not_let_look_up_is_excluded(archive, box):
-    """It may be a glob as well."""
-    write(box.root / "cache" / "f", SMALL)
-    write(box.root / "well", SMALL)
-    refused = box.always("LSTAT", b"cache", status(PERMISSION_DENIED))
-    result = archive(EXCLUDE_PATHS="cache")
-    assert (result.status, refused.fired) == (0, 1), result.stderr
-    assert set(archive.objects()) == {"well"}
-
-
 def test_name_that_no_file_can_have_is_never_opened(archive, box):
     write(box.root / "good", SMALL)
     hostile = [b"../evil", b"x/y", b"/etc/passwd", b"x/..", b""]
