@@ -1959,6 +1959,12 @@ COUNTED = {"put_object": "put", "create_multipart_upload": "create", "upload_par
 COUNTED |= {"complete_multipart_upload": "complete", "head_object": "head"}
 COUNTED |= {"list_objects_v2": "list", "list_parts": "list", "list_multipart_uploads": "list"}
 
+# An answer without this was cut off within its headers, or is not S3's.
+REQUIRED = {"create_multipart_upload": "UploadId", "upload_part": "ETag"}
+REQUIRED |= {"head_object": "ContentLength", "get_object": "ContentLength"}
+REQUIRED |= {"list_objects_v2": "IsTruncated", "list_object_versions": "IsTruncated"}
+REQUIRED |= {"list_parts": "IsTruncated", "list_multipart_uploads": "IsTruncated"}
+
 Read = Callable[[int], bytes]  # the next bytes of a file, as FileReader.read
 OnSent = Callable[[int], None]  # is called with the number of bytes that were sent
 
@@ -1971,7 +1977,8 @@ def s3_errors() -> Iterator[None]:
         yield
     except aws.ClientError as error:
         details, http = error.response.get("Error", {}), error.response["ResponseMetadata"]
-        operation, code = error.operation_name, str(details.get("Code"))
+        operation = error.operation_name
+        code = str(details.get("Code") or http.get("HTTPStatusCode"))  # a proxy's page has none
         code = HEAD_CODES.get(code, code)
         words = code, details.get("BucketName"), details.get("Message")
         refusal = f"{operation}: {' '.join(filter(None, words))}"
@@ -2185,6 +2192,8 @@ class Bucket:
             try:
                 with s3_errors():
                     answer = getattr(self.client, operation)(**arguments)
+                    if (needed := REQUIRED.get(operation, "ResponseMetadata")) not in answer:
+                        raise FileError(f"S3's answer has no {needed}", UNAVAILABLE)
                     details = answer["ResponseMetadata"]
                     details["RetryAttempts"] = attempt  # for begin_upload
                     region = details["HTTPHeaders"].get("x-amz-bucket-region", meta.region_name)
@@ -2208,11 +2217,9 @@ class Bucket:
         marker: dict[str, Any] = {}
         while True:
             page = self.request(operation, **parameters, **marker)
-            if page.keys() == {"ResponseMetadata"}:  # an empty body, or HTML
-                raise FileError("S3's answer is no listing", UNAVAILABLE)
             lists = (page.get(name, ()) for name in names)
             yield from heapq.merge(*lists, key=lambda entry: entry.get("Key", ""))
-            if not page.get("IsTruncated"):
+            if not page["IsTruncated"]:
                 return
             last, marker = marker, {n[4:]: page[n] for n in page if n[:4] == "Next" and page[n]}
             if marker in ({}, last):  # none, or this page's again
@@ -2309,7 +2316,7 @@ class Bucket:
                 names = ("PartNumber", "ETag", "ChecksumCRC32")
                 parts.append({name: part[name] for name in names})
         except FileError as error:
-            if error.code not in NOT_FOUND:
+            if error.code != "NoSuchUpload":
                 raise
             return upload._replace(id=None)
         return upload._replace(parts=tuple(parts))
@@ -2318,18 +2325,18 @@ class Bucket:
         """Aborts the upload with this id; without one, all unfinished uploads of `key` except
         the one with the id `keep`.  Their parts cost money.  Returns False, after a warning, if
         that fails for whatever reason."""
+        one, ids = upload_id, {upload_id}
         try:
-            ids = {upload_id}
             if not upload_id:
                 uploads = self._list("list_multipart_uploads", "Uploads", Prefix=key)
                 ids = {entry["UploadId"] for entry in uploads if entry["Key"] == key} - {keep}
             for one in ids:
-                self.request("abort_multipart_upload", *NOT_FOUND, Key=key, UploadId=one)
+                self.request("abort_multipart_upload", "NoSuchUpload", Key=key, UploadId=one)
             return True
         except ArchiveError as error:
             message = "the unfinished upload of %s (id %s) could not be aborted: %s; its parts "
             message += "cost money until a lifecycle rule aborts it"
-            log.warning(message, key, upload_id or "unknown", error)
+            log.warning(message, key, one or "unknown", error)
             return False
 
     def count_unfinished(self) -> int:

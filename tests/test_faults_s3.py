@@ -23,6 +23,7 @@ from faults import (
 from faulty_sftp import PERMISSION_DENIED, FaultyBox, one_file
 from scripted_s3 import (
     Exchange,
+    cut_headers,
     error,
     first,
     hang,
@@ -170,14 +171,20 @@ def test_trouble_that_passes_costs_nothing_and_is_counted_once(archive, box, s3,
     assert_all_archived(archive, box)
 
 
-def test_answer_that_is_lost_is_asked_for_again(archive, box, s3):
+@pytest.mark.parametrize("fault", [lost_answer, cut_headers])
+def test_answer_that_is_lost_is_asked_for_again(archive, box, s3, fault):
     lost = []
-    for operation in ("PutObject", "UploadPart", "HeadObject"):
+    for operation in ("PutObject", "CreateMultipartUpload", "UploadPart", "HeadObject"):
         write(box.root / operation, OPERATIONS[operation])
-        lost.append(s3.on(operation, lost_answer, key=operation))
+        lost.append(s3.on(operation, fault, key=operation))
     result = archive(constants=SIZES)
-    assert [rule.fired for rule in lost] == [1] * 3
-    assert (result.status, result.counts) == (0, (3, 0, 0)), result.stderr
+    assert [rule.fired for rule in lost] == [1] * 4
+    assert (result.status, result.counts) == (0, (4, 0, 0)), result.stderr
+    assert_all_archived(archive, box)
+    archive.state_db.unlink()
+    listing = s3.on("ListObjectsV2", fault)
+    result = archive(constants=SIZES)
+    assert (listing.fired, result.status, result.counts[0]) == (1, 0, 0), result.stderr
     assert_all_archived(archive, box)
 
 

@@ -28,7 +28,7 @@ from faults import (
 )
 from faulty_sftp import PERMISSION_DENIED, drop, first, freeze, status
 from relay import Relay
-from scripted_s3 import error, hang, lost_answer, reset, rewritten, until
+from scripted_s3 import Answer, error, hang, lost_answer, reset, rewritten, until
 from scripted_s3 import first as first_in_s3
 
 PART = SIZES["PART_SIZE"]
@@ -36,6 +36,15 @@ PARTS = 4
 BIG = (PARTS - 1) * PART + 1_000  # bytes
 # One part after the other, so that it is known which have arrived.
 IN_ORDER = {**SIZES, "PARTS_AT_ONCE": 1}
+
+
+def no_such_page(_exchange):
+    """The answer of a proxy that does not know the way to S3."""
+    return Answer(404, {"content-type": "text/html"}, b"<html><hr>Not Found</html>")
+
+
+def no_such_xhtml_page(_exchange):
+    return Answer(404, {"content-type": "text/html"}, b"<html>Not Found</html>")
 
 
 box, s3, archive = strict_fixtures()
@@ -500,8 +509,12 @@ def test_max_runtime_leaves_uploads_of_files_that_were_not_come_to(archive, box,
 
 @pytest.mark.parametrize(
     ("why", "fault"),
-    [("changed", error(500, "InternalError")), ("gone", error(403, "AccessDenied"))],
-    ids=["changed, 500", "gone, 403"],
+    [
+        ("changed", error(500, "InternalError")),
+        ("gone", error(403, "AccessDenied")),
+        ("gone", no_such_page),
+    ],
+    ids=["changed, 500", "gone, 403", "gone, a proxy's 404"],
 )
 def test_abort_that_is_refused_is_a_warning_with_key_and_upload_id(
     archive, box, s3, bucket, why, fault
@@ -556,6 +569,16 @@ def test_upload_whose_first_answer_was_lost_is_aborted(archive, box, s3, bucket,
     assert_all_archived(archive, box)
 
 
+def test_warning_of_an_upload_whose_id_got_lost_has_the_id(archive, box, s3, bucket):
+    write(box.root / "big", LARGE)
+    s3.on("CreateMultipartUpload", lost_answer)
+    s3.on("AbortMultipartUpload", error(403, "AccessDenied"))
+    result = archive(constants=SIZES)
+    assert (result.status, result.counts) == (0, (1, 0, 0)), result.stderr
+    (left,) = bucket.upload_ids()
+    assert f"the unfinished upload of big (id {left}) could not be aborted" in result.stderr
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -599,13 +622,24 @@ def test_parts_stay_if_the_box_fails_while_others_are_on_their_way(archive, box,
     assert_all_archived(archive, box)
 
 
-def test_parts_that_cannot_be_listed_are_not_sent_again(archive, box, s3, bucket):
-    """S3 has no time for it: the run after gets it."""
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (error(503, "SlowDown"), "SlowDown"),
+        (no_such_page, "ListParts: 404"),
+        (no_such_xhtml_page, "ListParts: 404"),
+    ],
+    ids=["503", "a proxy's 404", "the same as XML"],
+)
+def test_parts_that_cannot_be_listed_are_not_sent_again(
+    archive, box, s3, bucket, fault, reason
+):
+    """S3 has no time for it, or was not asked: the run after gets it."""
     write(box.root / "big", BIG)
     interrupt(archive, s3)
-    s3.on("ListParts", error(503, "SlowDown"))
+    s3.on("ListParts", fault)
     busy = archive(constants={**SIZES, "S3_ATTEMPTS": 1})
-    assert_failed(busy, {"big": "SlowDown"})
+    assert_failed(busy, {"big": reason})
     assert archive(constants=SIZES).counts == (1, 0, 0)
     assert sent(s3) == dict.fromkeys(range(1, PARTS + 1), 1)
     assert_all_archived(archive, box)
