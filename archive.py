@@ -1962,8 +1962,8 @@ COUNTED |= {"list_objects_v2": "list", "list_parts": "list", "list_multipart_upl
 # An answer without this was cut off within its headers, or is not S3's.
 REQUIRED = {"create_multipart_upload": "UploadId", "upload_part": "ETag"}
 REQUIRED |= {"head_object": "ContentLength", "get_object": "ContentLength"}
-REQUIRED |= {"list_objects_v2": "IsTruncated", "list_object_versions": "IsTruncated"}
-REQUIRED |= {"list_parts": "IsTruncated", "list_multipart_uploads": "IsTruncated"}
+REQUIRED |= {"list_objects_v2": "Name", "list_object_versions": "Name"}
+REQUIRED |= {"list_parts": "Bucket", "list_multipart_uploads": "Bucket"}
 
 Read = Callable[[int], bytes]  # the next bytes of a file, as FileReader.read
 OnSent = Callable[[int], None]  # is called with the number of bytes that were sent
@@ -2219,7 +2219,7 @@ class Bucket:
             page = self.request(operation, **parameters, **marker)
             lists = (page.get(name, ()) for name in names)
             yield from heapq.merge(*lists, key=lambda entry: entry.get("Key", ""))
-            if not page["IsTruncated"]:
+            if not page.get("IsTruncated"):
                 return
             last, marker = marker, {n[4:]: page[n] for n in page if n[:4] == "Next" and page[n]}
             if marker in ({}, last):  # none, or this page's again
@@ -2875,7 +2875,7 @@ class Walk:
     def leaves_out(self, path: bytes) -> bool:
         """Whether the walk does not reach this path, because it or a folder above it is
         hidden or excluded, or could not be listed."""
-        names = relative_path(self._root, path).split(b"/")
+        names = filter(None, relative_path(self._root, path).split(b"/"))
         _, *paths = itertools.accumulate(names, join, initial=self._root)
         return any(path in self.unlisted or self._label(path) for path in paths)
 

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import random
+import re
 import subprocess
 import threading
 import time
@@ -600,6 +601,20 @@ def test_upload_that_was_begun_with_other_settings_is_begun_anew(
     storage_class = "DEEP_ARCHIVE" if "S3_EXTRA_ARGS" in changed else "STANDARD"
     assert archive.objects()["big"][2] == storage_class
     assert archive.query("SELECT storage_class FROM objects") == [(storage_class,)]
+
+
+def test_upload_goes_on_at_a_server_that_does_not_say_that_its_listing_is_whole(
+    archive, box, s3, bucket
+):
+    """As `rclone serve s3`."""
+    write(box.root / "big", BIG)
+    interrupt(archive, s3)
+    s3.always(
+        "ListParts", rewritten(lambda body: re.sub(b"<IsTrun.*?/IsTruncated>", b"", body))
+    )
+    assert archive(constants=SIZES).counts == (1, 0, 0)
+    assert sent(s3) == dict.fromkeys(range(1, PARTS + 1), 1)
+    assert_all_archived(archive, box)
 
 
 def test_parts_stay_if_the_box_fails_while_others_are_on_their_way(archive, box, s3, bucket):
