@@ -1604,6 +1604,8 @@ CREATE TABLE gone (path TEXT PRIMARY KEY) WITHOUT ROWID;  -- see State.is_known_
 """
 SOURCE_PINS = ("HETZNER_USER", "REMOTE_PATH")  # pins: settings that the state belongs to
 PATHS = "(SELECT value FROM json_each(?))"  # many paths as one parameter, a JSON list
+# A journal that was deleted may come back after a power loss, and undo what was committed.
+DURABLE_COMMITS = "PRAGMA journal_mode = TRUNCATE"
 
 # Whether S3 lets an object be read: one in a cold class has to be restored first.
 READABLE, COLD, RESTORING, RESTORED = "readable", "cold", "restoring", "restored"
@@ -1718,9 +1720,8 @@ class State:
                     self._db = self._open("")
                     source.backup(self._db)
             self._db.row_factory = sqlite3.Row
-            self._db.execute("PRAGMA journal_mode = DELETE")
-            # With less, a power loss may undo `doubt` after S3 has stored the new version.
-            self._db.execute("PRAGMA synchronous = EXTRA")
+            self._db.execute(DURABLE_COMMITS)
+            self._db.execute("PRAGMA synchronous = FULL")
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
             if version > STATE_VERSION:
                 raise Fatal(f"the state database {path} is of a newer archive.py: use that one")
@@ -1761,6 +1762,8 @@ class State:
             return self._db.execute(statement, values).fetchall()
 
     def close(self) -> None:
+        with contextlib.suppress(sqlite3.Error):
+            self._db.execute("PRAGMA journal_mode = DELETE")  # deletes the journal: it is empty
         self._db.close()
 
     # Source and destination
@@ -1820,6 +1823,7 @@ class State:
         first."""
         insert = "INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?)"
         with state_errors(self._path), contextlib.closing(self._open(self._path)) as db:
+            db.execute(DURABLE_COMMITS)
             db.execute(insert, upload[:-1])  # without its parts
 
     @in_transaction

@@ -230,29 +230,33 @@ def test_full_disk_stops_the_uploads_and_leaves_the_database_whole(archive, box,
     assert_all_archived(archive, box)
 
 
-# The synchronization of each connection as a transaction begins.
-SYNCHRONIZED = """
+# How each connection commits, as it begins to write.
+COMMITS = """
 import functools, sqlite3
 class Connection(sqlite3.Connection):
     def execute(self, statement, *values):
-        if statement == "BEGIN IMMEDIATE":
+        if statement.startswith(("BEGIN IMMEDIATE", "INSERT OR REPLACE INTO uploads")):
             (_, _, path), *_ = super().execute("PRAGMA database_list")
+            (mode,) = super().execute("PRAGMA journal_mode").fetchone()
             (level,) = super().execute("PRAGMA synchronous").fetchone()
-            print(os.path.basename(path), level, flush=True)
+            print(os.path.basename(path), mode, level, flush=True)
         return super().execute(statement, *values)
 archive.sqlite3.connect = functools.partial(sqlite3.connect, factory=Connection)
 """
 
 
 def test_commit_outlasts_a_loss_of_power(archive, box):
-    """With less than EXTRA (3), SQLite does not sync the folder after it has deleted the
-    journal, which may come back and undo what was committed. No test can cut the power."""
+    """SQLite syncs a journal that it has truncated, from FULL (2) on. One that it has deleted
+    may come back and undo what was committed. No test can cut the power."""
     fill(archive, box, 1)
     write(box.root / "f0", SMALL + 1)  # a row to be marked before its new version is sent
-    result = archive(before=SYNCHRONIZED)
-    assert result.counts == (2, 0, 0)
-    levels = [line.split()[1] for line in result.stdout.splitlines() if "state.db " in line]
-    assert len(levels) >= 2 and set(levels) == {"3"}  # those of `doubt` and of `record`
+    write(box.root / "large", LARGE)  # an upload to be noted, by a connection of its own
+    result = archive(constants=SIZES, before=COMMITS)
+    assert result.counts == (3, 0, 0)
+    commits = [line.split()[1:] for line in result.stdout.splitlines() if "state.db " in line]
+    assert commits == [["truncate", "2"]] * len(commits)
+    assert len(commits) >= 4  # those of `doubt` and `record`, and two of `note_upload`
+    assert not Path(f"{archive.state_db}-journal").exists()
 
 
 # --- A lost database --------------------------------------------------------
