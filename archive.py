@@ -1554,8 +1554,8 @@ nfc = partial(unicodedata.normalize, "NFC")
 
 class Exclusions:
     """The items of EXCLUDE_PATHS.  Each excludes an entry and everything below it.  It is a
-    path or a glob of `*`, which also matches slashes, and `?`, relative to REMOTE_PATH even if
-    it begins with a slash; REMOTE_PATH itself may stand before it.  Paths are compared in
+    path or a glob of `*` and `?`, which also match slashes, relative to REMOTE_PATH even if it
+    begins with a slash; REMOTE_PATH itself may stand before it.  Paths are compared in
     Unicode's NFC form."""
 
     def __init__(self, config: Config):

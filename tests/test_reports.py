@@ -219,7 +219,7 @@ def test_restore_to_a_server_with_few_handles_waits_for_one(archive_of, bucket):
 # --- Exclusions -------------------------------------------------------------
 
 
-def test_item_that_is_a_path_as_it_stands_is_no_glob(archive, box):
+def test_brackets_of_a_name_are_no_glob(archive, box):
     fill(box.root, {"Photos [2019]/a": b"a", "Photos 2/b": b"b", "Photos 1/c": b"c"})
     assert archive(EXCLUDE_PATHS="Photos [2019]").status == 0
     assert set(archive.objects()) == {"Photos 2/b", "Photos 1/c"}
@@ -247,7 +247,7 @@ def test_names_are_excluded_in_any_unicode_form(archive, box):
     assert set(archive.objects()) == {"b"}
 
 
-def test_item_that_is_a_path_in_another_unicode_form_is_no_glob(archive, box):
+def test_brackets_of_a_name_in_another_unicode_form_are_no_glob(archive, box):
     fill(box.root, {"e\u0301 [2]/a": b"a", "e\u0301 2/b": b"b"})
     assert archive(EXCLUDE_PATHS="\u00e9 [2]").status == 0
     assert set(archive.objects()) == {"e\u0301 2/b"}
