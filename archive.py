@@ -354,7 +354,7 @@ class StopEvent(threading.Event):
             if number == signal.SIGINT:
                 os._exit(128 + number)
             return  # a shell, sudo and the kernel may all pass the same signal on
-        self.signal = number  # first: no thread can be started at a limit on their number
+        self.signal = number  # before the timer, whose thread may be one too many
         # Whatever hangs then is cut off, such as a print into a pipe that nobody reads.
         threading.Timer(STOP_LIMIT + EXIT_GRACE, os._exit, [128 + number]).start()
         if not self.is_deferred:
