@@ -1348,8 +1348,9 @@ class StorageBox:
         FileError, with the code VANISHED if the folder is gone."""
         try:
             return self.retry(lambda session: read_folder(session, path, limit))
-        except SFTPError:
+        except SFTPError as error:
             self.retry(lambda s: s.send((FXP_LSTAT, path)).result())  # VANISHED if it is gone
+            error.code = ""  # it may be VANISHED if only "." was looked up
             raise
 
     def space(self) -> tuple[Size, Size] | None:
@@ -1966,8 +1967,6 @@ COUNTED |= {"list_objects_v2": "list", "list_parts": "list", "list_multipart_upl
 # An answer without this was cut off within its headers, or is not S3's.
 REQUIRED = {"create_multipart_upload": "UploadId", "upload_part": "ETag"}
 REQUIRED |= {"head_object": "ContentLength", "get_object": "ContentLength"}
-REQUIRED |= {"list_objects_v2": "Name", "list_object_versions": "Name"}
-REQUIRED |= {"list_parts": "Bucket", "list_multipart_uploads": "Bucket"}
 
 Read = Callable[[int], bytes]  # the next bytes of a file, as FileReader.read
 OnSent = Callable[[int], None]  # is called with the number of bytes that were sent
@@ -2196,6 +2195,8 @@ class Bucket:
             try:
                 with s3_errors():
                     answer = getattr(self.client, operation)(**arguments)
+                    if operation.startswith("list_") and answer.keys() == {"ResponseMetadata"}:
+                        raise FileError("S3's answer is no listing", UNAVAILABLE)
                     if (needed := REQUIRED.get(operation, "ResponseMetadata")) not in answer:
                         raise FileError(f"S3's answer has no {needed}", UNAVAILABLE)
                     details = answer["ResponseMetadata"]

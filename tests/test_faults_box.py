@@ -494,6 +494,16 @@ def test_refusal_after_the_end_of_a_listing_does_no_harm(archive, box):
     assert archive().status == 0
 
 
+def test_folder_that_lists_nothing_and_hides_itself_within_is_not_gone(archive, box):
+    write(box.root / "d" / "f", SMALL)
+    assert archive().status == 0
+    box.always("READDIR", b"d", status(EOF))
+    box.on("LSTAT", b"d", status(NO_SUCH_FILE))  # the first is that of d/.
+    result = archive()
+    assert_failed(result, {"d": "this folder cannot be listed: the box answered"})
+    assert "Vanished" not in result.stdout
+
+
 # --- The box refuses to open more --------------------------------------------
 
 
