@@ -1605,7 +1605,8 @@ CREATE TABLE gone (path TEXT PRIMARY KEY) WITHOUT ROWID;  -- see State.is_known_
 """
 SOURCE_PINS = ("HETZNER_USER", "REMOTE_PATH")  # pins: settings that the state belongs to
 PATHS = "(SELECT value FROM json_each(?))"  # many paths as one parameter, a JSON list
-# A journal that was deleted may come back after a power loss, and undo what was committed.
+# A journal that was deleted may come back after a power loss, and undo what was committed.  An
+# empty one stays beside the state instead.
 DURABLE_COMMITS = "PRAGMA journal_mode = TRUNCATE"
 
 # Whether S3 lets an object be read: one in a cold class has to be restored first.
@@ -1763,8 +1764,6 @@ class State:
             return self._db.execute(statement, values).fetchall()
 
     def close(self) -> None:
-        with contextlib.suppress(sqlite3.Error):
-            self._db.execute("PRAGMA journal_mode = DELETE")  # deletes the journal: it is empty
         self._db.close()
 
     # Source and destination
@@ -1964,7 +1963,9 @@ COUNTED = {"put_object": "put", "create_multipart_upload": "create", "upload_par
 COUNTED |= {"complete_multipart_upload": "complete", "head_object": "head"}
 COUNTED |= {"list_objects_v2": "list", "list_parts": "list", "list_multipart_uploads": "list"}
 
-# An answer without this was cut off within its headers, or is not S3's.
+# An answer without this, or a listing without any of these, was cut off within its headers, or
+# is not S3's.
+LISTING = {"IsTruncated", "Name", "Bucket"}
 REQUIRED = {"create_multipart_upload": "UploadId", "upload_part": "ETag"}
 REQUIRED |= {"head_object": "ContentLength", "get_object": "ContentLength"}
 
@@ -2195,7 +2196,7 @@ class Bucket:
             try:
                 with s3_errors():
                     answer = getattr(self.client, operation)(**arguments)
-                    if operation.startswith("list_") and answer.keys() == {"ResponseMetadata"}:
+                    if operation.startswith("list_") and not LISTING & answer.keys():
                         raise FileError("S3's answer is no listing", UNAVAILABLE)
                     if (needed := REQUIRED.get(operation, "ResponseMetadata")) not in answer:
                         raise FileError(f"S3's answer has no {needed}", UNAVAILABLE)

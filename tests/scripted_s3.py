@@ -142,6 +142,8 @@ def cut_headers(exchange):
     answer = exchange.forward()
     exchange.handler.send_response_only(answer.status)
     exchange.handler.send_header("x-amz-request-id", "1")
+    exchange.handler.send_header("x-amz-abort-rule-id", "a lifecycle rule")
+    exchange.handler.send_header("x-amz-request-charged", "requester")
     exchange.handler.flush_headers()
 
 

@@ -256,7 +256,7 @@ def test_commit_outlasts_a_loss_of_power(archive, box):
     commits = [line.split()[1:] for line in result.stdout.splitlines() if "state.db " in line]
     assert commits == [["truncate", "2"]] * len(commits)
     assert len(commits) >= 4  # those of `doubt` and `record`, and two of `note_upload`
-    assert not Path(f"{archive.state_db}-journal").exists()
+    assert not Path(f"{archive.state_db}-journal").read_bytes()
 
 
 # --- A lost database --------------------------------------------------------
