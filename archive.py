@@ -1605,8 +1605,7 @@ CREATE TABLE gone (path TEXT PRIMARY KEY) WITHOUT ROWID;  -- see State.is_known_
 """
 SOURCE_PINS = ("HETZNER_USER", "REMOTE_PATH")  # pins: settings that the state belongs to
 PATHS = "(SELECT value FROM json_each(?))"  # many paths as one parameter, a JSON list
-# A journal that was deleted may come back after a power loss, and undo what was committed.  An
-# empty one stays beside the state instead.
+# A journal that was deleted may come back after a power loss, and undo what was committed.
 DURABLE_COMMITS = "PRAGMA journal_mode = TRUNCATE"
 
 # Whether S3 lets an object be read: one in a cold class has to be restored first.
@@ -1764,6 +1763,9 @@ class State:
             return self._db.execute(statement, values).fetchall()
 
     def close(self) -> None:
+        with contextlib.suppress(sqlite3.Error):  # the state may be locked
+            self._db.execute("PRAGMA busy_timeout = 0")
+            self._db.execute("PRAGMA journal_mode = DELETE")  # deletes the journal: it is empty
         self._db.close()
 
     # Source and destination

@@ -210,6 +210,24 @@ def test_database_that_is_locked_during_the_run_stops_the_uploads(archive, box):
     assert_all_archived(archive, box)
 
 
+LOCKED_AT_THE_END = """
+import sqlite3
+def close(state, close=archive.State.close):
+    other = sqlite3.connect({path!r}, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    close(state)
+    other.close()
+archive.State.close = close
+"""
+
+
+def test_database_that_is_locked_when_all_is_done_is_not_waited_for(archive, box):
+    write(box.root / "f", SMALL)
+    running = archive.start(before=LOCKED_AT_THE_END.format(path=str(archive.state_db)))
+    result = running.wait(timeout=30)  # less than LOCKED_LIMIT
+    assert (result.status, result.counts) == (0, (1, 0, 0)), result.stderr
+
+
 @pytest.mark.parametrize("room", [0, 16_384])
 def test_full_disk_stops_the_uploads_and_leaves_the_database_whole(archive, box, room):
     """A limit on the size of files stands for the disk."""
@@ -256,7 +274,7 @@ def test_commit_outlasts_a_loss_of_power(archive, box):
     commits = [line.split()[1:] for line in result.stdout.splitlines() if "state.db " in line]
     assert commits == [["truncate", "2"]] * len(commits)
     assert len(commits) >= 4  # those of `doubt` and `record`, and two of `note_upload`
-    assert not Path(f"{archive.state_db}-journal").read_bytes()
+    assert not Path(f"{archive.state_db}-journal").exists()
 
 
 # --- A lost database --------------------------------------------------------
