@@ -1763,9 +1763,8 @@ class State:
             return self._db.execute(statement, values).fetchall()
 
     def close(self) -> None:
-        with contextlib.suppress(sqlite3.Error):  # the state may be locked
-            self._db.execute("PRAGMA busy_timeout = 0")
-            self._db.execute("PRAGMA journal_mode = DELETE")  # deletes the journal: it is empty
+        self._execute("PRAGMA busy_timeout = 0")  # another program may have locked the state
+        self._execute("PRAGMA journal_mode = DELETE")  # deletes the journal, which is empty
         self._db.close()
 
     # Source and destination
