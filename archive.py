@@ -1364,18 +1364,6 @@ class StorageBox:
         return Size((blocks - free) * block_size), Size(available * block_size)
 
 
-def look_up(session: Session, path: bytes) -> Attributes | None:
-    """The attributes of `path`, even of a link; None if it does not exist; FileError.
-    READLINK is sent because ProFTPD's LSTAT follows links."""
-    found, target = session.send((FXP_LSTAT, path), (FXP_READLINK, path)).results()
-    if isinstance(found, SFTPError):
-        if found.code == VANISHED:
-            return None
-        raise found
-    is_link = target and not isinstance(target, SFTPError)  # some servers send an empty list
-    return Attributes(found.size, found.mtime, stat.S_IFLNK if is_link else found.mode)
-
-
 class FileReader:
     """Reads a file on the box once, from an offset to its end.
 
@@ -1952,7 +1940,6 @@ REMEDIES = {  # by error code, for refusals that nearly every request would meet
 }
 # The answer to a HEAD has no body.  Its error code is the HTTP status, as 400 above.
 HEAD_CODES = {"403": DENIED, "301": "PermanentRedirect"}
-NOT_FOUND = ("404", "NoSuchKey", "NoSuchUpload")
 # Errors that are worth a retry: a body that was cut off or damaged on its way, a conflict
 # with another request, and an overload or defect of a server or proxy.
 TRANSIENT_CODES = ["IncompleteBody", "BadDigest", "OperationAborted", "RequestTimeout"]
@@ -1964,11 +1951,11 @@ COUNTED = {"put_object": "put", "create_multipart_upload": "create", "upload_par
 COUNTED |= {"complete_multipart_upload": "complete", "head_object": "head"}
 COUNTED |= {"list_objects_v2": "list", "list_parts": "list", "list_multipart_uploads": "list"}
 
-# An answer without this, or a listing without any of these, was cut off within its headers, or
-# is not S3's.
-LISTING = {"IsTruncated", "Name", "Bucket"}
+# An answer without this was cut off within its headers, or is not S3's.  So was a listing with
+# none of these, of which some servers leave out one or two.
 REQUIRED = {"create_multipart_upload": "UploadId", "upload_part": "ETag"}
 REQUIRED |= {"head_object": "ContentLength", "get_object": "ContentLength"}
+LISTING = {"IsTruncated", "Name", "Bucket"}
 
 Read = Callable[[int], bytes]  # the next bytes of a file, as FileReader.read
 OnSent = Callable[[int], None]  # is called with the number of bytes that were sent
@@ -1983,7 +1970,7 @@ def s3_errors() -> Iterator[None]:
     except aws.ClientError as error:
         details, http = error.response.get("Error", {}), error.response["ResponseMetadata"]
         operation = error.operation_name
-        code = str(details.get("Code") or http.get("HTTPStatusCode"))  # a proxy's page has none
+        code = str(details.get("Code") or http.get("HTTPStatusCode"))  # a proxy sends no code
         code = HEAD_CODES.get(code, code)
         words = code, details.get("BucketName"), details.get("Message")
         refusal = f"{operation}: {' '.join(filter(None, words))}"
@@ -2441,9 +2428,10 @@ class Bucket:
         `restore` needs s3:RestoreObject."""
         key = self.prefix + ".archive-check/"  # no file has it, as it ends in a slash
         restore = {"Days": 1, "GlacierJobParameters": {"Tier": "Bulk"}}
+        not_found = "404", "NoSuchKey", "NoSuchUpload"
 
         def call(operation: str, **request: Any) -> Callable[[], object]:
-            return partial(self.request, operation, *NOT_FOUND, **request)
+            return partial(self.request, operation, *not_found, **request)
 
         def upload() -> None:  # S3 may also refuse STORAGE_CLASS or S3_EXTRA_ARGS
             self.abort_upload(key, self.begin_upload(Upload(key, "", SMALL_FILE, 0)).id)
@@ -2871,9 +2859,10 @@ class Walk:
             yield page
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+        # Only those in folders that the walk has reached, and only once for two walks.
         for item, (place, _) in sorted(self._exclusions.unmatched.items()):
-            if not self.leaves_out(place.rpartition(b"/")[0]):  # the walk has been there
-                warn_once("EXCLUDE_PATHS: %s has matched nothing", item)  # in one of two walks
+            if not self.leaves_out(place.rpartition(b"/")[0]):
+                warn_once("EXCLUDE_PATHS: %s has matched nothing", item)
 
     def add_failure(self, path: bytes, reason: object) -> None:
         self.failed += 1
@@ -3693,6 +3682,18 @@ class BoxFolder:
             if stat.S_ISREG(mode) or (stat.S_ISLNK(mode) and is_inner):
                 raise FileError(f"{printable(folder)} is a file or a link, not a folder")
             self._known.add(folder)
+
+
+def look_up(session: Session, path: bytes) -> Attributes | None:
+    """The attributes of `path`, even of a link; None if it does not exist; FileError.
+    READLINK is sent because ProFTPD's LSTAT follows links."""
+    found, target = session.send((FXP_LSTAT, path), (FXP_READLINK, path)).results()
+    if isinstance(found, SFTPError):
+        if found.code == VANISHED:
+            return None
+        raise found
+    is_link = target and not isinstance(target, SFTPError)  # some servers send an empty list
+    return Attributes(found.size, found.mtime, stat.S_IFLNK if is_link else found.mode)
 
 
 def write_file(session: Session, handle: bytes, download: Download, mtime: int) -> None:
