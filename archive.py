@@ -2859,10 +2859,9 @@ class Walk:
             yield page
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        # Only those in folders that the walk has reached, and only once for two walks.
         for item, (place, _) in sorted(self._exclusions.unmatched.items()):
-            if not self.leaves_out(place.rpartition(b"/")[0]):
-                warn_once("EXCLUDE_PATHS: %s has matched nothing", item)
+            if not self.leaves_out(place.rpartition(b"/")[0]):  # the walk has been there
+                warn_once("EXCLUDE_PATHS: %s has matched nothing", item)  # once in two walks
 
     def add_failure(self, path: bytes, reason: object) -> None:
         self.failed += 1
