@@ -1983,15 +1983,16 @@ def s3_errors() -> Iterator[None]:
             if code != "400" and (operation, code) != ("GetObject", DENIED):
                 raise Fatal(f"S3 refused {refusal}", code) from None
         transient = http.get("HTTPStatusCode") in TRANSIENT_STATUSES or code in TRANSIENT_CODES
+        transient |= code.isdigit() and operation != "HeadObject"  # a proxy's page
         # BadDigest of Complete is permanent: S3 has other bytes.
         if transient and (operation, code) != ("CompleteMultipartUpload", "BadDigest"):
             code = UNAVAILABLE
         raise FileError(f"S3 refused {refusal}", code) from None
-    except (aws.ConnectionError, aws.HTTPClientError) as error:
-        # HTTPClientError itself, and no subclass: s3transfer has cut off a part, because the
-        # upload has failed.
+    except (aws.ConnectionError, aws.HTTPClientError, RecursionError) as error:
+        # RecursionError: S3 has redirected boto3 again and again.  HTTPClientError itself, and
+        # no subclass: s3transfer has cut off a part, because the upload has failed.
         code = "" if type(error) is aws.HTTPClientError else UNAVAILABLE
-        reason = f"S3 does not answer: {error}; check the network and AWS_REGION"
+        reason = f"S3 does not answer: {error}; check the network, AWS_REGION, AWS_ENDPOINT_URL"
         raise FileError(reason, code) from None
     except (aws.BotoCoreError, EOFError, OSError) as error:
         # EOFError: nobody answers the prompt for a code.  OSError: no such program or file.
@@ -2170,9 +2171,8 @@ class Bucket:
         """
         meta, config = self.client.meta, self._config
         model = meta.service_model.operation_model(meta.method_to_api_mapping[operation])
-        known = model.input_shape.members
-        extra = {name: value for name, value in config.extra_args.items() if name in known}
-        given = {name: value for name, value in parameters.items() if value is not None}
+        extra = {n: v for n, v in config.extra_args.items() if n in model.input_shape.members}
+        given = {n: v for n, v in parameters.items() if v is not None}
         if operation in COUNTED:
             # A part's request does not name its class.
             storage_class = given.get("StorageClass", config.storage_class)
