@@ -161,7 +161,7 @@ RUNTIME_GRACE = 40  # for what is on its way to S3 after MAX_RUNTIME or a fatal 
 
 TRIES = 5  # of an operation on the box, before its file is reported as failed
 SHARED_TRIES = 2  # after these it is tried alone: no other operation may begin
-S3_ATTEMPTS = 5  # of a request
+S3_ATTEMPTS = 6  # of a request, with pauses of over 30 s in all
 SAME_FAILURES = 20  # in a row, after which the run ends: the files are not the cause
 
 # Seconds.  A file that was modified less than RECENT before it was read could be modified
@@ -2200,7 +2200,7 @@ class Bucket:
                     return None
                 if error.code != UNAVAILABLE or attempt == self._attempts - 1:
                     raise
-            time.sleep(random.uniform(0.5, 1.5) * (1 << attempt))  # not all at once
+            time.sleep(random.uniform(1, 1.5) * (1 << attempt))  # not all at once
             if hasattr(arguments.get("Body"), "seek"):  # that of a part; a PUT's is bytes
                 arguments["Body"].seek(0)
 

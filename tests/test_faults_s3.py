@@ -172,6 +172,16 @@ def test_trouble_that_passes_costs_nothing_and_is_counted_once(archive, box, s3,
     assert_all_archived(archive, box)
 
 
+def test_half_a_minute_without_s3_ends_no_run(archive, box, s3):
+    """The pauses are added up, not waited for."""
+    write(box.root / "f", SMALL)
+    s3.on("PutObject", reset, times=5)
+    before = "import sys, time\ntime.sleep = lambda s: print('pause', s, file=sys.stderr)\n"
+    result = archive.start(before=before).wait()
+    assert (result.status, result.counts) == (0, (1, 0, 0)), result.stderr
+    assert sum(map(float, re.findall("^pause (.+)$", result.stderr, re.MULTILINE))) >= 30
+
+
 def page(status):
     """A proxy's answer, which has no error code."""
     kind = {"content-type": "text/html", "location": "/login"}
