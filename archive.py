@@ -26,8 +26,8 @@ not known to hold is uploaded.  No object is ever deleted from the bucket, and o
 `restore --to-box` changes anything on the box.
 
 Sections, each calling only those above it: Limits, Prices, Errors, Names, Uploads and
-checksums, Settings, SFTP, Login, Storage Box, State, Bucket, Output, Parallel work, Walk
-and forecast (with `plan`), Run, Inspection (ls, status, verify, check), Restore, Command line.
+checksums, Settings, SFTP, Login, Storage Box, State, Bucket, Comparison, Output, Parallel
+work, Walk and plan, Run, Inspection (ls, status, verify, check), Restore, Command line.
 
 The names of errors at the end of a docstring, as in "; FileError" or "Fatal, Stopped.", are
 what the function raises.  Whatever uses the box may also raise Fatal and Stopped.
@@ -144,7 +144,7 @@ WRITES_AHEAD = 64  # WRITE requests that wait for a reply
 LISTINGS_AT_ONCE = 64  # folders
 NAMES_AHEAD = 1_200  # per folder; a larger one is listed again when its turn comes
 FIRST_READDIRS = 4  # sent at once for a folder; each time twice as many, up to 8 times this
-PAGE = 2_000  # objects per query of the state; of files, fewer than twice as many
+PAGE = 2_000  # paths per query of the state; the walk's pages may have nearly twice as many
 
 # Limits of all waits, and pauses, in seconds.
 CONNECT_LIMIT = 30  # for TCP, and again from SSH's banner to the SFTP session
@@ -2447,7 +2447,7 @@ class Bucket:
         }
 
 
-# Comparing the state with the bucket
+# ------------------------------------------------------------------ Comparison
 
 # How the listing and the state agree about a path: labels of `verify`'s table.
 AGREE, NO_OBJECT, WRONG_SIZE, WRONG_ETAG = "Agree", "Missing", "Wrong size", "Wrong checksum"
@@ -2782,7 +2782,7 @@ class Parallel(Generic[Item, Result]):
             self._wait_until = min(self._wait_until, time.monotonic() + limit)
 
 
-# ---------------------------------------------------------- Walk and forecast
+# --------------------------------------------------------------- Walk and plan
 
 
 class Job(NamedTuple):
