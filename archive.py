@@ -2412,8 +2412,9 @@ class Bucket:
         for rule in answer.get("Rules", ()):
             scope = rule.get("Filter", rule)  # older rules have the prefix directly
             start = scope.get("And", scope).get("Prefix", "")
-            if rule["Status"] == "Enabled" and self.prefix.startswith(start):
-                aborts |= "AbortIncompleteMultipartUpload" in rule
+            for_all, for_some = self.prefix.startswith(start), start.startswith(self.prefix)
+            if rule["Status"] == "Enabled" and (for_all or for_some):
+                aborts |= for_all and "AbortIncompleteMultipartUpload" in rule
                 if rule.get("Expiration", {}).keys() & {"Days", "Date"}:
                     log.warning("the lifecycle rule %r deletes objects", rule.get("ID"))
         return aborts
@@ -3881,8 +3882,7 @@ class Restore:
                 raise FileError("something that is not a file has its name")
             # A listing has no metadata.
             mtime = (self._bucket.head(found.key, found.version_id) or found).mtime
-            kept = mtime if existing.mtime == mtime else self._target.kept_mtime(name, mtime)
-            if (existing.size, existing.mtime) == (found.size, kept):
+            if existing[:2] == (found.size, self._target.kept_mtime(name, mtime)):
                 self._present.add(digest)
                 return THERE
             if not self._options.overwrite:

@@ -256,6 +256,7 @@ def test_lifecycle_rule_that_deletes_objects_is_warned_of(archive):
             "ID": "mine",
             "Filter": {"And": {"Prefix": "mine/", "ObjectSizeGreaterThan": 1}},
         },
+        {**expires, "ID": "a folder of mine", "Filter": {"Prefix": "mine/photos/"}},
         {**expires, "ID": "other keys", "Filter": {"Prefix": "other/"}},
         {**expires, "ID": "off", "Filter": {"Prefix": ""}, "Status": "Disabled"},
         {
@@ -274,7 +275,8 @@ def test_lifecycle_rule_that_deletes_objects_is_warned_of(archive):
         warned = [line for line in result.stderr.splitlines() if "deletes objects" in line]
         assert result.status == 0
         assert warned == [
-            f"warning: the lifecycle rule '{name}' deletes objects" for name in ("all", "mine")
+            f"warning: the lifecycle rule '{name}' deletes objects"
+            for name in ("all", "mine", "a folder of mine")
         ]
 
 
