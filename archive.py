@@ -100,8 +100,8 @@ except ModuleNotFoundError as missing:
 
 all_logs = logging.getLogger("archive")  # to LOG_FILE
 log = logging.getLogger("archive.messages")  # to stderr as well
-files_log = logging.getLogger("archive.files")  # one line per file; progress bars replace it
-results_log = logging.getLogger("archive.results")  # to stdout as well
+files_log = logging.getLogger("archive.files")  # files archived or restored; bars replace it
+results_log = logging.getLogger("archive.results")  # to stdout (--json: stderr) as well
 warn_once = cache(log.warning)  # the same message is logged once
 
 T = TypeVar("T")
@@ -315,7 +315,7 @@ def fatal_os_errors(subject: str, status: int = FATAL) -> Iterator[None]:
 VANISHED = "vanished"  # the file was deleted after it was listed; this is not a failure
 UNFINISHED = "unfinished"  # the run ended during the work on the file; the next one goes on
 CHANGED = "changed"  # while it was read
-LOST = "connection lost"  # at each try of an operation on the box
+LOST = "connection lost"  # at the last try of an operation on the box
 UNAVAILABLE = "unavailable"  # S3 did not answer, or could not do its work
 DENIED = "AccessDenied"  # S3's code
 INVALID_STATE = "InvalidObjectState"  # S3's: GET of a cold object, restore of one that is not
@@ -354,7 +354,7 @@ class StopEvent(threading.Event):
             if number == signal.SIGINT:
                 os._exit(128 + number)
             return  # a shell, sudo and the kernel may all pass the same signal on
-        self.signal = number  # before the timer, whose thread may be one too many
+        self.signal = number  # first, as the timer's thread may fail to start
         # Whatever hangs then is cut off, such as a print into a pipe that nobody reads.
         threading.Timer(STOP_LIMIT + EXIT_GRACE, os._exit, [128 + number]).start()
         if not self.is_deferred:
@@ -374,11 +374,11 @@ class StopEvent(threading.Event):
 
 # ----------------------------------------------------------------------- Names
 #
-# File names are bytes, as in SFTP.  They become text in three places: in the state's path
-# column, in the S3 key, and in what is printed.
+# File names are bytes, as in SFTP.  They are kept as text only in the state's path column, in
+# S3 keys, and in what is printed.
 
-# ESCAPE and two hex digits stand for a byte that text cannot hold (which Python decodes to
-# one of \udc80-\udcff).  rclone writes invalid UTF-8 in the same way, and can restore it.
+# ESCAPE and two hex digits stand for a byte of invalid UTF-8 (which Python decodes to one of
+# \udc80-\udcff), in keys also of a control character.  rclone escapes invalid UTF-8 alike.
 ESCAPE = "\u201b"
 TEXT_ESCAPES = re.compile(f"[\udc80-\udcff]|{ESCAPE}(?=[0-9A-F]{{2}})")
 KEY_ESCAPES = re.compile(f"[\0-\x1f\x7f\ufffe\uffff]|{TEXT_ESCAPES.pattern}")
@@ -519,7 +519,7 @@ def multiply(first: int, second: int) -> int:
 
 def crc32_combine(first: int, second: int, length: int) -> int:
     """The CRC-32 of two byte strings joined, of which the second has `length` bytes.  Each
-    byte that is appended multiplies the first one's by x**8 (crc32_combine in zlib).  A
+    byte appended to the first string multiplies its CRC by x**8 (crc32_combine in zlib).  A
     second pass over all bytes would take 7 % of the CPU time."""
     power = X_8
     while length:
@@ -598,7 +598,7 @@ def parse_bool(text: str) -> bool:
 
 def parse_path(text: str) -> Path:
     text = os.fsdecode(text.encode("utf-8", "surrogateescape"))  # names need not be UTF-8
-    return Path(os.path.expanduser(text).removeprefix("~/"))  # "~/" stays if there is no home
+    return Path(os.path.expanduser(text).removeprefix("~/"))  # which it keeps without a home
 
 
 def parse_folder(text: str) -> bytes:
@@ -657,7 +657,7 @@ def setting(name: str, parse: Callable[[str], Any] = str, default: str | None = 
 
 @dataclass(frozen=True, repr=False)
 class Config:
-    """All settings, checked, in bytes, bytes per second, seconds and USD; None if off."""
+    """The settings, checked, in bytes, bytes per second, seconds, USD and %; None if off."""
 
     host: str = setting("HETZNER_HOST", parse_host, "")  # required: parse_host refuses ""
     user: str = setting("HETZNER_USER", parse_user, "")
@@ -716,7 +716,7 @@ secret_forms: set[str] = set()  # each secret in all its forms; messages show **
 
 def read_env_file(path: Path, faults: list[str]) -> dict[str, str]:
     """The settings in the env file; Fatal if it cannot be read.  Lines that are no setting are
-    added to `faults`.  Paths in AWS_ settings become relative to the file's folder.  (dotenv's
+    added to `faults`.  Paths in AWS_ settings are joined to the file's folder.  (dotenv's
     load_dotenv() would skip such lines, and expand ${...}, which may be part of a password.)"""
     settings: dict[str, str] = {}
     with fatal_os_errors(f"cannot read the env file {path}, see .env.example", USAGE):
@@ -833,8 +833,8 @@ def load_config(env_file: Path | None) -> Config:
 # ------------------------------------------------------------------------ SFTP
 #
 # SFTP version 3 (draft-ietf-secsh-filexfer-02) over one paramiko channel, with many
-# requests in flight from many threads.  paramiko's SFTPClient sends one request at a time
-# and cannot be shared between threads.
+# requests in flight from many threads.  paramiko's SFTPClient waits for each reply but
+# those of prefetched READs, and cannot be shared between threads.
 
 FXP_INIT, FXP_OPEN, FXP_CLOSE, FXP_READ, FXP_WRITE, FXP_LSTAT, FXP_FSTAT = 1, 3, 4, 5, 6, 7, 8
 FXP_FSETSTAT, FXP_OPENDIR, FXP_READDIR, FXP_REMOVE, FXP_MKDIR = 10, 11, 12, 13, 14
@@ -945,7 +945,7 @@ REPLIES: dict[int, tuple[int, Callable[[memoryview], Any]]] = {
 
 
 def decode_reply(request_type: int, packet: memoryview) -> Any:
-    """The content of a reply to a request of this type, None if it only says that all is well.
+    """The content of a reply to a request of this type, None if there is nothing to decode.
     A refusal is returned as SFTPError, not raised: the other replies of its batch may be
     useful.  ConnectionLost for a reply of another type."""
     packet_type, body = packet[0], packet[5:]
@@ -1135,8 +1135,8 @@ def known_host_name(config: Config) -> str:
 
 
 def known_host_keys(config: Config) -> tuple[Keys, Keys]:
-    """The box's keys in known_hosts, and all keys that it revokes.  Both are empty if there is
-    no such file; Fatal if it cannot be read."""
+    """The box's keys in known_hosts, and all keys that are revoked there, for any host.  Both
+    are empty if there is no such file; Fatal if it cannot be read."""
     file, text = f"HETZNER_KNOWN_HOSTS {config.known_hosts}", ""
     with fatal_os_errors(file), contextlib.suppress(FileNotFoundError):
         text = config.known_hosts.read_text("utf-8", "replace")
@@ -1240,8 +1240,8 @@ def log_in(config: Config, transport: paramiko.Transport) -> None:
 
 
 def load_private_key(path: Path, passphrase: str | None) -> paramiko.PKey:
-    """The key in `path`, in any form: paramiko does not read PKCS#8, and would also read a
-    certificate beside the key, which may have expired.  Fatal."""
+    """The key in `path`, in OpenSSH's or any PEM form: paramiko does not read PKCS#8, and would
+    also read a certificate beside the key, which may have expired.  Fatal."""
     secret = passphrase.encode() if passphrase else None
     try:
         text = path.read_bytes()
@@ -1283,7 +1283,7 @@ class StorageBox:
 
     def session(self) -> Session:
         """The session, a new one if it was lost.  One thread connects while the others wait.
-        Fatal once connecting has failed after each of RECONNECT_PAUSES, Stopped."""
+        Fatal if the first login is refused, or once all attempts have failed; Stopped."""
         with self._alone_lock:
             self.stopping.check()
             if self._given_up is not None:
@@ -1300,7 +1300,7 @@ class StorageBox:
                 self.stopping.wait(size / limit)
 
     def _connect(self) -> Session:
-        """A new session; makes an attempt for each of RECONNECT_PAUSES.  Fatal, Stopped."""
+        """A new session, after one attempt for each of `_pauses` at most.  Fatal, Stopped."""
         reason = self._session.lost if self._session else None  # why the last one ended
         remedy = ""
         for pause in self._pauses:
@@ -1341,7 +1341,7 @@ class StorageBox:
                         raise
                     self.stopping.wait(FAILURE_PAUSE)
                     session = None  # the next try waits while another operation is tried alone
-        raise FileError(f"lost the connection {TRIES} times, last: {reason}", LOST)
+        raise FileError(f"lost the connection, tried {TRIES} times: {reason}", LOST)
 
     def list_folder(self, path: bytes, limit: float = math.inf) -> list[Entry] | None:
         """A folder's entries, sorted by name; None if more may follow after `limit` of them.
@@ -1390,7 +1390,7 @@ class FileReader:
             if self.file.size > listed.size + MAX_GROWTH:
                 sizes = f"{listed.size:,} bytes when it was listed, now {self.file.size:,}"
                 raise FileError(f"changed: {sizes}")
-            if self.file.size == offset == 0:  # `read` would send no request to check this
+            if self.file.size == offset == 0:  # check that it is empty: `read` sends nothing
                 box.retry(self._fetch, self._session)
         except FileError:
             self.close()
@@ -1399,15 +1399,15 @@ class FileReader:
     @property
     def is_recent(self) -> bool:
         """Whether the file was modified since it was opened, or within RECENT before: another
-        change could keep its size and mtime.  False if its mtime is in the future, or it would
-        be compared every night."""
+        change could keep its size and mtime.  False if its mtime is further in the future:
+        such a file would be compared every night."""
         return self._began - RECENT <= self.file.mtime <= time.time() + RECENT
 
     def read(self, amount: int = -1) -> bytes:
         """The next `amount` bytes, fewer at the end; all if negative; FileError, Stopped."""
         left = self.file.size - self._offset + sum(map(len, self._pieces))
-        missing = amount = left if amount < 0 else min(amount, left)
-        if missing:
+        amount = left if amount < 0 else min(amount, left)
+        if missing := amount:
             self._box.stopping.check()
         data = io.BytesIO(bytes(amount))  # getvalue() copies nothing, join() would
         while missing:
@@ -1611,12 +1611,12 @@ class StoredObject(NamedTuple):
     etag: str  # empty if S3 has sent none, or in a Record if it is not known
     crc32: int | None = None  # of the whole object; None if it is not known
     thaw_state: str = READABLE  # known only from a listing
-    version_id: str | None = None  # None for the current version
+    version_id: str | None = None  # None in a row, or in a listing of current objects
 
 
 class Record(NamedTuple):
-    """A row: what the state knows about a file.  `stored` has an empty etag if nothing is
-    known about the content, and a crc32 only if this program has read the content."""
+    """A row: what the state knows about a file.  In `stored`, the etag is empty if nothing is
+    known about the content; the crc32 is of what a run has read, or from a HEAD."""
 
     path: str  # as in the path column
     mtime: int | None  # the file's; None if the file has to be compared
@@ -1938,7 +1938,7 @@ REMEDIES = {  # by error code, for refusals that nearly every request would meet
     "SignatureDoesNotMatch": "correct AWS_SECRET_ACCESS_KEY",
     "400": "perhaps the credentials have expired",
 }
-# The answer to a HEAD has no body.  Its error code is the HTTP status, as 400 above.
+# An answer without a code, such as each to a HEAD, has its HTTP status as code, as 400 above.
 HEAD_CODES = {"403": DENIED, "301": "PermanentRedirect"}
 # Errors that are worth a retry: a body that was cut off or damaged on its way, a conflict
 # with another request, and an overload or defect of a server or proxy.
@@ -1951,14 +1951,14 @@ COUNTED = {"put_object": "put", "create_multipart_upload": "create", "upload_par
 COUNTED |= {"complete_multipart_upload": "complete", "head_object": "head"}
 COUNTED |= {"list_objects_v2": "list", "list_parts": "list", "list_multipart_uploads": "list"}
 
-# An answer without this was cut off within its headers, or is not S3's.  So was a listing with
-# none of these, of which some servers leave out one or two.
+# An answer without its entry in REQUIRED was cut off within its headers, or is not S3's; so is
+# a listing with nothing of LISTING, of which some servers leave out one or two.
 REQUIRED = {"create_multipart_upload": "UploadId", "upload_part": "ETag"}
 REQUIRED |= {"head_object": "ContentLength", "get_object": "ContentLength"}
 LISTING = {"IsTruncated", "Name", "Bucket"}
 
 Read = Callable[[int], bytes]  # the next bytes of a file, as FileReader.read
-OnSent = Callable[[int], None]  # is called with the number of bytes that were sent
+OnSent = Callable[[int], None]  # gets the bytes just sent; below 0 if they are sent again
 
 
 @contextlib.contextmanager
@@ -1983,7 +1983,7 @@ def s3_errors() -> Iterator[None]:
             if code != "400" and (operation, code) != ("GetObject", DENIED):
                 raise Fatal(f"S3 refused {refusal}", code) from None
         transient = http.get("HTTPStatusCode") in TRANSIENT_STATUSES or code in TRANSIENT_CODES
-        transient |= code.isdigit() and operation != "HeadObject"  # a proxy's page
+        transient |= code.isdigit() and operation != "HeadObject"  # not S3, but a proxy
         # BadDigest of Complete is permanent: S3 has other bytes.
         if transient and (operation, code) != ("CompleteMultipartUpload", "BadDigest"):
             code = UNAVAILABLE
@@ -2064,8 +2064,8 @@ class MultipartClient:
     def __init__(self, bucket: Bucket, upload: Upload, read: Read):
         self._bucket, self._read, self._size = bucket, read, upload.size
         self._upload = {"Key": upload.key, "UploadId": upload.id}
-        self._before = len(upload.parts)  # s3transfer counts the parts after these from 1
-        self.parts = [*upload.parts]  # and those read since; one that is stored has an ETag
+        self._before = len(upload.parts)  # the first part after these is s3transfer's part 1
+        self.parts = [*upload.parts]  # later also those read; a part has an ETag once stored
         self.crc32 = 0  # of all these parts
         for part in upload.parts:
             self.crc32 = crc32_combine(self.crc32, crc32_of(part) or 0, upload.part_size)
@@ -2124,7 +2124,7 @@ class Bucket:
     def __init__(self, config: Config, retries: bool = True):
         self._config, self.prefix = config, config.prefix
         self._attempts = S3_ATTEMPTS if retries else 1
-        self.request_cost = 0.0  # USD, of all requests
+        self.request_cost = 0.0  # USD, of the requests in COUNTED
         self._lock = threading.Lock()  # for `request_cost`, and for a warning
         settings = botocore.config.Config(
             connect_timeout=S3_CONNECT_LIMIT,
@@ -2424,9 +2424,9 @@ class Bucket:
         return str(self.request("get_bucket_versioning").get("Status", ""))
 
     def permission_probes(self) -> dict[str, Callable[[], object]]:
-        """Each permission that is needed, with a call that raises without it.  Called in this
-        order, they leave nothing behind: s3:PutObject aborts the upload that it begins.  Only
-        `restore` needs s3:RestoreObject."""
+        """Each permission that is needed, but for --at, with a call that raises without it.
+        Called in this order, they leave nothing behind: s3:PutObject aborts the upload that it
+        begins.  Only `restore` needs s3:RestoreObject."""
         key = self.prefix + ".archive-check/"  # no file has it, as it ends in a slash
         restore = {"Days": 1, "GlacierJobParameters": {"Tier": "Bulk"}}
         not_found = "404", "NoSuchKey", "NoSuchUpload"
@@ -2548,7 +2548,7 @@ class Console(logging.StreamHandler):  # type: ignore[type-arg]
 
 def start_logging(level: int, bars: bool, results: TextIO) -> None:
     """Sends results to `results`, and everything else from `level` on to stderr, except the
-    lines of single files if there are `bars`."""
+    lines of files that were archived or restored if there are `bars`."""
     logging.raiseExceptions = False  # no traceback for a full disk or a closed pipe
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is
@@ -2673,11 +2673,11 @@ class Parallel(Generic[Item, Result]):
     """Calls work(item) on threads, at most `threads` at once.  The items at work need at most
     `limit` bytes of `memory` together; one that needs more is worked on alone.
 
-    A FileError of `work` is an outcome, unless it is UNFINISHED.  Anything else ends the work:
-    Fatal, Stopped, SAME_FAILURES with one code in a row, any error from `items`.  No new item
-    is begun then, and the box is closed, which ends all reads.  What is under way is waited
-    for and yielded: for RUNTIME_GRACE at most, after a signal for STOP_LIMIT.  The error is
-    raised then.  A FileError from `items` closes nothing, and is raised after all work is done.
+    A FileError of `work` is an outcome, unless it is UNFINISHED; so is any unexpected error.
+    Fatal, Stopped, SAME_FAILURES with one code in a row or an error from `items` ends the work:
+    no new item is begun, and the box is closed, which ends all reads.  What is under way is
+    waited for and yielded, for RUNTIME_GRACE at most, after a signal for STOP_LIMIT; then the
+    error is raised.  A FileError from `items` closes nothing: all work is waited for.
 
     A signal raises Stopped only in the code of `items`: the code that takes outcomes would
     lose those of a list that it has not looked at yet."""
@@ -2800,7 +2800,7 @@ class Job(NamedTuple):
 
 
 def plan_upload(config: Config, file: RemoteFile) -> Upload:
-    """The upload of a file, to be begun; FileError if S3 cannot hold it."""
+    """The upload of a file, to be begun; FileError if S3 does not allow its key."""
     path, size, mtime = file
     key = object_key(config.prefix, relative_path(config.remote_path, path))
     upload = Upload(key, path_text(path), size, mtime)
@@ -2919,7 +2919,7 @@ class Walk:
                 self.others["Links" if file_type == stat.S_IFLNK else "Special files"] += 1
 
     def _make_jobs(self, files: list[RemoteFile]) -> Iterator[Job]:
-        """Jobs for files that are not recorded.  One that S3 cannot hold is a failure."""
+        """Jobs for files that are not recorded.  One whose key is not allowed is a failure."""
         records = self._state.find(path_text(f.path) for f in files) if files else {}
         for file in files:
             try:
@@ -2928,7 +2928,7 @@ class Walk:
                 self.add_failure(file.path, error)
                 continue
             record, noted = records.get(upload.path), self._uploads.pop(upload.key, None)
-            # An upload of this version of the file; without an id, it has no parts yet.
+            # Whether the noted upload is of this version of the file (no id: it has no parts).
             is_same = noted is not None and noted._replace(id=None) == upload
             continued = noted if noted and noted.id is not None and is_same else None
             compares, heads, early = False, 0, 0.0
@@ -2936,7 +2936,7 @@ class Walk:
                 stored = record.stored
                 compares = stored.size == file.size and not is_same
                 if compares:
-                    # For the content, if the state does not know it; for the parts' size.
+                    # One if the row does not know the content, one for the size of its parts.
                     heads = (stored.crc32 is None) + ("-" in stored.etag)
                 age_days = (time.time() - stored.uploaded_at) / DAY
                 early = self.prices.early(stored.storage_class, stored.size, age_days)
@@ -3012,7 +3012,7 @@ class Forecast(Walk):
                 if record:
                     self.afterwards.add(record.stored.storage_class, -record.stored.size, -1)
             self.counts.add(label, size)
-            self.requests.update(+Counter(requests))  # without those that are 0
+            self.requests.update({kind: n for kind, n in requests.items() if n})
             cost = self.prices.requests(storage_class, requests)
             self.upload_cost += cost
             if size < TINY_FILE:
@@ -3065,8 +3065,8 @@ def plan(context: Context, options: argparse.Namespace) -> int:
 
 
 class Run(Walk):
-    """One pass over the box, and its summary.  Other threads only read and send files; the
-    main thread walks, decides what to do with each file, and commits what is done."""
+    """One pass over the box, and its summary.  Other threads list folders, compare and send
+    files, and note uploads in the state; the main thread finds the files, and commits them."""
 
     def __init__(self, context: Context, state: State):
         super().__init__(context, state, log_failure)
@@ -3075,7 +3075,7 @@ class Run(Walk):
         self.uploaded = self.unchanged = self.bytes_uploaded = 0
         self.ended_early = ""  # the reason
         self._turns = threading.Semaphore(self._config.transfers)  # to send files to S3
-        self._reserved = 0.0  # USD: what all jobs so far may cost, and was spent before
+        self._reserved = 0.0  # USD: spent before, and what all jobs so far may cost
 
     @property
     def spent(self) -> float:
@@ -3095,8 +3095,8 @@ class Run(Walk):
             yield "Ended early", self.ended_early
 
     def archive(self) -> None:
-        """Archives what is new or changed.  Fatal and Stopped are raised only once everything
-        that S3 has acknowledged is committed."""
+        """Archives what is new or changed.  Before Fatal or Stopped is raised, everything is
+        committed that S3 has acknowledged in the time that Parallel waits."""
         # While TRANSFERS files are sent, nearly as many small ones are read, so that S3 never
         # waits for the box.  With TRANSFERS=1, one file is read and sent after the other.
         threads, limit = 2 * self._config.transfers - 1, self._config.memory_limit
@@ -3141,11 +3141,11 @@ class Run(Walk):
         if limit is None or round(self._reserved + job.usd - limit, 9) <= 0:
             return True
         if not self.ended_early:
-            message = "MAX_COST is %s, and %s may cost %s: it is left out, as others may be"
+            message = "MAX_COST is %s, and %s may cost %s beside %s so far: it is left out"
             if math.isnan(job.usd):
                 message += ": set the prices of its storage class in PRICES"
             path, usd = printable(job.file.path), format_usd(job.usd)
-            log.warning(message, format_usd(limit), path, usd)
+            log.warning(message, format_usd(limit), path, usd, format_usd(self._reserved))
         self.ended_early = "MAX_COST was reached"
         return False
 
@@ -3178,7 +3178,7 @@ class Run(Walk):
 
     def _object_to_compare(self, job: Job) -> StoredObject | None:
         """The object to compare the file with; None if it cannot be the same.  The row is
-        enough if this program has read the content; else S3 gets a HEAD."""
+        enough if it has a CRC-32; else S3 gets a HEAD."""
         if job.record and job.record.stored.crc32 is not None:
             return job.record.stored
         found = self._bucket.head(job.upload.key)
@@ -3289,7 +3289,7 @@ def run(context: Context, options: argparse.Namespace) -> int:
 # ------------------------------------------------------------------ Inspection
 
 NOTHING_THERE = "nothing is archived under this path; give it exactly, patterns do not work"
-NO_STATE = "%s is missing, unfinished, or an earlier script's: archive.py run makes it"
+NO_STATE = "%s is missing, unfinished, or an earlier version's: archive.py run makes it"
 
 
 def ask(question: Callable[[], T]) -> T | None:
@@ -3444,8 +3444,8 @@ def verify(context: Context, options: argparse.Namespace) -> int:
 
 
 def check(context: Context, _options: argparse.Namespace) -> int:
-    """Tries settings, box, bucket and permissions, with the remedy for each.  Nothing is left
-    behind.  0, or 1 if something that a run needs has failed."""
+    """Tries settings, box, bucket and permissions, with the remedy for each.  Leaves
+    nothing on the box or in S3.  0, or 1 if something that a run needs has failed."""
     config, bucket, root, status = context.config, context.bucket, context.config.remote_path, 0
 
     def try_state() -> None:
@@ -3491,8 +3491,8 @@ class Download:
     """An object that is being read."""
 
     def __init__(self, context: Context, found: StoredObject):
-        """Sends the GET.  FileError if it is not the object that was listed, with the code
-        INVALID_STATE if the object is cold."""
+        """Sends the GET.  FileError if S3 sends another object than was listed, or refuses;
+        its code is INVALID_STATE if the object is cold."""
         self._context, version = context, {"Key": found.key, "VersionId": found.version_id}
         self._get = partial(context.bucket.request, "get_object", **version)
         answer = self._get(ChecksumMode="ENABLED")
@@ -3501,8 +3501,8 @@ class Download:
         if self.stored.size != found.size or found.etag not in ("", self.stored.etag):
             sent = f"{self.stored.size:,} bytes of ETag {self.stored.etag}"
             raise FileError(f"S3 sent {sent}, not {found.size:,} of {found.etag} as listed")
-        # The name of its file until that is complete.  Each object has one, which is the same
-        # in every pass: at most one file is left behind.
+        # The file's name until it is complete.  It depends on bucket and key only: a pass that
+        # was killed leaves one such file at most, and the next pass replaces it.
         uri = f"s3://{context.config.bucket}/{found.key}"
         self.partial_name = f".archive-{hashlib.sha256(uri.encode()).hexdigest()[:32]}.partial"
 
@@ -3685,7 +3685,7 @@ class BoxFolder:
 
 
 def look_up(session: Session, path: bytes) -> Attributes | None:
-    """The attributes of `path`, even of a link; None if it does not exist; FileError.
+    """The attributes of `path`, of a link itself; None if it does not exist; FileError.
     READLINK is sent because ProFTPD's LSTAT follows links."""
     found, target = session.send((FXP_LSTAT, path), (FXP_READLINK, path)).results()
     if isinstance(found, SFTPError):
@@ -3921,7 +3921,7 @@ def restore(context: Context, options: argparse.Namespace) -> int:
                 status = work.one_pass()
                 if status != THAWING or not options.wait:
                     return status
-            except FileError as error:  # of a listing: it may succeed after the pause
+            except FileError as error:  # of a listing or the box: the next pass may succeed
                 if not options.wait:
                     raise
                 log.warning("%s", error)
@@ -4046,7 +4046,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             stopping.handle_signals()
             arguments = make_parser().parse_args(argv)
-            # Then stdout gets a JSON object at the end, and nothing else.
+            # If it does, stdout gets one JSON object at the end, and nothing else.
             shows_json = arguments.json and arguments.function is not ls
             bars = bool(sys.stderr and sys.stderr.isatty()) and arguments.level <= logging.INFO
             results = sys.stderr if shows_json else sys.stdout
