@@ -313,7 +313,6 @@ def fatal_os_errors(subject: str, status: int = FATAL) -> Iterator[None]:
 
 
 VANISHED = "vanished"  # the file was deleted after it was listed; this is not a failure
-UNFINISHED = "unfinished"  # the run ended during the work on the file; the next one goes on
 CHANGED = "changed"  # while it was read
 LOST = "connection lost"  # at the last try of an operation on the box
 UNAVAILABLE = "unavailable"  # S3 did not answer, or could not do its work
@@ -2058,35 +2057,30 @@ def versions_at(entries: Iterable[Mapping[str, Any]], at: float) -> Iterator[Map
 
 class MultipartClient:
     """Stands in for boto3's client and for the file in upload_fileobj.  It continues an upload
-    after the parts that an earlier run has stored.  It sends the CRC-32 of each part, and at
-    the end that of the file, so that S3 refuses to complete an upload of other bytes."""
+    after the parts that an earlier run has stored, and sends the CRC-32 of each part.  An error
+    of `read` looks like the file's end: s3transfer would cut off the parts under way."""
 
     def __init__(self, bucket: Bucket, upload: Upload, read: Read):
-        self._bucket, self._read, self._size = bucket, read, upload.size
+        self._bucket, self._read = bucket, read
         self._upload = {"Key": upload.key, "UploadId": upload.id}
         self._before = len(upload.parts)  # the first part after these is s3transfer's part 1
         self.parts = [*upload.parts]  # later also those read; a part has an ETag once stored
         self.crc32 = 0  # of all these parts
         for part in upload.parts:
             self.crc32 = crc32_combine(self.crc32, crc32_of(part) or 0, upload.part_size)
-        self._error: Exception | None = None  # of a part, which ends the reading
-        self.answer: Mapping[str, Any] = {}  # to CompleteMultipartUpload
+        self.error: BaseException | None = None  # of a read or a part, which ends the reading
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._bucket.client, name)
 
     def read(self, amount: int = -1) -> bytes:
-        """The next part.  s3transfer calls this on one thread, in order."""
-        if self._error is not None:  # the upload has failed: do not read the rest
-            raise self._error
+        """The next part, empty after an error.  s3transfer calls this on one thread."""
+        data = b""
         try:
-            data = self._read(amount)
-        except Stopped:
-            # Wait for the parts under way: s3transfer would cut them off after any error.  And
-            # after Stopped, it would wait for ever.
-            while self._error is None and not all("ETag" in part for part in self.parts):
-                time.sleep(0.1)
-            raise FileError("the run ended before it was done", UNFINISHED) from None
+            if self.error is None:
+                data = self._read(amount)
+        except (Exception, Stopped) as error:
+            self.error = error
         if data:
             crc32, number = zlib.crc32(data), len(self.parts) + 1
             self.parts.append({"PartNumber": number, "ChecksumCRC32": crc_text(crc32)})
@@ -2101,20 +2095,16 @@ class MultipartClient:
         try:
             answer = self._bucket.request("upload_part", Body=Body, **self._upload, **part)
         except Exception as error:
-            self._error = error
+            self.error = error
             raise
         part["ETag"] = answer["ETag"]
         return answer
 
-    def complete_multipart_upload(self, **_: Any) -> Any:
-        whole = {"ChecksumCRC32": crc_text(self.crc32), "ChecksumType": "FULL_OBJECT"}
-        parts = {"MultipartUpload": {"Parts": self.parts}, "MpuObjectSize": self._size}
-        request = self._upload | parts | whole
-        self.answer = self._bucket.request("complete_multipart_upload", **request)
-        return self.answer
+    def complete_multipart_upload(self, **_: Any) -> None:
+        """Does nothing, like the next two: Bucket.upload completes the upload, unless there was
+        an error.  put_object is called if not even one part could be read."""
 
-    def abort_multipart_upload(self, **_: Any) -> None:
-        """Does nothing after an error: the next run continues the upload."""
+    abort_multipart_upload = put_object = complete_multipart_upload
 
 
 class Bucket:
@@ -2241,7 +2231,8 @@ class Bucket:
 
     def upload(self, upload: Upload, read: Read, on_sent: OnSent) -> StoredObject:
         """Sends the parts after those that are stored, and completes the upload; `read` returns
-        the rest of the file's bytes.  If this fails, the parts stay for the next run.  They are
+        the rest of the file's bytes.  S3 gets the file's CRC-32, and refuses to complete an
+        upload of other bytes.  If this fails, the parts stay for the next run.  They are
         aborted only if the file has changed while it was read, or S3 has refused a request."""
         key, size, part_size = upload.key, upload.size, upload.part_size
         rest = size - len(upload.parts) * part_size
@@ -2256,19 +2247,26 @@ class Bucket:
         client = MultipartClient(self, upload, read)
         try:
             upload_fileobj(client, client, self._config.bucket, key, None, on_sent, config)
+            if client.error is not None:
+                raise client.error
+            whole = {"ChecksumCRC32": crc_text(client.crc32), "ChecksumType": "FULL_OBJECT"}
+            parts = {"MultipartUpload": {"Parts": client.parts}, "MpuObjectSize": size}
+            request = {"Key": key, "UploadId": upload.id} | parts | whole
+            answer = self.request("complete_multipart_upload", **request)
+        except Stopped:
+            sent = sum("ETag" in part for part in client.parts) * part_size
+            log.info("unfinished %s: S3 has %s bytes", upload.path, f"{sent:,} of {size:,}")
+            raise
         except FileError as error:
             # If S3's answer to Complete got lost, a retry gets NoSuchUpload.
             found = self.head(key) if error.code == "NoSuchUpload" else None
             if found and (found.size, found.crc32) == (size, client.crc32):
                 return found
-            if error.code == UNFINISHED:
-                sent = sum("ETag" in part for part in client.parts) * part_size
-                log.info("unfinished %s: S3 has %s bytes", upload.path, f"{sent:,} of {size:,}")
             # A refusal by the box has no code.
-            elif error.code not in ("", LOST, UNAVAILABLE, VANISHED):
+            if error.code not in ("", LOST, UNAVAILABLE, VANISHED):
                 self.abort_upload(key, upload.id)
             raise
-        return self._confirm(key, client.answer, size, client.crc32)
+        return self._confirm(key, answer, size, client.crc32)
 
     def _upload_arguments(self, size: int, mtime: int | None) -> dict[str, Any]:
         return {
@@ -2673,11 +2671,11 @@ class Parallel(Generic[Item, Result]):
     """Calls work(item) on threads, at most `threads` at once.  The items at work need at most
     `limit` bytes of `memory` together; one that needs more is worked on alone.
 
-    A FileError of `work` is an outcome, unless it is UNFINISHED; so is any unexpected error.
-    Fatal, Stopped, SAME_FAILURES with one code in a row or an error from `items` ends the work:
-    no new item is begun, and the box is closed, which ends all reads.  What is under way is
-    waited for and yielded, for RUNTIME_GRACE at most, after a signal for STOP_LIMIT; then the
-    error is raised.  A FileError from `items` closes nothing: all work is waited for.
+    A result of `work`, a FileError or any unexpected error is an outcome.  Fatal, Stopped,
+    SAME_FAILURES with one code in a row or an error from `items` ends the work: no new item is
+    begun, and the box is closed, which ends all reads.  What is under way is waited for and
+    yielded, for RUNTIME_GRACE at most, after a signal for STOP_LIMIT; then the error is raised.
+    A FileError from `items` closes nothing: all work is waited for.
 
     A signal raises Stopped only in the code of `items`: the code that takes outcomes would
     lose those of a list that it has not looked at yet."""
@@ -2733,8 +2731,7 @@ class Parallel(Generic[Item, Result]):
         except FileError as expected:
             error = expected
         except (Fatal, Stopped) as end:
-            self._fail(end)  # at once, so that the other threads begin no new work
-            error = FileError("the run ended before it was done", UNFINISHED)
+            self._fail(end)  # at once, so that the other threads begin no new work; no outcome
         except Exception as other:  # a library's, from a server that it did not expect
             log.debug("traceback", exc_info=True)
             code = type(other).__name__
@@ -2764,13 +2761,13 @@ class Parallel(Generic[Item, Result]):
             self._under_way -= 1
             self._memory_in_use -= self.memory(item)
             code = error.code if error else ""
-            if code not in (VANISHED, CHANGED, UNFINISHED, INVALID_STATE):
+            if code not in (VANISHED, CHANGED, INVALID_STATE):
                 self._codes.append(code)  # empty: a success, or a failure without a code
             if code and self._codes.count(code) == SAME_FAILURES:
                 self._fail(Fatal(f"{error}; {SAME_FAILURES} in a row failed like this", code))
         if self.box.stopping.is_set():
             self._fail(Stopped())
-        return [one for one in outcomes if one[2] is None or one[2].code != UNFINISHED]
+        return [one for one in outcomes if one[1:] != (None, None)]  # without what was cut off
 
     def _fail(self, error: BaseException) -> None:
         """Ends the work: no new one begins.  Of several errors, the first will be raised that
