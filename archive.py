@@ -1349,8 +1349,7 @@ class StorageBox:
             return self.retry(lambda session: read_folder(session, path, limit))
         except SFTPError as error:
             self.retry(lambda s: s.send((FXP_LSTAT, path)).result())  # VANISHED if it is gone
-            error.code = ""  # it may be VANISHED if only "." was looked up
-            raise
+            raise FileError(str(error)) from None  # not VANISHED, as "." may be
 
     def space(self) -> tuple[Size, Size] | None:
         """Bytes used and free on the file system of REMOTE_PATH; None if the server does not
