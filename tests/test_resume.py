@@ -619,7 +619,7 @@ def test_upload_goes_on_at_a_server_that_does_not_say_that_its_listing_is_whole(
 
 
 def test_parts_stay_if_the_box_fails_while_others_are_on_their_way(archive, box, s3, bucket):
-    """These are cut off by s3transfer, which is no refusal of S3."""
+    """s3transfer would cut these off after an error."""
     write(box.root / "big", BIG)
     s3.take_little_ahead()
     has_failed = threading.Event()
