@@ -3122,8 +3122,7 @@ class Run(Walk):
             jobs = filter(self._fits, self._make_jobs(files))
             # Few at a time: those in doubt are compared by the next run if this one ends early.
             while some := [*itertools.islice(jobs, 4 * self._config.transfers)]:
-                if known := [job.record.path for job in some if job.record]:
-                    self._state.doubt(known)
+                self._state.doubt([job.record.path for job in some if job.record])
                 self._progress.expect(sum(job.file.size for job in some))
                 for job in filter(self._fits, some):  # again: others before it were added
                     self._reserved += job.usd
