@@ -3911,18 +3911,16 @@ def restore(context: Context, options: argparse.Namespace) -> int:
     failed, else 0.  --wait repeats the pass while it gives 75."""
     with locked(context.config, ".restore.lock"):
         work = Restore(context, options)
-        while True:
+        while options.wait:
             try:
-                status = work.one_pass()
-                if status != THAWING or not options.wait:
+                if (status := work.one_pass()) != THAWING:
                     return status
             except FileError as error:  # of a listing or the box: the next pass may succeed
-                if not options.wait:
-                    raise
                 log.warning("%s", error)
             log.info("looking again in %d minutes", WAIT_PAUSE // 60)
             context.box.stopping.wait(WAIT_PAUSE)
             context.box.stopping.check()
+        return work.one_pass()
 
 
 # ---------------------------------------------------------------- Command line
