@@ -832,8 +832,8 @@ def load_config(env_file: Path | None) -> Config:
 # ------------------------------------------------------------------------ SFTP
 #
 # SFTP version 3 (draft-ietf-secsh-filexfer-02) over one paramiko channel, with many
-# requests in flight from many threads.  paramiko's SFTPClient waits for each reply but
-# those of prefetched READs, and cannot be shared between threads.
+# requests in flight from many threads.  paramiko's SFTPClient lists a folder with one request
+# at a time, and cannot be shared between threads.
 
 FXP_INIT, FXP_OPEN, FXP_CLOSE, FXP_READ, FXP_WRITE, FXP_LSTAT, FXP_FSTAT = 1, 3, 4, 5, 6, 7, 8
 FXP_FSETSTAT, FXP_OPENDIR, FXP_READDIR, FXP_REMOVE, FXP_MKDIR = 10, 11, 12, 13, 14
@@ -3284,7 +3284,7 @@ def run(context: Context, options: argparse.Namespace) -> int:
 # ------------------------------------------------------------------ Inspection
 
 NOTHING_THERE = "nothing is archived under this path; give it exactly, patterns do not work"
-NO_STATE = "%s is missing, unfinished, or an earlier version's: archive.py run makes it"
+NO_STATE = "%s is missing, unfinished, or of an earlier archive.py: archive.py run makes it"
 
 
 def ask(question: Callable[[], T]) -> T | None:
