@@ -2730,7 +2730,7 @@ class Parallel(Generic[Item, Result]):
         except FileError as expected:
             error = expected
         except (Fatal, Stopped) as end:
-            self._fail(end)  # at once, so that the other threads begin no new work; no outcome
+            self._fail(end)  # at once: no other thread begins new work.  This is no outcome.
         except Exception as other:  # a library's, from a server that it did not expect
             log.debug("traceback", exc_info=True)
             code = type(other).__name__
