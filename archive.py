@@ -2061,7 +2061,7 @@ class MultipartClient:
 
     def __init__(self, bucket: Bucket, upload: Upload, read: Read):
         self._bucket, self._read = bucket, read
-        self._upload = {"Key": upload.key, "UploadId": upload.id}
+        self.target = {"Key": upload.key, "UploadId": upload.id}
         self._before = len(upload.parts)  # the first part after these is s3transfer's part 1
         self.parts = [*upload.parts]  # later also those read; a part has an ETag once stored
         self.crc32 = 0  # of all these parts
@@ -2074,12 +2074,10 @@ class MultipartClient:
 
     def read(self, amount: int = -1) -> bytes:
         """The next part, empty after an error.  s3transfer calls this on one thread."""
-        data = b""
         try:
-            if self.error is None:
-                data = self._read(amount)
+            data = b"" if self.error is not None else self._read(amount)
         except (Exception, Stopped) as error:
-            self.error = error
+            data, self.error = b"", error
         if data:
             crc32, number = zlib.crc32(data), len(self.parts) + 1
             self.parts.append({"PartNumber": number, "ChecksumCRC32": crc_text(crc32)})
@@ -2087,12 +2085,12 @@ class MultipartClient:
         return data
 
     def create_multipart_upload(self, **_: Any) -> Any:
-        return self._upload  # which was begun before
+        return self.target  # which was begun before
 
     def upload_part(self, PartNumber: int, Body: Any, **_: Any) -> Any:
         part = self.parts[self._before + PartNumber - 1]
         try:
-            answer = self._bucket.request("upload_part", Body=Body, **self._upload, **part)
+            answer = self._bucket.request("upload_part", Body=Body, **self.target, **part)
         except Exception as error:
             self.error = error
             raise
@@ -2250,7 +2248,7 @@ class Bucket:
                 raise client.error
             whole = {"ChecksumCRC32": crc_text(client.crc32), "ChecksumType": "FULL_OBJECT"}
             parts = {"MultipartUpload": {"Parts": client.parts}, "MpuObjectSize": size}
-            request = {"Key": key, "UploadId": upload.id} | parts | whole
+            request = client.target | parts | whole
             answer = self.request("complete_multipart_upload", **request)
         except Stopped:
             sent = sum("ETag" in part for part in client.parts) * part_size
@@ -3877,7 +3875,8 @@ class Restore:
                 raise FileError("something that is not a file has its name")
             # A listing has no metadata.
             mtime = (self._bucket.head(found.key, found.version_id) or found).mtime
-            if existing[:2] == (found.size, self._target.kept_mtime(name, mtime)):
+            kept = mtime if existing.mtime == mtime else self._target.kept_mtime(name, mtime)
+            if existing[:2] == (found.size, kept):
                 self._present.add(digest)
                 return THERE
             if not self._options.overwrite:
