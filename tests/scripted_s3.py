@@ -119,6 +119,11 @@ def error(status, code, message="as the script says", **headers):
     return refused
 
 
+def proxy_page(status, body=b"<html><hr>Not for you</html>"):
+    """The answer of a proxy that did not ask S3, without an error code."""
+    return lambda _: Answer(status, {"content-type": "text/html", "location": "/login"}, body)
+
+
 def reset(exchange):
     """Reset the connection in the middle of the request."""
     linger = struct.pack("ii", 1, 0)

@@ -22,7 +22,6 @@ from faults import (
 )
 from faulty_sftp import PERMISSION_DENIED, FaultyBox, one_file
 from scripted_s3 import (
-    Answer,
     Exchange,
     cut_headers,
     error,
@@ -31,6 +30,7 @@ from scripted_s3 import (
     headers,
     lost_answer,
     no_checksums,
+    proxy_page,
     reset,
     until,
 )
@@ -182,18 +182,12 @@ def test_half_a_minute_without_s3_ends_no_run(archive, box, s3):
     assert sum(map(float, re.findall("^pause (.+)$", result.stderr, re.MULTILINE))) >= 30
 
 
-def page(status):
-    """A proxy's answer, which has no error code."""
-    kind = {"content-type": "text/html", "location": "/login"}
-    return lambda _: Answer(status, kind, b"<html><hr>Not for you</html>")
-
-
 @pytest.mark.parametrize("status", [302, 400, 404])
 def test_page_of_a_proxy_is_no_refusal_by_s3(archive, box, s3, status):
     pages = []
     for operation in OPERATIONS.keys() - {"HeadObject"}:  # S3's own has no code, either
         write(box.root / operation, OPERATIONS[operation])
-        pages.append(s3.on(operation, page(status), key=operation))
+        pages.append(s3.on(operation, proxy_page(status), key=operation))
     result = archive(constants=SIZES)
     assert [rule.fired for rule in pages] == [1] * 4
     assert (result.status, result.counts) == (0, (4, 0, 0)), result.stderr
@@ -202,7 +196,7 @@ def test_page_of_a_proxy_is_no_refusal_by_s3(archive, box, s3, status):
 
 
 def test_endpoint_that_redirects_every_request_is_told_of_in_one_line(archive, s3):
-    s3.always(None, page(302))
+    s3.always(None, proxy_page(302))
     result = archive("status")
     assert result.status == 0
     assert "warning: S3 does not answer: maximum recursion" in result.stderr

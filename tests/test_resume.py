@@ -29,7 +29,16 @@ from faults import (
 )
 from faulty_sftp import PERMISSION_DENIED, drop, first, freeze, status
 from relay import Relay
-from scripted_s3 import Answer, cut_headers, error, hang, lost_answer, reset, rewritten, until
+from scripted_s3 import (
+    cut_headers,
+    error,
+    hang,
+    lost_answer,
+    proxy_page,
+    reset,
+    rewritten,
+    until,
+)
 from scripted_s3 import first as first_in_s3
 
 PART = SIZES["PART_SIZE"]
@@ -37,15 +46,6 @@ PARTS = 4
 BIG = (PARTS - 1) * PART + 1_000  # bytes
 # One part after the other, so that it is known which have arrived.
 IN_ORDER = {**SIZES, "PARTS_AT_ONCE": 1}
-
-
-def no_such_page(_exchange):
-    """The answer of a proxy that does not know the way to S3."""
-    return Answer(404, {"content-type": "text/html"}, b"<html><hr>Not Found</html>")
-
-
-def no_such_xhtml_page(_exchange):
-    return Answer(404, {"content-type": "text/html"}, b"<html>Not Found</html>")
 
 
 box, s3, archive = strict_fixtures()
@@ -513,7 +513,7 @@ def test_max_runtime_leaves_uploads_of_files_that_were_not_come_to(archive, box,
     [
         ("changed", error(500, "InternalError")),
         ("gone", error(403, "AccessDenied")),
-        ("gone", no_such_page),
+        ("gone", proxy_page(404)),
     ],
     ids=["changed, 500", "gone, 403", "gone, a proxy's 404"],
 )
@@ -642,8 +642,8 @@ def test_parts_stay_if_the_box_fails_while_others_are_on_their_way(archive, box,
     ("fault", "reason"),
     [
         (error(503, "SlowDown"), "SlowDown"),
-        (no_such_page, "ListParts: 404"),
-        (no_such_xhtml_page, "ListParts: 404"),
+        (proxy_page(404), "ListParts: 404"),
+        (proxy_page(404, b"<html>Not Found</html>"), "ListParts: 404"),
         (cut_headers, "S3's answer is no listing"),
     ],
     ids=["503", "a proxy's 404", "the same as XML", "cut off"],
