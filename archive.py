@@ -1395,11 +1395,12 @@ class FileReader:
             raise
 
     @property
-    def is_recent(self) -> bool:
-        """Whether the file was modified since it was opened, or within RECENT before: another
-        change could keep its size and mtime.  False if its mtime is further in the future:
-        such a file would be compared every night."""
-        return self._began - RECENT <= self.file.mtime <= time.time() + RECENT
+    def final_mtime(self) -> int | None:
+        """The file's mtime; None if it was modified since it was opened, or within RECENT
+        before: another change could keep its size and mtime.  An mtime that is further in the
+        future is returned: such a file would be compared every night."""
+        is_recent = self._began - RECENT <= self.file.mtime <= time.time() + RECENT
+        return None if is_recent else self.file.mtime
 
     def read(self, amount: int = -1) -> bytes:
         """The next `amount` bytes, fewer at the end; all if negative; FileError, Stopped."""
@@ -1622,11 +1623,9 @@ class Record(NamedTuple):
 
 
 class Archived(NamedTuple):
-    """A file and its object, which S3 has acknowledged or was found to hold already."""
+    """A file whose object S3 has acknowledged, or was found to hold already."""
 
-    file: RemoteFile  # as it was read
-    stored: StoredObject
-    is_recent: bool  # the next run has to compare it
+    record: Record
     is_upload: bool
 
 
@@ -1824,10 +1823,9 @@ class State:
     def record(self, archived: Iterable[Archived]) -> None:
         """Commits files that S3 has acknowledged, or was found to hold already.  The
         invariant depends on this method, which must be called only with such files."""
-        for done in archived:
-            mtime = None if done.is_recent else done.file.mtime
-            self._store(Record(path_text(done.file.path), mtime, done.stored))
-            self.forget_upload(done.stored.key)
+        for record, _ in archived:
+            self._store(record)
+            self.forget_upload(record.stored.key)
 
     def _store(self, record: Record) -> None:
         path, mtime, found = record
@@ -2619,6 +2617,7 @@ class Progress:
     """tqdm bars on a terminal, for the bytes that are moved and the files that are counted."""
 
     def __init__(self, shown: bool):
+        tqdm.set_lock(threading.RLock())  # its own would start a process from Python 3.14 on
         new_bar = partial(tqdm, disable=not shown, dynamic_ncols=True, leave=False)
         # counting(items) yields the items and counts them.  Without items, its caller counts.
         self.counting = partial(new_bar, unit=" files")
@@ -3154,7 +3153,7 @@ class Run(Walk):
         # soon after it that a later change could have the same mtime.  (`found` may be the
         # row's object.  Its mtime is its uploaded_at, which this condition never accepts.)
         if found and found.mtime == job.file.mtime < found.uploaded_at - RECENTLY_STORED:
-            return Archived(job.file, found, is_recent=False, is_upload=False)
+            return Archived(Record(upload.path, found.mtime, found), is_upload=False)
         if job.upload.part_size:
             with self._turns:
                 self._box.stopping.check()
@@ -3162,12 +3161,12 @@ class Run(Walk):
         with contextlib.closing(FileReader(self._box, job.file)) as reader:
             data = reader.read()
         if found and (same := self._bucket.match_content(found, io.BytesIO(data).read)):
-            return Archived(reader.file, same, reader.is_recent, is_upload=False)
+            return Archived(Record(upload.path, reader.final_mtime, same), is_upload=False)
         with self._turns:
             self._box.stopping.check()
-            stored = self._bucket.put(job.upload.key, data, reader.file.mtime)
+            stored = self._bucket.put(upload.key, data, reader.file.mtime)
         self._progress.moved(len(data))
-        return Archived(reader.file, stored, reader.is_recent, is_upload=True)
+        return Archived(Record(upload.path, reader.final_mtime, stored), is_upload=True)
 
     def _object_to_compare(self, job: Job) -> StoredObject | None:
         """The object to compare the file with; None if it cannot be the same.  The row is
@@ -3190,29 +3189,30 @@ class Run(Walk):
                 self._state.note_upload(upload)
                 raise
             if same:
-                return Archived(reader.file, same, reader.is_recent, is_upload=False)
+                return Archived(Record(upload.path, reader.final_mtime, same), is_upload=False)
         with contextlib.closing(FileReader(self._box, file, offset)) as reader:
             if reader.file != file:
                 raise FileError("changed since it was listed: the next run archives it")
             if not upload.id:
                 self._state.note_upload(upload)  # S3's answer may get lost
                 upload = self._bucket.begin_upload(upload)
-                if reader.is_recent:  # its parts could be of two versions
-                    upload = upload._replace(mtime=None)
+                # Without an mtime its parts could be of two versions.
+                upload = upload._replace(mtime=reader.final_mtime)
                 self._state.note_upload(upload)
             self._progress.moved(offset)
             stored = self._bucket.upload(upload, reader.read, self._progress.moved)
-            return Archived(file, stored, reader.is_recent, is_upload=True)
+            return Archived(Record(upload.path, reader.final_mtime, stored), is_upload=True)
 
     def _settle(self, outcomes: list[Outcome[Job, Archived]]) -> None:
         self._state.record(archived for _, archived, _ in outcomes if archived)
         for job, archived, error in outcomes:
             path = printable(job.file.path)
             if archived and archived.is_upload:
+                size = archived.record.stored.size
                 self.early += job.early
                 self.uploaded += 1
-                self.bytes_uploaded += archived.file.size
-                files_log.info("archived %s (%s bytes)", path, f"{archived.file.size:,}")
+                self.bytes_uploaded += size
+                files_log.info("archived %s (%s bytes)", path, f"{size:,}")
             elif archived:
                 # Only the look-ups were sent, whose price does not depend on a class.
                 self._reserved -= job.usd - self.prices.requests("", job.lookups)

@@ -123,6 +123,16 @@ def test_json_that_nobody_reads_leaves_the_exit_status_of_what_failed(archive, f
     assert running.process.wait(60) == 3, running.process.stderr.read()
 
 
+def test_run_leaves_cron_nothing_to_mail_where_python_shares_locks_by_a_process(
+    archive, faulty_box
+):
+    """As Python 3.14 does by default. That process complains of a lock that is left behind."""
+    fill(faulty_box.root, {"f": 1000})
+    method = "import multiprocessing; multiprocessing.set_start_method('forkserver')"
+    result = archive.start("-q", before=method).wait()
+    assert (result.status, result.stderr) == (0, "")
+
+
 def test_run_that_a_signal_ends_prints_its_summary(archive, faulty_box, s3):
     fill(faulty_box.root, {"a": 10})
     held = s3.on("PutObject", hang)
