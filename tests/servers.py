@@ -52,6 +52,8 @@ class Box:
     no output are in `secrets`.
     """
 
+    host_key_type = "ssh-ed25519"
+
     def __init__(self):
         self.host = "127.0.0.1"
         self.port = None
@@ -68,7 +70,7 @@ class Box:
         self.user_key = asyncssh.generate_private_key("ssh-ed25519", comment="test")
         self.user_key.write_private_key(self.key_file)
         self.key_file.chmod(0o600)
-        self.host_key = asyncssh.generate_private_key("ssh-ed25519")
+        self.host_key = asyncssh.generate_private_key(self.host_key_type)
         self.known_hosts = self.folder / "known_hosts"
         try:
             self.start()
@@ -208,11 +210,12 @@ class ProFTPD(_Daemon):
 
     program = shutil.which("proftpd", path="/usr/sbin:/usr/local/sbin")
     modules = "/usr/lib/proftpd"
+    host_key_type = "ecdsa-sha2-nistp256"  # in PEM: 1.3.9 does not read OpenSSH's form
 
     def prepare(self):
         self.password = PASSWORD
         uid, gid = self.ids
-        host_key = self.keep("host_key", self.host_key.export_private_key())
+        host_key = self.keep("host_key", self.host_key.export_private_key("pkcs1-pem"))
         keys = self.keep("keys", self.user_key.export_public_key("rfc4716"))
         entry = f"{self.user}:{PASSWORD_CRYPT}:{uid}:{gid}::{self.root}:/bin/false\n"
         self.config_text = f"""
@@ -234,7 +237,9 @@ class ProFTPD(_Daemon):
             SystemLog {self.service}/system.log
             ScoreboardFile {self.service}/scoreboard
             PidFile {self.service}/pid
-            DelayEngine off
+            <IfModule mod_delay.c>
+              DelayEngine off
+            </IfModule>
             MaxInstances 40
             SFTPEngine on
             SFTPHostKey {host_key}

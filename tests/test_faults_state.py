@@ -143,7 +143,10 @@ def test_damaged_database_is_fatal_before_anything_is_uploaded(archive, box, buc
 def test_copy_that_was_made_during_a_commit_is_fatal_before_anything_is_uploaded(
     archive, box, bucket
 ):
-    """It has pages from before and after: its tables and indexes are whole, but disagree."""
+    """It has pages from before and after: its tables and indexes are whole, but disagree.
+
+    Most versions of SQLite find that with integrity_check alone, not with quick_check.
+    """
     fill(archive, box, 400)
     before, size = archive.state_db.read_bytes(), page_size(archive)
     archive.execute("DELETE FROM files WHERE path LIKE '%7%'")
@@ -152,8 +155,7 @@ def test_copy_that_was_made_during_a_commit_is_fatal_before_anything_is_uploaded
     for start in range(size, len(after), size):
         copy = after[:start] + before[start : start + size] + after[start + size :]
         archive.state_db.write_bytes(copy)
-        checks = [archive.query(f"PRAGMA {name}_check(1)") for name in ("quick", "integrity")]
-        if checks[0] == [("ok",)] != checks[1]:
+        if archive.query("PRAGMA integrity_check(1)") != [("ok",)]:
             torn.append(copy)
     assert torn
 
