@@ -228,9 +228,9 @@ class Prices:
         usd |= {"GLACIER.part": usd["DEEP_ARCHIVE.part"], "STANDARD.part": usd["STANDARD.put"]}
         self._usd = usd | dict(overrides)
         self.note = f"estimates, prices of {PRICES_OF} for {priced}"
-        if priced != region:
-            self.note += f" (those of {region or 'your region'} may differ: set PRICES)"
         self.note += " with PRICES" if overrides else ""
+        if priced != region and not overrides:
+            self.note += f" (those of {region or 'your region'} may differ: set PRICES)"
 
     def _cost(self, count: float, name: str) -> float:
         """`count` times the price of that name; 0 for none, even if the price is not known."""
@@ -778,8 +778,8 @@ def hide(secret: str | None) -> None:
 def load_config(env_file: Path | None) -> Config:
     """The checked settings.  A variable of the environment replaces the env file's, even if it
     is empty.  Paths are relative to the env file's folder: cron starts the program in another
-    one.  Hides the secrets, and puts boto3's settings into the environment.  Logs all faults,
-    and ends the program if there is one."""
+    one.  (Those in AWS_ variables of the environment are left as they are.)  Hides the secrets,
+    puts boto3's settings into the environment, and ends the program if there are faults."""
     settings, faults = {"LOG_FILE": "archive.log"}, list[str]()  # LOG_FILE= turns it off
     # A link is not resolved here: an env file may be mounted as a link (a secret of a
     # container), whose target is in a folder that does not persist.

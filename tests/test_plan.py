@@ -552,6 +552,8 @@ def test_plan_and_status_say_whose_prices_they_show(archive, region, whose, othe
         assert (f"those of {region} may differ" in note) == other
         told = json.loads(archive(command, "--json", AWS_REGION=region).stdout)
         assert told["prices"] == note
+        already = archive(command, AWS_REGION=region, PRICES="egress=1").stdout
+        assert f"for {whose} with PRICES\n" in already
 
 
 def test_prices_that_are_set_are_those_of_the_plan(archive_of, s3):
