@@ -1932,7 +1932,7 @@ REMEDIES = {  # by error code, for refusals that nearly every request would meet
     "InvalidToken": "renew the credentials",
     "InvalidAccessKeyId": "correct AWS_ACCESS_KEY_ID",
     "SignatureDoesNotMatch": "correct AWS_SECRET_ACCESS_KEY",
-    "400": "perhaps the credentials have expired",
+    "400": "perhaps the credentials have expired, or S3_EXTRA_ARGS lacks the SSE-C key",
 }
 # An answer without a code, such as each to a HEAD, has its HTTP status as code, as 400 above.
 HEAD_CODES = {"403": DENIED, "301": "PermanentRedirect"}
