@@ -779,7 +779,7 @@ def load_config(env_file: Path | None) -> Config:
     """The checked settings.  A variable of the environment replaces the env file's, even if it
     is empty.  Paths are relative to the env file's folder: cron starts the program in another
     one.  (Those in AWS_ variables of the environment are left as they are.)  Hides the secrets,
-    puts boto3's settings into the environment, and ends the program if there are faults."""
+    and puts boto3's settings into the environment.  If there are faults, logs all, and ends."""
     settings, faults = {"LOG_FILE": "archive.log"}, list[str]()  # LOG_FILE= turns it off
     # A link is not resolved here: an env file may be mounted as a link (a secret of a
     # container), whose target is in a folder that does not persist.
