@@ -2617,7 +2617,7 @@ class Progress:
     """tqdm bars on a terminal, for the bytes that are moved and the files that are counted."""
 
     def __init__(self, shown: bool):
-        tqdm.set_lock(threading.RLock())  # its own would start a process from Python 3.14 on
+        tqdm.set_lock(threading.RLock())  # tqdm's own starts a process from Python 3.14 on
         new_bar = partial(tqdm, disable=not shown, dynamic_ncols=True, leave=False)
         # counting(items) yields the items and counts them.  Without items, its caller counts.
         self.counting = partial(new_bar, unit=" files")
@@ -3196,7 +3196,7 @@ class Run(Walk):
             if not upload.id:
                 self._state.note_upload(upload)  # S3's answer may get lost
                 upload = self._bucket.begin_upload(upload)
-                # Without an mtime its parts could be of two versions.
+                # Without an mtime, it is not continued: its parts could be of two versions.
                 upload = upload._replace(mtime=reader.final_mtime)
                 self._state.note_upload(upload)
             self._progress.moved(offset)
