@@ -565,8 +565,7 @@ def parse_int(low: int, high: int, text: str) -> int:
 
 
 def parse_usd(text: str) -> float:
-    pattern = r"(?a)\d{1,6}(\.\d+)?|\.\d+"
-    return float(parse_match(pattern, "USD like 5 or 0.25", text.strip()))
+    return float(parse_match(r"(?a)\d{1,6}(\.\d+)?|\.\d+", "USD like 5 or 0.25", text.strip()))
 
 
 def parse_duration(text: str) -> int:
@@ -1646,8 +1645,7 @@ class Counts(dict[str, Count]):
         count.files, count.bytes = count.files + files, count.bytes + size
 
     def total(self) -> Count:
-        counts = self.values()
-        return Count(sum(count.files for count in counts), sum(count.bytes for count in counts))
+        return Count(sum(c.files for c in self.values()), sum(c.bytes for c in self.values()))
 
 
 @contextlib.contextmanager
@@ -3195,9 +3193,8 @@ class Run(Walk):
                 raise FileError("changed since it was listed: the next run archives it")
             if not upload.id:
                 self._state.note_upload(upload)  # S3's answer may get lost
-                upload = self._bucket.begin_upload(upload)
                 # Without an mtime, it is not continued: its parts could be of two versions.
-                upload = upload._replace(mtime=reader.final_mtime)
+                upload = self._bucket.begin_upload(upload)._replace(mtime=reader.final_mtime)
                 self._state.note_upload(upload)
             self._progress.moved(offset)
             stored = self._bucket.upload(upload, reader.read, self._progress.moved)
@@ -3942,28 +3939,31 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
+    # Without defaults: those of a command would replace what stands before its name.
+    common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    env_file = "the settings (default: .env beside archive.py)"
+    common.add_argument("--env-file", type=Path, metavar="FILE", help=env_file)
+    level = common.add_mutually_exclusive_group()
+    add_level = partial(level.add_argument, dest="level", action="store_const")
+    add_level("-v", "--verbose", const=logging.DEBUG, help="also list unchanged files")
+    add_level("-q", "--quiet", const=logging.WARNING, help="only problems and the summary")
     parser = Parser(
         prog="archive.py",
         description="Archive a Hetzner Storage Box into Amazon S3 Glacier Deep Archive.",
         epilog=STATUSES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[common],
     )
-    env_file = "the settings (default: .env beside archive.py)"
-    parser.add_argument("--env-file", type=Path, metavar="FILE", help=env_file)
     parser.add_argument("-V", "--version", action="version", version=f"archive.py {VERSION}")
-    level = parser.add_mutually_exclusive_group()
-    add_level = partial(level.add_argument, dest="level", action="store_const")
-    add_level("-v", "--verbose", const=logging.DEBUG, help="also list unchanged files")
-    quiet = "only warnings, failures and the summary"
-    add_level("-q", "--quiet", const=logging.WARNING, help=quiet)
-    parser.set_defaults(level=logging.INFO, function=run, new_source=False, json=False)
+    # Of run, also if it is not named; `list` is for its --dry-run.
+    parser.set_defaults(function=run, new_source=False, json=False, list=True)
     commands = parser.add_subparsers(metavar="COMMAND")
 
     def add(function: Callable[..., int], example: str, **flags: str) -> Parser:
         """Adds a command, whose help is the first sentence of the function's docstring."""
         text, end = (function.__doc__ or "").split(".  ")[0], f"example: archive.py {example}"
-        name = function.__name__
-        command = commands.add_parser(name, help=text, description=f"{text}.", epilog=end)
+        make = partial(commands.add_parser, help=text, description=f"{text}.", epilog=end)
+        command = make(function.__name__, parents=[common])
         command.set_defaults(function=function)
         add_flags(command, **flags)
         return command
@@ -3973,7 +3973,6 @@ def make_parser() -> argparse.ArgumentParser:
     of_run = add(run, "-q", json=summary, new_source=new_source)
     dry_run = partial(of_run.add_argument, action="store_const", dest="function", const=plan)
     dry_run("-n", "--dry-run", help="the same as plan --list")
-    of_run.set_defaults(list=True)  # for --dry-run
     files = "first each file: + new, * changed, ? to compare, - gone from the box, ! failing"
     add_flags(add(plan, "plan --list").add_mutually_exclusive_group(), list=files, json=summary)
     of_ls = add(ls, "ls photos/2024 --at 30d", json="as JSON, an object a line")
@@ -4037,7 +4036,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         try:
             stopping.handle_signals()
-            arguments = make_parser().parse_args(argv)
+            defaults = argparse.Namespace(env_file=None, level=logging.INFO)
+            arguments = make_parser().parse_args(argv, defaults)
             # If it does, stdout gets one JSON object at the end, and nothing else.
             shows_json = arguments.json and arguments.function is not ls
             bars = bool(sys.stderr and sys.stderr.isatty()) and arguments.level <= logging.INFO

@@ -470,6 +470,16 @@ def test_an_unknown_word_on_the_command_line_ends_with_status_2(archive, argumen
     assert archive.bucket.list() == []
 
 
+@pytest.mark.parametrize("arguments", [["-v", "run"], ["run", "-v"]])
+def test_options_stand_before_the_command_or_after_it(archive, arguments):
+    archive()
+
+    found = archive(*arguments, "--env-file", archive.env_file)
+
+    assert found.counts == (0, 1, 0)
+    assert "unchanged ./file" in found.stderr
+
+
 def test_run_is_the_default_command(archive):
     assert archive("run").counts == (1, 0, 0)
     assert archive().counts == (0, 1, 0)
