@@ -11,9 +11,10 @@ where archive.py's state is committed to.  rclone is measured if it is installed
 way is `sftp.open` handed to `upload_fileobj`, one file after another, and for the
 walk `listdir_attr`, one folder after another.
 
-The works: one file of 1 GiB; eight of them; 2,000 files of 4 KiB; and a second
-run that finds 1,000, 10,000 or 100,000 files unchanged, 100 in a folder, against
-`rclone copy --size-only`.  For that, archive.py's first run is measured too.
+The works: one file of 1 GiB; eight of them; 100 files of 20 MiB; 2,000 of 4 KiB;
+and a second run that finds 1,000, 10,000 or 100,000 files unchanged, 100 in a
+folder, against `rclone copy --size-only`.  For that, archive.py's first run is
+measured too.
 
 The source is OpenSSH's sshd on loopback.  The destination speaks S3 over TLS and
 keeps size and CRC-32 of each object, not its bytes.  Half of the round trip is
@@ -155,6 +156,7 @@ def whole_works() -> list[Work]:
     return [
         Work("one", Tree(1, 1, gib), delays, part),
         Work("eight", Tree(1, 8, gib), (20,)),
+        Work("middle", Tree(1, 100, 20 * MIB), (0, 20)),
         Work("small", Tree(20, 100, 4096), delays, Tree(1, 50, 4096)),
         Work("unchanged", Tree(10, 100, 100), (20,), Tree(10, 100, 100)),
         Work("unchanged", Tree(100, 100, 100), (20,), folders),
@@ -168,6 +170,7 @@ def small_works() -> list[Work]:
     return [
         Work("one", Tree(1, 1, large), (0,), Tree(1, 1, MIB)),
         Work("eight", Tree(1, 2, large), (20,)),
+        Work("middle", Tree(1, 2, 20 * MIB), (20,)),
         Work("small", Tree(4, 10, 4096), (20,), Tree(1, 10, 4096)),
         Work("unchanged", Tree(20, 10, 100), (0,), folders),
     ]
