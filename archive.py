@@ -118,7 +118,7 @@ MAX_PARTS = 10_000  # S3 user guide, "Amazon S3 multipart upload limits"
 MAX_KEY_BYTES = 1024  # S3 user guide, "Naming Amazon S3 objects"
 # The usual part sizes, from S3's minimum of 5 MiB to its maximum of 5 GiB, the likeliest first:
 # 8 MiB (boto3, AWS CLI), 5 MiB (rclone), 6 and 7 MiB, each doubled again and again.  An upload
-# takes the smallest that is allowed; Bucket._part_size guesses another program's with them.
+# takes the smallest from PART_SIZE on that is allowed; Bucket._part_size guesses with them.
 PART_SIZES = [(size << n) * MIB for size in (8, 5, 6, 7) for n in range(10)] + [5 * GIB]
 
 # A file below SMALL_FILE is read whole and sent with one PUT.  A larger one goes up in parts.
@@ -376,8 +376,8 @@ class StopEvent(threading.Event):
 # File names are bytes, as in SFTP.  They are kept as text only in the state's path column, in
 # S3 keys, and in what is printed.
 
-# ESCAPE and two hex digits stand for a byte of invalid UTF-8 (which Python decodes to one of
-# \udc80-\udcff), in keys also of a control character.  rclone escapes invalid UTF-8 alike.
+# ESCAPE and two hex digits stand for a byte of invalid UTF-8 (in Python \udc80-\udcff), as in
+# rclone; in keys also for each byte of ASCII's control characters, U+FFFE and U+FFFF.
 ESCAPE = "\u201b"
 TEXT_ESCAPES = re.compile(f"[\udc80-\udcff]|{ESCAPE}(?=[0-9A-F]{{2}})")
 KEY_ESCAPES = re.compile(f"[\0-\x1f\x7f\ufffe\uffff]|{TEXT_ESCAPES.pattern}")
@@ -454,10 +454,10 @@ def unchecked_key(prefix: str, relative: bytes) -> str:
 
 
 def object_key(prefix: str, relative: bytes) -> str:
-    """The S3 key of a path relative to REMOTE_PATH; FileError if S3 does not allow it.  The
-    path can be read from its key: `unescape(key[len(prefix):])` is `relative`."""
+    """The S3 key of a path relative to REMOTE_PATH; FileError if no file can have that path, or
+    its key is too long.  The path can be read from the key: `unescape(key[len(prefix):])`."""
     if {b"", b".", b".."} & set(relative.split(b"/")) or b"\0" in relative:
-        raise FileError("its path has a . or .. or empty segment: rename it, or exclude it")
+        raise FileError("its path has NUL, or a . or .. or empty segment: rename or exclude it")
     key = unchecked_key(prefix, relative)
     size = len(key.encode())
     if size > MAX_KEY_BYTES:
@@ -496,7 +496,7 @@ class Upload(NamedTuple):
 
     def memory(self, memory_limit: int) -> int:
         """The most bytes that are in memory at once: more than `memory_limit` if the file or
-        its parts are so large.  Those of the READ_WINDOW are there as replies, and joined."""
+        its parts are so large.  Up to READ_WINDOW are there twice: as replies, and joined."""
         joined = self.size
         if self.part_size:
             joined = (self.parts_at_once(memory_limit) + 1) * self.part_size
@@ -559,7 +559,7 @@ def parse_size(text: str, minimum: int = 1) -> int:
 
 
 def parse_int(low: int, high: int, text: str) -> int:
-    if not re.fullmatch(r"\d{1,9}", text.strip()) or not low <= int(text) <= high:
+    if not re.fullmatch(r"(?a)\d{1,9}", text.strip()) or not low <= int(text) <= high:
         raise ArgumentTypeError(f"expected a whole number from {low} to {high}")
     return int(text)
 
@@ -596,7 +596,7 @@ def parse_bool(text: str) -> bool:
 
 def parse_path(text: str) -> Path:
     text = os.fsdecode(text.encode("utf-8", "surrogateescape"))  # names need not be UTF-8
-    return Path(os.path.expanduser(text).removeprefix("~/"))  # which it keeps without a home
+    return Path(os.path.expanduser(text).removeprefix("~/"))  # "~/" is kept without a home
 
 
 def parse_folder(text: str) -> bytes:
@@ -635,7 +635,7 @@ parse_nonempty = partial(parse_match, r"(?s).+", "a path")  # "" may be an unset
 parse_user = partial(parse_match, r"[^\s@\ud800-\udfff]+", "a bare user name, like u12345-sub1")
 bucket_expected = "the bare name of a bucket, like my-archive"
 parse_bucket = partial(parse_match, r"(?ai)[a-z0-9][\w.-]{1,253}[a-z0-9]", bucket_expected)
-prefix_pattern = r"(?!(.*/)?\.\.?/|s3:)[^\0-\x1f\x7f\ud800-\udfff\ufffe\uffff]*"
+prefix_pattern = r"(?!(.*/)?\.\.?/|\w+://)[^\0-\x1f\x7f\ud800-\udfff\ufffe\uffff]*"
 prefix_expected = "no URL, no . or .. segment, no control character and valid UTF-8"
 parse_prefix = partial(parse_match, prefix_pattern, prefix_expected)
 url_pattern = r"(?i)(https://[^/@\s]+|http://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?)(/\S*)?"
@@ -720,7 +720,7 @@ def read_env_file(path: Path, faults: list[str]) -> dict[str, str]:
     with fatal_os_errors(f"cannot read the env file {path}, see .env.example", USAGE):
         text = path.read_text(encoding="utf-8-sig")
         if os.name == "posix" and path.stat().st_mode & 0o077:
-            log.warning("%s can be read by others: chmod 600 %s", path, path)
+            log.warning("%s can be read by others: chmod 600 %s", path, shlex.quote(str(path)))
     for binding in dotenv.parser.parse_stream(io.StringIO(text)):
         name = binding.key or ""
         # Any other name is not shown: it may be the second line of a secret.
@@ -745,7 +745,7 @@ def setting_faults(settings: Mapping[str, str]) -> Iterator[str]:
             yield f"{name}: expected the path of a key's file, not the key itself"
         elif (is_secret or is_aws) and re.search(odd, value):
             yield f"{name}: contains a line break, another control character or invalid UTF-8"
-        # Other programs have AWS_ variables in the environment, too.
+        # Other programs have AWS_ variables, too.  AWS_ENDPOINT_URL_S3 is boto3's, and no typo.
         is_foreign = is_aws and (name in os.environ or name.startswith("AWS_ENDPOINT_URL_"))
         if is_foreign or name in SETTINGS or PROXIES.fullmatch(name):
             continue
@@ -778,7 +778,7 @@ def load_config(env_file: Path | None) -> Config:
     """The checked settings.  A variable of the environment replaces the env file's, even if it
     is empty.  Paths are relative to the env file's folder: cron starts the program in another
     one.  (Those in AWS_ variables of the environment are left as they are.)  Hides the secrets,
-    and puts boto3's settings into the environment.  If there are faults, logs all, and ends."""
+    and puts boto3's settings into the environment.  Logs all faults, and ends if any; Fatal."""
     settings, faults = {"LOG_FILE": "archive.log"}, list[str]()  # LOG_FILE= turns it off
     # A link is not resolved here: an env file may be mounted as a link (a secret of a
     # container), whose target is in a folder that does not persist.
@@ -1192,7 +1192,7 @@ def check_host_key(config: Config, key: paramiko.PKey, known: Keys, revoked: Key
         raise Fatal(
             f"{subject}, not {expected} as in HETZNER_KNOWN_HOSTS: it has changed, or somebody "
             "is intercepting the connection; only if you know that the change is right, remove "
-            f"the old key with: ssh-keygen -R {shlex.quote(name)} -f {path}"
+            f"the old key: ssh-keygen -R {shlex.quote(name)} -f {path} (or -R {config.host})"
         )
     # The key that was seen.  ssh-keyscan would ask again, and could get another one.
     raise Fatal(
@@ -1348,7 +1348,7 @@ class StorageBox:
             return self.retry(lambda session: read_folder(session, path, limit))
         except SFTPError as error:
             self.retry(lambda s: s.send((FXP_LSTAT, path)).result())  # VANISHED if it is gone
-            raise FileError(str(error)) from None  # not VANISHED, as "." may be
+            raise FileError(str(error)) from None  # no code: only its "." may be VANISHED
 
     def space(self) -> tuple[Size, Size] | None:
         """Bytes used and free on the file system of REMOTE_PATH; None if the server does not
@@ -1397,7 +1397,7 @@ class FileReader:
     def final_mtime(self) -> int | None:
         """The file's mtime; None if it was modified since it was opened, or within RECENT
         before: another change could keep its size and mtime.  An mtime that is further in the
-        future is returned: such a file would be compared every night."""
+        future is returned: else such a file would be compared every night."""
         is_recent = self._began - RECENT <= self.file.mtime <= time.time() + RECENT
         return None if is_recent else self.file.mtime
 
@@ -1909,7 +1909,7 @@ def locked(config: Config, suffix: str = ".lock") -> Iterator[None]:
         db.execute("BEGIN IMMEDIATE")
     except sqlite3.Error as error:
         if can_read and "locked" in str(error):
-            raise Fatal(f"another run is at work: it holds {path}", status=LOCKED) from None
+            raise Fatal(f"another run or restore holds {path}", status=LOCKED) from None
         remedy = "check its permissions and its folder's; if a network share has no locks, put "
         remedy += "STATE_DB on a local disk; or an earlier archive.py is still at work"
         raise Fatal(f"the lock {path} cannot be taken: {error}; {remedy}") from None
@@ -1932,7 +1932,7 @@ REMEDIES = {  # by error code, for refusals that nearly every request would meet
     "SignatureDoesNotMatch": "correct AWS_SECRET_ACCESS_KEY",
     "400": "perhaps the credentials have expired, or S3_EXTRA_ARGS lacks the SSE-C key",
 }
-# An answer without a code, such as each to a HEAD, has its HTTP status as code, as 400 above.
+# A refusal without a code, like that of every HEAD, has its HTTP status as code, as 400 above.
 HEAD_CODES = {"403": DENIED, "301": "PermanentRedirect"}
 # Errors that are worth a retry: a body that was cut off or damaged on its way, a conflict
 # with another request, and an overload or defect of a server or proxy.
@@ -1945,8 +1945,8 @@ COUNTED = {"put_object": "put", "create_multipart_upload": "create", "upload_par
 COUNTED |= {"complete_multipart_upload": "complete", "head_object": "head"}
 COUNTED |= {"list_objects_v2": "list", "list_parts": "list", "list_multipart_uploads": "list"}
 
-# An answer without its entry in REQUIRED was cut off within its headers, or is not S3's; so is
-# a listing with nothing of LISTING, of which some servers leave out one or two.
+# An answer without its entry in REQUIRED, or a listing with nothing of LISTING, was cut off
+# within its headers, or is not S3's.  Some servers leave out one or two of LISTING.
 REQUIRED = {"create_multipart_upload": "UploadId", "upload_part": "ETag"}
 REQUIRED |= {"head_object": "ContentLength", "get_object": "ContentLength"}
 LISTING = {"IsTruncated", "Name", "Bucket"}
@@ -1984,7 +1984,7 @@ def s3_errors() -> Iterator[None]:
         raise FileError(f"S3 refused {refusal}", code) from None
     except (aws.ConnectionError, aws.HTTPClientError, RecursionError) as error:
         # RecursionError: S3 has redirected boto3 again and again.  HTTPClientError itself, and
-        # no subclass: s3transfer has cut off a part, because the upload has failed.
+        # no subclass: s3transfer has cut off a part of a failed upload, or a proxy URL is bad.
         code = "" if type(error) is aws.HTTPClientError else UNAVAILABLE
         reason = f"S3 does not answer: {error}; check the network, AWS_REGION, AWS_ENDPOINT_URL"
         raise FileError(reason, code) from None
@@ -2149,7 +2149,7 @@ class Bucket:
         that the operation has are added, and parameters that are None are left out.
 
         A request that failed with UNAVAILABLE is sent again, up to `_attempts` times in all.
-        boto3 would retry for fewer reasons, wait less than a second, and share a small number
+        boto3 would retry for fewer reasons, wait less than 3 s in all, and share a small number
         of retries among all requests.
         """
         meta, config = self.client.meta, self._config
@@ -2351,7 +2351,7 @@ class Bucket:
 
     def match_content(self, found: StoredObject, read: Read) -> StoredObject | None:
         """Reads a file.  If it has the object's size and ETag, returns the object with the
-        CRC-32 of what was read; else None.  Reads nothing if the ETag can match no file."""
+        CRC-32 of what was read; else None.  Reads nothing if `_part_size` is 0."""
         part_size, parts, offset, crc32 = self._part_size(found), [md5()], 0, 0
         if not part_size:
             return None
@@ -2755,7 +2755,7 @@ class Parallel(Generic[Item, Result]):
             self._under_way -= 1
             self._memory_in_use -= self.memory(item)
             code = error.code if error else ""
-            if code not in (VANISHED, CHANGED, INVALID_STATE):
+            if code not in (VANISHED, CHANGED, INVALID_STATE):  # which concern one file only
                 self._codes.append(code)  # empty: a success, or a failure without a code
             if code and self._codes.count(code) == SAME_FAILURES:
                 self._fail(Fatal(f"{error}; {SAME_FAILURES} in a row failed like this", code))
@@ -2853,7 +2853,7 @@ class Walk:
             pool.shutdown(wait=False, cancel_futures=True)
         for item, (place, _) in sorted(self._exclusions.unmatched.items()):
             if not self.leaves_out(place.rpartition(b"/")[0]):  # the walk has been there
-                warn_once("EXCLUDE_PATHS: %s has matched nothing", item)  # once in two walks
+                warn_once("the exclusion %s has matched nothing", item)  # once in two walks
 
     def add_failure(self, path: bytes, reason: object) -> None:
         self.failed += 1
@@ -2911,7 +2911,7 @@ class Walk:
 
     def _make_jobs(self, files: list[RemoteFile]) -> Iterator[Job]:
         """Jobs for files that are not recorded.  One whose key is not allowed is a failure."""
-        records = self._state.find(path_text(f.path) for f in files) if files else {}
+        records = self._state.find(path_text(f.path) for f in files)
         for file in files:
             try:
                 upload = plan_upload(self._config, file)
@@ -2927,7 +2927,7 @@ class Walk:
                 stored = record.stored
                 compares = stored.size == file.size and not is_same
                 if compares:
-                    # One if the row does not know the content, one for the size of its parts.
+                    # One if the row has no CRC-32, one for the size of the object's parts.
                     heads = (stored.crc32 is None) + ("-" in stored.etag)
                 age_days = (time.time() - stored.uploaded_at) / DAY
                 early = self.prices.early(stored.storage_class, stored.size, age_days)
@@ -3099,7 +3099,7 @@ class Run(Walk):
             for finished in outcomes:
                 self._settle(finished)
         if not self.unlisted:
-            # Unfinished uploads of files that are gone, or are archived by now.
+            # Unfinished uploads of files that are gone, excluded or archived by now.
             for key, begun in self._uploads.items():
                 if self._bucket.abort_upload(key, begun.id):
                     log.info("aborted the unfinished upload of %s", key)
@@ -3168,7 +3168,7 @@ class Run(Walk):
 
     def _object_to_compare(self, job: Job) -> StoredObject | None:
         """The object to compare the file with; None if it cannot be the same.  The row is
-        enough if it has a CRC-32; else S3 gets a HEAD."""
+        enough if it has a CRC-32; else S3 gets a HEAD; FileError."""
         if job.record and job.record.stored.crc32 is not None:
             return job.record.stored
         found = self._bucket.head(job.upload.key)
@@ -3294,7 +3294,7 @@ def ask(question: Callable[[], T]) -> T | None:
 def wanted_paths(context: Context, options: argparse.Namespace) -> list[bytes]:
     """The paths of the command line, relative to REMOTE_PATH, without those below another one.
     An empty list stands for all files.  Fatal for /, unless that is REMOTE_PATH, and for --at
-    if the bucket has never kept versions."""
+    if the bucket has never kept versions; FileError."""
     root = context.config.remote_path.removeprefix(b"./")
     start = join(root, b"")
     names = [os.fsencode(path).rstrip(b"/").removeprefix(b"./") for path in options.path]
@@ -3377,11 +3377,11 @@ def status(context: Context, _options: argparse.Namespace) -> int:
     rows: dict[str, object] = dict.fromkeys(("Archived", "Storage a month", "Spent in 30 days"))
     counts, runs = ask(read_state) or (Counts(), None)
     if runs is not None:
-        since = time.time() - 30 * DAY
-        spent = (past["spent"] or 0.0 for past in runs if past["started_at"] >= since)
+        since = time.time() - 30 * DAY  # SQLite keeps a NaN as NULL; a killed run has no end
+        spent = [p["spent"] for p in runs if p["started_at"] >= since and p["ended_at"]]
         rows = {"Archived": counts.total(), **counts}
         rows["Storage a month"] = total_cost(counts, prices.month)
-        rows["Spent in 30 days"] = math.fsum(spent)
+        rows["Spent in 30 days"] = math.nan if None in spent else math.fsum(spent)
     if others := {*counts} - {config.storage_class, config.small_files_class}:
         log.warning("some files are not in STORAGE_CLASS, but in %s", ", ".join(sorted(others)))
     rows["Box used"], rows["Box free"] = ask(context.box.space) or (None, None)
@@ -3434,7 +3434,7 @@ def verify(context: Context, options: argparse.Namespace) -> int:
 
 
 def check(context: Context, _options: argparse.Namespace) -> int:
-    """Tries settings, box, bucket and permissions, with the remedy for each.  Leaves
+    """Tries settings, box, bucket and permissions, and says what is wrong.  Leaves
     nothing on the box or in S3.  0, or 1 if something that a run needs has failed."""
     config, bucket, root, status = context.config, context.bucket, context.config.remote_path, 0
 
@@ -3659,7 +3659,7 @@ class BoxFolder:
 
     def _make_folders(self, session: Session, path: bytes) -> None:
         """Creates the missing folders above `path`; the server refuses those that exist.
-        FileError if one is a file, or a link below `self._folder`; SFTPError."""
+        FileError if one is a file, or a link in `self._folder`; SFTPError, ConnectionLost."""
         for folder in itertools.accumulate(path.split(b"/")[:-1], join):
             if folder in self._known:
                 continue
@@ -3675,8 +3675,8 @@ class BoxFolder:
 
 
 def look_up(session: Session, path: bytes) -> Attributes | None:
-    """The attributes of `path`, of a link itself; None if it does not exist; FileError.
-    READLINK is sent because ProFTPD's LSTAT follows links."""
+    """The attributes of `path`, of a link itself; None if it does not exist.  READLINK is sent
+    because ProFTPD's LSTAT follows links; SFTPError, ConnectionLost."""
     found, target = session.send((FXP_LSTAT, path), (FXP_READLINK, path)).results()
     if isinstance(found, SFTPError):
         if found.code == VANISHED:
@@ -3687,8 +3687,8 @@ def look_up(session: Session, path: bytes) -> Attributes | None:
 
 
 def write_file(session: Session, handle: bytes, download: Download, mtime: int) -> None:
-    """Writes to a new file, which is open, and closes it; SFTPError, FileError of the download,
-    ConnectionLost."""
+    """Writes the object into the file that `handle` is open for, and closes it; SFTPError,
+    FileError of the download, ConnectionLost."""
     batches, at = deque[Batch](), 0
     try:
         for block in download.blocks(WRITE_SIZE):
@@ -3945,7 +3945,7 @@ def make_parser() -> argparse.ArgumentParser:
     common.add_argument("--env-file", type=Path, metavar="FILE", help=env_file)
     level = common.add_mutually_exclusive_group()
     add_level = partial(level.add_argument, dest="level", action="store_const")
-    add_level("-v", "--verbose", const=logging.DEBUG, help="also list unchanged files")
+    add_level("-v", "--verbose", const=logging.DEBUG, help="also unchanged files, tracebacks")
     add_level("-q", "--quiet", const=logging.WARNING, help="only problems and the summary")
     parser = Parser(
         prog="archive.py",
@@ -3973,7 +3973,7 @@ def make_parser() -> argparse.ArgumentParser:
     of_run = add(run, "-q", json=summary, new_source=new_source)
     dry_run = partial(of_run.add_argument, action="store_const", dest="function", const=plan)
     dry_run("-n", "--dry-run", help="the same as plan --list")
-    files = "first each file: + new, * changed, ? to compare, - gone from the box, ! failing"
+    files = "first what differs: + new, * changed, ? to compare, - gone from the box, ! failing"
     add_flags(add(plan, "plan --list").add_mutually_exclusive_group(), list=files, json=summary)
     of_ls = add(ls, "ls photos/2024 --at 30d", json="as JSON, an object a line")
     add(status, "status --json", json=summary)

@@ -477,13 +477,24 @@ def test_runs_of_more_than_30_days_ago_are_not_in_what_was_spent(archive):
     archive()
     now = int(time.time())
     for days, usd in ((1, 0.5), (29, 0.25), (31, 4)):
-        values = now - days * DAY, usd
-        archive.execute("INSERT INTO runs (started_at, spent) VALUES (?, ?)", *values)
+        values = now - days * DAY, now, usd
+        insert = "INSERT INTO runs (started_at, ended_at, spent) VALUES (?, ?, ?)"
+        archive.execute(insert, *values)
+    archive.execute("INSERT INTO runs (started_at) VALUES (?)", now - 2 * DAY)  # was killed
 
     told = json.loads(archive("status", "--json").stdout)
 
     # 0.5 + 0.25, and the first run's listing.
     assert told["spent_in_30_days"] == pytest.approx(0.750005, abs=1e-7)
+
+
+def test_what_was_spent_is_unknown_if_the_cost_of_one_run_is(archive, box):
+    fill(box.root, {"f": b"x"})
+    assert archive(STORAGE_CLASS="GLACIER_IR").counts == (1, 0, 0)
+    assert spent(archive) is None
+
+    assert re.search(r"^Spent in 30 days *: unknown$", archive("status").stdout, re.MULTILINE)
+    assert json.loads(archive("status", "--json").stdout)["spent_in_30_days"] is None
 
 
 # --- Classes by size ---

@@ -277,10 +277,11 @@ BAD_VALUES = [
     {"SMALL_FILES_BELOW": "tiny", "SMALL_FILES_CLASS": "STANDARD"},
     {"SMALL_FILES_BELOW": "8K", "SMALL_FILES_CLASS": "WARM"},
     {"HETZNER_USER": "u1\udcff"},
+    {"S3_PREFIX": "https://bucket.s3.amazonaws.com/folder/", "TRANSFERS": "\u0663"},
 ]
 
 
-BAD_IDS = ["one of each", "others", "a bad limit", "a bad class", "no UTF-8"]
+BAD_IDS = ["one of each", "others", "a bad limit", "a bad class", "no UTF-8", "a URL"]
 
 
 @pytest.mark.parametrize("values", BAD_VALUES, ids=BAD_IDS)
@@ -430,12 +431,12 @@ def test_a_setting_in_other_letters_is_misspelt(archive, tmp_path):
 
 
 def test_an_env_file_that_others_can_read_is_worth_a_warning(archive, tmp_path):
-    file = env_file(tmp_path / "my.env", archive.settings, mode=0o644)
+    file = env_file(tmp_path / "my box.env", archive.settings, mode=0o644)
 
     result = archive("--env-file", file)
 
     assert result.status == 0
-    assert str(file) in result.stderr and "chmod 600" in result.stderr
+    assert f"{file} can be read by others: chmod 600 '{file}'\n" in result.stderr
 
 
 # --- The command line ---
