@@ -33,7 +33,7 @@ FILES = {
     b"letters/two\nlines.txt": (120, "letters/two\u201b0Alines.txt"),
     b"photos/ leading space, 100% #1 \xf0\x9f\x93\xb7.jpg": (700_000, None),
     b"photos/empty": (0, None),
-    b"videos/holiday.mp4": (20 * 2**20, None),
+    b"videos/holiday.mp4": (50 * 2**20, None),
 }
 HIDDEN = b".trash/old"
 LINK = b"latest"
