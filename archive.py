@@ -123,10 +123,10 @@ PART_SIZES = [(size << n) * MIB for size in (8, 5, 6, 7) for n in range(10)] + [
 
 # A file below SMALL_FILE is read whole and sent with one PUT.  A larger one goes up in parts.
 # Larger parts need fewer requests (16 MiB: about $0.33 a TiB), smaller ones less memory.
-SMALL_FILE = 32 * MIB  # in two parts, a file takes a fourth more CPU time, and costs more
+SMALL_FILE = 16 * MIB
 PART_SIZE = 16 * MIB  # larger if MAX_PARTS requires it
 PARTS_AT_ONCE = 4  # of one file; fewer if MEMORY_LIMIT does not hold them
-MIN_MEMORY = 32 * MIB  # the least MEMORY_LIMIT
+MIN_MEMORY = 2 * SMALL_FILE  # the least MEMORY_LIMIT: a small file is in memory twice
 MAX_GROWTH = 64 * KIB  # of a file between its listing and its OPEN
 COMPARE_BLOCK, DOWNLOAD_BLOCK = MIB, 256 * KIB  # bytes per read
 
@@ -495,12 +495,12 @@ class Upload(NamedTuple):
         return max(1, min(PARTS_AT_ONCE, (memory_limit - READ_WINDOW) // self.part_size - 1))
 
     def memory(self, memory_limit: int) -> int:
-        """The most bytes that are in memory at once: more than `memory_limit` if the file or
-        its parts are so large.  Up to READ_WINDOW are there twice: as replies, and joined."""
-        joined = self.size
-        if self.part_size:
-            joined = (self.parts_at_once(memory_limit) + 1) * self.part_size
-        return min(2 * self.size, joined + READ_WINDOW)
+        """The most bytes that are in memory at once: more than `memory_limit` if the parts are
+        so large.  A small file is in memory twice: as replies, and joined."""
+        if not self.part_size:
+            return 2 * self.size
+        parts = (self.parts_at_once(memory_limit) + 1) * self.part_size
+        return min(2 * self.size, parts + READ_WINDOW)
 
 
 # A CRC is a polynomial modulo another one.  The highest bit is the coefficient of x**0.

@@ -165,7 +165,7 @@ def whole_works() -> list[Work]:
 
 
 def small_works() -> list[Work]:
-    large = 40 * MIB  # sent in parts
+    large = 24 * MIB  # sent in parts
     folders = Tree(10, 10, 100)
     return [
         Work("one", Tree(1, 1, large), (0,), Tree(1, 1, MIB)),

@@ -57,7 +57,7 @@ class Rekeying(OpenSSH):
 def test_new_session_keys_in_the_middle_of_a_file_cost_nothing(archive_of):
     """paramiko#49, phpseclib#2050 (of Storage Boxes): hangs or breaks after a GB or two."""
     with Rekeying() as box:
-        fill(box.root, {"large": 40 * MIB, **{f"f{n}": 50_000 for n in range(50)}})
+        fill(box.root, {"large": 20 * MIB, **{f"f{n}": 50_000 for n in range(50)}})
         archive = archive_of(box)
         both = "import paramiko\nparamiko.packet.Packetizer.REKEY_BYTES = 1 << 20\n"
         result = archive.start(before=both).wait()
@@ -188,7 +188,7 @@ def test_listing_that_breaks_off_at_a_later_page_ends(archive, s3, later):
 
 def test_error_in_an_answer_of_status_200_is_one(archive, box, s3):
     """s3cmd#577, aws-sdk-js#946: CompleteMultipartUpload fails with 200 and an <Error>."""
-    fill(box.root, {"once": 32 * MIB, "always": 32 * MIB + 1})
+    fill(box.root, {"once": 16 * MIB, "always": 16 * MIB + 1})
     refusal = error(200, "InternalError")
     s3.on("CompleteMultipartUpload", refusal, key="once")
     s3.always("CompleteMultipartUpload", refusal, key="always")
@@ -246,7 +246,7 @@ def test_run_without_any_standard_stream_harms_nothing(archive, box):
 
 def test_run_that_was_suspended_for_a_while_goes_on(archive, box):
     """A laptop that sleeps: restic#3265 and others lose their connections and give up."""
-    fill(box.root, {"large": 40 * MIB, "small": b"x"})
+    fill(box.root, {"large": 20 * MIB, "small": b"x"})
     running = archive.start(BANDWIDTH_LIMIT="10M")
     time.sleep(1.5)
     os.kill(running.process.pid, signal.SIGSTOP)

@@ -80,7 +80,7 @@ def test_a_tree_arrives_bit_for_bit_and_a_second_run_writes_nothing(archive, box
 
 @ONE_SERVER
 def test_files_of_the_default_limits_arrive_bit_for_bit(archive, box):
-    limit = 32 * MIB
+    limit = 16 * MIB
     sizes = [limit - 1, limit, limit + 1]
     fill(box.root, {str(size): size for size in sizes})
 

@@ -577,7 +577,7 @@ def test_a_log_file_that_cannot_be_written_ends_the_run_with_its_path(archive):
 
 
 def test_there_are_no_bars_where_there_is_no_terminal(archive, box):
-    fill(box.root, {"large": 33 * MIB})
+    fill(box.root, {"large": 17 * MIB})
 
     result = archive()
 
@@ -586,7 +586,7 @@ def test_there_are_no_bars_where_there_is_no_terminal(archive, box):
 
 @pytest.mark.parametrize("columns, term", [(80, "xterm"), (1, "xterm"), (80, "dumb")])
 def test_a_terminal_of_any_kind_does_no_harm(archive, box, columns, term):
-    fill(box.root, {"large": 33 * MIB, b"name \x1b[2J\n": b"x"})
+    fill(box.root, {"large": 17 * MIB, b"name \x1b[2J\n": b"x"})
     master, terminal = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, PROGRAM, "--env-file", archive.env_file],
