@@ -2853,7 +2853,7 @@ class Walk:
             pool.shutdown(wait=False, cancel_futures=True)
         for item, (place, _) in sorted(self._exclusions.unmatched.items()):
             if not self.leaves_out(place.rpartition(b"/")[0]):  # the walk has been there
-                warn_once("the exclusion %s has matched nothing", item)  # once in two walks
+                warn_once("EXCLUDE_PATHS: %s has matched nothing", item)  # once in two walks
 
     def add_failure(self, path: bytes, reason: object) -> None:
         self.failed += 1
