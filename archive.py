@@ -635,7 +635,7 @@ parse_nonempty = partial(parse_match, r"(?s).+", "a path")  # "" may be an unset
 parse_user = partial(parse_match, r"[^\s@\ud800-\udfff]+", "a bare user name, like u12345-sub1")
 bucket_expected = "the bare name of a bucket, like my-archive"
 parse_bucket = partial(parse_match, r"(?ai)[a-z0-9][\w.-]{1,253}[a-z0-9]", bucket_expected)
-prefix_pattern = r"(?!(.*/)?\.\.?/|\w+://)[^\0-\x1f\x7f\ud800-\udfff\ufffe\uffff]*"
+prefix_pattern = r"(?!(.*/)?\.\.?/|s3:|\w+://)[^\0-\x1f\x7f\ud800-\udfff\ufffe\uffff]*"
 prefix_expected = "no URL, no . or .. segment, no control character and valid UTF-8"
 parse_prefix = partial(parse_match, prefix_pattern, prefix_expected)
 url_pattern = r"(?i)(https://[^/@\s]+|http://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?)(/\S*)?"
@@ -3939,7 +3939,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    # Without defaults: those of a command would replace what stands before its name.
+    # Their defaults are in main: those of a command would replace what stands before its name.
     common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     env_file = "the settings (default: .env beside archive.py)"
     common.add_argument("--env-file", type=Path, metavar="FILE", help=env_file)

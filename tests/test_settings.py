@@ -276,7 +276,7 @@ BAD_VALUES = [
     },
     {"SMALL_FILES_BELOW": "tiny", "SMALL_FILES_CLASS": "STANDARD"},
     {"SMALL_FILES_BELOW": "8K", "SMALL_FILES_CLASS": "WARM"},
-    {"HETZNER_USER": "u1\udcff"},
+    {"HETZNER_USER": "u1\udcff", "S3_PREFIX": "s3:bucket/folder/"},
     {"S3_PREFIX": "https://bucket.s3.amazonaws.com/folder/", "TRANSFERS": "\u0663"},
 ]
 
