@@ -3938,8 +3938,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(USAGE, f"error: {message}; see {self.prog} --help\n")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    # Their defaults are in main: those of a command would replace what stands before its name.
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    # Their defaults are below: those of a command would replace what stands before its name.
     common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     env_file = "the settings (default: .env beside archive.py)"
     common.add_argument("--env-file", type=Path, metavar="FILE", help=env_file)
@@ -3955,8 +3955,6 @@ def make_parser() -> argparse.ArgumentParser:
         parents=[common],
     )
     parser.add_argument("-V", "--version", action="version", version=f"archive.py {VERSION}")
-    # Of run, also if it is not named; `list` is for its --dry-run.
-    parser.set_defaults(function=run, new_source=False, json=False, list=True)
     commands = parser.add_subparsers(metavar="COMMAND")
 
     def add(function: Callable[..., int], example: str, **flags: str) -> Parser:
@@ -3987,7 +3985,10 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("path", nargs="*", type=parse_nonempty, metavar="PATH", help=path)
         when = "as it was then: a date, a time, or an age like 30d (for versioned buckets)"
         command.add_argument("--at", type=parse_time, metavar="WHEN", help=when)
-    return parser
+    # Of run, also if it is not named; `list` is for its --dry-run.
+    as_run = {"function": run, "new_source": False, "json": False, "list": True}
+    defaults = argparse.Namespace(env_file=None, level=logging.INFO, **as_run)
+    return parser.parse_args(argv, defaults)
 
 
 def add_flags(options: argparse._ActionsContainer, **flags: str) -> None:
@@ -4036,8 +4037,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         try:
             stopping.handle_signals()
-            defaults = argparse.Namespace(env_file=None, level=logging.INFO)
-            arguments = make_parser().parse_args(argv, defaults)
+            arguments = parse_arguments(argv)
             # If it does, stdout gets one JSON object at the end, and nothing else.
             shows_json = arguments.json and arguments.function is not ls
             bars = bool(sys.stderr and sys.stderr.isatty()) and arguments.level <= logging.INFO
