@@ -2502,12 +2502,12 @@ def reconcile(config: Config, bucket: Bucket, state: State) -> Iterator[Comparis
 
 
 def take_over(config: Config, bucket: Bucket, state: State) -> None:
-    """Makes a new state, or one of an earlier script, agree with the bucket.  If this is
-    interrupted, the next run begins it again."""
+    """Makes a state that `is_new` agree with the bucket.  If this is interrupted, the next run
+    begins it again."""
     counts = Counter(one.verdict for one in reconcile(config, bucket, state))
     gone = counts.pop(NO_OBJECT, 0)
     if counts or gone:
-        message = "%s is new, or of an earlier script: took over %s objects of %s"
+        message = "%s is new, or of an earlier script or source: took over %s objects of %s"
         log.warning(message, config.state_db, f"{counts.total():,}", config.url)
     if gone:
         log.warning("%s of its rows have no object there, and are dropped", f"{gone:,}")

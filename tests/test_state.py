@@ -450,6 +450,7 @@ def test_new_source_pays_for_nothing_that_is_there(archive_of, box, s3, setting)
     result = archive("run", "--new-source", constants=SIZES)
 
     assert (result.status, result.counts, result.compared) == (0, (2, 0, 0), 5), result.stderr
+    assert "of an earlier script or source: took over" in result.stderr
     assert s3.requests["PutObject"] == 2
     assert s3.requests["CreateMultipartUpload"] == 0
     assert archive.contents() == {**before, "changed": bytes(1_000), "new": b"new"}
