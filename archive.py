@@ -144,7 +144,7 @@ WRITES_AHEAD = 64  # WRITE requests that wait for a reply
 LISTINGS_AT_ONCE = 64  # folders
 NAMES_AHEAD = 1_200  # per folder; a larger one is listed again when its turn comes
 FIRST_READDIRS = 4  # sent at once for a folder; each time twice as many, up to 8 times this
-PAGE = 2_000  # paths per query of the state; the walk's pages may have nearly twice as many
+PAGE = 2_000  # paths per query of the state
 
 # Limits of all waits, and pauses, in seconds.
 CONNECT_LIMIT = 30  # for TCP, and again from SSH's banner to the SFTP session
@@ -786,11 +786,10 @@ def load_config(env_file: Path | None) -> Config:
     # Without an env file, all settings may be in the environment.
     if env_file or path.is_file() or "HETZNER_HOST" not in os.environ:
         settings |= read_env_file(path, faults)
-    for name in os.environ:
+    for name, raw in os.environ.items():
         if name in SETTINGS or PROXIES.fullmatch(name) or name.startswith(("HETZNER_", "AWS_")):
             # Python decodes the environment by the locale, which may not be UTF-8.
-            raw = os.fsencode(os.environ[name])
-            settings[name] = raw.decode("utf-8", "surrogateescape")
+            settings[name] = os.fsencode(raw).decode("utf-8", "surrogateescape")
     for name in filter(SECRETS.fullmatch, settings):
         hide(settings[name])
     for name in filter(PROXIES.fullmatch, settings):  # http://user:password@host
@@ -1379,6 +1378,7 @@ class FileReader:
         self._box, self._path, self._began = box, listed.path, time.time()
         self._offset = offset  # of the next byte to receive
         self._pieces = deque[memoryview]()  # received, and not yet returned by `read`
+        self._batches = deque[tuple[Batch, range]]()  # under way, with the READs' offsets
         self._read_size = READ_SIZE
         self._session: Session | None = None
         self._handle = b""  # of `_session`; empty once its CLOSE has been sent
@@ -1431,29 +1431,23 @@ class FileReader:
         if isinstance(handle, SFTPError):
             raise found if isinstance(found, SFTPError) else handle
         self._session, self._handle = session, handle
-        self._batches = self._read_ahead(session)
+        self._batches.clear()
+        # READs are sent up to `_requested`; the next batch to arrive begins at `_next_start`.
+        self._requested = self._next_start = self._offset
         return self._file_now(found)
 
     def _fetch(self, session: Session) -> deque[memoryview]:
-        """The bytes of the next batch."""
-        if session is self._session and (pieces := next(self._batches, None)) is not None:
-            return pieces
-        self._open(session)  # the session is new, or a reply was short or a refusal
-        return next(self._batches)
-
-    def _read_ahead(self, session: Session) -> Iterator[deque[memoryview]]:
-        """The bytes from `_offset` to the end of the file, or to a short reply."""
-        requested = self._offset
-        batches: deque[tuple[Batch, range]] = deque()  # with the offsets of the READs
-        while batches or self._handle:
-            while self._handle and requested < self._offset + READ_WINDOW:
-                end = min(self.file.size, requested + READS_PER_BATCH * self._read_size)
-                batches.append(self._request(session, requested, end))
-                requested = end
-            expected = min(batches[0][1].stop, self.file.size)
-            yield self._unpack(*batches.popleft())  # a variable would keep the bytes in memory
-            if self._offset < expected:  # the batches after a short reply would leave a gap
-                return
+        """The bytes of the next batch.  Reads ahead."""
+        # If a reply was short or a refusal, the batches after it would leave a gap.
+        if session is not self._session or self._offset != self._next_start:
+            self._open(session)
+        while self._handle and self._requested < self._offset + READ_WINDOW:
+            end = min(self.file.size, self._requested + READS_PER_BATCH * self._read_size)
+            self._batches.append(self._request(session, self._requested, end))
+            self._requested = end
+        batch, offsets = self._batches.popleft()
+        self._next_start = offsets.stop
+        return self._unpack(batch, offsets)
 
     def _unpack(self, batch: Batch, offsets: range) -> deque[memoryview]:
         """The bytes from READs at these offsets, up to the first short reply.  FileError if the
@@ -1619,13 +1613,6 @@ class Record(NamedTuple):
     path: str  # as in the path column
     mtime: int | None  # the file's; None if the file has to be compared
     stored: StoredObject
-
-
-class Archived(NamedTuple):
-    """A file whose object S3 has acknowledged, or was found to hold already."""
-
-    record: Record
-    is_upload: bool
 
 
 @dataclass
@@ -1818,10 +1805,10 @@ class State:
             self._execute(f"UPDATE {change} WHERE path IN {PATHS}", json.dumps(paths))
 
     @in_transaction
-    def record(self, archived: Iterable[Archived]) -> None:
+    def record(self, records: Iterable[Record]) -> None:
         """Commits files that S3 has acknowledged, or was found to hold already.  The
         invariant depends on this method, which must be called only with such files."""
-        for record, _ in archived:
+        for record in records:
             self._store(record)
             self.forget_upload(record.stored.key)
 
@@ -2820,9 +2807,9 @@ class Walk:
         self.early = 0.0  # USD for objects that are overwritten early
 
     def pages(self) -> Iterator[list[RemoteFile]]:
-        """Lists of fewer than 2 * PAGE files, of one folder or of several that were listed by
-        then.  One comes within twice COMMIT_PAUSE, if need be an empty one: work can be
-        committed then.  Fatal if REMOTE_PATH itself cannot be listed, Stopped."""
+        """Lists of at most PAGE files, of one folder or of several that were listed by then.
+        One comes within twice COMMIT_PAUSE, if need be an empty one: work can be committed
+        then.  Fatal if REMOTE_PATH itself cannot be listed, Stopped."""
         waiting, page, next_page_at = [self._root], list[RemoteFile](), 0.0
         begun: deque[tuple[bytes, Future[list[Entry] | None]]] = deque()
         pool, list_folder = ThreadPoolExecutor(LISTINGS_AT_ONCE), self._box.list_folder
@@ -2842,9 +2829,9 @@ class Walk:
                     begun.appendleft((path, pool.submit(list_folder, path)))
                     continue
                 folders: list[bytes] = []
-                for start in range(0, len(entries), PAGE):
-                    page += self._files(path, entries[start : start + PAGE], folders)
-                    if len(page) >= PAGE or start > 0:
+                for file in self._files(path, entries, folders):
+                    page.append(file)
+                    if len(page) == PAGE:
                         yield page
                         page = []
                 waiting += reversed(folders)
@@ -3055,6 +3042,13 @@ def plan(context: Context, options: argparse.Namespace) -> int:
 # ------------------------------------------------------------------------- Run
 
 
+class Archived(NamedTuple):
+    """A file whose object S3 has acknowledged, or was found to hold already."""
+
+    record: Record
+    is_upload: bool
+
+
 class Run(Walk):
     """One pass over the box, and its summary.  Other threads list folders, compare and send
     files, and note uploads in the state; the main thread finds the files, and commits them."""
@@ -3201,7 +3195,7 @@ class Run(Walk):
             return Archived(Record(upload.path, reader.final_mtime, stored), is_upload=True)
 
     def _settle(self, outcomes: list[Outcome[Job, Archived]]) -> None:
-        self._state.record(archived for _, archived, _ in outcomes if archived)
+        self._state.record(archived.record for _, archived, _ in outcomes if archived)
         for job, archived, error in outcomes:
             path = printable(job.file.path)
             if archived and archived.is_upload:
