@@ -326,22 +326,22 @@ class Stopped(BaseException):
 
 class StopEvent(threading.Event):
     """Set when the program has to end: no new work begins then.  StorageBox.close sets it.  The
-    handler of a signal sets only `signal`: set() could wait for ever for a lock that the
+    handler of a signal sets only `received`: set() could wait for ever for a lock that the
     interrupted code holds."""
 
-    signal: int | None = None  # the number of the first one
+    received: int | None = None  # the number of the first signal
     is_deferred = False  # while True, a signal does not raise Stopped on the main thread
 
     def is_set(self) -> bool:
-        return self.signal is not None or super().is_set()
+        return self.received is not None or super().is_set()
 
     def check(self) -> None:
         if self.is_set():
             raise Stopped
 
     def handle_signals(self) -> None:
-        """From now on, SIGINT, SIGTERM and SIGHUP raise Stopped.  A SIGINT that follows another
-        signal ends the program at once.  So does a timer, some seconds after the first one."""
+        """From now on, SIGINT, SIGTERM and SIGHUP raise Stopped.  A SIGINT after the first
+        of them ends the program at once.  So does a timer, some seconds after the first."""
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP
             # A signal stays ignored if the program was started so, for example by nohup.
@@ -349,11 +349,11 @@ class StopEvent(threading.Event):
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, _frame: object) -> None:
-        if self.signal is not None:
+        if self.received is not None:
             if number == signal.SIGINT:
                 os._exit(128 + number)
             return  # a shell, sudo and the kernel may all pass the same signal on
-        self.signal = number  # first, as the timer's thread may fail to start
+        self.received = number  # first, as the timer's thread may fail to start
         # Whatever hangs then is cut off, such as a print into a pipe that nobody reads.
         threading.Timer(STOP_LIMIT + EXIT_GRACE, os._exit, [128 + number]).start()
         if not self.is_deferred:
@@ -361,13 +361,13 @@ class StopEvent(threading.Event):
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """For the main thread: a signal that comes in this block raises Stopped after it."""
-        before, self.is_deferred = self.signal, True
+        """Main thread: a signal in this block raises Stopped at its end, if no error did."""
+        before, self.is_deferred = self.received, True
         try:
             yield
         finally:
             self.is_deferred = False
-        if self.signal != before:
+        if self.received != before:
             raise Stopped
 
 
@@ -740,10 +740,10 @@ def setting_faults(settings: Mapping[str, str]) -> Iterator[str]:
     characters that no server accepts in a credential, and settings that need another one."""
     for name, value in settings.items():
         is_secret, is_aws = SECRETS.fullmatch(name), name.startswith("AWS_")
-        odd = "[\0-\x1f\x7f\udc80-\udcff]" if is_secret else "[\0-\x1f\x7f]"
+        refused = "[\0-\x1f\x7f\udc80-\udcff]" if is_secret else "[\0-\x1f\x7f]"
         if "PRIVATE KEY-----" in value:
             yield f"{name}: expected the path of a key's file, not the key itself"
-        elif (is_secret or is_aws) and re.search(odd, value):
+        elif (is_secret or is_aws) and re.search(refused, value):
             yield f"{name}: contains a line break, another control character or invalid UTF-8"
         # Other programs have AWS_ variables, too.  AWS_ENDPOINT_URL_S3 is boto3's, and no typo.
         is_foreign = is_aws and (name in os.environ or name.startswith("AWS_ENDPOINT_URL_"))
@@ -778,7 +778,7 @@ def load_config(env_file: Path | None) -> Config:
     """The checked settings.  A variable of the environment replaces the env file's, even if it
     is empty.  Paths are relative to the env file's folder: cron starts the program in another
     one.  (Those in AWS_ variables of the environment are left as they are.)  Hides the secrets,
-    and puts boto3's settings into the environment.  Logs all faults, and ends if any; Fatal."""
+    and puts boto3's settings into the environment.  Logs all faults, then SystemExit; Fatal."""
     settings, faults = {"LOG_FILE": "archive.log"}, list[str]()  # LOG_FILE= turns it off
     # A link is not resolved here: an env file may be mounted as a link (a secret of a
     # container), whose target is in a folder that does not persist.
@@ -998,7 +998,7 @@ class Session:
         self.lost: str | None = None  # the reason, once the session has ended
         self._unread = memoryview(b"")
         # The channel's own buffer copies every byte, which would take a third of the CPU time
-        # of reading.  A queue passes the pieces on as they arrive; an empty one is the end.
+        # of reading.  A queue passes the pieces on as they arrive; only the end is empty.
         pieces: Any = queue.SimpleQueue()
         channel.in_buffer = SimpleNamespace(
             feed=lambda data: data and pieces.put(data),
@@ -1325,7 +1325,7 @@ class StorageBox:
         TRIES, FileError (LOST) or the SFTPError."""
         with contextlib.ExitStack() as stack:
             for attempt in range(1, TRIES + 1):
-                if attempt > SHARED_TRIES:
+                if attempt == SHARED_TRIES + 1:  # until the end of the block
                     stack.enter_context(self._alone_lock)
                 if session is None or session.lost is not None:
                     session = self.session()
@@ -1347,7 +1347,7 @@ class StorageBox:
             return self.retry(lambda session: read_folder(session, path, limit))
         except SFTPError as error:
             self.retry(lambda s: s.send((FXP_LSTAT, path)).result())  # VANISHED if it is gone
-            raise FileError(str(error)) from None  # no code: only its "." may be VANISHED
+            raise FileError(str(error)) from None  # no code: a missing "." is VANISHED
 
     def space(self) -> tuple[Size, Size] | None:
         """Bytes used and free on the file system of REMOTE_PATH; None if the server does not
@@ -1542,7 +1542,7 @@ class Exclusions:
     def __init__(self, config: Config):
         self._root = config.remote_path
         start = join(self._root, b"").decode("utf-8", "surrogateescape")
-        # The items that have matched nothing yet, with their paths on the box.
+        # The items that have matched nothing yet, with their paths on the box and patterns.
         self.unmatched: dict[str, tuple[bytes, re.Pattern[str]]] = {}
         for item in (*config.exclude, *config.exclude_dirs):
             path = nfc(item.rstrip("/").removeprefix(start).removeprefix("./").lstrip("/"))
@@ -1625,7 +1625,7 @@ class Count:
 
 
 class Counts(dict[str, Count]):
-    """By storage class, or by what a run does."""
+    """By storage class, or by a label of a table."""
 
     def add(self, name: str, size: int, files: int = 1) -> None:
         count = self.setdefault(name, Count())
@@ -1924,7 +1924,7 @@ HEAD_CODES = {"403": DENIED, "301": "PermanentRedirect"}
 # Errors that are worth a retry: a body that was cut off or damaged on its way, a conflict
 # with another request, and an overload or defect of a server or proxy.
 TRANSIENT_CODES = ["IncompleteBody", "BadDigest", "OperationAborted", "RequestTimeout"]
-TRANSIENT_CODES += ["XAmzContentSHA256Mismatch", "ThrottlingException"]  # by KMS
+TRANSIENT_CODES += ["XAmzContentSHA256Mismatch", "ThrottlingException"]  # the last by KMS
 TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504, *range(520, 528))
 
 # The requests that a run counts, with their kinds in Prices.requests; retries do not count.
@@ -2089,7 +2089,7 @@ class MultipartClient:
 
 class Bucket:
     """The bucket, below the prefix.  No object is ever deleted; only unfinished uploads of
-    keys that the program uses are aborted.  Methods raise FileError and Fatal."""
+    keys that the program uses are aborted.  FileError, Fatal, and what a `read` raises."""
 
     def __init__(self, config: Config, retries: bool = True):
         self._config, self.prefix = config, config.prefix
@@ -2242,7 +2242,7 @@ class Bucket:
             found = self.head(key) if error.code == "NoSuchUpload" else None
             if found and (found.size, found.crc32) == (size, client.crc32):
                 return found
-            # A refusal by the box has no code.
+            # A refusal by the box has no code, or VANISHED.
             if error.code not in ("", LOST, UNAVAILABLE, VANISHED):
                 self.abort_upload(key, upload.id)
             raise
@@ -2689,9 +2689,7 @@ class Parallel(Generic[Item, Result]):
                             self._under_way += 1
                             self._memory_in_use += self.memory(item)
                             pool.submit(self._attempt, item)
-                stopping.is_deferred = True  # no signal before the `with` below
             except (Exception, Stopped) as error:  # of any kind: S3 may hold what is under way
-                stopping.is_deferred = True
                 self._fail(error)
             with stopping.deferred():
                 while self._under_way and time.monotonic() < self._wait_until:
@@ -2751,13 +2749,13 @@ class Parallel(Generic[Item, Result]):
         return [one for one in outcomes if one[1:] != (None, None)]  # without what was cut off
 
     def _fail(self, error: BaseException) -> None:
-        """Ends the work: no new one begins.  Of several errors, the first will be raised that
-        is neither a FileError nor Stopped.  Sets how long to wait for what is under way."""
+        """Ends the work: no new one begins.  Of several errors, the first is raised that is
+        neither a FileError nor Stopped, else the last.  Sets how long to wait for the work."""
         if self._failure is None or isinstance(self._failure, (FileError, Stopped)):
             self._failure = error
         if not isinstance(error, FileError):
             self.box.close()
-            limit = RUNTIME_GRACE if self.box.stopping.signal is None else STOP_LIMIT
+            limit = RUNTIME_GRACE if self.box.stopping.received is None else STOP_LIMIT
             self._wait_until = min(self._wait_until, time.monotonic() + limit)
 
 
@@ -2774,7 +2772,7 @@ class Job(NamedTuple):
     compares: bool  # it is first compared with its object
     lookups: dict[str, int]  # S3 requests before an upload, by kind, as for Prices.requests
     early: float  # USD for the object that an upload overwrites before its minimum days
-    usd: float  # for all requests, and `early`
+    usd: float  # the most that it may cost: all requests, and `early`
 
 
 def plan_upload(config: Config, file: RemoteFile) -> Upload:
@@ -3253,9 +3251,9 @@ def run(context: Context, options: argparse.Namespace) -> int:
             work.archive()
             status = INCOMPLETE if work.failed or work.ended_early else 0
         except Stopped:
-            if stopping.signal is not None:
-                status = 128 + stopping.signal
-                work.ended_early = f"by {signal.Signals(stopping.signal).name}"
+            if stopping.received is not None:
+                status = 128 + stopping.received
+                work.ended_early = f"by {signal.Signals(stopping.received).name}"
             else:
                 status, work.ended_early = INCOMPLETE, "MAX_RUNTIME was over"
                 log.warning("MAX_RUNTIME is over: the rest is left to the next run")
@@ -3751,7 +3749,7 @@ class Restore:
     def _survey(self) -> tuple[Counts, int]:
         """The cold objects by class, and the bytes that can be downloaded.  Shows what it
         costs to restore the cold ones and to download all, and warns if there is no room."""
-        prices, tier, days = self._context.bucket.prices, self._options.tier, self._options.days
+        prices, tier, days = self._bucket.prices, self._options.tier, self._options.days
         cold, needed = Counts(), Counts({READY: Count()})
         outcomes = self._outcomes(self._label_of)
         for (_, found), label, _ in self._context.progress.counting(outcomes, "looking"):
@@ -4005,7 +4003,7 @@ def add_restore(command: argparse.ArgumentParser) -> None:
     add_flags(command, yes="agree to the cost without being asked")
     add_flags(command, overwrite="replace other files that are in the way")
     later = command.add_mutually_exclusive_group()
-    manifest = "write what is cold there, for S3 Batch Operations, and ask for nothing"
+    manifest = "list what is cold in this file, for S3 Batch Operations, and ask for nothing"
     later.add_argument("--manifest", type=Path, metavar="FILE", help=manifest)
     add_flags(later, wait="repeat this until all is there, instead of ending with 75")
 
@@ -4060,8 +4058,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:  # a defect of this program, also shown as one line
         log.critical("unexpected %s: %s; -v shows where", type(error).__name__, error)
         log.debug("traceback", exc_info=True)
-    if stopping.signal is not None:
-        exit_status = 128 + stopping.signal
+    if stopping.received is not None:
+        exit_status = 128 + stopping.received
     if shows_json:
         try:
             summary["exit_status"] = exit_status
