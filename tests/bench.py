@@ -170,7 +170,6 @@ def small_works() -> list[Work]:
     return [
         Work("one", Tree(1, 1, large), (0,), Tree(1, 1, MIB)),
         Work("eight", Tree(1, 2, large), (20,)),
-        Work("middle", Tree(1, 2, 20 * MIB), (20,)),
         Work("small", Tree(4, 10, 4096), (20,), Tree(1, 10, 4096)),
         Work("unchanged", Tree(20, 10, 100), (0,), folders),
     ]

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import MIB, tree
+from conftest import MIB, noise, tree
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 # Files of 1 MiB and more are large here, so that large ones are cheap.
@@ -97,7 +97,7 @@ def max_runtime_at(sign):
 def write(path, size, mtime=1_700_000_000):
     """A file of that many bytes, which depend on its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(random.Random(path.name).randbytes(size))
+    path.write_bytes(noise(path.name, size))
     os.utime(path, (mtime, mtime))
 
 

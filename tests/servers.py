@@ -12,6 +12,7 @@ so that a file without permissions is unreadable in every environment.
 import asyncio
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import shutil
@@ -28,7 +29,7 @@ import asyncssh
 import boto3
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
-from moto.server import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from moto.server import MotoRequestHandler, create_backend_app
 from werkzeug.serving import make_server
 
 IS_ROOT = hasattr(os, "getuid") and os.getuid() == 0
@@ -406,7 +407,8 @@ class Moto:
     def __enter__(self):
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self.requests = []
-        self._application = DomainDispatcherApplication(create_backend_app)
+        # Not moto's dispatcher: for each request, it would look for the service among all.
+        self._application = create_backend_app("s3")
         self._server = make_server(
             "127.0.0.1", 0, self._answer, True, request_handler=MotoRequestHandler
         )
@@ -435,7 +437,9 @@ class Moto:
             "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
         }
 
+    @functools.cached_property
     def client(self):
+        """One for all tests: it takes as long to make as some requests."""
         return boto3.client(
             "s3",
             endpoint_url=self.url,

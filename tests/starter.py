@@ -158,34 +158,36 @@ def remember(owner, name):
 
 
 def serve(control):
-    """For each run fork a keeper, which forks the run, waits for it and tells its status."""
+    """For each run, fork; tell its pid, and its status when it has ended."""
+    connections = {}  # by pid
+
+    def reap(*_):
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                with connections.pop(ended[0]) as connection:
+                    tell(connection, os.waitstatus_to_exitcode(ended[1]))
+
     signal.signal(signal.SIGCHLD, reap)
     while files := socket.recv_fds(control, 1, 3)[1]:
-        if not os.fork():
-            keep(*files)
-        for file in files:
-            os.close(file)
-
-
-def reap(*_):
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-
-
-def keep(connection, stdout, stderr):
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    with socket.socket(fileno=connection).makefile("rwb") as file:
-        request = pickle.load(file)
+        connection, stdout, stderr = socket.socket(fileno=files[0]), *files[1:]
+        with connection.makefile("rb") as file:
+            request = pickle.load(file)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # until its pid is noted
         pid = os.fork()
         if not pid:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
             run(stdout, stderr, *request)
+        connections[pid] = connection
+        tell(connection, pid)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
         os.close(stdout)
         os.close(stderr)
-        pickle.dump(pid, file)
-        file.flush()
-        pickle.dump(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file)
-    os._exit(0)
+
+
+def tell(connection, number):
+    with contextlib.suppress(OSError):  # the test is over
+        connection.sendall(pickle.dumps(number))
 
 
 def run(stdout, stderr, code, arguments, environment, folder):

@@ -13,8 +13,6 @@ from relay import Relay
 from scripted_s3 import ScriptedS3, error
 from servers import AsyncSSHBox, OpenSSH
 
-pytestmark = pytest.mark.as_users_do
-
 # The smallest parts that S3 allows, so that a large file can be a small one here.
 SMALL_PARTS = {"SMALL_FILE": 5 * MIB, "PART_SIZE": 5 * MIB}
 
@@ -53,6 +51,7 @@ def box_that(on_read):
 # --- Everything arrives, once ---
 
 
+@pytest.mark.as_users_do
 def test_a_tree_arrives_bit_for_bit_and_a_second_run_writes_nothing(archive, box):
     sizes = [0, 1, 5 * MIB - 1, 5 * MIB, 5 * MIB + 1, 10 * MIB, 10 * MIB + 1]
     fill(box.root, {f"sizes/{size}": size for size in sizes})
@@ -78,6 +77,7 @@ def test_a_tree_arrives_bit_for_bit_and_a_second_run_writes_nothing(archive, box
     assert archive.bucket.writes()[before:] == []
 
 
+@pytest.mark.as_users_do
 @ONE_SERVER
 def test_files_of_the_default_limits_arrive_bit_for_bit(archive, box):
     limit = 16 * MIB
@@ -91,6 +91,7 @@ def test_files_of_the_default_limits_arrive_bit_for_bit(archive, box):
     archive.assert_invariant()
 
 
+@pytest.mark.as_users_do
 @ONE_SERVER
 def test_new_and_changed_files_are_archived_and_nothing_else(archive, box):
     names = ["same", "grown", "touched", "rewritten", "folder/same"]
@@ -145,6 +146,7 @@ def test_objects_carry_the_time_of_modification_as_rclone_writes_it(archive, box
         assert float(head["Metadata"]["mtime"]) == OLD
 
 
+@pytest.mark.as_users_do
 @ONE_SERVER
 def test_the_summary_is_the_end_of_the_output_with_its_five_labels(archive, box):
     fill(box.root, {str(n): 1000 for n in range(1, 4)})
@@ -268,6 +270,7 @@ def test_links_and_special_files_are_never_opened_and_do_no_harm(archive, box):
 # --- Trouble with single files ---
 
 
+@pytest.mark.as_users_do
 def test_unreadable_files_and_folders_fail_and_the_rest_is_archived(archive, box):
     """Also a folder without x, of which OpenSSH sends a listing without any entry."""
     fill(box.root, {"good": b"x", "secret": b"x", "closed/file": b"x", "z/good": b"x"})
@@ -442,6 +445,7 @@ def until(condition, limit=30):
         time.sleep(0.02)
 
 
+@pytest.mark.as_users_do
 def test_a_second_run_ends_with_11_and_touches_nothing(slow):
     slow.relay.freeze(after=8 * MIB)
     first = slow.start(constants=SMALL_PARTS)
@@ -468,6 +472,7 @@ def test_a_second_run_ends_with_11_and_touches_nothing(slow):
     slow.assert_invariant()
 
 
+@pytest.mark.as_users_do
 def test_a_run_after_one_that_was_killed_just_runs(slow):
     slow.relay.freeze(after=8 * MIB)
     first = slow.start(constants=SMALL_PARTS)
@@ -505,6 +510,7 @@ threading.Thread.start = start_few
 """
 
 
+@pytest.mark.as_users_do
 @ONE_SERVER
 def test_what_s3_has_acknowledged_is_recorded_though_no_thread_can_be_started(archive, box):
     for number in range(60):

@@ -11,8 +11,6 @@ import sys
 import pytest
 from conftest import MIB, PROGRAM, fill
 
-pytestmark = pytest.mark.as_users_do
-
 ROOT = PROGRAM.parent
 SETTINGS = {
     "HETZNER_HOST",
@@ -59,6 +57,7 @@ def env_file(path, settings, mode=0o600):
 # --- Where settings come from ---
 
 
+@pytest.mark.as_users_do
 def test_settings_come_from_the_env_file_that_is_named(archive, tmp_path):
     file = env_file(tmp_path / "my.env", archive.settings)
     unset = dict.fromkeys(archive.settings)
@@ -69,6 +68,7 @@ def test_settings_come_from_the_env_file_that_is_named(archive, tmp_path):
     assert result.stderr.count("\n") == 1  # the archived file, and no warning
 
 
+@pytest.mark.as_users_do
 def test_the_environment_comes_before_the_env_file(archive, tmp_path):
     settings = {**archive.settings, "HETZNER_HOST": "no-such-box.invalid"}
     file = env_file(tmp_path / "my.env", settings)
@@ -154,6 +154,7 @@ def test_env_file_that_is_no_text_is_named(archive, tmp_path):
     assert f"cannot read the env file {path}" in result.stderr
 
 
+@pytest.mark.as_users_do
 def test_relative_files_are_relative_to_the_env_file(archive, tmp_path):
     """From another working directory everything would be paid for a second time."""
     settings = {**archive.settings, "STATE_DB": "state/my.db", "LOG_FILE": "my.log"}
@@ -194,6 +195,7 @@ def test_values_are_taken_literally(archive, box, tmp_path):
     assert archive("--env-file", file, HETZNER_PASSWORD=None).counts == (1, 0, 0)
 
 
+@pytest.mark.as_users_do
 def test_any_aws_setting_of_the_env_file_reaches_boto3(archive, tmp_path):
     keys = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"]
     key_id, secret, region = (archive.settings.pop(name) for name in keys)
@@ -218,6 +220,7 @@ def test_any_aws_setting_of_the_env_file_reaches_boto3(archive, tmp_path):
 # --- Faults in them ---
 
 
+@pytest.mark.as_users_do
 def test_all_faults_are_told_in_one_message_with_status_2(archive, box):
     faults = {
         "HETZNER_HOST": None,
@@ -442,6 +445,7 @@ def test_an_env_file_that_others_can_read_is_worth_a_warning(archive, tmp_path):
 # --- The command line ---
 
 
+@pytest.mark.as_users_do
 def test_help_names_every_command_option_and_exit_status(archive):
     result = archive("--help")
 
@@ -471,6 +475,7 @@ def test_an_unknown_word_on_the_command_line_ends_with_status_2(archive, argumen
     assert archive.bucket.list() == []
 
 
+@pytest.mark.as_users_do
 @pytest.mark.parametrize("arguments", [["-v", "run"], ["run", "-v"]])
 def test_options_stand_before_the_command_or_after_it(archive, arguments):
     archive()
@@ -537,6 +542,7 @@ def test_quiet_leaves_failures_and_the_summary(archive, box):
     assert result.counts == (1, 0, 1)
 
 
+@pytest.mark.as_users_do
 def test_the_log_file_holds_all_lines_and_the_summary_of_each_run(archive):
     archive()
     result = archive("-q")
@@ -615,6 +621,7 @@ def test_a_terminal_of_any_kind_does_no_harm(archive, box, columns, term):
     archive.assert_invariant()
 
 
+@pytest.mark.as_users_do
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_output_that_nobody_reads_any_more_is_no_traceback(archive, box, stream):
     fill(box.root, {str(n): b"x" for n in range(20)})
@@ -651,6 +658,7 @@ def test_the_example_env_file_names_every_setting():
     assert SETTINGS - named == set()
 
 
+@pytest.mark.as_users_do
 def test_the_example_env_file_lacks_only_what_only_the_user_knows(archive, tmp_path):
     file = tmp_path / "example.env"
     shutil.copy(ROOT / ".env.example", file)
@@ -741,6 +749,7 @@ def test_json_is_json_whatever_the_secrets_are(archive):
     assert json.loads(result.stdout)["new_files"]["files"] >= 0
 
 
+@pytest.mark.as_users_do
 def test_ctrl_c_before_anything_was_done_is_no_traceback(archive):
     pressed = (
         "import boto3, os, signal\n"
@@ -754,6 +763,7 @@ def test_ctrl_c_before_anything_was_done_is_no_traceback(archive):
     assert (result.status, result.stderr) == (130, "")
 
 
+@pytest.mark.as_users_do
 @pytest.mark.parametrize("message", [1, 2])
 def test_signal_at_a_message_about_settings_is_no_traceback(archive, message):
     stopped = (

@@ -41,7 +41,7 @@ LINK = b"latest"
 
 def main():
     with tempfile.TemporaryDirectory() as folder, AsyncSSHBox() as box, Moto() as moto:
-        moto.client().create_bucket(Bucket=BUCKET)
+        moto.client.create_bucket(Bucket=BUCKET)
         expected = fill(os.fsencode(box.root))
         env_file = write_env_file(Path(folder), {**box.settings(), **moto.settings(BUCKET)})
         print(f"A box with {len(expected)} files, a link and a hidden file; an empty")
@@ -151,7 +151,7 @@ def summary(run, label, number):
 def show(moto):
     """Print the bucket; {key: (size, crc32)} of the objects in DEEP_ARCHIVE."""
     held = {}
-    client = moto.client()
+    client = moto.client
     for entry in client.list_objects_v2(Bucket=BUCKET).get("Contents", []):
         key, size, storage_class = entry["Key"], entry["Size"], entry["StorageClass"]
         parts = entry["ETag"].strip('"').partition("-")[2]
