@@ -11,6 +11,7 @@ import asyncssh
 import paramiko
 import pytest
 from conftest import OLD, fill, tree
+from faults import AGAIN_SOON
 from faulty_sftp import FaultyBox
 from scripted_s3 import error
 
@@ -463,7 +464,8 @@ PASSING = {
 def test_refusal_that_passes_is_tried_again(archive, box, s3, operation, size):
     fill(box.root, dict.fromkeys(PASSING, b"x" * size))
     met = [s3.on(operation, fault, key=name, times=2) for name, fault in PASSING.items()]
-    result = archive(constants=SIZES, AWS_ENDPOINT_URL=s3.url)
+    soon = {"constants": SIZES, "before": AGAIN_SOON}
+    result = archive.start(**soon, AWS_ENDPOINT_URL=s3.url).wait()
     assert (result.status, {rule.fired for rule in met}) == (0, {2}), result.stderr
     assert set(archive.objects()) == set(PASSING)
     archive.assert_invariant()

@@ -297,7 +297,7 @@ def test_wait_goes_on_until_all_is_there(archive, s3, to):
     expected |= stored(archive, {"warm": b"warm"})
     thaw(s3, "a", "b")
 
-    result = archive("restore", "--to", to, "--yes", "--wait", constants={"WAIT_PAUSE": 1})
+    result = archive("restore", "--to", to, "--yes", "--wait", constants={"WAIT_PAUSE": 0.1})
 
     assert (result.status, result.failures) == (0, []), result.stderr
     assert whole(to) == expected
@@ -335,7 +335,7 @@ def test_wait_warns_of_another_name_once(archive, s3, to):
     expected = cold_and_back(archive, {"a": b"content"})
     expected |= stored(archive, {"x": b"file", "x/y": b"in a folder"})
     thaw(s3, "a")
-    result = archive("restore", "--to", to, "--yes", "--wait", constants={"WAIT_PAUSE": 1})
+    result = archive("restore", "--to", to, "--yes", "--wait", constants={"WAIT_PAUSE": 0.1})
     assert result.status == 0, result.stderr
     assert len(whole(to)) == len(expected)
     assert result.stderr.count("x is a folder as well") == 1
@@ -346,7 +346,7 @@ def test_wait_ends_with_3_if_something_has_failed(archive, s3, to):
     stored(archive, {"no/../file": b""})
     thaw(s3, "a")
     arguments = ("--yes", "--wait", "--json", "--tier", "standard")
-    result = archive("restore", "--to", to, *arguments, constants={"WAIT_PAUSE": 1})
+    result = archive("restore", "--to", to, *arguments, constants={"WAIT_PAUSE": 0.1})
     found = summary(result)
     assert found["exit_status"] == 3
     assert outcomes(found) == {"restored_files": 1, "failed_files": 1}
@@ -367,7 +367,7 @@ def test_outage_of_s3_while_it_waits_does_not_end_it(archive, s3, to):
     s3.always("RestoreObject", lambda exchange: Answer(202, {}))
     outage = s3.on("ListObjectsV2", error(503, "SlowDown"), nth=3)
     s3.on("ListObjectsV2", listed(a=READY), nth=4, times=100)
-    constants = {"WAIT_PAUSE": 1, "S3_ATTEMPTS": 1}
+    constants = {"WAIT_PAUSE": 0.1, "S3_ATTEMPTS": 1}
     result = archive("restore", "--to", to, "--yes", "--wait", constants=constants)
     assert (result.status, outage.fired) == (0, 1), result.stderr
     assert "SlowDown" in result.stderr
@@ -403,7 +403,7 @@ def test_file_whose_object_is_replaced_while_others_are_waited_for_is_restored(a
     s3.on("ListObjectsV2", first(replace, listed(a=BUSY)), nth=5)
     thaw(s3, "a")
     arguments = ("restore", "--to", to, "--yes", "--wait", "--overwrite")
-    result = archive(*arguments, constants={"WAIT_PAUSE": 1})
+    result = archive(*arguments, constants={"WAIT_PAUSE": 0.1})
     assert result.status == 0, result.stderr
     assert whole(to) == expected
 
@@ -440,7 +440,7 @@ def test_listing_that_fails_while_files_are_downloaded_does_not_end_the_waiting(
     s3.on("ListObjectsV2", breaks_off, nth=2)
     outage = s3.on("ListObjectsV2", error(503, "SlowDown"), nth=3)
     s3.on("ListObjectsV2", listed(a=READY, b=READY), nth=4, times=100)
-    constants = {"WAIT_PAUSE": 1, "S3_ATTEMPTS": 1}
+    constants = {"WAIT_PAUSE": 0.1, "S3_ATTEMPTS": 1}
     result = archive("restore", "--to", to, "--yes", "--wait", constants=constants)
     assert (result.status, outage.fired) == (0, 1), result.stderr
     assert whole(to) == expected
@@ -452,7 +452,7 @@ def test_refusal_while_it_waits_ends_it(archive, s3, to):
     s3.always("RestoreObject", lambda exchange: Answer(202, {}))
     s3.on("ListObjectsV2", error(403, "AccessDenied"), nth=3)
     result = archive(
-        "restore", "--to", to, "--yes", "--wait", "--json", constants={"WAIT_PAUSE": 1}
+        "restore", "--to", to, "--yes", "--wait", "--json", constants={"WAIT_PAUSE": 0.1}
     )
     assert summary(result)["exit_status"] == 1
     assert "AccessDenied" in result.stderr
@@ -489,7 +489,7 @@ def test_signal_ends_the_waiting_at_once(archive, s3, to, form):
     else:
         assert result.stdout.count("==== RESTORE ====") == 1
     arguments = ("restore", "--to", to, "--wait")
-    assert archive(*arguments, constants={"WAIT_PAUSE": 1}).status == 0
+    assert archive(*arguments, constants={"WAIT_PAUSE": 0.1}).status == 0
     assert whole(to) == expected
     assert s3.requests["RestoreObject"] == 1
 

@@ -16,7 +16,7 @@ from zlib import crc32
 
 import pytest
 from conftest import OLD, fill
-from faults import LARGE, SIZES
+from faults import AGAIN_SOON, LARGE, SIZES
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
 from scripted_s3 import Answer, cut_headers, rewritten
@@ -144,7 +144,7 @@ def test_each_file_comes_back_as_it_was_then_bit_for_bit_with_its_time(
     at = f"{june(day)}Z"
 
     cut = s3.on("ListObjectVersions", cut_headers)
-    result = archive("restore", "--to", to, "--at", at)
+    result = archive.start("restore", "--to", to, "--at", at, before=AGAIN_SOON).wait()
 
     assert (result.status, result.failures, cut.fired) == (0, [], 1), result.stderr
     assert whole(to) == as_of(day)
@@ -154,7 +154,7 @@ def test_each_file_comes_back_as_it_was_then_bit_for_bit_with_its_time(
     assert f"Already there  : {len(CURRENT[day])}\n" in again.stdout
 
 
-@pytest.mark.parametrize("most", [1, 2, 3])
+@pytest.mark.parametrize("most", [1, 3])
 def test_versions_of_a_key_may_span_pages(archive, history, s3, to, monkeypatch, most):
     """moto lists that many at once."""
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", str(most))
