@@ -6,12 +6,11 @@ import socket
 import subprocess
 import time
 
-import asyncssh
 import pytest
 from conftest import MIB, OLD, fill, tree
 from relay import Relay
 from scripted_s3 import ScriptedS3, error
-from servers import AsyncSSHBox, OpenSSH
+from servers import OpenSSH
 
 # The smallest parts that S3 allows, so that a large file can be a small one here.
 SMALL_PARTS = {"SMALL_FILE": 5 * MIB, "PART_SIZE": 5 * MIB}
@@ -26,26 +25,6 @@ ONE_SERVER = pytest.mark.parametrize("box", [OpenSSH], indirect=True, ids=["open
 def as_objects(root):
     """What the bucket must hold for a folder whose names need no escaping."""
     return {os.fsdecode(path): (size, crc, COLD) for path, (size, crc) in tree(root).items()}
-
-
-def once(action):
-    """A function that calls `action` the first time only."""
-    pending = [action]
-    return lambda: pending.pop()() if pending else None
-
-
-def box_that(on_read):
-    """A box on which something happens after a read."""
-
-    class Server(asyncssh.SFTPServer):
-        def read(self, file_obj, offset, size):
-            data = super().read(file_obj, offset, size)
-            on_read()
-            return data
-
-    box = AsyncSSHBox(sftp_server=Server)
-    box.unprivileged = False  # or it could not change what the test has made
-    return box
 
 
 # --- Everything arrives, once ---
@@ -298,26 +277,6 @@ def test_unreadable_files_and_folders_fail_and_the_rest_is_archived(archive, box
 
     assert (again.status, again.counts) == (0, (4, 2, 0))
     archive.assert_invariant()
-
-
-def test_a_file_that_shrinks_while_it_is_read_is_not_recorded(archive_of):
-    with box_that(on_read=once(lambda: os.truncate(box.root / "file", 10))) as box:
-        fill(box.root, {"file": 6 * MIB})
-        archive = archive_of(box)
-
-        result = archive(constants=SMALL_PARTS)
-
-        assert result.status == 3
-        [failure] = result.failures
-        assert failure.startswith("./file: ")
-        assert archive.rows() == {}
-        archive.assert_invariant()
-
-        again = archive(constants=SMALL_PARTS)
-
-        assert (again.status, again.counts) == (0, (1, 0, 0))
-        assert archive.objects() == as_objects(box.root)
-        archive.assert_invariant()
 
 
 @ONE_SERVER
