@@ -3592,8 +3592,8 @@ class BoxFolder:
         try:
             self.store(probe, empty, overwrite)
         except FileError as error:
-            reason = f"{folder} cannot be written to: {error}"
-            raise Fatal(f"{reason}; --to-box takes an account that may write") from None
+            remedy = "take an account that may write; --overwrite needs posix-rename, too"
+            raise Fatal(f"{folder} cannot be written to: {error}; {remedy}") from None
         finally:
             with contextlib.suppress(FileError):  # there may be none
                 box.retry(lambda s: s.send((FXP_REMOVE, join(self._folder, probe))).result())

@@ -170,6 +170,7 @@ def small_works() -> list[Work]:
     return [
         Work("one", Tree(1, 1, large), (0,), Tree(1, 1, MIB)),
         Work("eight", Tree(1, 2, large), (20,)),
+        Work("middle", Tree(1, 2, large), (0,)),
         Work("small", Tree(4, 10, 4096), (20,), Tree(1, 10, 4096)),
         Work("unchanged", Tree(20, 10, 100), (0,), folders),
     ]

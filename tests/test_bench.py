@@ -17,7 +17,7 @@ def test_every_program_of_the_benchmark_uploads_exactly_what_it_should(tmp_path)
     about = json.loads(figures.read_text())
     rows = about.pop("results")
     assert set(about) == {"date", "machine", "versions"}
-    assert {row["work"] for row in rows} == {"one", "eight", "small", "unchanged"}
+    assert {row["work"] for row in rows} == {"one", "eight", "middle", "small", "unchanged"}
     assert {row["program"] for row in rows} >= {"archive.py", "plain"}
     for row in rows:
         assert row["fault"] == ""

@@ -1228,6 +1228,7 @@ def test_box_that_cannot_store_a_file_is_told_of_before_anything_is_paid(
 
     assert result.status == 1, result.stderr
     assert "back cannot be written to" in result.stderr
+    assert "may write; --overwrite needs posix-rename" in result.stderr
     assert s3.requests["GetObject"] == 0
     assert os.listdir(faulty_box.root / "back") == ["file"]
     assert (faulty_box.root / "back/file").read_bytes() == b"my own"
