@@ -166,7 +166,7 @@ def test_trouble_that_passes_costs_nothing_and_is_counted_once(archive, box, s3,
     for operation, size in OPERATIONS.items():
         write(box.root / operation, size)
         troubles.append(s3.on(operation, fault, key=operation, times=2))
-    result = archive.start(constants=SIZES, before=AGAIN_SOON).wait()
+    result = archive(constants=SIZES, before=AGAIN_SOON)
     assert [trouble.fired for trouble in troubles] == [2] * 5
     assert (result.status, result.counts) == (0, (5, 0, 0)), result.stderr
     assert result.summary["Bytes uploaded"] == sum(OPERATIONS.values())
@@ -189,7 +189,7 @@ def test_page_of_a_proxy_is_no_refusal_by_s3(archive, box, s3, status):
     for operation in OPERATIONS.keys() - {"HeadObject"}:  # S3's own has no code, either
         write(box.root / operation, OPERATIONS[operation])
         pages.append(s3.on(operation, proxy_page(status), key=operation))
-    result = archive.start(constants=SIZES, before=AGAIN_SOON).wait()
+    result = archive(constants=SIZES, before=AGAIN_SOON)
     assert [rule.fired for rule in pages] == [1] * 4
     assert (result.status, result.counts) == (0, (4, 0, 0)), result.stderr
     assert s3.requests["AbortMultipartUpload"] == 0
@@ -210,13 +210,13 @@ def test_answer_that_is_lost_is_asked_for_again(archive, box, s3, fault):
     for operation in ("PutObject", "CreateMultipartUpload", "UploadPart", "HeadObject"):
         write(box.root / operation, OPERATIONS[operation])
         lost.append(s3.on(operation, fault, key=operation))
-    result = archive.start(constants=SIZES, before=AGAIN_SOON).wait()
+    result = archive(constants=SIZES, before=AGAIN_SOON)
     assert [rule.fired for rule in lost] == [1] * 4
     assert (result.status, result.counts) == (0, (4, 0, 0)), result.stderr
     assert_all_archived(archive, box)
     archive.state_db.unlink()
     listing = s3.on("ListObjectsV2", fault)
-    result = archive.start(constants=SIZES, before=AGAIN_SOON).wait()
+    result = archive(constants=SIZES, before=AGAIN_SOON)
     assert (listing.fired, result.status, result.counts[0]) == (1, 0, 0), result.stderr
     assert_all_archived(archive, box)
 
@@ -228,7 +228,7 @@ def test_trouble_that_stays_with_one_file_costs_only_that_file(archive, box, s3,
     for operation, size in OPERATIONS.items():
         write(box.root / operation, size)
         troubles.append(s3.always(operation, fault, key=operation))
-    result = archive.start(constants=IMPATIENT, before=AGAIN_SOON).wait()
+    result = archive(constants=IMPATIENT, before=AGAIN_SOON)
     assert all(1 <= rule.fired <= 2 * IMPATIENT["S3_ATTEMPTS"] for rule in troubles)
     assert_failed(result, dict.fromkeys(OPERATIONS, "S3"))
     assert recorded(archive) == {"other"}

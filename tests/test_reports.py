@@ -464,8 +464,7 @@ PASSING = {
 def test_refusal_that_passes_is_tried_again(archive, box, s3, operation, size):
     fill(box.root, dict.fromkeys(PASSING, b"x" * size))
     met = [s3.on(operation, fault, key=name, times=2) for name, fault in PASSING.items()]
-    soon = {"constants": SIZES, "before": AGAIN_SOON}
-    result = archive.start(**soon, AWS_ENDPOINT_URL=s3.url).wait()
+    result = archive(constants=SIZES, before=AGAIN_SOON, AWS_ENDPOINT_URL=s3.url)
     assert (result.status, {rule.fired for rule in met}) == (0, {2}), result.stderr
     assert set(archive.objects()) == set(PASSING)
     archive.assert_invariant()

@@ -809,8 +809,8 @@ def test_trouble_of_s3_that_passes_costs_nothing(archive, s3, to):
     ]
 
     arguments = ("restore", "--to", to, "--yes")
-    assert archive.start(*arguments, before=AGAIN_SOON).wait().status == 75
-    result = archive.start(*arguments, before=AGAIN_SOON).wait()
+    assert archive(*arguments, before=AGAIN_SOON).status == 75
+    result = archive(*arguments, before=AGAIN_SOON)
 
     assert (result.status, result.failures) == (0, []), result.stderr
     assert [rule.fired for rule in rules] == [1, 1, 1, 1]

@@ -144,7 +144,7 @@ def test_each_file_comes_back_as_it_was_then_bit_for_bit_with_its_time(
     at = f"{june(day)}Z"
 
     cut = s3.on("ListObjectVersions", cut_headers)
-    result = archive.start("restore", "--to", to, "--at", at, before=AGAIN_SOON).wait()
+    result = archive("restore", "--to", to, "--at", at, before=AGAIN_SOON)
 
     assert (result.status, result.failures, cut.fired) == (0, [], 1), result.stderr
     assert whole(to) == as_of(day)
