@@ -1939,7 +1939,7 @@ REQUIRED |= {"head_object": "ContentLength", "get_object": "ContentLength"}
 LISTING = {"IsTruncated", "Name", "Bucket"}
 
 Read = Callable[[int], bytes]  # the next bytes of a file, as FileReader.read
-OnSent = Callable[[int], None]  # gets the bytes just sent; below 0 if they are sent again
+Hook = Callable[[int], None]  # is called with a number of bytes, on any thread
 
 
 @contextlib.contextmanager
@@ -2042,14 +2042,16 @@ class MultipartClient:
     after the parts that an earlier run has stored, and sends the CRC-32 of each part.  An error
     of `read` looks like the file's end: s3transfer would cut off the parts under way."""
 
-    def __init__(self, bucket: Bucket, upload: Upload, read: Read):
-        self._bucket, self._read = bucket, read
+    def __init__(self, bucket: Bucket, upload: Upload, read: Read, on_left: Hook):
+        self._bucket, self._read, self._on_left = bucket, read, on_left
         self.target = {"Key": upload.key, "UploadId": upload.id}
         self._before = len(upload.parts)  # the first part after these is s3transfer's part 1
         self.parts = [*upload.parts]  # later also those read; a part has an ETag once stored
         self.crc32 = 0  # of all these parts
         for part in upload.parts:
             self.crc32 = crc32_combine(self.crc32, crc32_of(part) or 0, upload.part_size)
+        self.left = upload.size - len(upload.parts) * upload.part_size  # bytes not stored yet
+        self._lock = threading.Lock()  # for `left`
         self.error: BaseException | None = None  # of a read or a part, which ends the reading
 
     def __getattr__(self, name: str) -> Any:
@@ -2078,6 +2080,9 @@ class MultipartClient:
             self.error = error
             raise
         part["ETag"] = answer["ETag"]
+        with self._lock:
+            self.left -= len(Body)
+            self._on_left(self.left)
         return answer
 
     def complete_multipart_upload(self, **_: Any) -> None:
@@ -2209,22 +2214,23 @@ class Bucket:
             self.abort_upload(upload.key, keep=answer["UploadId"])
         return upload._replace(id=answer["UploadId"])
 
-    def upload(self, upload: Upload, read: Read, on_sent: OnSent) -> StoredObject:
+    def upload(self, upload: Upload, read: Read, on_sent: Hook, on_left: Hook) -> StoredObject:
         """Sends the parts after those that are stored, and completes the upload; `read` returns
-        the rest of the file's bytes.  S3 gets the file's CRC-32, and refuses to complete an
-        upload of other bytes.  If this fails, the parts stay for the next run.  They are
-        aborted only if the file has changed while it was read, or S3 has refused a request."""
+        the rest of the file's bytes.  `on_sent` gets the bytes just sent, below 0 if they will
+        be sent again, and `on_left` those that are not stored yet, after each part.  S3 gets
+        the file's CRC-32, and refuses to complete an upload of other bytes.  If this fails, the
+        parts stay for the next run.  They are aborted only if the file has changed while it was
+        read, or S3 has refused a request."""
         key, size, part_size = upload.key, upload.size, upload.part_size
-        rest = size - len(upload.parts) * part_size
         at_once = upload.parts_at_once(self._config.memory_limit)
+        client = MultipartClient(self, upload, read, on_left)
         config = TransferConfig(
-            multipart_threshold=min(rest, part_size),  # so that s3transfer sends no PUT
+            multipart_threshold=min(client.left, part_size),  # so that s3transfer sends no PUT
             multipart_chunksize=part_size,
             max_concurrency=at_once,
             preferred_transfer_client="classic",
         )
         config.max_in_memory_upload_chunks = at_once  # not in the constructor
-        client = MultipartClient(self, upload, read)
         try:
             upload_fileobj(client, client, self._config.bucket, key, None, on_sent, config)
             if client.error is not None:
@@ -2234,8 +2240,8 @@ class Bucket:
             request = client.target | parts | whole
             answer = self.request("complete_multipart_upload", **request)
         except Stopped:
-            sent = sum("ETag" in part for part in client.parts) * part_size
-            log.info("unfinished %s: S3 has %s bytes", upload.path, f"{sent:,} of {size:,}")
+            stored = f"{size - client.left:,} of {size:,}"
+            log.info("unfinished %s: S3 has %s bytes", upload.path, stored)
             raise
         except FileError as error:
             # If S3's answer to Complete got lost, a retry gets NoSuchUpload.
@@ -2650,7 +2656,8 @@ Outcome = tuple[Item, "Result | None", "FileError | None"]
 @dataclass
 class Parallel(Generic[Item, Result]):
     """Calls work(item) on threads, at most `threads` at once.  The items at work need at most
-    `limit` bytes of `memory` together; one that needs more is worked on alone.
+    `limit` bytes of `memory` together; one that needs more is worked on alone.  `work` may tell
+    `needs` that an item needs less by now, so that the next one is begun before it has ended.
 
     A result of `work`, a FileError or any unexpected error is an outcome.  Fatal, Stopped,
     SAME_FAILURES with one code in a row or an error from `items` ends the work: no new item is
@@ -2668,8 +2675,9 @@ class Parallel(Generic[Item, Result]):
     limit: int = 0
 
     def __post_init__(self) -> None:
-        self._finished: queue.SimpleQueue[Outcome[Item, Result]] = queue.SimpleQueue()
-        self._under_way = self._memory_in_use = 0
+        # A None is not an outcome: it wakes up the main thread.
+        self._finished: queue.SimpleQueue[Outcome[Item, Result] | None] = queue.SimpleQueue()
+        self._under_way: dict[int, int] = {}  # bytes of memory, by the id() of the item
         self._codes: deque[str] = deque(maxlen=SAME_FAILURES)  # of the latest outcomes
         self._failure: BaseException | None = None
         self._wait_until = math.inf  # a monotonic time
@@ -2686,8 +2694,7 @@ class Parallel(Generic[Item, Result]):
                         if self._failure is not None:
                             break
                         if item is not None:
-                            self._under_way += 1
-                            self._memory_in_use += self.memory(item)
+                            self._under_way[id(item)] = self.memory(item)
                             pool.submit(self._attempt, item)
             except (Exception, Stopped) as error:  # of any kind: S3 may hold what is under way
                 self._fail(error)
@@ -2700,6 +2707,11 @@ class Parallel(Generic[Item, Result]):
             if self._under_way:
                 self.box.close()
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def needs(self, item: Item, memory: int) -> None:
+        """Notes, on any thread, that an item at work needs no more than this memory now."""
+        self._under_way[id(item)] = min(memory, self._under_way[id(item)])
+        self._finished.put(None)
 
     def _attempt(self, item: Item) -> None:
         result: Result | None = None
@@ -2726,19 +2738,18 @@ class Parallel(Generic[Item, Result]):
             return True
         if item is None or not self._under_way:
             return False
-        is_full = self._memory_in_use + self.memory(item) > self.limit
-        return is_full or self._under_way == self.threads
+        is_full = sum(self._under_way.values()) + self.memory(item) > self.limit
+        return is_full or len(self._under_way) == self.threads
 
     def _collect(self) -> list[Outcome[Item, Result]]:
         """Waits for finished work at most COMMIT_PAUSE, and takes its outcomes.  Notes why the
         rest has to end."""
-        outcomes: list[Outcome[Item, Result]] = []
+        outcomes: list[Outcome[Item, Result] | None] = []
         with contextlib.suppress(queue.Empty):
             while True:
                 outcomes.append(self._finished.get(block=not outcomes, timeout=COMMIT_PAUSE))
-        for item, _, error in outcomes:
-            self._under_way -= 1
-            self._memory_in_use -= self.memory(item)
+        for item, _, error in filter(None, outcomes):
+            del self._under_way[id(item)]
             code = error.code if error else ""
             if code not in (VANISHED, CHANGED, INVALID_STATE):  # which concern one file only
                 self._codes.append(code)  # empty: a success, or a failure without a code
@@ -2746,7 +2757,7 @@ class Parallel(Generic[Item, Result]):
                 self._fail(Fatal(f"{error}; {SAME_FAILURES} in a row failed like this", code))
         if self.box.stopping.is_set():
             self._fail(Stopped())
-        return [one for one in outcomes if one[1:] != (None, None)]  # without what was cut off
+        return [one for one in outcomes if one and any(one[1:])]  # without what was cut off
 
     def _fail(self, error: BaseException) -> None:
         """Ends the work: no new one begins.  Of several errors, the first is raised that is
@@ -3083,11 +3094,11 @@ class Run(Walk):
         # While TRANSFERS files are sent, nearly as many small ones are read, so that S3 never
         # waits for the box.  With TRANSFERS=1, one file is read and sent after the other.
         threads, limit = 2 * self._config.transfers - 1, self._config.memory_limit
-        pool = Parallel(
+        self._pool = Parallel(
             self._transfer, self._box, threads, lambda job: job.upload.memory(limit), limit
         )
         self._reserved = self.spent
-        with contextlib.closing(pool.outcomes(self._jobs())) as outcomes:
+        with contextlib.closing(self._pool.outcomes(self._jobs())) as outcomes:
             for finished in outcomes:
                 self._settle(finished)
         if not self.unlisted:
@@ -3189,7 +3200,8 @@ class Run(Walk):
                 upload = self._bucket.begin_upload(upload)._replace(mtime=reader.final_mtime)
                 self._state.note_upload(upload)
             self._progress.moved(offset)
-            stored = self._bucket.upload(upload, reader.read, self._progress.moved)
+            hooks = self._progress.moved, partial(self._pool.needs, job)
+            stored = self._bucket.upload(upload, reader.read, *hooks)
             return Archived(Record(upload.path, reader.final_mtime, stored), is_upload=True)
 
     def _settle(self, outcomes: list[Outcome[Job, Archived]]) -> None:

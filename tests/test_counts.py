@@ -122,6 +122,21 @@ def test_bytes_held_never_exceed_the_memory_limit(archive_of, s3, size, limit):
         assert max(held) <= limit * MIB
 
 
+def test_large_file_is_read_while_the_last_part_of_another_one_is_sent(archive_of, s3):
+    """Both would not fit into MEMORY_LIMIT as a whole."""
+    size = 30 * MIB  # six parts
+    with FaultyBox(many_files(1, 2, size)) as box:
+        archive = archive_of(box, AWS_ENDPOINT_URL=s3.url, MEMORY_LIMIT="48M")
+        gate = threading.Event()
+        s3.on("UploadPart", until(gate), key="d0/f0", nth=6)
+        running = archive.start(constants=SIZES)
+        wait_until_idle(box, running)
+        read_before = box.handed_out
+        gate.set()
+        assert running.wait().counts == (2, 0, 0)
+    assert read_before == 2 * size
+
+
 def wait_until_idle(box, running):
     """Until the box has handed out something, and then nothing for a second."""
     before = -1
