@@ -1380,7 +1380,6 @@ class FileReader:
         self._pieces = deque[memoryview]()  # received, and not yet returned by `read`
         self._batches = deque[tuple[Batch, range]]()  # under way, with the READs' offsets
         self._read_size = READ_SIZE
-        self._session: Session | None = None
         self._handle = b""  # of `_session`; empty once its CLOSE has been sent
         try:
             self.file = box.retry(self._open)
@@ -1419,7 +1418,7 @@ class FileReader:
 
     def close(self) -> None:
         """Releases the file; does not wait."""
-        if self._handle and self._session is not None:
+        if self._handle:
             self._session.send((FXP_CLOSE, self._handle))
         self._handle = b""
 
@@ -1437,17 +1436,21 @@ class FileReader:
         return self._file_now(found)
 
     def _fetch(self, session: Session) -> deque[memoryview]:
-        """The bytes of the next batch.  Reads ahead."""
+        """The bytes of the next batch."""
         # If a reply was short or a refusal, the batches after it would leave a gap.
         if session is not self._session or self._offset != self._next_start:
             self._open(session)
-        while self._handle and self._requested < self._offset + READ_WINDOW:
-            end = min(self.file.size, self._requested + READS_PER_BATCH * self._read_size)
-            self._batches.append(self._request(session, self._requested, end))
-            self._requested = end
+        self.read_ahead()
         batch, offsets = self._batches.popleft()
         self._next_start = offsets.stop
         return self._unpack(batch, offsets)
+
+    def read_ahead(self) -> None:
+        """Requests up to READ_WINDOW bytes, without waiting; `read` does this as well."""
+        while self._handle and self._requested < self._offset + READ_WINDOW:
+            end = min(self.file.size, self._requested + READS_PER_BATCH * self._read_size)
+            self._batches.append(self._request(self._requested, end))
+            self._requested = end
 
     def _unpack(self, batch: Batch, offsets: range) -> deque[memoryview]:
         """The bytes from READs at these offsets, up to the first short reply.  FileError if the
@@ -1476,7 +1479,7 @@ class FileReader:
         self._offset = at + len(data)
         return pieces
 
-    def _request(self, session: Session, begin: int, end: int) -> tuple[Batch, range]:
+    def _request(self, begin: int, end: int) -> tuple[Batch, range]:
         """Sends READs of these bytes, and the requests that show whether the file has changed
         by then; after the last byte a CLOSE, too.  Returns also the offsets of the READs."""
         handle, is_last = self._handle, end == self.file.size
@@ -1491,7 +1494,7 @@ class FileReader:
             requests.append((FXP_CLOSE, handle))
             self._handle = b""
         self._box.pace(end - begin)
-        return session.send(*requests), offsets
+        return self._session.send(*requests), offsets
 
     def _file_now(self, reply: Attributes | SFTPError) -> RemoteFile:
         """The file with the size and mtime of the reply to an LSTAT or FSTAT; FileError."""
@@ -3194,6 +3197,7 @@ class Run(Walk):
         with contextlib.closing(FileReader(self._box, file, offset)) as reader:
             if reader.file != file:
                 raise FileError("changed since it was listed: the next run archives it")
+            reader.read_ahead()  # the box answers while S3 begins the upload
             if not upload.id:
                 self._state.note_upload(upload)  # S3's answer may get lost
                 # Without an mtime, it is not continued: its parts could be of two versions.

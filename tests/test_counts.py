@@ -69,6 +69,19 @@ def test_run_takes_one_connection(archive_of):
         assert box.connections == box.requests["INIT"] == 1
 
 
+def test_large_file_is_read_while_s3_begins_its_upload(archive_of, s3):
+    """The box does not wait for S3's answer to CreateMultipartUpload."""
+    with FaultyBox() as box:
+        write(box.root / "big", LARGE)
+        archive = archive_of(box, AWS_ENDPOINT_URL=s3.url)
+        is_read = threading.Event()
+        box.on_data = is_read.set
+        begun = s3.on("CreateMultipartUpload", until(is_read))
+        limits = {"S3_READ_LIMIT": 5, "S3_ATTEMPTS": 1}
+        assert archive(constants=SIZES | limits).counts == (1, 0, 0)
+        assert begun.fired
+
+
 # --- Requests to S3 ---------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ import ast
 
 from conftest import PROGRAM
 
-MOST_LINES, WIDEST = 4_086, 96  # of the file, with comments and empty lines; columns
+MOST_LINES, WIDEST = 4_090, 96  # of the file, with comments and empty lines; columns
 LONGEST_FUNCTION = 60  # lines, from `def` to its last
 
 
