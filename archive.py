@@ -3073,6 +3073,12 @@ class Run(Walk):
         self.ended_early = ""  # the reason
         self._turns = threading.Semaphore(self._config.transfers)  # to send files to S3
         self._reserved = 0.0  # USD: spent before, and what all jobs so far may cost
+        # While TRANSFERS files are sent, nearly as many small ones are read, so that S3 never
+        # waits for the box.  With TRANSFERS=1, one file is read and sent after the other.
+        threads, limit = 2 * self._config.transfers - 1, self._config.memory_limit
+        self._pool = Parallel(
+            self._transfer, self._box, threads, lambda job: job.upload.memory(limit), limit
+        )
 
     @property
     def spent(self) -> float:
@@ -3094,12 +3100,6 @@ class Run(Walk):
     def archive(self) -> None:
         """Archives what is new or changed.  Before Fatal or Stopped is raised, everything is
         committed that S3 has acknowledged in the time that Parallel waits."""
-        # While TRANSFERS files are sent, nearly as many small ones are read, so that S3 never
-        # waits for the box.  With TRANSFERS=1, one file is read and sent after the other.
-        threads, limit = 2 * self._config.transfers - 1, self._config.memory_limit
-        self._pool = Parallel(
-            self._transfer, self._box, threads, lambda job: job.upload.memory(limit), limit
-        )
         self._reserved = self.spent
         with contextlib.closing(self._pool.outcomes(self._jobs())) as outcomes:
             for finished in outcomes:
