@@ -200,8 +200,8 @@ def peak_of_an_unchanged_run(archive_of, folders, files):
 @pytest.mark.timeout(120 * EFFORT)
 def test_memory_does_not_grow_with_the_number_of_files(archive_of):
     # Both have more folders than are listed ahead, whose names are in memory.
-    small = peak_of_an_unchanged_run(archive_of, 130, 1_000)
-    large = peak_of_an_unchanged_run(archive_of, 230, 1_000)
+    small = peak_of_an_unchanged_run(archive_of, 70, 1_000)
+    large = peak_of_an_unchanged_run(archive_of, 170, 1_000)
     assert large < small + 8
     wide = peak_of_an_unchanged_run(archive_of, 1, 100_000)
     assert wide < small + 48, "the names of one folder are held, and little else"
